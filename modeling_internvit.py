@@ -1,0 +1,414 @@
+"""InternViT, the vision tower of every InternVL configuration (paper section 3.2).
+
+Does: features of square and non-square pictures of any size that the patch size divides, features of chosen blocks without running
+the blocks above, feature maps as a backbone, a linear classification head. Does not: any preprocessing; that is the image processor.
+
+Parameter names are those of the published Hub checkpoints, so these load unrenamed.
+
+Shape letters of the whole package: B pictures or rows, N image tokens (1 + patches), M learned queries, L text tokens, T attended
+length, D width of the tower at hand, H heads, K head dim, E joint embedding, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_internvl import InternViTConfig
+
+
+def resize_position_grid(position_embedding: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Resizes learned positions to another patch grid; the class position in front stays.
+
+    Bicubic in fp32 without antialiasing, as published: timm's antialiased resize moves features by up to 1.1.
+
+    Args:
+        position_embedding: (1, 1 + S*S, D), on a square grid.
+        height, width: Wanted grid in patches.
+
+    Returns:
+        (1, 1 + height*width, D), in the dtype of the input.
+    """
+    class_position, grid = position_embedding[:, :1], position_embedding[:, 1:]
+    side = int(grid.shape[1] ** 0.5)
+    if (height, width) == (side, side):
+        return position_embedding  # bicubic resizing to the same size is the identity
+    grid = rearrange(grid.float(), "1 (h w) d -> 1 d h w", h=side)
+    grid = F.interpolate(grid, size=(height, width), mode="bicubic", align_corners=False)
+    return torch.cat([class_position, rearrange(grid, "1 d h w -> 1 (h w) d").to(class_position.dtype)], dim=1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out: the readable definition of what every other kernel must compute.
+
+    Args:
+        query: (B, H, N, K).
+        key, value: (B, H, T, K).
+        attention_mask: Additive, broadcastable to (B, H, N, T), or None.
+
+    Returns:
+        (B, N, H, K) and the weights (B, H, N, T).
+    """
+    weights = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class InternViTRMSNorm(nn.Module):
+    """Root mean square norm, the statistics in fp32."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        x = hidden_states.float()
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x.to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+NORMS: dict[str, Callable[..., nn.Module]] = {"rms_norm": InternViTRMSNorm, "layer_norm": nn.LayerNorm}
+
+
+class InternViTDropPath(nn.Module):
+    """Stochastic depth: in training, a sample's branch is dropped with probability `rate` and scaled up otherwise."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.rate == 0.0:
+            return branch
+        kept = torch.rand(branch.shape[0], *[1] * (branch.ndim - 1), device=branch.device) >= self.rate
+        return branch * kept.to(branch.dtype) / (1 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+class InternViTEmbeddings(nn.Module):
+    """Patches to tokens, a class token in front, learned positions."""
+
+    def __init__(self, config: InternViTConfig) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.num_channels = config.num_channels
+        self.class_embedding = nn.Parameter(torch.empty(1, 1, config.hidden_size))
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.position_embedding = nn.Parameter(torch.empty(1, 1 + config.num_patches, config.hidden_size))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 3, height, width) -> (B, N, D)."""
+        height, width = self._grid(pixel_values)
+        patches = self.patch_embedding(pixel_values.to(self.position_embedding.dtype))
+        patches = patches.flatten(2).transpose(1, 2)  # (B, N - 1, D)
+        tokens = torch.cat([self.class_embedding.expand(patches.shape[0], -1, -1), patches], dim=1)
+        return tokens + resize_position_grid(self.position_embedding, height, width)
+
+    def _grid(self, pixel_values: torch.Tensor) -> tuple[int, int]:
+        shape = tuple(pixel_values.shape)
+        if len(shape) != 4 or shape[1] != self.num_channels:
+            raise ValueError(f"`pixel_values` must be (B, {self.num_channels}, height, width), got {shape}.")
+        if shape[2] % self.patch_size or shape[3] % self.patch_size:
+            raise ValueError(f"Height and width must be multiples of the patch size {self.patch_size}, got {shape[2:]}.")
+        return shape[2] // self.patch_size, shape[3] // self.patch_size
+
+
+class InternViTAttention(nn.Module):
+    """Self-attention; q and k are normalised over the full width before the split into heads."""
+
+    def __init__(self, config: InternViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = False
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        if config.qk_normalization:
+            # RMS also in the LayerNorm flavour, as published.
+            self.q_norm = InternViTRMSNorm(config.hidden_size, config.layer_norm_eps)
+            self.k_norm = InternViTRMSNorm(config.hidden_size, config.layer_norm_eps)
+        else:
+            self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.proj_drop = nn.Dropout(config.dropout)
+
+    def forward(
+        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query, key, value = self.qkv(hidden_states).chunk(3, dim=-1)
+        query, key, value = (
+            rearrange(x, "b n (h k) -> b h n k", h=self.num_heads) for x in (self.q_norm(query), self.k_norm(key), value)
+        )
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            None,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        return self.proj_drop(self.proj(output.flatten(2))), weights
+
+
+class InternViTMLP(nn.Module):
+    """Two linear layers and an activation."""
+
+    def __init__(self, config: InternViTConfig) -> None:
+        super().__init__()
+        self.act = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.act(self.fc1(hidden_states)))
+
+
+class InternViTLayer(GradientCheckpointingLayer):
+    """Pre-norm block with layer scale and stochastic depth."""
+
+    def __init__(self, config: InternViTConfig, drop_path_rate: float) -> None:
+        super().__init__()
+        self.norm1 = NORMS[config.norm_type](config.hidden_size, eps=config.layer_norm_eps)
+        self.attn = InternViTAttention(config)
+        self.ls1 = nn.Parameter(torch.empty(config.hidden_size))
+        self.drop_path1 = InternViTDropPath(drop_path_rate)
+        self.norm2 = NORMS[config.norm_type](config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = InternViTMLP(config)
+        self.ls2 = nn.Parameter(torch.empty(config.hidden_size))
+        self.drop_path2 = InternViTDropPath(drop_path_rate)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        attended, _ = self.attn(self.norm1(hidden_states).to(hidden_states.dtype), **kwargs)
+        hidden_states = hidden_states + self.drop_path1(attended * self.ls1)
+        transformed = self.mlp(self.norm2(hidden_states).to(hidden_states.dtype))
+        return hidden_states + self.drop_path2(transformed * self.ls2)
+
+
+class InternViTEncoder(nn.Module):
+    """The stack of blocks; any contiguous part of it can be run."""
+
+    def __init__(self, config: InternViTConfig) -> None:
+        super().__init__()
+        depth = config.num_hidden_layers
+        rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.layers = nn.ModuleList([InternViTLayer(config, rate) for rate in rates])
+        self.gradient_checkpointing = False
+
+    def forward(
+        self, hidden_states: torch.Tensor, start: int = 0, stop: int | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> torch.Tensor:
+        for layer in self.layers[start:stop]:
+            hidden_states = layer(hidden_states, **kwargs)
+        return hidden_states
+
+
+class InternViTPreTrainedModel(PreTrainedModel):
+    config: InternViTConfig
+    config_class = InternViTConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["InternViTEmbeddings", "InternViTLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _input_embed_layer = "patch_embedding"
+    _can_record_outputs = {"hidden_states": InternViTLayer, "attentions": InternViTAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, InternViTEmbeddings):
+            # The published code leaves them at unit deviation, which a training from scratch does not recover from quickly.
+            init.normal_(module.class_embedding, std=self.config.initializer_range)
+            init.normal_(module.position_embedding, std=self.config.initializer_range)
+        elif isinstance(module, InternViTLayer):
+            init.constant_(module.ls1, self.config.initializer_factor)
+            init.constant_(module.ls2, self.config.initializer_factor)
+
+
+class InternVisionModel(InternViTPreTrainedModel):
+    """InternViT without a head. There is no final norm: `last_hidden_state` is the output of the last block."""
+
+    def __init__(self, config: InternViTConfig) -> None:
+        super().__init__(config)
+        self.embeddings = InternViTEmbeddings(config)
+        self.encoder = InternViTEncoder(config)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        pixel_embeds: torch.Tensor | None = None,
+        num_layers: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """Features of a batch of pictures.
+
+        Args:
+            pixel_values: (B, 3, height, width), normalised; both sides multiples of the patch size.
+            pixel_embeds: (B, N, D), token embeddings in place of `pixel_values`.
+            num_layers: Run only so many blocks; None runs all.
+
+        Returns:
+            `last_hidden_state` (B, N, D), `pooler_output` (B, D): the class token; `hidden_states` when asked for: the
+            embeddings and the output of every block that was run, each (B, N, D).
+
+        Raises:
+            ValueError: Not exactly one input, or a shape that does not fit.
+        """
+        hidden_states = self._embed(pixel_values, pixel_embeds)
+        hidden_states = self.encoder(hidden_states, stop=num_layers, **kwargs)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0])
+
+    def resize_pos_embeddings(self, old_size: int, new_size: int, patch_size: int) -> None:
+        """Resizes the learned positions in place, from pictures of `old_size` to `new_size` pixels, as published."""
+        embeddings = self.embeddings
+        if embeddings.position_embedding.shape[1] != 1 + (old_size // patch_size) ** 2:
+            raise ValueError(
+                f"`old_size` {old_size} with patches of {patch_size} means {(old_size // patch_size) ** 2} positions, "
+                f"the model has {embeddings.position_embedding.shape[1] - 1}."
+            )
+        side = new_size // patch_size
+        with torch.no_grad():
+            resized = resize_position_grid(embeddings.position_embedding, side, side)
+        embeddings.position_embedding = nn.Parameter(resized)
+        self.config.image_size = new_size
+
+    def _embed(self, pixel_values: torch.Tensor | None, pixel_embeds: torch.Tensor | None) -> torch.Tensor:
+        if (pixel_values is None) == (pixel_embeds is None):
+            raise ValueError("Give exactly one of `pixel_values` and `pixel_embeds`.")
+        if pixel_embeds is None:
+            return self.embeddings(pixel_values)
+        if pixel_embeds.ndim != 3:
+            raise ValueError(f"`pixel_embeds` must be (B, N, D), got {tuple(pixel_embeds.shape)}.")
+        return pixel_embeds
+
+
+class InternViTBackbone(BackboneMixin, InternViTPreTrainedModel):
+    """Feature maps of chosen blocks for detection and segmentation; loads the checkpoints of `InternVisionModel`."""
+
+    def __init__(self, config: InternViTConfig) -> None:
+        super().__init__(config)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+        self.embeddings = InternViTEmbeddings(config)
+        self.encoder = InternViTEncoder(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
+        """Feature maps of the stages in `config.out_features`; blocks above the last of them are not run.
+
+        Args:
+            pixel_values: (B, 3, height, width).
+
+        Returns:
+            `feature_maps`: one (B, D, height / patch, width / patch) per stage, without the class token.
+        """
+        return_hidden_states = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
+        hidden_states = [self.embeddings(pixel_values)]
+        depth = self.config.num_hidden_layers if return_hidden_states else max(self.out_indices_from_front)
+        for index in range(depth):
+            hidden_states.append(self.encoder(hidden_states[-1], start=index, stop=index + 1, **kwargs))
+        height = pixel_values.shape[-2] // self.config.patch_size
+        feature_maps = tuple(
+            rearrange(hidden_states[index][:, 1:], "b (h w) d -> b d h w", h=height).contiguous()
+            for index in self.out_indices_from_front
+        )
+        return BackboneOutput(
+            feature_maps=feature_maps, hidden_states=tuple(hidden_states) if return_hidden_states else None
+        )
+
+    @property
+    def out_indices_from_front(self) -> list[int]:
+        """`config.out_indices` with negative entries counted from the front."""
+        return [index % len(self.stage_names) for index in self.out_indices]
+
+
+class InternViTForImageClassification(InternViTPreTrainedModel):
+    """A linear probe on the class token and the mean patch behind a batch norm (published classification code)."""
+
+    def __init__(self, config: InternViTConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.vision_model = InternVisionModel(config)
+        self.norm = nn.BatchNorm1d(2 * config.hidden_size, eps=1e-6)  # eps: published classification/models/intern_vit_6b.py
+        self.head = nn.Linear(2 * config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutput:
+        """Class scores.
+
+        Args:
+            pixel_values: (B, 3, height, width).
+            labels: (B,) class indices.
+
+        Returns:
+            `logits` (B, num_labels) and, with `labels`, the cross-entropy `loss`.
+        """
+        outputs = self.vision_model(pixel_values, return_dict=True, **kwargs)
+        tokens = outputs.last_hidden_state
+        pooled = torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=-1)  # (B, 2 D)
+        logits = self.head(self.norm(pooled))
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = [
+    "InternViTBackbone",
+    "InternViTForImageClassification",
+    "InternViTPreTrainedModel",
+    "InternVisionModel",
+]

@@ -1,0 +1,374 @@
+"""InternVL-C and InternVL-G (paper sections 3.2 and 3.4): contrastive features, image-text matching and captioning in one class.
+
+InternVL-C pools InternViT; InternVL-G adds the pooled queries of QLLaMA. Text features of both come from QLLaMA as a causal text
+encoder. The prefix `summarize:` and the end token are the processor's work. Shape letters as in modeling_internvit.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+
+from .configuration_internvl import InternVLConfig
+from .loading_internvl import PublishedLoadingMixin
+from .modeling_internvit import InternVisionModel, eager_attention_forward
+from .modeling_qllama import QLlamaForCausalLM
+
+
+MODES = ("InternVL-C", "InternVL-G")
+
+
+def check_mode(mode: str) -> str:
+    """Returns "InternVL-C" or "InternVL-G"; the short forms "C" and "G" are understood too."""
+    full = f"InternVL-{mode}" if mode in ("C", "G") else mode
+    if full not in MODES:
+        raise ValueError(f"`mode` must be one of {list(MODES)}, got {mode!r}.")
+    return full
+
+
+def contrastive_loss(logits_per_image: torch.Tensor) -> torch.Tensor:
+    """Symmetric InfoNCE of a square matrix of scaled similarities (B, B) whose diagonal holds the pairs."""
+    target = torch.arange(logits_per_image.shape[0], device=logits_per_image.device)
+    return (F.cross_entropy(logits_per_image, target) + F.cross_entropy(logits_per_image.T, target)) / 2
+
+
+class InternVLPoolingAttention(nn.Module):
+    """Cross-attention of the pooling heads. The biases are parameters of their own, as in the published checkpoints."""
+
+    def __init__(self, config: InternVLConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_heads = config.attn_pool_num_heads
+        self.scaling = (width // self.num_heads) ** -0.5
+        self.is_causal = False
+        self.q = nn.Linear(width, width, bias=False)
+        self.k = nn.Linear(width, width, bias=False)
+        self.v = nn.Linear(width, width, bias=False)
+        self.q_bias = nn.Parameter(torch.empty(width))
+        self.k_bias = nn.Parameter(torch.empty(width))
+        self.v_bias = nn.Parameter(torch.empty(width))
+        self.proj = nn.Linear(width, config.clip_embed_dim)
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """(B, 1, D), (B, N, D), (B, N, D) -> (B, 1, E)."""
+        query, key, value = (
+            rearrange(x, "b n (h k) -> b h n k", h=self.num_heads)
+            for x in (self.q(query) + self.q_bias, self.k(key) + self.k_bias, self.v(value) + self.v_bias)
+        )
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, _ = attention(self, query, key, value, None, scaling=self.scaling, dropout=0.0)
+        return self.proj(output.flatten(2))
+
+
+class InternVLAttentionPooling(nn.Module):
+    """Pools tokens into one vector; the query is their mean (paper figure 4)."""
+
+    def __init__(self, config: InternVLConfig, width: int) -> None:
+        super().__init__()
+        eps = 1e-5  # published AttentiveBlock, whatever the eps of the towers
+        self.norm1_q = nn.LayerNorm(width, eps=eps)
+        self.norm1_k = nn.LayerNorm(width, eps=eps)
+        self.norm1_v = nn.LayerNorm(width, eps=eps)
+        self.cross_attn = InternVLPoolingAttention(config, width)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, N, D) -> (B, E)."""
+        query = tokens.mean(dim=1, keepdim=True)
+        return self.cross_attn(self.norm1_q(query), self.norm1_k(tokens), self.norm1_v(tokens)).squeeze(1)
+
+
+@dataclass
+class InternVLOutput(ModelOutput):
+    """What InternVL-C and -G give for pictures and texts.
+
+    Args:
+        loss: Contrastive loss over the batch, with `return_loss=True`.
+        logits_per_image: (B_image, B_text) scaled cosine similarities.
+        logits_per_text: Its transpose.
+        image_embeds: (B_image, E), unit length.
+        text_embeds: (B_text, E), unit length.
+    """
+
+    loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+
+
+class InternVLPreTrainedModel(PublishedLoadingMixin, PreTrainedModel):
+    config: InternVLConfig
+    config_class = InternVLConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["InternVLAttentionPooling"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _modules_kept_unquantized = (
+        "vision_model",
+        "clip_projector",
+        "clip_projector2",
+        "itm_head",
+        "qllama.lm_head",
+    )
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, InternVLPoolingAttention):
+            for bias in (module.q_bias, module.k_bias, module.v_bias):
+                init.zeros_(bias)
+        elif isinstance(module, InternVLModel):
+            init.normal_(module.query_tokens, std=self.config.initializer_range)
+            init.normal_(module.text_projection, std=module.text_projection.shape[0] ** -0.5)
+            init.constant_(module.logit_scale, 2.6592600369327783)  # log(1 / 0.07), as CLIP
+
+
+class InternVLModel(InternVLPreTrainedModel):
+    """InternViT and QLLaMA with the contrastive, matching and language heads ("InternVL-14B")."""
+
+    def __init__(self, config: InternVLConfig) -> None:
+        super().__init__(config)
+        width, text_width = config.vision_config.hidden_size, config.qllama_config.hidden_size
+        self.vision_model = InternVisionModel(config.vision_config)
+        self.qllama = QLlamaForCausalLM(config.qllama_config)
+        self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_token, text_width))
+        self.text_projection = nn.Parameter(torch.empty(text_width, config.clip_embed_dim))
+        self.logit_scale = nn.Parameter(torch.empty([]))
+        self.clip_projector = InternVLAttentionPooling(config, width)
+        self.clip_projector2 = InternVLAttentionPooling(config, text_width)
+        self.itm_head = nn.Linear(text_width, 2)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.qllama.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.qllama.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.qllama.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.qllama.lm_head = new_embeddings
+
+    @can_return_tuple
+    def _forward(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        mode: str,
+        return_loss: bool,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> InternVLOutput:
+        image_embeds = F.normalize(self.get_image_features(pixel_values, mode=mode, **kwargs), dim=-1)
+        text_embeds = F.normalize(self.get_text_features(input_ids, attention_mask, **kwargs), dim=-1)
+        logits_per_image = self.logit_scale.exp() * image_embeds @ text_embeds.to(image_embeds.device).T
+        return InternVLOutput(
+            loss=contrastive_loss(logits_per_image) if return_loss else None,
+            logits_per_image=logits_per_image,
+            logits_per_text=logits_per_image.T,
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+        )
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        mode: str = "InternVL-C",
+        return_loss: bool = False,
+        image: torch.FloatTensor | None = None,
+        text: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> InternVLOutput | tuple:
+        """Similarities of pictures and texts.
+
+        Args:
+            input_ids: (B_text, L), texts with the prefix `summarize:` and an end token.
+            pixel_values: (B_image, 3, height, width).
+            attention_mask: (B_text, L), 1 = attend, padding on either side; derived from `pad_token_id` when absent.
+            mode: "InternVL-C" or "InternVL-G".
+            return_loss: Whether to compute the contrastive loss of a batch of pairs.
+            image, text: The published names of `pixel_values` and `input_ids`. A call with these returns the plain pair
+                `(logits_per_image, logits_per_text)`, as published snippets unpack it.
+
+        Returns:
+            `InternVLOutput`.
+
+        Raises:
+            ValueError: Pictures or texts missing, an unknown `mode`, or `return_loss` with unequal numbers of both.
+        """
+        is_published_call = image is not None or text is not None
+        pixel_values = image if pixel_values is None else pixel_values
+        input_ids = text if input_ids is None else input_ids
+        if pixel_values is None or input_ids is None:
+            raise ValueError(
+                "`forward` compares pictures with texts and needs both `pixel_values` and `input_ids`; for one of them use "
+                "`get_image_features` or `get_text_features`."
+            )
+        if return_loss and len(pixel_values) != len(input_ids):
+            raise ValueError(f"`return_loss` needs pairs, got {len(pixel_values)} pictures and {len(input_ids)} texts.")
+        if is_published_call:
+            kwargs["return_dict"] = True
+        outputs = self._forward(input_ids, pixel_values, attention_mask, check_mode(mode), return_loss, **kwargs)
+        return (outputs.logits_per_image, outputs.logits_per_text) if is_published_call else outputs
+
+    def get_image_features(
+        self, pixel_values: torch.FloatTensor, mode: str = "InternVL-C", **kwargs: Unpack[TransformersKwargs]
+    ) -> torch.Tensor:
+        """Picture embeddings (B, E), not normalised.
+
+        InternVL-G's is the sum of two unit vectors (pooled queries and pooled InternViT), as published.
+
+        Args:
+            pixel_values: (B, 3, height, width).
+            mode: "InternVL-C" or "InternVL-G".
+        """
+        mode = check_mode(mode)
+        tokens = self.vision_model(pixel_values, return_dict=True).last_hidden_state
+        pooled = self.clip_projector(tokens)
+        if mode == "InternVL-C":
+            return pooled
+        queries = self.get_query_features(vision_hidden_states=tokens)
+        pooled_queries = self.clip_projector2(queries).to(pooled.device)
+        return F.normalize(pooled_queries, dim=-1) + F.normalize(pooled, dim=-1)
+
+    def get_query_features(
+        self, pixel_values: torch.FloatTensor | None = None, vision_hidden_states: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Hidden states (B, M, D) of QLLaMA's queries after looking at the picture, given as pixels or InternViT tokens."""
+        if vision_hidden_states is None:
+            vision_hidden_states = self.vision_model(pixel_values, return_dict=True).last_hidden_state
+        query_embeds = self.query_tokens.expand(vision_hidden_states.shape[0], -1, -1)
+        outputs = self.qllama.model(
+            query_embeds=query_embeds,
+            vision_hidden_states=vision_hidden_states,
+            use_cache=False,
+            return_dict=True,
+        )
+        return outputs.last_hidden_state
+
+    def get_text_features(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """Text embeddings (B, E), not normalised: the hidden state at the last real token, projected.
+
+        Args:
+            input_ids: (B, L).
+            attention_mask: (B, L), 1 = attend, padding on either side. When absent, tokens equal to `pad_token_id` of the QLLaMA
+                configuration are padding.
+
+        Raises:
+            ValueError: A row without a single real token.
+        """
+        attention_mask = self._text_mask(input_ids, attention_mask)
+        outputs = self.qllama.model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True
+        )
+        positions = torch.arange(input_ids.shape[1], device=attention_mask.device)
+        last = (positions * attention_mask).argmax(dim=1)
+        rows = torch.arange(input_ids.shape[0], device=last.device)
+        return outputs.last_hidden_state[rows, last] @ self.text_projection.to(outputs.last_hidden_state.device)
+
+    def get_matching_logits(
+        self,
+        pixel_values: torch.FloatTensor,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Scores (B, 2) that picture i and text i do not (0) or do (1) belong together: mean of the head over the queries.
+
+        Args:
+            pixel_values: (B, 3, height, width).
+            input_ids, attention_mask: (B, L).
+        """
+        tokens = self.vision_model(pixel_values, return_dict=True).last_hidden_state
+        query_embeds = self.query_tokens.expand(tokens.shape[0], -1, -1)
+        outputs = self.qllama.model(
+            input_ids=input_ids,
+            attention_mask=self._text_mask(input_ids, attention_mask),
+            query_embeds=query_embeds,
+            vision_hidden_states=tokens,
+            visibility="matching",
+            use_cache=False,
+            return_dict=True,
+        )
+        return self.itm_head(outputs.last_hidden_state[:, : query_embeds.shape[1]]).mean(dim=1)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **generate_kwargs: Any,
+    ) -> Any:
+        """Captions: the tokens after the prompt.
+
+        Args:
+            pixel_values: (B, 3, height, width).
+            input_ids: (B, L) prompt such as `English caption:`, padded on the left; without it a caption starts from `<s>`.
+            attention_mask: (B, L).
+            generate_kwargs: As for `generate` of transformers.
+
+        Returns:
+            (B, new tokens), without the prompt; or the output object with `return_dict_in_generate=True`, likewise cut.
+        """
+        if pixel_values is None:
+            raise ValueError("`generate` describes pictures and needs `pixel_values`.")
+        tokens = self.vision_model(pixel_values, return_dict=True).last_hidden_state
+        if input_ids is None:
+            input_ids = torch.full((len(tokens), 1), self.qllama.config.bos_token_id, device=tokens.device)
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        query_embeds = self.query_tokens.expand(len(tokens), -1, -1)
+        placeholders = input_ids.new_zeros(len(tokens), query_embeds.shape[1])
+        prompt = torch.cat([placeholders, input_ids], dim=1)
+        outputs = self.qllama.generate(
+            input_ids=prompt,
+            attention_mask=torch.cat([torch.ones_like(placeholders), attention_mask], dim=1),
+            query_embeds=query_embeds,
+            vision_hidden_states=tokens,
+            **generate_kwargs,
+        )
+        if isinstance(outputs, torch.Tensor):
+            return outputs[:, prompt.shape[1] :]
+        outputs.sequences = outputs.sequences[:, prompt.shape[1] :]
+        return outputs
+
+    def encode_image(self, image: torch.FloatTensor, mode: str = "InternVL-C") -> torch.Tensor:
+        """Published name of `get_image_features`."""
+        return self.get_image_features(image, mode=mode)
+
+    def encode_text(self, text: torch.LongTensor) -> torch.Tensor:
+        """Published name of `get_text_features`."""
+        return self.get_text_features(text)
+
+    def _text_mask(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        if attention_mask is None:
+            attention_mask = (input_ids != self.config.qllama_config.pad_token_id).long()
+        if not bool((attention_mask.sum(dim=1) > 0).all()):
+            raise ValueError("Every text needs at least one real token, but a row is all padding.")
+        return attention_mask
+
+
+__all__ = ["InternVLModel", "InternVLOutput", "InternVLPreTrainedModel"]

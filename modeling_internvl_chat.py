@@ -1,0 +1,599 @@
+"""InternVL-Chat: InternViT, a connector and any causal language model (paper section 3.4 and the later chat releases).
+
+Does: the simple configuration (patches through an MLP), the full one (QLLaMA queries and patches, each through its own MLP), training
+and generation with any number of pictures per sample and turn, and the published helpers `chat`, `batch_chat`, `extract_feature`.
+Does not: tiling and prompts in general; these are the image processor's and the processor's work.
+
+A tile becomes `config.num_image_token` features, which take the place of as many `<IMG_CONTEXT>` tokens, in order. Shape letters as in
+modeling_internvit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Cache,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
+
+from .configuration_internvl import InternVLChatConfig
+from .conversation_internvl import (
+    IMAGE_CONTEXT_TOKEN,
+    ConversationTemplate,
+    build_query,
+    get_conversation_template,
+    with_image_placeholder,
+)
+from .loading_internvl import PublishedLoadingMixin
+from .modeling_internlm2 import InternLM2ForCausalLM
+from .modeling_internvit import InternVisionModel
+from .modeling_qllama import QLlamaModel
+
+
+logger = logging.get_logger(__name__)
+
+
+def pixel_shuffle(patches: torch.Tensor, ratio: float, version: str) -> torch.Tensor:
+    """Folds neighbouring patches into the channels.
+
+    Args:
+        patches: (B, S*S, D), row by row.
+        ratio: Sides shrink by it, e.g. 0.5.
+        version: "v2", or "v1" which leaves the grid transposed, as the first releases were trained.
+
+    Returns:
+        (B, S*S*ratio**2, D/ratio**2).
+    """
+    side, fold = int(patches.shape[1] ** 0.5), round(1 / ratio)
+    order = "(i j)" if version == "v2" else "(j i)"
+    return rearrange(patches, f"n (i a j b) c -> n {order} (a b c)", i=side // fold, a=fold, j=side // fold, b=fold)
+
+
+def build_projector(input_size: int, output_size: int, projector_type: str) -> nn.Sequential:
+    """The MLP between two widths; indices are those of the published checkpoints (`mlp1.0`...)."""
+    norm = [nn.LayerNorm(input_size)] if projector_type == "layer_norm_mlp" else []
+    return nn.Sequential(
+        *norm, nn.Linear(input_size, output_size), nn.GELU(), nn.Linear(output_size, output_size)
+    )
+
+
+def build_decoder(config: Any) -> PreTrainedModel:
+    """The language model of a decoder configuration, in the default dtype of the moment."""
+    if config.model_type == "internlm2":
+        return InternLM2ForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype())
+
+
+class ImageTokenBlocker(LogitsProcessor):
+    """Keeps generation from emitting the image placeholder, which a later turn would take for a picture.
+
+    Greedy search only ever takes the best token, so there only rows where the placeholder is the best are touched; every other score
+    stays what the model said.
+    """
+
+    def __init__(self, image_token_id: int, is_greedy: bool) -> None:
+        self.image_token_id = image_token_id
+        self.is_greedy = is_greedy
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        blocked = torch.zeros_like(scores, dtype=torch.bool)
+        best = scores.argmax(dim=-1) == self.image_token_id
+        blocked[:, self.image_token_id] = best if self.is_greedy else True
+        return scores.masked_fill(blocked, -float("inf"))
+
+
+@dataclass
+class InternVLChatOutput(CausalLMOutputWithPast):
+    """Output of a causal language model, and the features of the pictures.
+
+    Args:
+        image_hidden_states: (tiles, num_image_token, D) when pictures were given as pixels.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+
+
+class InternVLChatPreTrainedModel(PublishedLoadingMixin, PreTrainedModel):
+    config: InternVLChatConfig
+    config_class = InternVLChatConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _modules_kept_unquantized = (
+        "vision_model",
+        "mlp1",
+        "mlp2",
+        "qllama",
+        "language_model.lm_head",
+        "language_model.output",
+    )
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, InternVLChatForConditionalGeneration) and module.query_tokens is not None:
+            init.normal_(module.query_tokens, std=self.config.qllama_config.initializer_range)
+
+
+class InternVLChatForConditionalGeneration(InternVLChatPreTrainedModel, GenerationMixin):
+    """InternVL-Chat; `config.connector` says what the decoder sees of a tile."""
+
+    def __init__(self, config: InternVLChatConfig) -> None:
+        super().__init__(config)
+        width = config.text_config.hidden_size
+        self.vision_model = InternVisionModel(config.vision_config)
+        self.language_model = build_decoder(config.text_config)
+        self.mlp1 = self.mlp2 = self.qllama = self.query_tokens = None
+        if config.connector != "queries":
+            channels = config.vision_config.hidden_size * round(1 / config.downsample_ratio) ** 2
+            self.mlp1 = build_projector(channels, width, config.projector_type)
+        if config.connector != "patches":
+            qllama_config = config.qllama_config
+            self.qllama = QLlamaModel(qllama_config, has_text=False)
+            self.query_tokens = nn.Parameter(torch.empty(1, qllama_config.num_query_token, qllama_config.hidden_size))
+            self.mlp2 = build_projector(qllama_config.hidden_size, width, config.projector_type)
+        self.system_message = self.conv_template.default_system_message if self.conv_template else None
+        self.post_init()
+
+    # What published user code reads from the model.
+
+    @property
+    def num_image_token(self) -> int:
+        """Positions of the decoder that one tile takes."""
+        return self.config.num_image_token
+
+    @property
+    def img_context_token_id(self) -> int | None:
+        """Id of the image placeholder."""
+        return self.config.image_token_id
+
+    @img_context_token_id.setter
+    def img_context_token_id(self, value: int) -> None:
+        self.config.image_token_id = value
+
+    @property
+    def template(self) -> str | None:
+        """Name of the conversation template."""
+        return self.config.template
+
+    @property
+    def conv_template(self) -> ConversationTemplate | None:
+        """The conversation template."""
+        return get_conversation_template(self.config.template) if self.config.template else None
+
+    @property
+    def select_layer(self) -> int:
+        """Hidden state of the vision tower that gives the patches."""
+        return self.config.select_layer
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """Features of tiles in the width of the decoder.
+
+        Args:
+            pixel_values: (tiles, 3, height, width).
+
+        Returns:
+            `pooler_output` (tiles, num_image_token, D); `last_hidden_state` (tiles, N, D_vision): the output of the last vision
+            block that was run. Blocks above `select_layer` are run only for the queries.
+        """
+        depth, kept = self.config.vision_config.num_hidden_layers, self.config.num_vision_layers
+        if self.config.connector == "queries":
+            kept = depth
+        vision = self.vision_model(pixel_values, num_layers=kept, return_dict=True, **kwargs)
+        tokens = vision.last_hidden_state
+        features = []
+        if self.qllama is not None:
+            last = self.vision_model.encoder(tokens, start=kept)
+            queries = self.qllama(
+                query_embeds=self.query_tokens.expand(len(last), -1, -1),
+                vision_hidden_states=last,
+                use_cache=False,
+                return_dict=True,
+            ).last_hidden_state
+            features.append(self.mlp2(queries))
+        if self.mlp1 is not None:
+            patches = pixel_shuffle(tokens[:, 1:], self.config.downsample_ratio, self.config.ps_version)
+            features.append(self.mlp1(patches))
+        vision.pooler_output = torch.cat([x.to(features[0].device) for x in features], dim=1)
+        return vision
+
+    def extract_feature(self, pixel_values: torch.FloatTensor) -> torch.Tensor:
+        """Published name: features (tiles, num_image_token, D) of tiles (tiles, 3, height, width)."""
+        return self.get_image_features(pixel_values, return_dict=True).pooler_output
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        image_flags: torch.Tensor | None = None,
+        image_embeds: torch.FloatTensor | None = None,
+        loss_weight: torch.Tensor | Sequence | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_patches: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> InternVLChatOutput:
+        """Next-token logits.
+
+        Args:
+            input_ids: (B, L), with `num_image_token` placeholders per tile.
+            pixel_values: (tiles, 3, height, width), the tiles of the whole batch in the order of their placeholders.
+            attention_mask: (B, L), 1 = attend, padding on either side.
+            position_ids, past_key_values: As in every decoder of transformers.
+            inputs_embeds: (B, L, D) in place of `input_ids`.
+            labels: (B, L), -100 ignored.
+            image_flags: (tiles,) or (tiles, 1); tiles with 0 are dummies and are left out (published training code).
+            image_embeds: (B, most placeholders of a row, D), features encoded before, in place of `pixel_values`.
+            loss_weight: (B, L) weights of the label positions; the loss is then their weighted mean.
+            logits_to_keep: Number of last positions (or their indices) to compute logits for; 0 means all.
+            num_patches: Tiles per picture, as the image processor returns them; their sum is checked.
+            mm_token_type_ids: Accepted and unused: placeholders are found by their id.
+
+        Raises:
+            ValueError: Placeholders and features differ in number, or an argument is missing.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        is_image = self._image_positions(input_ids, inputs_embeds)
+        features = self._encode_tiles(pixel_values, image_flags, num_patches)
+        placed = features if features is not None else self._from_image_embeds(image_embeds, is_image)
+        inputs_embeds = self._place(inputs_embeds, is_image, placed)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            logits_to_keep=logits_to_keep,
+            return_dict=True,
+            **kwargs,
+        )
+        loss = None
+        if labels is not None:
+            loss = self._loss(outputs.logits, labels, loss_weight, **kwargs)
+        return InternVLChatOutput(
+            loss=loss,
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=features,
+        )
+
+    def _encode_tiles(
+        self, pixel_values: torch.Tensor | None, image_flags: torch.Tensor | None, num_patches: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        if pixel_values is None:
+            return None
+        if self.config.image_token_id is None:
+            raise ValueError(
+                "`config.image_token_id` is not set, so pictures have no place in the text. Set it to the id of "
+                f"`{IMAGE_CONTEXT_TOKEN}` in the tokenizer, or convert the checkpoint with `--image-token-id`."
+            )
+        if num_patches is not None and int(torch.as_tensor(num_patches).sum()) != len(pixel_values):
+            raise ValueError(f"`num_patches` sums to {int(torch.as_tensor(num_patches).sum())}, got {len(pixel_values)} tiles.")
+        if image_flags is not None:
+            if image_flags.numel() != len(pixel_values):
+                raise ValueError(f"`image_flags` has {image_flags.numel()} entries for {len(pixel_values)} tiles.")
+            pixel_values = pixel_values[image_flags.flatten().to(pixel_values.device) == 1]
+            if not len(pixel_values):
+                return None
+        return self.extract_feature(pixel_values)
+
+    def _image_positions(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """Where the placeholders are: (B, L)."""
+        if self.config.image_token_id is None:
+            return torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(dim=-1)
+
+    @staticmethod
+    def _from_image_embeds(image_embeds: torch.Tensor | None, is_image: torch.Tensor) -> torch.Tensor | None:
+        """Drops the padding of `image_embeds`: (B, M, D) -> (placeholders, D)."""
+        if image_embeds is None:
+            return None
+        count = is_image.sum(dim=1, keepdim=True).to(image_embeds.device)
+        return image_embeds[torch.arange(image_embeds.shape[1], device=image_embeds.device) < count]
+
+    def _place(
+        self, inputs_embeds: torch.Tensor, is_image: torch.Tensor, features: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Puts the features, in order, where the placeholders are."""
+        if features is None and is_image.shape[1] == 1:
+            return inputs_embeds  # a decoding step: `generate` never emits a placeholder
+        num_features = 0 if features is None else features.shape[:-1].numel()
+        if not torch.compiler.is_compiling() and int(is_image.sum()) != num_features:
+            raise ValueError(self._mismatch(is_image, num_features))
+        if features is None:
+            return inputs_embeds
+        features = features.to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(is_image.unsqueeze(-1).to(inputs_embeds.device), features)
+
+    def _mismatch(self, is_image: torch.Tensor, num_features: int) -> str:
+        found, per_tile = is_image.sum(dim=1).tolist(), self.num_image_token
+        broken = [i for i, count in enumerate(found) if count % per_tile]
+        sample = (
+            f"Sample {broken[0]} has {found[broken[0]]} placeholders, which is no multiple of {per_tile}: was it truncated?"
+            if broken
+            else f"Placeholders per sample: {dict(enumerate(found))}."
+        )
+        return (
+            f"The text has {sum(found)} image placeholders but {num_features} image features were given "
+            f"({num_features // per_tile} tiles of {per_tile}). {sample} Pass the tiles of every picture in the text, in order, and "
+            f"{per_tile} placeholders for each."
+        )
+
+    def _loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, loss_weight: torch.Tensor | Sequence | None, **kwargs: Any
+    ) -> torch.Tensor:
+        if loss_weight is None:
+            return self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        weight = torch.as_tensor(loss_weight, dtype=torch.float32, device=logits.device)[:, 1:].flatten()
+        shifted = labels[:, 1:].flatten().to(logits.device)
+        losses = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), shifted, reduction="none")
+        return (losses * weight).sum() / weight.sum()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        generation_config: Any = None,
+        *,
+        pixel_values: torch.FloatTensor | None = None,
+        image_flags: torch.Tensor | None = None,
+        num_patches: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers: the prompt followed by the new tokens.
+
+        Pictures are encoded once, before the search begins, whatever the number of beams or samples. With `past_key_values` of
+        earlier turns, pictures whose placeholders the cache covers are not encoded again; `pixel_values` may hold the tiles of all
+        turns or only the new ones.
+
+        Args:
+            inputs: (B, L), also as `input_ids`.
+            generation_config: A `GenerationConfig`.
+            pixel_values, image_flags, num_patches: As in `forward`.
+            kwargs: Everything else that `generate` of transformers takes.
+        """
+        inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if pixel_values is not None:
+            if inputs is None:
+                raise ValueError("`generate` with `pixel_values` needs `input_ids` that hold the image placeholders.")
+            kwargs["image_embeds"] = self._image_embeds_of_new_tiles(
+                inputs, pixel_values, image_flags, num_patches, kwargs.get("past_key_values")
+            )
+        if self.config.image_token_id is not None:
+            settings = generation_config or self.generation_config
+            do_sample, num_beams = (kwargs.get(key, getattr(settings, key, None)) for key in ("do_sample", "num_beams"))
+            blocker = ImageTokenBlocker(self.config.image_token_id, not do_sample and (num_beams or 1) == 1)
+            kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), blocker])
+        return super().generate(inputs, generation_config, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.LongTensor, image_embeds: torch.Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Passes the pictures on in the steps whose input holds placeholders: the prefill, or every step without a cache."""
+        model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if kwargs.get("is_first_iteration") or not kwargs.get("use_cache", True):
+            model_inputs["image_embeds"] = image_embeds
+        return model_inputs
+
+    def _image_embeds_of_new_tiles(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        image_flags: torch.Tensor | None,
+        num_patches: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor:
+        """Features of the tiles that the cache does not cover: (B, most new placeholders of a row, D), padded with zeros."""
+        is_image = input_ids == self.config.image_token_id if self.config.image_token_id is not None else None
+        cached_length = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        if is_image is not None and cached_length:
+            tiles = is_image.sum(dim=1) // self.num_image_token
+            cached = is_image[:, :cached_length].sum(dim=1) // self.num_image_token
+            if int(tiles.sum()) == len(pixel_values):
+                is_new = [i >= c for t, c in zip(tiles.tolist(), cached.tolist(), strict=True) for i in range(t)]
+                pixel_values, num_patches = pixel_values[torch.tensor(is_new, device=pixel_values.device)], None
+            is_image = is_image[:, cached_length:]
+        features = self._encode_tiles(pixel_values, image_flags, num_patches) if len(pixel_values) else None
+        num_features = 0 if features is None else features.shape[:-1].numel()
+        if int(is_image.sum()) != num_features:
+            raise ValueError(self._mismatch(is_image, num_features))
+        counts = is_image.sum(dim=1)
+        width = self.config.text_config.hidden_size
+        embeds = torch.zeros(len(counts), int(counts.max()), width, dtype=self.dtype, device=self.device)
+        if features is not None:
+            embeds = embeds.to(features.device, features.dtype)
+            filled = torch.arange(embeds.shape[1], device=embeds.device) < counts[:, None].to(embeds.device)
+            embeds[filled] = features.flatten(0, 1)
+        return embeds
+
+    # Published helpers; signatures as published.
+
+    def chat(
+        self,
+        tokenizer: Any,
+        pixel_values: torch.FloatTensor | None,
+        question: str,
+        generation_config: dict[str, Any],
+        history: list[tuple[str, str]] | None = None,
+        return_history: bool = False,
+        num_patches_list: list[int] | None = None,
+        IMG_START_TOKEN: str = "<img>",
+        IMG_END_TOKEN: str = "</img>",
+        IMG_CONTEXT_TOKEN: str = IMAGE_CONTEXT_TOKEN,
+        verbose: bool = False,
+    ) -> str | tuple[str, list[tuple[str, str]]]:
+        """One turn of a conversation in the checkpoint's published prompt form.
+
+        Args:
+            tokenizer: The checkpoint's tokenizer.
+            pixel_values: (tiles, 3, height, width) of all pictures of the conversation, or None.
+            question: What the user says, with one `<image>` per picture; without any, `<image>` and a line break are put first.
+            generation_config: Arguments of `generate` as a plain dictionary; may hold a `streamer`. Not changed.
+            history: (question, answer) of earlier turns. Not changed.
+            return_history: Whether to return the history with this turn appended as well.
+            num_patches_list: Tiles of each picture; None means all tiles are one picture.
+            IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN: Must be the tokens of the checkpoint.
+            verbose: Whether to log prompt and answer.
+
+        Returns:
+            The answer, or `(answer, history)`.
+        """
+        _check_image_tokens(IMG_START_TOKEN, IMG_END_TOKEN)
+        if num_patches_list is None:
+            num_patches_list = [len(pixel_values)] if pixel_values is not None else []
+        if pixel_values is not None and len(pixel_values) != sum(num_patches_list):
+            raise ValueError(f"`num_patches_list` sums to {sum(num_patches_list)}, got {len(pixel_values)} tiles.")
+        query = self._build_query(question, history, num_patches_list)
+        answers = self._answer(tokenizer, pixel_values, query, generation_config, IMG_CONTEXT_TOKEN)
+        if verbose:
+            logger.info("%s %s", query, answers[0])
+        asked = with_image_placeholder(question, history, bool(num_patches_list))
+        return (answers[0], [*(history or []), (asked, answers[0])]) if return_history else answers[0]
+
+    def batch_chat(
+        self,
+        tokenizer: Any,
+        pixel_values: torch.FloatTensor | None,
+        questions: list[str],
+        generation_config: dict[str, Any],
+        num_patches_list: list[int] | list[list[int]] | None = None,
+        history: list[list[tuple[str, str]] | None] | None = None,
+        return_history: bool = False,
+        IMG_START_TOKEN: str = "<img>",
+        IMG_END_TOKEN: str = "</img>",
+        IMG_CONTEXT_TOKEN: str = IMAGE_CONTEXT_TOKEN,
+        verbose: bool = False,
+        image_counts: list[int] | None = None,
+    ) -> list[str] | tuple[list[str], list[list[tuple[str, str]]]]:
+        """One turn of several conversations at once; arguments as in `chat`.
+
+        Args:
+            questions: One per conversation.
+            num_patches_list: Per conversation the tiles of its picture, or a list with the tiles of each of its pictures (an
+                empty list for none).
+            history: Per conversation its earlier turns or None; the published code takes none at all.
+            image_counts: Former name of `num_patches_list`.
+        """
+        _check_image_tokens(IMG_START_TOKEN, IMG_END_TOKEN)
+        num_patches_list = image_counts if num_patches_list is None else num_patches_list
+        if num_patches_list is None:
+            num_patches_list = [[] for _ in questions] if pixel_values is None else [1] * len(questions)
+        tiles = [[entry] if isinstance(entry, int) else list(entry) for entry in num_patches_list]
+        histories = list(history) if history is not None else [None] * len(questions)
+        if not len(questions) == len(tiles) == len(histories):
+            raise ValueError(
+                f"`questions`, `num_patches_list` and `history` must be equally long, got {len(questions)}, {len(tiles)} and "
+                f"{len(histories)}."
+            )
+        num_tiles = 0 if pixel_values is None else len(pixel_values)
+        if num_tiles != sum(map(sum, tiles)):
+            raise ValueError(f"`num_patches_list` sums to {sum(map(sum, tiles))}, got {num_tiles} tiles.")
+        turns = list(zip(questions, histories, tiles, strict=True))
+        queries = [self._build_query(*turn) for turn in turns]
+        answers = self._answer(tokenizer, pixel_values, queries, generation_config, IMG_CONTEXT_TOKEN)
+        if verbose:
+            logger.info("%s %s", queries, answers)
+        if not return_history:
+            return answers
+        asked = [with_image_placeholder(question, past, bool(pictures)) for question, past, pictures in turns]
+        return answers, [
+            [*(past or []), (question, answer)]
+            for past, question, answer in zip(histories, asked, answers, strict=True)
+        ]
+
+    def _build_query(self, question: str, history: list[tuple[str, str]] | None, num_patches: list[int]) -> str:
+        if self.conv_template is None:
+            raise ValueError("`config.template` is not set; name one of `conversation_internvl` to use `chat`.")
+        return build_query(
+            self.conv_template, question, history, num_patches, self.num_image_token, self.system_message
+        )
+
+    def _answer(
+        self,
+        tokenizer: Any,
+        pixel_values: torch.Tensor | None,
+        query: str | list[str],
+        generation_config: dict[str, Any],
+        image_token: str,
+    ) -> list[str]:
+        image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        if self.config.image_token_id not in (None, image_token_id):
+            logger.warning_once(
+                f"`config.image_token_id` is {self.config.image_token_id}, the tokenizer's `{image_token}` is {image_token_id}: "
+                "using the tokenizer's."
+            )
+        self.config.image_token_id = image_token_id
+        if isinstance(query, str):
+            encoded = tokenizer(query, return_tensors="pt")
+        else:
+            tokenizer.padding_side = "left"  # stays set, as after the published call
+            encoded = tokenizer(query, return_tensors="pt", padding=True)
+        settings = dict(generation_config)
+        stop_id = tokenizer.convert_tokens_to_ids(self.conv_template.stop.strip())
+        if stop_id is not None and stop_id != getattr(tokenizer, "unk_token_id", None):
+            settings.setdefault("eos_token_id", stop_id)
+        input_ids = encoded["input_ids"].to(self.device)
+        output = self.generate(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=encoded["attention_mask"].to(self.device),
+            **settings,
+        )
+        texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+        return [self.conv_template.cut_answer(text) for text in texts]
+
+
+def _check_image_tokens(start: str, end: str) -> None:
+    if (start, end) != ("<img>", "</img>"):
+        raise ValueError(f"Pictures stand between `<img>` and `</img>` in every release, got {start!r} and {end!r}.")
+
+
+__all__ = ["InternVLChatForConditionalGeneration", "InternVLChatOutput", "InternVLChatPreTrainedModel"]
