@@ -401,25 +401,30 @@ class InternVLChatForConditionalGeneration(InternVLChatPreTrainedModel, Generati
             kwargs: Everything else that `generate` of transformers takes.
         """
         inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
+        settings = generation_config or self.generation_config
+        chosen = {
+            key: kwargs.get(key, getattr(settings, key, None)) for key in ("do_sample", "num_beams", "prefill_chunk_size")
+        }
         if pixel_values is not None:
             if inputs is None:
                 raise ValueError("`generate` with `pixel_values` needs `input_ids` that hold the image placeholders.")
+            if chosen["prefill_chunk_size"]:
+                raise ValueError("`prefill_chunk_size` would cut pictures apart; leave it out where there are any.")
             kwargs["image_embeds"] = self._image_embeds_of_new_tiles(
                 inputs, pixel_values, image_flags, num_patches, kwargs.get("past_key_values")
             )
         if self.config.image_token_id is not None:
-            settings = generation_config or self.generation_config
-            do_sample, num_beams = (kwargs.get(key, getattr(settings, key, None)) for key in ("do_sample", "num_beams"))
-            blocker = ImageTokenBlocker(self.config.image_token_id, not do_sample and (num_beams or 1) == 1)
+            is_greedy = not chosen["do_sample"] and (chosen["num_beams"] or 1) == 1
+            blocker = ImageTokenBlocker(self.config.image_token_id, is_greedy)
             kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), blocker])
         return super().generate(inputs, generation_config, **kwargs)
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.LongTensor, image_embeds: torch.Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Passes the pictures on in the steps whose input holds placeholders: the prefill, or every step without a cache."""
+        """Passes the pictures on in the steps that may hold placeholders: all but those of one new token."""
         model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        if kwargs.get("is_first_iteration") or not kwargs.get("use_cache", True):
+        if model_inputs["input_ids"] is not None and model_inputs["input_ids"].shape[1] > 1:
             model_inputs["image_embeds"] = image_embeds
         return model_inputs
 

@@ -87,6 +87,15 @@ def text_positions(attention_mask: torch.Tensor) -> torch.Tensor:
     return positions.masked_fill(attention_mask == 0, 1)
 
 
+def kernel_for_blocks(implementation: str) -> str:
+    """The kernel for the block patterns of a prefill with queries.
+
+    Flash kernels know causal and padded attention only, and a flex kernel would be compiled anew for every pattern: both leave these
+    short prefills to sdpa. Decoding, text alone and queries alone stay with them.
+    """
+    return "sdpa" if "flash" in implementation or implementation == "flex_attention" else implementation
+
+
 class QLlamaRMSNorm(nn.Module):
     """Root mean square norm, the statistics in fp32."""
 
@@ -137,9 +146,8 @@ class QLlamaAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         implementation = self.config._attn_implementation
-        if "flash" in implementation and attention_mask is not None and attention_mask.ndim == 4:
-            # Flash kernels know causal and padded attention only, not the block patterns of a prefill with queries.
-            implementation = "sdpa"
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
+            implementation = kernel_for_blocks(implementation)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         output, weights = attention(
@@ -165,6 +173,9 @@ class QLlamaCrossAttention(nn.Module):
         self.k_proj = nn.Linear(config.vision_hidden_size, inner, bias=False)
         self.v_proj = nn.Linear(config.vision_hidden_size, inner, bias=False)
         self.o_proj = nn.Linear(inner, width, bias=False)
+        # So a QLLaMA made from a LLaMA first computes what that LLaMA computes. (A flag on the layer itself, because transformers
+        # does not call `_init_weights` for modules of custom code that have no parameter of their own.)
+        self.o_proj.starts_at_zero = True
 
     def forward(
         self, queries: torch.Tensor, vision_hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
@@ -243,9 +254,8 @@ class QLlamaPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, QLlamaCrossAttention):
-            # The branch starts at zero, so that a QLLaMA made from a LLaMA first computes what that LLaMA computes.
-            init.zeros_(module.o_proj.weight)
+        if getattr(module, "starts_at_zero", False):
+            init.zeros_(module.weight)
 
 
 class QLlamaModel(QLlamaPreTrainedModel):
@@ -411,9 +421,8 @@ class QLlamaModel(QLlamaPreTrainedModel):
         def still_visible(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
             return ~(is_contrastive[b] & (q >= num_queries) & (k < num_queries))
 
-        if "flash" in self.config._attn_implementation:
-            arguments["config"] = copy.copy(self.config)
-            arguments["config"]._attn_implementation = "sdpa"  # see QLlamaAttention
+        arguments["config"] = copy.copy(self.config)
+        arguments["config"]._attn_implementation = kernel_for_blocks(self.config._attn_implementation)
         return create_causal_mask(or_mask_function=also_visible, and_mask_function=still_visible, **arguments)
 
 

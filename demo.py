@@ -1,0 +1,93 @@
+"""The bundled checkpoint looks at the bundled pictures: `python -m internvl.demo`.
+
+Prints each picture's name, the questions about it and the model's answers beside the right ones, and draws how each picture was
+tiled into `demo_output/tiles.png`.
+"""
+
+import argparse
+import json
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from transformers.utils import logging
+
+from .chat import DEFAULT_CHECKPOINT, Conversation
+from .image_processing_internvl import InternVLImageProcessor, choose_grid
+
+
+MARGIN, CAPTION, PANEL = 24, 26, 360  # pixels of the drawing
+
+
+def draw_tiling(picture: Image.Image, name: str, processor: InternVLImageProcessor) -> Image.Image:
+    """One panel: the picture cut along its grid, and the thumbnail beside it when there is one."""
+    tile = processor.size["height"]
+    columns, rows = choose_grid(*picture.size, processor.min_num, processor.max_num, tile)
+    scale = PANEL / max(columns, rows) / tile
+    side = round(tile * scale)
+    resized = picture.convert("RGB").resize((columns * side, rows * side), Image.Resampling.BICUBIC)
+    gap = 6
+    has_thumbnail = columns * rows > 1 and processor.use_thumbnail
+    width = columns * (side + gap) + (2 * gap + PANEL // 2 if has_thumbnail else 0)
+    panel = Image.new("RGB", (max(width, PANEL), CAPTION + rows * (side + gap)), "white")
+    draw = ImageDraw.Draw(panel)
+    count = columns * rows + has_thumbnail
+    tiling = f"{columns} x {rows} tiles" + (" + thumbnail" if has_thumbnail else "") if count > 1 else "1 tile"
+    draw.text((0, 2), f"{name}  {picture.width} x {picture.height}: {tiling}", "black", ImageFont.load_default(16))
+    for row in range(rows):
+        for column in range(columns):
+            box = (column * side, row * side, (column + 1) * side, (row + 1) * side)
+            place = (column * (side + gap), CAPTION + row * (side + gap))
+            panel.paste(resized.crop(box), place)
+            draw.rectangle((*place, place[0] + side - 1, place[1] + side - 1), outline="#c03030", width=2)
+    if has_thumbnail:
+        thumbnail = picture.convert("RGB").resize((PANEL // 2, PANEL // 2), Image.Resampling.BICUBIC)
+        place = (columns * (side + gap) + gap, CAPTION)
+        panel.paste(thumbnail, place)
+        draw.rectangle((*place, place[0] + PANEL // 2 - 1, place[1] + PANEL // 2 - 1), outline="#3050c0", width=2)
+    return panel
+
+
+def stack(panels: list[Image.Image]) -> Image.Image:
+    """The panels below each other on one white sheet."""
+    width = max(panel.width for panel in panels) + 2 * MARGIN
+    sheet = Image.new("RGB", (width, sum(panel.height + MARGIN for panel in panels) + MARGIN), "white")
+    top = MARGIN
+    for panel in panels:
+        sheet.paste(panel, (MARGIN, top))
+        top += panel.height + MARGIN
+    return sheet
+
+
+def main() -> None:
+    """Answers every bundled question and draws the tilings."""
+    parser = argparse.ArgumentParser(prog="python -m internvl.demo", description="Show the bundled checkpoint at work.")
+    parser.add_argument("--model", default=DEFAULT_CHECKPOINT, metavar="DIR")
+    parser.add_argument("--pictures", default=DEFAULT_CHECKPOINT / "examples", type=Path, metavar="DIR")
+    parser.add_argument("--output", default=Path("demo_output"), type=Path, metavar="DIR")
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    conversation = Conversation(options.model, max_new_tokens=16)
+    rows = json.loads((options.pictures / "questions.json").read_text(encoding="utf-8"))
+    panels, right = [], 0
+    for file, questions in groupby(rows, key=lambda row: row["file"]):
+        print(f"\n{file}")
+        path = options.pictures / file
+        for row in questions:
+            conversation.restart()
+            answer = conversation.ask(row["question"], [str(path)])
+            is_right = answer.lower() == row["answer"].lower()
+            right += is_right
+            print(f"  {row['question']}\n    {answer}" + ("" if is_right else f"   (right: {row['answer']})"))
+        with Image.open(path) as picture:
+            panels.append(draw_tiling(picture, file, conversation.processor.image_processor))
+    options.output.mkdir(parents=True, exist_ok=True)
+    stack(panels).save(options.output / "tiles.png")
+    print(f"\n{right} of {len(rows)} answers right. How the pictures were tiled: {options.output / 'tiles.png'}")
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()

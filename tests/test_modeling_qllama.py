@@ -1,0 +1,194 @@
+"""QLLaMA against a slow re-implementation: who sees whom, positions, padding, cache."""
+
+import pytest
+import torch
+
+from . import reference, tiny
+
+
+Q, L = 5, 6
+PADDING = {"left": [False, False, True, True, True, True], "right": [True, True, True, True, False, False], "none": [True] * L}
+
+
+def inputs(batch: int = 1):
+    queries = tiny.pixels(batch, 1, 40, seed=5)[:, :, 0].reshape(batch, 5, 24)
+    picture = tiny.pixels(batch, 32, 6, seed=6)[:, 0].transpose(1, 2)
+    return queries, picture, tiny.text_ids(batch, L, seed=7)
+
+
+@pytest.mark.parametrize("side", list(PADDING))
+@pytest.mark.parametrize("pattern", ["matching", "contrastive", "generation", "image", "text"])
+@torch.no_grad()
+def test_equals_the_slow_reference(pattern, side):
+    model = tiny.qllama_model().double()
+    queries, picture, ids = inputs()
+    queries, picture = queries.double(), picture.double()
+    real = PADDING[side]
+    has_queries, has_text = pattern != "text", pattern != "image"
+    outputs = model.model(
+        input_ids=ids if has_text else None,
+        attention_mask=torch.tensor([real]).long() if has_text else None,
+        query_embeds=queries if has_queries else None,
+        vision_hidden_states=picture if has_queries else None,
+        visibility=pattern,
+    )
+    rows = ([queries[0]] if has_queries else []) + ([model.model.embed_tokens(ids[0])] if has_text else [])
+    x, count = torch.cat(rows), Q * has_queries
+    real = [True] * count + real * has_text
+    positions = [sum(real[: i + 1]) - 1 for i in range(len(real))]
+    seen = reference.visible(pattern if has_queries and has_text else "generation", count, len(x), real)
+    for layer in model.model.layers:
+        x = reference.qllama_layer(layer.state_dict(), x, picture[0], count, positions, seen, 4, 10000.0, 1e-6)
+    x = reference.rms_norm(x, model.model.norm.weight, 1e-6)
+    kept = torch.tensor(real)
+    torch.testing.assert_close(outputs.last_hidden_state[0][kept], x[kept], atol=1e-5, rtol=1e-5)  # norms and angles are fp32
+
+
+@torch.no_grad()
+def test_patterns_mixed_within_a_batch_equal_one_by_one():
+    model = tiny.qllama_model()
+    queries, picture, ids = inputs(3)
+    mask = torch.tensor([[1] * 6, [0] * 2 + [1] * 4, [1] * 3 + [0] * 3])
+    patterns = ["matching", "contrastive", "generation"]
+    together = model.model(
+        input_ids=ids, attention_mask=mask, query_embeds=queries, vision_hidden_states=picture, visibility=patterns
+    ).last_hidden_state
+    for i, pattern in enumerate(patterns):
+        one = slice(i, i + 1)
+        alone = model.model(
+            input_ids=ids[one],
+            attention_mask=mask[one],
+            query_embeds=queries[one],
+            vision_hidden_states=picture[one],
+            visibility=pattern,
+        ).last_hidden_state
+        kept = torch.cat([torch.ones(Q), mask[i]]).bool()
+        torch.testing.assert_close(together[i][kept], alone[0][kept], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(together[0], together[2])
+
+
+@torch.no_grad()
+def test_contrastive_text_does_not_feel_the_picture_and_queries_do_not_feel_the_text():
+    model = tiny.qllama_model()
+    queries, picture, ids = inputs()
+
+    def run(**changes):
+        arguments = {"input_ids": ids, "query_embeds": queries, "vision_hidden_states": picture, "visibility": "contrastive"}
+        return model.model(**{**arguments, **changes}).last_hidden_state[0]
+
+    base, other_picture, other_text = run(), run(vision_hidden_states=picture + 1), run(input_ids=(ids + 1) % 80)
+    torch.testing.assert_close(base[Q:], other_picture[Q:])
+    torch.testing.assert_close(base[:Q], other_text[:Q])
+    assert (base[:Q] - other_picture[:Q]).abs().max() > 1e-3
+    assert (run(visibility="generation")[Q:] - run(visibility="generation", vision_hidden_states=picture + 1)[Q:]).abs().max() > 1e-3
+
+
+def captions(model, **kwargs):
+    queries, picture, ids = inputs(3)
+    ids = torch.cat([torch.zeros(3, Q, dtype=torch.long), ids], dim=1)
+    mask = torch.ones_like(ids)
+    mask[1, Q : Q + 2] = 0
+    return model.generate(
+        input_ids=ids, attention_mask=mask, query_embeds=queries, vision_hidden_states=picture, do_sample=False,
+        max_new_tokens=8, min_new_tokens=8, **kwargs,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", [{"use_cache": False}, {"cache_implementation": "static"}, {"num_beams": 1, "num_return_sequences": 1}])
+def test_cached_generation_equals_uncached_and_static(setting):
+    model = tiny.qllama_model()
+    assert torch.equal(captions(model, **setting), captions(model, use_cache=True))
+
+
+def test_padding_between_queries_and_text_changes_no_caption():
+    model = tiny.qllama_model()
+    queries, picture, ids = inputs(3)
+    row = torch.cat([torch.zeros(Q, dtype=torch.long), ids[1, 2:]])[None]
+    alone = model.generate(
+        input_ids=row, attention_mask=torch.ones_like(row), query_embeds=queries[1:2], vision_hidden_states=picture[1:2],
+        do_sample=False, max_new_tokens=8, min_new_tokens=8,
+    )  # fmt: skip
+    assert torch.equal(alone[0, -8:], captions(model)[1, -8:])
+
+
+def test_cross_attention_is_computed_in_the_prefill_only():
+    model = tiny.qllama_model()
+    calls = []
+    model.model.layers[0].cross_attn.k_proj.register_forward_hook(lambda *_: calls.append(1))
+    captions(model)
+    assert calls == [1]
+
+
+def test_cross_attention_sits_in_every_nth_layer():
+    for frequency, expected in ((1, [0, 1, 2]), (2, [0, 2]), (3, [0])):
+        layers = tiny.qllama_model(cross_attention_frequency=frequency).model.layers
+        assert [i for i, layer in enumerate(layers) if layer.cross_attn is not None] == expected
+
+
+@torch.no_grad()
+def test_a_fresh_cross_attention_leaves_the_llama_unchanged():
+    from internvl.modeling_qllama import QLlamaForCausalLM
+
+    model = QLlamaForCausalLM(tiny.qllama_model().config).eval()
+    queries, picture, ids = inputs()
+    arguments = {"input_ids": ids, "query_embeds": queries}
+    with_picture = model(**arguments, vision_hidden_states=picture).logits
+    torch.testing.assert_close(with_picture, model(**arguments).logits)
+
+
+@torch.no_grad()
+def test_flash_and_flex_leave_block_patterns_to_sdpa_and_keep_the_rest():
+    """No flash kernel is at hand, so a kernel registered under such a name stands for it and records what reaches it."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import flash_attention_mask
+
+    lengths = []
+
+    def flash_stand_in(module, query, key, value, attention_mask, **kwargs):
+        assert attention_mask is None or attention_mask.ndim == 2  # all that a flash kernel understands
+        lengths.append(query.shape[2])
+        return sdpa_attention_forward(module, query, key, value, None, **kwargs)
+
+    AttentionInterface.register("flash_stand_in", flash_stand_in)
+    AttentionMaskInterface.register("flash_stand_in", flash_attention_mask)
+    model = tiny.qllama_model()
+    queries, picture, ids = inputs()
+    expected = {}
+    for attention in ("sdpa", "flash_stand_in"):
+        model.config._attn_implementation = attention  # the setter of the model would look for an installed flash package
+        got = {
+            pattern: model.model(
+                input_ids=ids, query_embeds=queries, vision_hidden_states=picture, visibility=pattern
+            ).last_hidden_state
+            for pattern in ("contrastive", "generation")
+        }
+        blocks = list(lengths)
+        got["image"] = model.model(query_embeds=queries, vision_hidden_states=picture).last_hidden_state
+        got["text"] = model.model(input_ids=ids).last_hidden_state
+        expected = expected or got
+    for pattern, value in got.items():
+        torch.testing.assert_close(value, expected[pattern], atol=1e-5, rtol=1e-5, msg=pattern)
+    assert set(blocks) == {Q}  # of the block patterns, the cross-attention alone
+    assert {L, Q} <= set(lengths[len(blocks) :])  # text alone, queries alone
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "Give `input_ids`, `inputs_embeds` or `query_embeds`"),
+        ({"input_ids": torch.ones(2, 3).long(), "visibility": "itm"}, r"must be among .*, got \['itm'\]"),
+        ({"input_ids": torch.ones(2, 3).long(), "visibility": "image"}, "takes queries alone"),
+        ({"input_ids": torch.ones(2, 3).long(), "visibility": ["text"] * 3}, r"one per row \(2\), got 3"),
+        ({"input_ids": torch.ones(2, 3).long(), "inputs_embeds": torch.ones(2, 3, 24)}, "only one of"),
+        ({"query_embeds": torch.ones(2, 5, 24), "visibility": "text"}, "takes text alone"),
+    ],
+)
+def test_unfitting_input_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.qllama_model().model(**arguments)
+
+
+def test_scaled_rotary_positions_are_refused():
+    with pytest.raises(ValueError, match="plain rotary positions"):
+        tiny.qllama_model(rope_scaling={"type": "linear", "factor": 2.0})
