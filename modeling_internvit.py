@@ -285,6 +285,7 @@ class InternVisionModel(InternViTPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         pixel_embeds: torch.Tensor | None = None,
         num_layers: int | None = None,
+        num_patches: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Features of a batch of pictures.
@@ -293,6 +294,7 @@ class InternVisionModel(InternViTPreTrainedModel):
             pixel_values: (B, 3, height, width), normalised; both sides multiples of the patch size.
             pixel_embeds: (B, N, D), token embeddings in place of `pixel_values`.
             num_layers: Run only so many blocks; None runs all.
+            num_patches: Accepted and unused, so that the whole output of the image processor can be passed.
 
         Returns:
             `last_hidden_state` (B, N, D), `pooler_output` (B, D): the class token; `hidden_states` when asked for: the
@@ -340,11 +342,17 @@ class InternViTBackbone(BackboneMixin, InternViTPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        num_patches: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BackboneOutput:
         """Feature maps of the stages in `config.out_features`; blocks above the last of them are not run.
 
         Args:
             pixel_values: (B, 3, height, width).
+            num_patches: Accepted and unused.
 
         Returns:
             `feature_maps`: one (B, D, height / patch, width / patch) per stage, without the class token.
@@ -385,6 +393,7 @@ class InternViTForImageClassification(InternViTPreTrainedModel):
         self,
         pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
+        num_patches: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
         """Class scores.
@@ -392,6 +401,7 @@ class InternViTForImageClassification(InternViTPreTrainedModel):
         Args:
             pixel_values: (B, 3, height, width).
             labels: (B,) class indices.
+            num_patches: Accepted and unused.
 
         Returns:
             `logits` (B, num_labels) and, with `labels`, the cross-entropy `loss`.

@@ -1,0 +1,465 @@
+# Copyright 2026 The InternVL package authors
+"""Pictures to pixel tensors for every InternVL configuration.
+
+A picture becomes one or more square tiles, by one of four ways (`resize_mode`): "tiles" is the dynamic tiling of
+InternVL-Chat, "squash" the plain resize of retrieval, "crop" the shortest-side resize and centre crop of
+classification, "pad" the pad-to-square of the LLaVA code base. All work is done by Pillow, so that the 8-bit pixels
+are those of the published code byte for byte; torchvision is neither needed nor used.
+
+Not covered: videos (give the frames as pictures), and fetching from hosts one has reason to distrust (addresses are
+fetched as given, with limits on size and time only).
+
+Shapes: T tiles of the whole call, C channels, H and W pixels.
+"""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling, SizeDict
+from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.utils import TensorType
+
+from .image_loading_internvl import (
+    ImageSource,
+    NestedImages,
+    check_image_size,
+    flatten_images,
+    name_images,
+    read_image,
+    read_nested_images,
+    to_pil,
+)
+
+
+RESIZE_MODES = ("tiles", "squash", "crop", "pad")
+# Names of the same setting in the published configurations (`*_dynamic_patch`) and in transformers (`*_patches`).
+SPELLINGS = {
+    "min_patches": "min_num",
+    "min_dynamic_patch": "min_num",
+    "max_patches": "max_num",
+    "max_dynamic_patch": "max_num",
+}
+# Booleans of transformers, and the mode that each means.
+SWITCHES = {"crop_to_patches": "tiles", "do_center_crop": "crop"}
+TILE_SETTINGS = ("min_num", "max_num", "use_thumbnail")
+# 256 tiles of 448 x 448 pixels are 617 MB of float32; published checkpoints use 40 at most. Servers let clients ask.
+MOST_TILES = 256
+OWN_SETTINGS = (*TILE_SETTINGS, *SPELLINGS, *SWITCHES, "resize_mode", "max_image_pixels")
+
+
+class InternVLImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
+    """Settings of `InternVLImageProcessor` beyond those every image processor has.
+
+    `min_num`, `max_num` and `use_thumbnail` may be lists with one value per picture of the call.
+
+    Attributes:
+        resize_mode: "tiles", "squash", "crop" or "pad".
+        min_num: Least number of tiles, the thumbnail not counted. Also `min_patches`, `min_dynamic_patch`.
+        max_num: Largest number of tiles, the thumbnail not counted. Also `max_patches`, `max_dynamic_patch`.
+        use_thumbnail: Whether the whole picture follows its tiles as one more, where there is more than one.
+        crop_to_patches: True asks for `resize_mode="tiles"`, False for anything else ("squash" in place of "tiles").
+        max_image_pixels: Largest width times height that is decoded.
+    """
+
+    resize_mode: str | None
+    min_num: int | list[int] | None
+    max_num: int | list[int] | None
+    use_thumbnail: bool | list[bool] | None
+    min_patches: int | list[int] | None
+    max_patches: int | list[int] | None
+    min_dynamic_patch: int | list[int] | None
+    max_dynamic_patch: int | list[int] | None
+    crop_to_patches: bool | None
+    max_image_pixels: int | None
+
+
+@lru_cache(maxsize=64)
+def _candidate_grids(min_num: int, max_num: int) -> tuple[tuple[int, int], ...]:
+    """All (columns, rows) of min_num to max_num tiles, few tiles first."""
+    # Equally large grids keep the order in which CPython walks through a set filled in this very order, as in the
+    # published code: with min_num = max_num = 2, the 1 x 2 and the 2 x 1 grid tie on 5:4 pictures.
+    grids = {
+        (columns, rows)
+        for limit in range(min_num, max_num + 1)
+        for columns in range(1, limit + 1)
+        for rows in range(1, min(limit, max_num // columns) + 1)
+        if min_num <= columns * rows
+    }
+    return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
+
+
+def choose_grid(width: int, height: int, min_num: int, max_num: int, tile_size: int) -> tuple[int, int]:
+    """Chooses the grid whose aspect ratio is closest to the picture's, as the published code does.
+
+    Among equally close grids a larger one is taken only if the picture has more than half of its pixels.
+
+    Args:
+        width: Of the picture.
+        height: Of the picture.
+        min_num: Least number of tiles.
+        max_num: Largest number of tiles.
+        tile_size: Side of a tile in pixels.
+
+    Returns:
+        (columns, rows).
+    """
+    aspect_ratio, area = width / height, width * height
+    best, smallest_gap = (1, 1), float("inf")
+    for columns, rows in _candidate_grids(min_num, max_num):
+        gap = abs(aspect_ratio - columns / rows)
+        has_pixels = area > 0.5 * tile_size * tile_size * columns * rows
+        if gap < smallest_gap or (gap == smallest_gap and has_pixels):
+            best, smallest_gap = (columns, rows), gap
+    return best
+
+
+# ---------------------------------------------------------------------------------------------------- resizing
+def _pixels(image: Image.Image) -> np.ndarray:
+    """(H, W, C)"""
+    pixels = np.asarray(image)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _cut_into_tiles(
+    image: Image.Image, grid: tuple[int, int], side: int, use_thumbnail: bool, resample: int
+) -> list[np.ndarray]:
+    """Tiles row by row, then the thumbnail; the tiles are views of one resized picture."""
+    columns, rows = grid
+    canvas = _pixels(image.resize((columns * side, rows * side), resample))
+    tiles = [
+        canvas[row * side : (row + 1) * side, column * side : (column + 1) * side]
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    if use_thumbnail and len(tiles) > 1:
+        tiles.append(_pixels(image.resize((side, side), resample)))
+    return tiles
+
+
+def _resize_and_crop(
+    image: Image.Image, shortest_edge: int, crop_size: SizeDict, resample: int, max_image_pixels: int
+) -> Image.Image:
+    """Shortest side to `shortest_edge`, then the centre; sizes and offsets are rounded as torchvision does."""
+    scale = min(image.size)
+    width, height = (int(shortest_edge * length / scale) for length in image.size)
+    left, top = round((width - crop_size.width) / 2), round((height - crop_size.height) / 2)
+    right, bottom = left + crop_size.width, top + crop_size.height
+    if width * height <= max_image_pixels:
+        return image.resize((width, height), resample).crop((left, top, right, bottom))
+    # A 1 x 20000 picture would grow to 224 x 4480000: resize the kept part only, which is the same but for rounding.
+    across, down = image.width / width, image.height / height
+    return image.resize(
+        (right - left, bottom - top), resample, box=(left * across, top * down, right * across, bottom * down)
+    )
+
+
+def _pad_to_square(image: Image.Image, background: tuple[int, ...], name: str, max_image_pixels: int) -> Image.Image:
+    """Centres the picture on a square of the background colour."""
+    side = max(image.size)
+    check_image_size(side, side, f"{name}, padded to a square,", max_image_pixels)
+    canvas = Image.new(image.mode, (side, side), background if len(background) > 1 else background[0])
+    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return canvas
+
+
+def _fit(
+    image: Image.Image, name: str, limits: tuple[int, int, bool], settings: Mapping[str, Any]
+) -> list[np.ndarray]:
+    """Tiles of one picture, each (H, W, C), as `resize_mode` asks."""
+    mode, size, resample, max_pixels = (
+        settings[key] for key in ("resize_mode", "size", "resample", "max_image_pixels")
+    )
+    if mode == "crop":
+        shortest_edge = size.shortest_edge if settings["do_resize"] else min(image.size)
+        return [_pixels(_resize_and_crop(image, shortest_edge, settings["crop_size"], resample, max_pixels))]
+    if not settings["do_resize"]:
+        return [_pixels(image)]
+    if mode == "tiles":
+        min_num, max_num, use_thumbnail = limits
+        grid = choose_grid(*image.size, min_num, max_num, size.height)
+        return _cut_into_tiles(image, grid, size.height, use_thumbnail, resample)
+    if mode == "pad":
+        mean = np.broadcast_to(settings["image_mean"], len(image.getbands()))
+        image = _pad_to_square(image, tuple(int(value * 255) for value in mean), name, max_pixels)
+    return [_pixels(image.resize((size.width, size.height), resample))]
+
+
+def _to_float(
+    tiles: list[np.ndarray], divisors: list[float], settings: Mapping[str, Any]
+) -> list[np.ndarray] | np.ndarray:
+    """Scales and normalises tiles, (H, W, C) each, in one (T, C, H, W) array, or in a list where sizes differ."""
+    if len({tile.shape for tile in tiles}) > 1:
+        return [_to_float([tile], [divisor], settings)[0] for tile, divisor in zip(tiles, divisors, strict=True)]
+    height, width, channels = tiles[0].shape
+    output = np.empty((len(tiles), channels, height, width), dtype=np.float32)
+    mean, std = (_per_channel(settings[key], key, channels) for key in ("image_mean", "image_std"))
+    # The three float32 steps of torchvision's ToTensor and Normalize, in place; fusing two of them changes last bits.
+    for plane, tile, divisor in zip(output, tiles, divisors, strict=True):
+        plane[...] = tile.transpose(2, 0, 1)  # (C, H, W)
+        plane /= np.float32(divisor)
+        if settings["do_normalize"]:
+            plane -= mean
+            plane /= std
+    return output
+
+
+def _per_channel(value: float | tuple[float, ...], name: str, channels: int) -> np.ndarray:
+    """(C, 1, 1)"""
+    values = np.atleast_1d(np.asarray(value, dtype=np.float32))
+    if len(values) not in (1, channels):
+        raise ValueError(f"`{name}` has {len(values)} values, the pictures have {channels} channels.")
+    return values[:, None, None]
+
+
+# ---------------------------------------------------------------------------------------------------- settings
+def _spelling(name: str) -> property:
+    """Another name of an attribute, so that code which reads or sets that name means ours."""
+    return property(lambda self: getattr(self, name), lambda self, value: setattr(self, name, value))
+
+
+def _switch(name: str) -> property:
+    """A boolean of transformers that stands for one of the modes."""
+
+    def assign(self: "InternVLImageProcessor", value: bool) -> None:
+        self.resize_mode = _canonical({name: value}, self.resize_mode).get("resize_mode", self.resize_mode)
+
+    return property(lambda self: self.resize_mode == SWITCHES[name], assign)
+
+
+def _canonical(settings: Mapping[str, Any], current_mode: str) -> dict[str, Any]:
+    """Settings under our own names: other spellings renamed, switches turned into a `resize_mode`, None left out."""
+    settings = {key: value for key, value in settings.items() if value is not None or key not in OWN_SETTINGS}
+    for spelling, name in SPELLINGS.items():
+        value = settings.pop(spelling, None)
+        if value is not None and settings.setdefault(name, value) != value:
+            raise ValueError(f"`{spelling}={value}` contradicts `{name}={settings[name]}`. Give one of them.")
+    mode, fallback = settings.pop("resize_mode", None), None
+    for switch, meant in SWITCHES.items():
+        value = settings.pop(switch, None)
+        if value is not None and mode is not None and bool(value) != (mode == meant):
+            raise ValueError(f"`{switch}={value}` contradicts `resize_mode={mode!r}`. Give one of them.")
+        if value:
+            mode = meant
+        elif value is not None and current_mode == meant:
+            fallback = "squash"
+    mode = mode or fallback
+    settings = settings if mode is None else {**settings, "resize_mode": mode}
+    _check_values(settings)
+    return settings
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _check_values(settings: Mapping[str, Any]) -> None:
+    """Raises a ValueError for values of our own settings that can never be right; settings may be missing."""
+    if settings.get("resize_mode", "tiles") not in RESIZE_MODES:
+        raise ValueError(f"`resize_mode` must be one of {', '.join(RESIZE_MODES)}, got {settings['resize_mode']!r}.")
+    for name, largest in (("min_num", MOST_TILES), ("max_num", MOST_TILES), ("max_image_pixels", float("inf"))):
+        for value in _as_list(settings.get(name, 1)):
+            if type(value) is not int or not 1 <= value <= largest:
+                raise ValueError(f"`{name}` must be a whole number from 1 to {largest}, got {value!r}.")
+    for value in _as_list(settings.get("use_thumbnail", True)):
+        if type(value) is not bool:
+            raise ValueError(f"`use_thumbnail` must be True or False, got {value!r}.")
+
+
+def _tile_limits(count: int, settings: Mapping[str, Any]) -> list[tuple[int, int, bool]]:
+    """(min_num, max_num, use_thumbnail) of each picture."""
+    columns = []
+    for name in TILE_SETTINGS:
+        values = _as_list(settings[name])
+        if isinstance(settings[name], (list, tuple)) and len(values) != count:
+            raise ValueError(f"`{name}` has {len(values)} values for {count} pictures. Give one, or one per picture.")
+        columns.append(values if len(values) == count else values * count)
+    limits = list(zip(*columns, strict=True))
+    for min_num, max_num, _ in limits:
+        if min_num > max_num:
+            raise ValueError(f"`min_num` must not exceed `max_num`, got {min_num} and {max_num}.")
+    return limits
+
+
+def _fixed_sizes(mode: str, size: SizeDict, crop_size: SizeDict | None) -> tuple[SizeDict, SizeDict | None]:
+    """Sizes as `mode` uses them, in the form in which transformers' CLIPImageProcessor does the same with them."""
+    height, width = size.height or size.shortest_edge, size.width or size.shortest_edge
+    if type(height) is not int or type(width) is not int or height < 1 or width < 1:
+        raise ValueError(f"`size` must hold a positive `height` and `width`, or a `shortest_edge`, got {dict(size)}.")
+    if mode != "squash" and height != width:
+        raise ValueError(f"`resize_mode={mode!r}` needs a square `size`, got {dict(size)}.")
+    if mode != "crop":
+        return SizeDict(height=height, width=width), crop_size
+    crop_size = crop_size or SizeDict(height=height, width=width)
+    if not (0 < (crop_size.height or 0) <= height and 0 < (crop_size.width or 0) <= width):
+        raise ValueError(f"`crop_size` must lie within `size` ({height}), got {dict(crop_size)}.")
+    return SizeDict(shortest_edge=height), crop_size
+
+
+class InternVLImageProcessor(PilBackend):
+    """Makes the tiles of pictures that InternVL models look at.
+
+    `resize_mode` says how a picture becomes square tiles of `size`:
+
+    - "tiles" (default): a grid of `min_num` to `max_num` tiles closest to the picture's shape, row by row, then the
+      whole picture as a thumbnail if there is more than one tile and `use_thumbnail`. With `max_num=1`, one tile.
+    - "squash": one tile, resized without regard to the shape (retrieval).
+    - "crop": shortest side to `size`, then the centre of `crop_size` (classification), rounded as torchvision does.
+      `CLIPImageProcessor` does the same with the saved file, but where an odd number of pixels is cut off, its centre
+      may lie one pixel to the left or above.
+    - "pad": centred on a square of the mean colour, then resized (LLaVA code base).
+
+    With `do_resize=False` a picture is one tile as it is (after the centre crop in the mode "crop").
+
+    A picture is a PIL image, an array or tensor ((H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels), a path, the
+    bytes of a file, an http(s) address, a base64 text or data URI; pictures come alone, in lists, in nested lists or
+    as 4-dimensional batches. What becomes of special ones:
+
+    - EXIF orientation: files, bytes and addresses are turned upright, as transformers' loaders do. PIL images are
+      taken as they are, as in the published code.
+    - Alpha is dropped, also of palettes and grey pictures, uncovering the colours below, as `convert("RGB")` does.
+    - CMYK, YCbCr and so on: Pillow's `convert("RGB")`, without colour profiles.
+    - 16 bits (PIL modes "I;16" and "I", arrays of uint16) are scaled to 8 bits: 65535 becomes 255. Other integers must
+      be in 0..255. One bit: 0 and 255.
+    - Floats (PIL mode "F", arrays, tensors) must be in [0, 1]; they are rounded to 8 bits, and `do_rescale` has no
+      effect on arrays and tensors of this kind, because they are scaled already.
+    - Animations: the first frame of files, the current frame of PIL images.
+    - Broken, empty or truncated data, EPS files and pictures of more than `max_image_pixels` (looked up before
+      anything is decoded) raise a ValueError with the position of the picture and its path or address.
+
+    `pixel_values` is (T, 3, H, W) for all pictures together, `num_patches` the number of tiles of each picture.
+    """
+
+    valid_kwargs = InternVLImageProcessorKwargs
+    model_input_names = ["pixel_values", "num_patches"]
+
+    resample = PILImageResampling.BICUBIC
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    size = {"height": 448, "width": 448}
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+    resize_mode = "tiles"
+    min_num = 1
+    max_num = 12
+    use_thumbnail = True
+    max_image_pixels = 178_956_970  # Pillow's own limit for an error, twice its `MAX_IMAGE_PIXELS`
+
+    min_patches = min_dynamic_patch = _spelling("min_num")
+    max_patches = max_dynamic_patch = _spelling("max_num")
+    crop_to_patches = _switch("crop_to_patches")
+    do_center_crop = _switch("do_center_crop")
+
+    def __init__(self, **kwargs: Unpack[InternVLImageProcessorKwargs]) -> None:
+        super().__init__(**_canonical(kwargs, type(self).resize_mode))
+        _tile_limits(1, vars(self))
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> "InternVLImageProcessor":
+        """Builds a processor from a saved dictionary, in which `kwargs` take precedence in any spelling."""
+        saved = _canonical(image_processor_dict, cls.resize_mode)
+        return super().from_dict(saved, **_canonical(kwargs, saved.get("resize_mode", cls.resize_mode)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Dictionary to save, which `CLIPImageProcessor` understands too."""
+        return {**super().to_dict(), "do_center_crop": self.do_center_crop}
+
+    def fetch_images(self, image_url_or_urls: NestedImages) -> NestedImages:
+        """Decodes paths, addresses, base64 text and bytes to PIL images and keeps the nesting.
+
+        Args:
+            image_url_or_urls: One picture or nested lists of them, see the class.
+
+        Returns:
+            The same nesting of PIL images, arrays and tensors.
+
+        Raises:
+            ValueError: A picture cannot be read; the message names it.
+        """
+        return read_nested_images(image_url_or_urls, self.max_image_pixels)
+
+    def preprocess(
+        self, images: NestedImages, *args: Any, **kwargs: Unpack[InternVLImageProcessorKwargs]
+    ) -> BatchFeature:
+        """Makes the tiles of one or more pictures.
+
+        Args:
+            images: One picture or nested lists of them, see the class.
+            *args: None are expected.
+            **kwargs: Settings for this call, in any spelling, see `InternVLImageProcessorKwargs`.
+
+        Returns:
+            `pixel_values` (T, 3, H, W) float32 and `num_patches`, one count per picture; lists if `return_tensors` is
+            not given.
+
+        Raises:
+            ValueError: A setting is invalid or contradicts another, or a picture cannot be read.
+        """
+        return super().preprocess(images, *args, **_canonical(kwargs, self.resize_mode))
+
+    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
+        """Counts the tiles that a picture of a known size gives, the thumbnail included.
+
+        Args:
+            height: Of the picture, upright.
+            width: Of the picture, upright.
+            images_kwargs: Settings for this picture, in any spelling.
+
+        Returns:
+            The number of tiles.
+        """
+        settings = _canonical(images_kwargs or {}, self.resize_mode)
+        for name in ("resize_mode", "size", "crop_size", "do_resize", *TILE_SETTINGS, "max_image_pixels"):
+            settings.setdefault(name, getattr(self, name, None))
+        settings = self._standardize_kwargs(**settings)
+        ((min_num, max_num, use_thumbnail),) = _tile_limits(1, settings)
+        if settings["resize_mode"] != "tiles" or not settings["do_resize"]:
+            return 1
+        columns, rows = choose_grid(width, height, min_num, max_num, settings["size"].height)
+        return columns * rows + int(use_thumbnail and columns * rows > 1)
+
+    def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:
+        """Complete, checked settings, of the processor or of one call."""
+        _check_values(kwargs)
+        mode = kwargs["resize_mode"]
+        kwargs = super()._standardize_kwargs(**kwargs)
+        size, crop_size = _fixed_sizes(mode, kwargs["size"], kwargs["crop_size"])
+        return {**kwargs, "do_center_crop": mode == "crop", "size": size, "crop_size": crop_size}
+
+    def _prepare_image_like_inputs(self, images: NestedImages, *args: Any, **kwargs: Any) -> list[ImageSource]:
+        """Flat list of pictures; each is decoded only when its turn comes, so that one is in memory at a time."""
+        return flatten_images(images)
+
+    def _preprocess(
+        self, images: list[ImageSource], return_tensors: str | TensorType | None = None, **settings: Any
+    ) -> BatchFeature:
+        """Tiles of all pictures in one tensor."""
+        if not images:
+            raise ValueError("`images` holds no picture. Give at least one.")
+        limits, max_pixels = _tile_limits(len(images), settings), settings["max_image_pixels"]
+        divisor = 1 / settings["rescale_factor"] if settings["do_rescale"] else 1.0
+        tiles, divisors, num_patches = [], [], []
+        for source, name, limit in zip(images, name_images(images), limits, strict=True):
+            picture = read_image(source, name, max_pixels)
+            is_scaled = isinstance(picture, (np.ndarray, torch.Tensor)) and "float" in str(picture.dtype)
+            image = to_pil(picture, name, max_pixels, settings["do_convert_rgb"], settings["input_data_format"])
+            found = _fit(image, name, limit, settings)
+            tiles += found
+            divisors += [255.0 if is_scaled else divisor] * len(found)
+            num_patches.append(len(found))
+        pixel_values = _to_float(tiles, divisors, settings)
+        if return_tensors is None:
+            pixel_values = list(pixel_values)
+        return BatchFeature(
+            data={"pixel_values": pixel_values, "num_patches": num_patches}, tensor_type=return_tensors
+        )
+
+
+__all__ = ["InternVLImageProcessor", "InternVLImageProcessorKwargs", "choose_grid"]
