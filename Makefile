@@ -1,0 +1,49 @@
+# Every target works on a fresh machine: the first one that runs makes `.venv` from constraints.txt, once.
+# `make test PYTHON=/path/to/python` uses an environment of your own instead and installs nothing.
+
+ifneq ($(origin PYTHON), command line)
+PYTHON := .venv/bin/python
+READY := .venv/ready
+endif
+
+.PHONY: demo test test-all check style bench conformance versions clean
+.DEFAULT_GOAL := test
+
+.venv/ready: constraints.txt pyproject.toml
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,plot]'
+	touch $@
+
+demo: $(READY)
+	$(PYTHON) -m internvl.demo
+
+test: $(READY)
+	$(PYTHON) -m pytest
+
+test-all: $(READY)
+	$(PYTHON) -m pytest -m 'not released'
+
+# mypy names a package after its folder, and a clone may be called anything: it reads the sources through a link.
+check: $(READY)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	mkdir -p .mypy_cache/package && ln -sfn ../.. .mypy_cache/package/internvl
+	cd .mypy_cache/package && $(abspath $(PYTHON)) -m mypy --config-file ../../pyproject.toml internvl
+
+style: $(READY)
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+bench: $(READY)
+	$(PYTHON) -m benchmarks.vision_forward
+
+# transformers' own test mixins against every class of this package (tests/conformance/README.md).
+conformance: $(READY)
+	$(PYTHON) tests/conformance/run.py
+
+# The same checkpoints give the same tokens on every supported transformers release (tests/versions/).
+versions: $(READY)
+	$(PYTHON) tests/versions/matrix.py
+
+clean:
+	rm -rf .venv .versions .conformance .mypy_cache .pytest_cache .ruff_cache build *.egg-info

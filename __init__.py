@@ -1,0 +1,80 @@
+"""InternVL 1.0 whole: InternViT, QLLaMA, InternVL-C/G and InternVL-Chat.
+
+Importing this package registers its classes with transformers' Auto classes, so that `AutoModel.from_pretrained(...)` and
+`AutoProcessor.from_pretrained(...)` use the installed code and no remote code need be trusted.
+"""
+
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+)
+
+# Not from the top level: up to 5.16 that is a placeholder which raises where torchvision is missing.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from .configuration_internlm2 import InternLM2Config
+from .configuration_internvl import InternViTConfig, InternVLChatConfig, InternVLConfig, QLlamaConfig
+from .image_processing_internvl import InternVLImageProcessor
+from .modeling_internlm2 import InternLM2ForCausalLM
+from .modeling_internvit import InternVisionModel, InternViTBackbone, InternViTForImageClassification
+from .modeling_internvl import InternVLModel
+from .modeling_internvl_chat import InternVLChatForConditionalGeneration
+from .modeling_qllama import QLlamaForCausalLM, QLlamaModel
+from .processing_internvl import InternVLProcessor
+
+
+def _register() -> None:
+    """Names every class to the Auto classes; `exist_ok` because the sources may be imported under a second name."""
+    models = {
+        InternViTConfig: {
+            AutoModel: InternVisionModel,
+            AutoBackbone: InternViTBackbone,
+            AutoModelForImageClassification: InternViTForImageClassification,
+        },
+        QLlamaConfig: {AutoModel: QLlamaModel, AutoModelForCausalLM: QLlamaForCausalLM},
+        InternVLConfig: {AutoModel: InternVLModel, AutoModelForZeroShotImageClassification: InternVLModel},
+        InternVLChatConfig: {
+            AutoModel: InternVLChatForConditionalGeneration,
+            AutoModelForImageTextToText: InternVLChatForConditionalGeneration,
+            AutoModelForCausalLM: InternVLChatForConditionalGeneration,
+        },
+        InternLM2Config: {AutoModelForCausalLM: InternLM2ForCausalLM},
+    }
+    for config_class, doors in models.items():
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        for auto_class, model_class in doors.items():
+            auto_class.register(config_class, model_class, exist_ok=True)
+    # Not for `InternVLConfig`: transformers has a class of that name, so it would load and name its own image processor as well.
+    # Ours is found by its own name once it is registered for any configuration.
+    image_processors = {"pil": InternVLImageProcessor, "torchvision": InternVLImageProcessor}
+    for config_class in (InternViTConfig, InternVLChatConfig):
+        AutoImageProcessor.register(config_class, image_processor_classes=image_processors, exist_ok=True)
+    for config_class in (InternVLConfig, InternVLChatConfig):
+        AutoProcessor.register(config_class, InternVLProcessor, exist_ok=True)
+
+
+_register()
+
+__all__ = [
+    "InternLM2Config",
+    "InternLM2ForCausalLM",
+    "InternVLChatConfig",
+    "InternVLChatForConditionalGeneration",
+    "InternVLConfig",
+    "InternVLImageProcessor",
+    "InternVLModel",
+    "InternVLProcessor",
+    "InternViTBackbone",
+    "InternViTConfig",
+    "InternViTForImageClassification",
+    "InternVisionModel",
+    "QLlamaConfig",
+    "QLlamaForCausalLM",
+    "QLlamaModel",
+]

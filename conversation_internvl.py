@@ -1,0 +1,481 @@
+"""Conversation templates of the published checkpoints, as data, and what is derived from that data.
+
+One frozen record per template holds the strings around the system message, the questions and the answers. Two things
+are derived from it: `ConversationTemplate.render` builds the prompt of a dialogue of plain strings,
+`ConversationTemplate.to_jinja` writes the chat template that transformers, TRL and serving engines run. The pure
+functions below build the prompts of the published `chat()` and `batch_chat()` helpers.
+
+The templates come from two code bases that use the same names for different strings: the names of the chat code base
+stand as they are, a clashing name of the LLaVA code base is written `llava/<name>`.
+
+User text is never allowed to speak for a picture: `escape_image_tokens` breaks up literal image tokens with a space
+behind the bracket (`<IMG_CONTEXT>` becomes `< IMG_CONTEXT>`), so that they stay readable, but are neither placeholders
+nor special tokens.
+
+Not covered: tool calls, and special tokens of the language model (such as an end token) inside user text.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+IMAGE_PLACEHOLDER = "<image>"  # one picture, in the questions of published user code
+IMAGE_START_TOKEN = "<img>"
+IMAGE_END_TOKEN = "</img>"
+IMAGE_CONTEXT_TOKEN = "<IMG_CONTEXT>"
+
+_IMAGE_TOKENS = re.compile(r"<(?=(?:/?img|IMG_CONTEXT|image|video)>)")
+_IMAGE_TOKENS_BUT_PLACEHOLDER = re.compile(r"<(?=(?:/?img|IMG_CONTEXT|video)>)")
+
+_JINJA = """\
+{%- for message in messages -%}
+{%- set body -%}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- elif message['content'] is not none -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'text' -%}
+{{- part['text'] -}}
+{%- elif part['type'] in ['image', 'image_url'] -%}
+{{- @image@ -}}
+{%- else -%}
+{{- raise_exception('Unknown content part `' ~ part['type'] ~ '`: expected `text` or `image`. For a video, pass its '
+  ~ 'frames to `processor.apply_chat_template`, which turns them into images.') -}}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endset -%}
+{%- if loop.first and message['role'] != 'system' -%}
+{{- @default_opening@ -}}
+{%- endif -%}
+{%- if message['role'] == 'system' -%}
+{%- if not loop.first -%}
+{{- raise_exception('A system message must be the first message.') -}}
+{%- endif -%}
+@system@
+{%- elif message['role'] == 'user' -%}
+{{- @user_prefix@ ~ body ~ @user_suffix@ -}}
+{%- elif message['role'] == 'assistant' -%}
+{{- @generation_prompt@ -}}
+{% generation %}{{- @answer_prefix@ ~ body ~ @stop@ -}}{% endgeneration %}
+{{- @after_stop@ -}}
+{%- else -%}
+{{- raise_exception('Unknown role `' ~ message['role'] ~ '`: expected `system`, `user` or `assistant`.') -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- @generation_prompt@ -}}
+{%- endif -%}
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversationTemplate:
+    """The strings of one conversation form. A dialogue is: system block, examples, then turns of question and answer.
+
+    Args:
+        name: Key in the table, and the value of `template` in a chat configuration.
+        user_prefix: Written before a question.
+        user_suffix: Written after a question.
+        generation_prompt: Written before an answer; a prompt to be answered ends with it.
+        stop: What ends an answer; the model is trained to write it.
+        default_system_message: System message of a dialogue that brings none.
+        system_prefix: Written before the system message.
+        system_suffix: Written after the system message.
+        answer_prefix: What the model writes between the generation prompt and the text of its answer (a space, or
+            nothing).
+        after_stop: Written after `stop`, between turns; not part of what the model is trained to write.
+        examples: (question, answer) pairs that follow every system message.
+        extra_stops: Further strings that end generation where the tokenizer has them as special tokens.
+        omit_empty_system: An empty system message gives no system block at all, rather than an empty one.
+    """
+
+    name: str
+    user_prefix: str
+    user_suffix: str
+    generation_prompt: str
+    stop: str
+    default_system_message: str = ""
+    system_prefix: str = ""
+    system_suffix: str = ""
+    answer_prefix: str = ""
+    after_stop: str = ""
+    examples: tuple[tuple[str, str], ...] = ()
+    extra_stops: tuple[str, ...] = ()
+    omit_empty_system: bool = False
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Every string that ends generation, the end of an answer first."""
+        return (self.stop, *self.extra_stops)
+
+    def end_token_ids(self, tokenizer: Any) -> list[int]:
+        """Ids for `eos_token_id` of a generation configuration: stop strings that are added tokens, and the end token.
+
+        Args:
+            tokenizer: A tokenizer of transformers.
+
+        Returns:
+            Ids without repeats, the end of an answer first; empty where the tokenizer knows none (as with `###`).
+        """
+        special = set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab())
+        ids = [tokenizer.convert_tokens_to_ids(stop) for stop in self.stop_strings if stop in special]
+        ids.append(tokenizer.eos_token_id)
+        return list(dict.fromkeys(index for index in ids if index is not None))
+
+    def cut_answer(self, decoded: str) -> str:
+        """The answer in decoded new tokens: what stands before the first stop string, without the space around it."""
+        return decoded.split(self.stop.strip())[0].strip()
+
+    def render(
+        self,
+        messages: Sequence[dict[str, str]],
+        system_message: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """Builds the prompt of a dialogue of plain strings, taken literally: nothing is escaped.
+
+        Args:
+            messages: Dicts with `role` (`system` first only, `user`, `assistant`) and `content` (a string).
+            system_message: System message, instead of one in `messages`; `None` with none in `messages` gives the
+                default.
+            add_generation_prompt: End with the opening of an answer.
+
+        Returns:
+            The prompt.
+
+        Raises:
+            ValueError: If a role or a content is not of this form, or the system message comes twice or late.
+        """
+        turns = list(messages)
+        if turns and turns[0].get("role") == "system":
+            if system_message is not None:
+                raise ValueError("The system message was given twice: in `messages` and as `system_message`.")
+            system_message = _text_of(turns.pop(0))
+        prompt = self._opening(self.default_system_message if system_message is None else system_message)
+        prompt += "".join(self._turn(message) for message in turns)
+        return prompt + self.generation_prompt if add_generation_prompt else prompt
+
+    def to_jinja(self) -> str:
+        """The chat template for transformers; its text equals `render` for plain strings.
+
+        A content may also be a list of parts: a text part is taken as it is, an image part becomes `<IMG_CONTEXT>` and
+        a line break. What the model is trained to write (answer and stop string) stands between generation markers.
+        """
+        system = "{{- @system_prefix@ ~ body ~ @after_system@ -}}"
+        if self.omit_empty_system:
+            system = "{%- if body -%}\n" + system + "\n{%- endif -%}"
+        strings = {
+            "image": IMAGE_CONTEXT_TOKEN + "\n",
+            "default_opening": self._opening(self.default_system_message),
+            "system_prefix": self.system_prefix,
+            "after_system": self.system_suffix + self._examples(),
+            "user_prefix": self.user_prefix,
+            "user_suffix": self.user_suffix,
+            "generation_prompt": self.generation_prompt,
+            "answer_prefix": self.answer_prefix,
+            "stop": self.stop,
+            "after_stop": self.after_stop,
+        }
+        text = _JINJA.replace("@system@", system)
+        for slot, value in strings.items():
+            text = text.replace(f"@{slot}@", _jinja_literal(value))
+        return text
+
+    def _opening(self, system_message: str) -> str:
+        if not system_message and self.omit_empty_system:
+            return ""
+        return self.system_prefix + system_message + self.system_suffix + self._examples()
+
+    def _examples(self) -> str:
+        return "".join(self._question(question) + self._answer(answer) for question, answer in self.examples)
+
+    def _turn(self, message: dict[str, str]) -> str:
+        role = message.get("role")
+        if role == "user":
+            return self._question(_text_of(message))
+        if role == "assistant":
+            return self._answer(_text_of(message))
+        if role == "system":
+            raise ValueError("A system message must be the first message.")
+        raise ValueError(f"Unknown role `{role}`: expected `system`, `user` or `assistant`.")
+
+    def _question(self, text: str) -> str:
+        return self.user_prefix + text + self.user_suffix
+
+    def _answer(self, text: str) -> str:
+        return self.generation_prompt + self.answer_prefix + text + self.stop + self.after_stop
+
+
+def _text_of(message: dict[str, str]) -> str:
+    content = message.get("content")
+    if not isinstance(content, str):
+        raise ValueError(
+            f"`content` of a `{message.get('role')}` message must be a string, got {type(content).__name__}. Messages "
+            "with pictures go through the processor's `apply_chat_template`."
+        )
+    return content
+
+
+def _jinja_literal(text: str) -> str:
+    """A Jinja string literal: what JSON escapes in a string, Jinja reads back."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+# The assistant introduces itself as InternVL, made by the Shanghai AI Laboratory with SenseTime: as published.
+_INTRODUCTION = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，"  # noqa: RUF001
+    "英文名叫InternVL, 是一个有用无害的人工智能助手。"
+)
+# The same for the 2.5 series, made by the laboratory with Tsinghua University and others.
+_INTRODUCTION_2_5 = (
+    "你是书生·万象，英文名是InternVL，"  # noqa: RUF001
+    "是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+)
+_INTERNLM = "You are an AI assistant whose name is InternLM (书生·浦语)."
+_POLITE = (
+    "A chat between a curious {0} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the {0}'s questions."
+)
+# The published one-shot example of the `default` template.
+_RENEWABLE = (
+    "What are the key differences between renewable and non-renewable energy sources?",
+    "Renewable energy sources are those that can be replenished naturally in a relatively short amount of time, such "
+    "as solar, wind, hydro, geothermal, and biomass. Non-renewable energy sources, on the other hand, are finite and "
+    "will eventually be depleted, such as coal, oil, and natural gas. Here are some key differences between renewable "
+    "and non-renewable energy sources:\n"
+    "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable energy sources are "
+    "finite and will eventually run out.\n"
+    "2. Environmental impact: Renewable energy sources have a much lower environmental impact than non-renewable "
+    "sources, which can lead to air and water pollution, greenhouse gas emissions, and other negative effects.\n"
+    "3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically have lower "
+    "operational costs than non-renewable sources.\n"
+    "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote locations than "
+    "non-renewable sources.\n"
+    "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to different situations and "
+    "needs, while non-renewable sources are more rigid and inflexible.\n"
+    "6. Sustainability: Renewable energy sources are more sustainable over the long term, while non-renewable sources "
+    "are not, and their depletion can lead to economic and social instability.\n",
+)
+
+_CHATML = ConversationTemplate(
+    name="Hermes-2",
+    default_system_message=_INTRODUCTION,
+    system_prefix="<|im_start|>system\n",
+    system_suffix="<|im_end|>",
+    user_prefix="<|im_start|>user\n",
+    user_suffix="<|im_end|>",
+    generation_prompt="<|im_start|>assistant\n",
+    stop="<|im_end|>",
+    extra_stops=("<|endoftext|>", "</s>"),
+)
+_PHI3 = ConversationTemplate(
+    name="phi3-chat",
+    default_system_message=_INTRODUCTION,
+    system_prefix="<|system|>\n",
+    system_suffix="<|end|>",
+    user_prefix="<|user|>\n",
+    user_suffix="<|end|>",
+    generation_prompt="<|assistant|>\n",
+    stop="<|end|>",
+    extra_stops=("<|endoftext|>", "</s>"),
+)
+_ZH = ConversationTemplate(
+    name="internvl_zh",
+    system_suffix=" ",
+    user_prefix="<human>: ",
+    user_suffix=" ",
+    generation_prompt="<bot>:",
+    answer_prefix=" ",
+    stop="</s>",
+)
+_VICUNA = ConversationTemplate(
+    name="vicuna_v1",
+    default_system_message=_POLITE.format("user"),
+    system_suffix=" ",
+    user_prefix="USER: ",
+    user_suffix=" ",
+    generation_prompt="ASSISTANT:",
+    answer_prefix=" ",
+    stop="</s>",
+)
+_ONE_SHOT = ConversationTemplate(
+    name="default",
+    default_system_message=_POLITE.format("human"),
+    system_suffix="###",
+    user_prefix="Human: ",
+    user_suffix="###",
+    generation_prompt="Assistant:",
+    answer_prefix=" ",
+    stop="###",
+    examples=(_RENEWABLE,),
+)
+_CHATML_2_5 = replace(
+    _CHATML,
+    name="internvl2_5",
+    default_system_message=_INTRODUCTION_2_5,
+    system_suffix="<|im_end|>\n",
+    user_suffix="<|im_end|>\n",
+    after_stop="\n",
+)
+
+
+def _llava(template: ConversationTemplate, name: str, default_system_message: str) -> ConversationTemplate:
+    """The LLaVA code base stores the default system message with its prefix; a custom one there has no prefix."""
+    default = template.system_prefix + default_system_message
+    return replace(template, name=f"llava/{name}", system_prefix="", default_system_message=default)
+
+
+_TEMPLATES = {
+    template.name: template
+    for template in (
+        # The chat code base; the comments name checkpoints that have the name in their configuration.
+        _ZH,  # InternVL-Chat-V1-1
+        _CHATML,  # InternVL-Chat-V1-2 and others over Nous-Hermes-2-Yi
+        replace(_CHATML, name="internlm2-chat"),  # V1-5 and 2.0 over InternLM2
+        _PHI3,  # 2.0 over Phi-3
+        _CHATML_2_5,  # 2.5 and later
+        # The LLaVA code base.
+        _ONE_SHOT,
+        replace(_VICUNA, name="v1"),
+        _VICUNA,
+        replace(_VICUNA, name="llava_v1", default_system_message=_POLITE.format("human")),
+        _llava(_ZH, "internvl_zh", ""),
+        _llava(_CHATML, "Hermes-2", "Answer the questions."),
+        _llava(_CHATML, "internlm2-chat", _INTERNLM),
+        _llava(_PHI3, "phi3-chat", "You are an AI assistant whose name is Phi-3."),
+        # This package's own: the form of internvl2_5 without a system block, unless a message asks for one.
+        replace(_CHATML_2_5, name="internvl", default_system_message="", omit_empty_system=True),
+    )
+}
+
+
+_LLAVA_ONLY = ("default", "v1", "vicuna_v1", "llava_v1")  # names that do not clash; `llava/<name>` finds them too
+
+
+def list_conversation_templates() -> list[str]:
+    """Names that `get_conversation_template` knows."""
+    return list(_TEMPLATES)
+
+
+def get_conversation_template(name: str) -> ConversationTemplate:
+    """The conversation template of a name; `llava/<name>` is accepted for every template of the LLaVA code base.
+
+    Args:
+        name: One of `list_conversation_templates()`.
+
+    Returns:
+        The template.
+
+    Raises:
+        ValueError: If there is no such template, or it is `plain`, which is a caption form and no dialogue.
+    """
+    base_name = name.removeprefix("llava/")
+    if base_name == "plain":
+        raise ValueError(
+            "`plain` is no conversation template: it joins a picture and its caption without roles, for pre-training. "
+            "Build that text directly, or choose one of: " + ", ".join(_TEMPLATES) + "."
+        )
+    template = _TEMPLATES.get(name) or (_TEMPLATES.get(base_name) if base_name in _LLAVA_ONLY else None)
+    if template is None:
+        raise ValueError(f"Unknown conversation template `{name}`: expected one of {', '.join(_TEMPLATES)}.")
+    return template
+
+
+def escape_image_tokens(text: str, keep_placeholder: bool = False) -> str:
+    """Breaks up literal image tokens in user text with a space behind the bracket: `<img>` becomes `< img>`.
+
+    Args:
+        text: Any text.
+        keep_placeholder: Leave `<image>` as it is: in the questions of `chat()` it marks the place of a picture.
+
+    Returns:
+        The text, in which no image token or placeholder is left.
+    """
+    pattern = _IMAGE_TOKENS_BUT_PLACEHOLDER if keep_placeholder else _IMAGE_TOKENS
+    return pattern.sub("< ", text)
+
+
+def image_span(num_patches: int, num_image_token: int) -> str:
+    """The text of one picture: its start token, `num_image_token` context tokens for each tile, and its end token."""
+    return IMAGE_START_TOKEN + IMAGE_CONTEXT_TOKEN * (num_image_token * num_patches) + IMAGE_END_TOKEN
+
+
+def with_image_placeholder(question: str, history: Sequence[tuple[str, str]] | None, has_images: bool) -> str:
+    """The question as `chat()` asks and remembers it: the first one about pictures begins with `<image>` and a break.
+
+    Args:
+        question: What the user asks; left alone if it says itself where the pictures stand.
+        history: Earlier (question, answer) pairs, or nothing.
+        has_images: Whether the dialogue has pictures.
+
+    Returns:
+        The question.
+    """
+    if history or not has_images or IMAGE_PLACEHOLDER in question:
+        return question
+    return f"{IMAGE_PLACEHOLDER}\n{question}"
+
+
+def build_query(
+    template: ConversationTemplate,
+    question: str,
+    history: Sequence[tuple[str, str]] | None,
+    num_patches_list: Sequence[int] | None,
+    num_image_token: int,
+    system_message: str | None = None,
+) -> str:
+    """Builds the prompt of the published `chat()` and, for one sample, of `batch_chat()`.
+
+    Args:
+        template: The conversation template.
+        question: What the user asks now; see `with_image_placeholder`, which is applied here.
+        history: Earlier (question, answer) pairs; not changed.
+        num_patches_list: Number of tiles of each picture of the whole dialogue, in order.
+        num_image_token: Number of image tokens of one tile.
+        system_message: System message; `None` gives the template's default.
+
+    Returns:
+        The prompt, in which every `<image>` of a question is replaced by the span of its picture.
+
+    Raises:
+        ValueError: If the number of `<image>` differs from the number of pictures.
+    """
+    num_patches_list = list(num_patches_list or [])
+    pairs = list(history or [])
+    questions = [asked for asked, _ in pairs] + [with_image_placeholder(question, pairs, bool(num_patches_list))]
+    found = sum(asked.count(IMAGE_PLACEHOLDER) for asked in questions)
+    if found != len(num_patches_list):
+        raise ValueError(
+            f"The dialogue has {found} `{IMAGE_PLACEHOLDER}` placeholder(s) but {len(num_patches_list)} picture(s) "
+            f"were given (tiles: {num_patches_list}). Write one `{IMAGE_PLACEHOLDER}` per picture, and pass "
+            "`num_patches_list` with the tiles of each."
+        )
+    spans = iter([image_span(num_patches, num_image_token) for num_patches in num_patches_list])
+    messages = []
+    for asked, answer in zip(questions, [*(answer for _, answer in pairs), None], strict=True):
+        messages.append({"role": "user", "content": _place_pictures(asked, spans)})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": escape_image_tokens(answer)})
+    if system_message is not None:
+        system_message = escape_image_tokens(system_message)
+    return template.render(messages, system_message=system_message)
+
+
+def _place_pictures(question: str, spans: Any) -> str:
+    pieces = escape_image_tokens(question, keep_placeholder=True).split(IMAGE_PLACEHOLDER)
+    return pieces[0] + "".join(next(spans) + piece for piece in pieces[1:])
+
+
+__all__ = [
+    "ConversationTemplate",
+    "build_query",
+    "escape_image_tokens",
+    "get_conversation_template",
+    "image_span",
+    "list_conversation_templates",
+    "with_image_placeholder",
+]

@@ -1,0 +1,197 @@
+"""Everything in the result but weights and tokenizer: code, configuration, processor, generation settings."""
+
+import ast
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from ..conversation_internvl import get_conversation_template
+from ..image_processing_internvl import InternVLImageProcessor
+from ..processing_internvl import InternVLProcessor
+from .key_tables import IMAGE_PROCESSOR_AUTO_MAP, PROCESSOR_AUTO_MAP, REMOVED_GENERATION_KEYS
+from .layouts import Layout, generation_settings
+from .source import Source
+
+
+PACKAGE = Path(__file__).resolve().parents[1]
+# What is taken over from a source's preprocessor_config.json; how a picture becomes tiles is the configuration's to say.
+KEPT_IMAGE_SETTINGS = ("image_mean", "image_std", "resample")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON object as transformers does: sorted, indented by two."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def code_files(modules: Iterable[str]) -> list[Path]:
+    """Files of modules and of all that they import from the same folder, which is what the remote loader follows.
+
+    Args:
+        modules: Names of modules at the root of the package.
+
+    Returns:
+        Their files, sorted.
+    """
+    found: set[str] = set()
+    waiting = list(modules)
+    while waiting:
+        module = waiting.pop()
+        if module in found:
+            continue
+        found.add(module)
+        tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+        nodes = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
+        waiting += [node.module for node in nodes if node.level == 1 and node.module]
+    return [PACKAGE / f"{module}.py" for module in sorted(found)]
+
+
+def copy_code(target: Path, auto_maps: Iterable[dict[str, str]]) -> list[str]:
+    """Copies the code that Auto classes need.
+
+    Args:
+        target: Folder of the result.
+        auto_maps: Every `auto_map` of the result.
+
+    Returns:
+        Names of the files.
+    """
+    modules = {reference.partition(".")[0] for auto_map in auto_maps for reference in auto_map.values()}
+    files = code_files(modules)
+    for file in files:
+        shutil.copyfile(file, target / file.name)
+    return [file.name for file in files]
+
+
+def image_processor_for(layout: Layout, config: Any, source: Source) -> InternVLImageProcessor:
+    """The image processor of a checkpoint.
+
+    Mean, deviation and resampling are those of the source's preprocessor_config.json. Chat models: the mode follows the configuration
+    (tiles; pad-to-square; plain resize), since that file describes CLIP's class, which published user code feeds with finished tiles.
+    The others: the file's resize and crop, which published user code runs.
+
+    Args:
+        layout: Of the source.
+        config: The result's configuration.
+        source: The source.
+
+    Returns:
+        The image processor.
+    """
+    published = source.read_json("preprocessor_config.json")
+    settings = {key: published[key] for key in KEPT_IMAGE_SETTINGS if key in published}
+    if layout.kind == "chat":
+        return _chat_image_processor(config, settings)
+    side = (getattr(config, "force_image_size", None) or getattr(config, "vision_config", config).image_size)
+    if not published:
+        # InternVL-C/G were evaluated on plainly resized pictures in retrieval, InternViT on crops.
+        mode = "squash" if layout.kind == "contrastive" else "crop"
+        return InternVLImageProcessor(size={"height": side, "width": side}, resize_mode=mode)
+    settings["size"] = published.get("size", side)
+    if published.get("do_center_crop", False):
+        settings.update(resize_mode="crop", crop_size=published.get("crop_size", side))
+    else:
+        settings["resize_mode"] = published.get("resize_mode", "squash")
+    return InternVLImageProcessor(**settings)
+
+
+def _chat_image_processor(config: Any, settings: dict[str, Any]) -> InternVLImageProcessor:
+    settings = {**settings, "size": {"height": config.image_size, "width": config.image_size}}
+    if config.dynamic_image_size:
+        return InternVLImageProcessor(
+            **settings,
+            resize_mode="tiles",
+            min_num=config.min_dynamic_patch,
+            max_num=config.max_dynamic_patch,
+            use_thumbnail=config.use_thumbnail,
+        )
+    return InternVLImageProcessor(**settings, resize_mode="pad" if config.pad2square else "squash")
+
+
+def write_processor(
+    target: Path,
+    layout: Layout,
+    config: Any,
+    image_processor: InternVLImageProcessor,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> list[dict[str, str]]:
+    """Writes preprocessor_config.json and, with a tokenizer, processor_config.json and the chat template.
+
+    Args:
+        target: Folder of the result.
+        layout: Of the source.
+        config: The result's configuration.
+        image_processor: Of the result.
+        tokenizer: Of the result, or None.
+
+    Returns:
+        Every `auto_map` written.
+    """
+    image_settings = json.loads(image_processor.to_json_string())
+    nested = {**image_settings, "auto_map": IMAGE_PROCESSOR_AUTO_MAP}
+    has_processor = tokenizer is not None and layout.kind != "vision"
+    write_json(
+        target / "preprocessor_config.json",
+        {**image_settings, "auto_map": {**IMAGE_PROCESSOR_AUTO_MAP, **(PROCESSOR_AUTO_MAP if has_processor else {})}},
+    )
+    if not has_processor:
+        return [IMAGE_PROCESSOR_AUTO_MAP]
+    if layout.kind == "chat":
+        template = get_conversation_template(config.template).to_jinja() if config.template else None
+        processor = InternVLProcessor(
+            image_processor, tokenizer, image_seq_length=config.num_image_token, chat_template=template
+        )
+        if template:
+            (target / "chat_template.jinja").write_text(template, encoding="utf-8")
+    else:
+        processor = InternVLProcessor(image_processor, tokenizer, mode="contrastive")
+    settings = processor.to_dict()
+    settings.pop("chat_template", None)
+    write_json(
+        target / "processor_config.json", {**settings, "auto_map": PROCESSOR_AUTO_MAP, "image_processor": nested}
+    )
+    return [IMAGE_PROCESSOR_AUTO_MAP, PROCESSOR_AUTO_MAP]
+
+
+def write_generation_config(
+    target: Path, layout: Layout, config: Any, source: Source, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Writes generation_config.json: where generation ends and what pads, and what the source says besides.
+
+    Args:
+        target: Folder of the result.
+        layout: Of the source; a vision tower generates nothing.
+        config: The result's configuration.
+        source: The source.
+        tokenizer: Of the result, or None: then the decoder's own end token is all that is known.
+    """
+    if layout.kind == "vision":
+        return
+    decoder = config.text_config
+    nested = source.config.get("llm_config") or source.config.get("qllama_config") or {}
+    settings = {**generation_settings(nested), **source.read_json("generation_config.json")}
+    settings = {k: v for k, v in settings.items() if not k.startswith("_") and k not in REMOVED_GENERATION_KEYS}
+    settings.pop("transformers_version", None)
+    ends = _as_list(settings.get("eos_token_id", decoder.eos_token_id))
+    if tokenizer is not None and layout.kind == "chat" and config.template:
+        ends = get_conversation_template(config.template).end_token_ids(tokenizer) + ends
+    ends = list(dict.fromkeys(ends))
+    pad = tokenizer.pad_token_id if tokenizer is not None else None
+    pads = [pad, settings.get("pad_token_id"), decoder.pad_token_id, *ends, None]
+    settings.update(
+        bos_token_id=settings.get("bos_token_id", decoder.bos_token_id),
+        eos_token_id=ends if len(ends) != 1 else ends[0],
+        pad_token_id=next((value for value in pads if value is not None), None),
+    )
+    settings = {key: value for key, value in settings.items() if value not in (None, [])}
+    GenerationConfig(**settings)  # raises where a value cannot be
+    write_json(target / "generation_config.json", settings)
+
+
+def _as_list(value: Any) -> list[int]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -1,0 +1,534 @@
+"""Pictures and texts to model inputs, for dialogue, retrieval and captions.
+
+`InternVLProcessor` joins the image processor and a tokenizer. Its `mode` says what a call prepares:
+
+- "chat": prompts in which each placeholder (`<IMG_CONTEXT>`, or `<image>` as in published user code) becomes the span
+  of its picture, `<img>`, `image_seq_length` context tokens per tile, `</img>`. Padded on the left, as generation
+  needs it.
+- "contrastive" (also "retrieval"): `summarize:` in front, the end token behind, padded on the right to a fixed length.
+- "caption": `English caption:` without an end token, padded on the left.
+
+`apply_chat_template` renders and tokenizes dialogues. Image tokens in the text of a message are escaped (`<
+IMG_CONTEXT>`), frames of a video become pictures of one tile (`Frame1: `, `Frame2: `...), and assistant masks and
+labels count in tokens of the expanded prompt.
+
+Not covered: reading video files (pass their frames) and sound.
+
+Shapes: B samples, L tokens, T tiles of the whole call.
+"""
+
+import inspect
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import ImageInput
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from .conversation_internvl import (
+    IMAGE_CONTEXT_TOKEN,
+    IMAGE_END_TOKEN,
+    IMAGE_PLACEHOLDER,
+    IMAGE_START_TOKEN,
+    image_span,
+)
+from .image_loading_internvl import flatten_images
+from .image_processing_internvl import SPELLINGS
+from .messages_internvl import Message, add_training_targets, assistant_masks, is_batch, prepare_conversations
+
+
+MODES = {"chat": "chat", "contrastive": "contrastive", "retrieval": "contrastive", "caption": "caption"}
+
+
+class InternVLTextKwargs(TextKwargs, total=False):  # type: ignore[call-arg]
+    """Settings of the tokenizer; the one added here has this place in transformers up to 5.14."""
+
+    return_text_replacement_offsets: bool | None
+
+
+class InternVLProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
+    """Keyword arguments of `InternVLProcessor`; those of the pictures are the image processor's own."""
+
+    text_kwargs: InternVLTextKwargs
+    _defaults = {}  # type: ignore[var-annotated]
+
+
+class InternVLProcessor(ProcessorMixin):
+    """Prepares pictures and texts for every InternVL model.
+
+    Args:
+        image_processor: Makes `pixel_values` and counts the tiles of each picture (`num_patches`).
+        tokenizer: Tokenizer of the language model. For "chat" its vocabulary needs `<img>`, `</img>` and
+            `<IMG_CONTEXT>`.
+        image_seq_length: Number of image tokens of one tile.
+        chat_template: Jinja text of the dialogue form, as `ConversationTemplate.to_jinja` writes it.
+        mode: What a call prepares if it does not say: "chat", "contrastive" ("retrieval" is the same) or "caption".
+        max_text_length: Number of tokens of every text in mode "contrastive".
+        text_prefix: What stands in front of every text in mode "contrastive".
+        caption_prompt: Text of mode "caption" for pictures that come without one.
+
+    Raises:
+        ValueError: If the mode is unknown, or is "chat" and image tokens are missing in the vocabulary.
+    """
+
+    _auto_class = "AutoProcessor"  # `save_pretrained` writes the code along, so that the folder can be moved
+    valid_processor_kwargs = InternVLProcessorKwargs
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        image_seq_length: int = 256,
+        chat_template: str | dict[str, str] | None = None,
+        mode: str = "chat",
+        max_text_length: int = 80,
+        text_prefix: str = "summarize:",
+        caption_prompt: str = "English caption:",
+    ) -> None:
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        # Saving sets it; set from the start, so that saving changes nothing in the processor that is saved.
+        self.auto_map = {self._auto_class: f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"}
+        self.image_seq_length = image_seq_length
+        self.mode = _resolve_mode(mode)
+        self.max_text_length = max_text_length
+        self.text_prefix = text_prefix
+        self.caption_prompt = caption_prompt
+
+        tokens = (IMAGE_CONTEXT_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN)
+        ids = [_token_id(tokenizer, token) for token in tokens]
+        self.missing_image_tokens = [token for token, index in zip(tokens, ids, strict=True) if index is None]
+        if self.mode == "chat":
+            self._require_image_tokens()
+        if not self.missing_image_tokens:
+            # Names that transformers and serving engines look for. Not `image_start_token`: vLLM would write it twice.
+            self.image_token = IMAGE_CONTEXT_TOKEN
+            self.image_token_id = ids[0]
+            self.image_token_ids = ids
+
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Prepares one call of a model.
+
+        Args:
+            images: Pictures (PIL images, arrays, tensors, paths, addresses, bytes), flat or nested per sample.
+            text: One text or B texts. In mode "chat" with one placeholder per picture, in the order of the pictures.
+            **kwargs: `mode`, instead of the processor's own; `return_num_patches=True`, to get `num_patches` (tiles of
+                each picture) as well; `return_mm_token_type_ids`; settings of the tokenizer and of the image processor
+                (`max_num`, `min_num`, `use_thumbnail`...), flat or in `text_kwargs` and `images_kwargs`.
+
+        Returns:
+            `input_ids` and `attention_mask` (B, L), 1 = attend; `pixel_values` (T, 3, H, W), tiles in picture order.
+
+        Raises:
+            ValueError: If placeholders and pictures differ in number, or a setting is none of this processor.
+        """
+        for modality in ("videos", "audio"):
+            if kwargs.pop(modality, None) is not None:
+                raise ValueError(
+                    f"`{modality}` cannot be passed to a call. Put the frames of a video into a message part "
+                    '`{"type": "video", "video": [frame, ...]}` of `apply_chat_template`, or write `Frame1: <image>` '
+                    "and pass images."
+                )
+        if images is None and text is None:
+            raise ValueError("Neither `images` nor `text` was given. Pass at least one of them.")
+        mode = _resolve_mode(kwargs.pop("mode", None) or self.mode)
+        with_num_patches = kwargs.pop("return_num_patches", False)
+        if text is not None:
+            text = _as_texts(text)
+        if mode == "chat":
+            features = self._prepare_chat(images, text, kwargs)
+        else:
+            features = self._prepare_plain(images, text, mode, kwargs)
+        if not with_num_patches:
+            features.pop("num_patches", None)
+        return features
+
+    # ------------------------------------------------------------------------------------------------------------ chat
+    def _prepare_chat(self, images: ImageInput | None, text: list[str] | None, kwargs: dict[str, Any]) -> BatchFeature:
+        self._require_image_tokens()
+        groups, is_nested = _group_by_sample(images)
+        pictures = [picture for group in groups for picture in group]
+        if text is not None:
+            _check_placeholders(text, [len(group) for group in groups] if is_nested else None, len(pictures))
+            text = [sample.replace(IMAGE_PLACEHOLDER, IMAGE_CONTEXT_TOKEN) for sample in text]
+            kwargs = self._with_text_defaults(kwargs, len(text))
+        return super().__call__(images=pictures or None, text=text, **kwargs)
+
+    def _with_text_defaults(self, kwargs: dict[str, Any], batch_size: int) -> dict[str, Any]:
+        """Adds left padding, whatever side the tokenizer was saved with, and padding itself where tensors need it."""
+        kwargs = dict(kwargs)
+        if _requested(kwargs, "padding_side") is None:
+            _set_text_setting(kwargs, "padding_side", "left")
+        needs_padding = batch_size > 1 and _requested(kwargs, "return_tensors") is not None
+        if needs_padding and _requested(kwargs, "padding") is None and "padding" not in self.tokenizer.init_kwargs:
+            _set_text_setting(kwargs, "padding", True)
+        return kwargs
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        """The text that the placeholder of a picture becomes. Called by the base class.
+
+        Args:
+            image_inputs: What the image processor returned.
+            image_idx: Index of the picture.
+            **kwargs: Settings of the pictures; not used.
+
+        Returns:
+            Start token, context tokens of all tiles, end token.
+        """
+        return image_span(int(image_inputs["num_patches"][image_idx]), self.image_seq_length)
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """Counts without looking at pixels; serving engines plan their memory with it.
+
+        Args:
+            image_sizes: (height, width) of each picture.
+            **kwargs: Settings of a call.
+
+        Returns:
+            `num_image_tokens` (start and end token included) and `num_image_patches` of each picture.
+        """
+        if image_sizes is None:
+            return MultiModalData()
+        images_kwargs = self._merge_kwargs(InternVLProcessorKwargs, **kwargs)["images_kwargs"]
+        num_patches = [
+            self.image_processor.get_number_of_image_patches(height, width, _of_picture(images_kwargs, index))
+            for index, (height, width) in enumerate(image_sizes)
+        ]
+        num_tokens = [2 + self.image_seq_length * count for count in num_patches]
+        return MultiModalData(num_image_tokens=num_tokens, num_image_patches=num_patches)
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        """Outputs of the parts that no model takes."""
+        return ["token_type_ids"]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Keys of what a call returns, unless it asks for more."""
+        return [name for name in super().model_input_names if name != "num_patches"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `processor_config.json` holds."""
+        # `AutoProcessor` would find transformers' own class of this name before this one, with this package installed
+        # too. Without a name it goes by `auto_map` and by the model's configuration.
+        return {name: value for name, value in super().to_dict().items() if name != "processor_class"}
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """Saves settings, tokenizer, chat template and the code.
+
+        Args:
+            save_directory: Folder to save to; made if it does not exist.
+            push_to_hub: Upload as well.
+            **kwargs: Arguments of `push_to_hub`, `repo_id` among them.
+
+        Returns:
+            Path of the settings.
+        """
+        files = super().save_pretrained(save_directory)
+        self.tokenizer._set_processor_class(None)  # the base class sets it, see `to_dict`
+        tokenizer_config = Path(save_directory) / "tokenizer_config.json"
+        settings = json.loads(tokenizer_config.read_text(encoding="utf-8"))
+        if settings.pop("processor_class", None) is not None:
+            text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
+            tokenizer_config.write_text(text + "\n", encoding="utf-8")
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return files
+
+    def _require_image_tokens(self) -> None:
+        if self.missing_image_tokens:
+            missing = ", ".join(f"`{token}`" for token in self.missing_image_tokens)
+            raise ValueError(
+                f"The tokenizer's vocabulary lacks {missing}, which mode `chat` needs: `python -m "
+                'internvl.conversion` adds them. For InternVL-C and InternVL-G use `mode="contrastive"`.'
+            )
+
+    # ------------------------------------------------------------------------------------------ retrieval and captions
+    def _prepare_plain(
+        self, images: ImageInput | None, text: list[str] | None, mode: str, kwargs: dict[str, Any]
+    ) -> BatchFeature:
+        merged = self._merge_kwargs(
+            InternVLProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
+        pictures = [picture for group in _group_by_sample(images)[0] for picture in group]
+        if mode == "caption" and text is None:
+            text = [self.caption_prompt] * len(pictures)
+        features: dict[str, Any] = {}
+        if text is not None:
+            features.update(self._encode_plain(text, mode, kwargs))
+        if pictures:
+            features.update(self.image_processor(pictures, **merged["images_kwargs"]))
+        return BatchFeature(features, tensor_type=merged["text_kwargs"].get("return_tensors"))
+
+    def _encode_plain(self, text: list[str], mode: str, kwargs: dict[str, Any]) -> dict[str, list[list[int]]]:
+        """Ids and masks; the end token is there once (contrastive) or never (caption), whatever the tokenizer adds."""
+        max_length = _requested(kwargs, "max_length")
+        padding = _requested(kwargs, "padding")
+        padding_side = _requested(kwargs, "padding_side")
+        end: list[int] = []
+        if mode == "contrastive":
+            text = [sample if sample.startswith(self.text_prefix) else self.text_prefix + sample for sample in text]
+            end = [self._end_token_id()]
+            max_length = max_length or self.max_text_length
+            padding = "max_length" if padding is None else padding
+        rows = self.tokenizer(text, padding=False, truncation=False)["input_ids"]
+        rows = [_without_end(row, self.tokenizer.eos_token_id) for row in rows]
+        rows = [row[: max_length - len(end)] + end if max_length else row + end for row in rows]
+        width = max_length if padding == "max_length" and max_length else max(map(len, rows), default=0)
+        if padding in (False, "do_not_pad"):
+            width = 0
+        is_left = (padding_side or ("right" if mode == "contrastive" else "left")) == "left"
+        # The model goes by the mask, so any id serves as padding; 0 is what published code sets.
+        pad_id = self.tokenizer.pad_token_id or 0
+        return {
+            "input_ids": [_pad(row, width, pad_id, is_left) for row in rows],
+            "attention_mask": [_pad([1] * len(row), width, 0, is_left) for row in rows],
+        }
+
+    def _end_token_id(self) -> int:
+        end = self.tokenizer.eos_token_id
+        if end is None:
+            raise ValueError(
+                "The tokenizer has no end token, at which mode `contrastive` reads the feature of a text. Set "
+                "`tokenizer.eos_token`."
+            )
+        return end
+
+    # ------------------------------------------------------------------------------------------------------- dialogues
+    def apply_chat_template(
+        self,
+        conversation: list[Message] | list[list[Message]],
+        chat_template: str | None = None,
+        *,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        return_labels: bool = False,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Renders one dialogue or a batch of them, and tokenizes them if asked.
+
+        Args:
+            conversation: Messages with `role` and `content`: a string or parts `{"type": "text", "text": ...}`,
+                `{"type": "image", "image" or "path" or "url" or "base64": ...}`, `{"type": "video", "video": [frame,
+                ...]}`. Not changed.
+            chat_template: Jinja text, or name of one of several templates, instead of the processor's own.
+            tokenize: Return model inputs instead of text.
+            return_dict: Return all model inputs, not only `input_ids`.
+            return_assistant_tokens_mask: Return `assistant_masks` (B, L), 1 = written by the assistant. Pads on the
+                right.
+            return_labels: Return `labels` (B, L): the ids where the assistant writes, else -100. Pads on the right.
+            processor_kwargs: Settings of the call, such as `max_num`; they may also be given as keyword arguments.
+            **kwargs: Other arguments of the base class (`add_generation_prompt`, `return_tensors`...) and variables of
+                the template.
+
+        Returns:
+            The prompt (or one per dialogue), `input_ids`, or a `BatchFeature`.
+
+        Raises:
+            ValueError: If a part of a message is unusable, or labels were asked for and nothing is to be learned.
+        """
+        is_batched = is_batch(conversation)
+        prepared, is_frame = prepare_conversations(conversation if is_batched else [conversation])
+        jinja = self._jinja_text(chat_template)
+        kwargs, processor_kwargs = _split_settings(kwargs, processor_kwargs, jinja)
+        messages = prepared if is_batched else prepared[0]
+        if not tokenize:
+            return super().apply_chat_template(messages, chat_template=jinja, tokenize=False, **kwargs)
+
+        processor_kwargs["mode"] = "chat"
+        if any(is_frame):
+            processor_kwargs = self._with_single_tile_frames(processor_kwargs, is_frame)
+        spans = None
+        if return_assistant_tokens_mask or return_labels:
+            spans = self._assistant_spans(prepared, jinja, kwargs)
+            processor_kwargs.update(return_offsets_mapping=True, return_text_replacement_offsets=True)
+            if _requested(processor_kwargs, "padding_side") is None:
+                _set_text_setting(processor_kwargs, "padding_side", "right")
+        features = super().apply_chat_template(
+            messages, chat_template=jinja, tokenize=True, return_dict=True, processor_kwargs=processor_kwargs, **kwargs
+        )
+        if spans is not None:
+            masks = assistant_masks(spans, features.pop("offset_mapping"), features.pop("text_replacement_offsets"))
+            add_training_targets(features, masks, return_assistant_tokens_mask, return_labels)
+        return features if return_dict else features["input_ids"]
+
+    def _jinja_text(self, chat_template: str | None) -> str:
+        """The template itself, where the argument is one, the name of one, or nothing."""
+        own = self.chat_template
+        if isinstance(own, dict):
+            own = own.get(chat_template or "default", chat_template)
+        elif chat_template is not None:
+            own = chat_template
+        if own is None:
+            raise ValueError(
+                "The processor has no (default) chat template. Pass `chat_template`, or build the processor with one: "
+                "`get_conversation_template(name).to_jinja()`."
+            )
+        return own
+
+    def _assistant_spans(self, prepared: list[list[Message]], jinja: str, kwargs: dict[str, Any]) -> list[Any]:
+        """(start, end) characters of what the assistant writes, in the prompts before images are expanded."""
+        if not self.tokenizer.is_fast:
+            raise ValueError(
+                "Assistant masks and labels need a fast tokenizer, which knows the characters of each token."
+            )
+        if kwargs.get("continue_final_message") or kwargs.get("sanitize_control_tokens"):
+            raise ValueError(
+                "`continue_final_message` and `sanitize_control_tokens` exclude assistant masks and labels."
+            )
+        variables = {name: value for name, value in kwargs.items() if name != "return_tensors"}
+        variables = {**self.tokenizer.special_tokens_map, **variables}
+        prompts, spans = render_jinja_template(
+            conversations=prepared, chat_template=jinja, return_assistant_tokens_mask=True, **variables
+        )
+        if any(IMAGE_PLACEHOLDER in prompt for prompt in prompts):
+            # A call replaces it by a placeholder of another length, which would shift the spans.
+            raise ValueError(
+                f"The chat template writes `{IMAGE_PLACEHOLDER}`; for assistant masks it must write "
+                f"`{IMAGE_CONTEXT_TOKEN}`."
+            )
+        return spans
+
+    def _with_single_tile_frames(self, processor_kwargs: dict[str, Any], is_frame: list[bool]) -> dict[str, Any]:
+        """Limits frames of a video to one tile, as published; the other pictures keep what was asked for."""
+        processor_kwargs = dict(processor_kwargs)
+        images_kwargs = dict(processor_kwargs.get("images_kwargs") or {})
+        num_pictures = is_frame.count(False)
+        for setting, of_frames in (("min_num", 1), ("max_num", 1), ("use_thumbnail", False)):
+            value = getattr(self.image_processor, setting)
+            for name in (setting, *(other for other, means in SPELLINGS.items() if means == setting)):
+                for settings in (processor_kwargs, images_kwargs):
+                    given = settings.pop(name, None)
+                    value = value if given is None else given
+            values = list(value) if isinstance(value, (list, tuple)) else [value] * num_pictures
+            if len(values) != num_pictures:
+                raise ValueError(
+                    f"`{setting}` has {len(values)} value(s) for {num_pictures} picture(s) beside frames."
+                )
+            images_kwargs[setting] = [of_frames if frame else values.pop(0) for frame in is_frame]
+        processor_kwargs["images_kwargs"] = images_kwargs
+        return processor_kwargs
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+def _resolve_mode(mode: str) -> str:
+    if mode not in MODES:
+        raise ValueError(f"`mode` must be one of {', '.join(MODES)}, got `{mode}`.")
+    return MODES[mode]
+
+
+def _requested(kwargs: dict[str, Any], name: str) -> Any:
+    """Value of a tokenizer setting in the arguments of a call, flat or nested; None where it is not given."""
+    places = (kwargs, kwargs.get("text_kwargs") or {}, kwargs.get("common_kwargs") or {})
+    return next((place[name] for place in places if place.get(name) is not None), None)
+
+
+def _set_text_setting(kwargs: dict[str, Any], name: str, value: Any) -> None:
+    """Sets it where the call has it already (as None), because both places at once are an error."""
+    nested = kwargs.get("text_kwargs") or {}
+    if name in nested:
+        kwargs["text_kwargs"] = {**nested, name: value}
+    else:
+        kwargs[name] = value
+
+
+def _of_picture(images_kwargs: dict[str, Any], index: int) -> dict[str, Any]:
+    """Settings of one picture, out of settings that may be lists with one value per picture."""
+    per_picture = {"use_thumbnail", *SPELLINGS, *SPELLINGS.values()}
+    return {
+        name: value[index] if name in per_picture and isinstance(value, (list, tuple)) else value
+        for name, value in images_kwargs.items()
+    }
+
+
+def _split_settings(
+    kwargs: dict[str, Any], processor_kwargs: dict[str, Any] | None, jinja: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Moves what neither the base class nor the template knows from the arguments to the settings of the call."""
+    known = inspect.signature(ProcessorMixin.apply_chat_template).parameters
+    settings = dict(processor_kwargs or {})
+    kept = {}
+    for name, value in kwargs.items():
+        if name in known or re.search(rf"\b{re.escape(name)}\b", jinja):
+            kept[name] = value
+        else:
+            settings[name] = value
+    return kept, settings
+
+
+def _token_id(tokenizer: Any, token: str) -> int | None:
+    """Id of a token, None where the vocabulary lacks it."""
+    index = tokenizer.convert_tokens_to_ids(token)
+    return None if index == tokenizer.unk_token_id else index
+
+
+# ---------------------------------------------------------------------------------------------------------- the inputs
+def _as_texts(text: str | list[str]) -> list[str]:
+    texts = [text] if isinstance(text, str) else list(text)
+    if not all(isinstance(sample, str) for sample in texts):
+        raise ValueError(f"`text` must be a string or a list of strings, got {type(text).__name__} of other things.")
+    return texts
+
+
+def _group_by_sample(images: ImageInput | None) -> tuple[list[list[Any]], bool]:
+    """Pictures in groups, and whether the groups are samples."""
+    if images is None:
+        return [[]], False
+    if isinstance(images, (list, tuple)) and any(
+        group is None or isinstance(group, (list, tuple)) for group in images
+    ):
+        return [flatten_images(group or []) for group in images], True
+    return [flatten_images(images)], False
+
+
+def _check_placeholders(text: list[str], given: list[int] | None, total: int) -> None:
+    """Compares the placeholders of the texts with the pictures, by sample where it is known whose they are."""
+    found = [sample.count(IMAGE_CONTEXT_TOKEN) + sample.count(IMAGE_PLACEHOLDER) for sample in text]
+    if given is None and sum(found) == total:
+        return
+    where = f"the texts have {found} and {total} image(s) were given"
+    if given is None and len(found) == 1:
+        given = [total]
+    if given is not None:
+        if found == given:
+            return
+        pairs = [index for index, (left, right) in enumerate(zip(found, given, strict=False)) if left != right]
+        if len(found) != len(given):
+            where = f"there are {len(found)} text(s) and images for {len(given)} sample(s)"
+        else:
+            where = f"sample {pairs[0]} has {found[pairs[0]]} and {given[pairs[0]]} image(s) were given for it"
+    raise ValueError(
+        f"The number of image tokens in the prompts should be the same as the number of images: {where}. Write one "
+        f"`{IMAGE_CONTEXT_TOKEN}` or `{IMAGE_PLACEHOLDER}` per image, in their order, or use `apply_chat_template`, "
+        "which does it."
+    )
+
+
+def _without_end(row: list[int], end: int | None) -> list[int]:
+    row = list(row)
+    while row and row[-1] == end:
+        row.pop()
+    return row
+
+
+def _pad(row: list[int], width: int, value: int, is_left: bool) -> list[int]:
+    padding = [value] * (width - len(row))
+    return padding + row if is_left else row + padding
+
+
+__all__ = ["InternVLProcessor", "InternVLProcessorKwargs"]

@@ -1,0 +1,96 @@
+"""Tiny checkpoints as they would be downloaded: golden weights with a tokenizer and a preprocessor_config.json beside them."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .fixtures_text import CORPUS, make_tokenizer
+
+
+GOLDEN = Path(__file__).parent / "golden"
+IMAGE_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>")
+# As published, but for the size.
+PREPROCESSOR = {
+    "crop_size": 56,
+    "do_center_crop": True,
+    "do_normalize": True,
+    "do_resize": True,
+    "feature_extractor_type": "CLIPFeatureExtractor",
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+    "resample": 3,
+    "size": 56,
+}
+
+
+def sentencepiece_model(num_unused: int = 0) -> bytes:
+    """A LLaMA-like tokenizer.model of some 300 pieces; the first after `</s>` are unused ones, as InternLM2 has."""
+    import sentencepiece
+
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS * 20),
+        model_writer=written,
+        vocab_size=330,
+        hard_vocab_limit=False,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        pad_id=-1,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        user_defined_symbols=[f"[UNUSED_TOKEN_{index}]" for index in range(num_unused)],
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return written.getvalue()
+
+
+def write_sentencepiece_tokenizer(folder: Path, special: dict[int, str], num_unused: int = 0, **settings: Any) -> None:
+    """Files of a slow tokenizer, as transformers 4.37 saved them: tokenizer.model and a list of the tokens around it."""
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model(num_unused))
+    content = {0: "<unk>", 1: "<s>", 2: "</s>", **special}
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    tokenizer_config = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "added_tokens_decoder": {str(index): {"content": text, **flags} for index, text in content.items()},
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "tokenizer_class": "LlamaTokenizer",
+        **settings,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+
+
+def published(case: str, folder: Path, with_preprocessor: bool = True, **config: Any) -> Path:
+    """A copy of a golden checkpoint, changed keys of config.json included."""
+    source = folder / f"published_{case}"
+    source.mkdir(parents=True)
+    for file in (GOLDEN / case).iterdir():
+        if file.name not in ("io.safetensors", "case.json"):
+            shutil.copyfile(file, source / file.name)
+    settings = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**settings, **config}))
+    if with_preprocessor:
+        (source / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    return source
+
+
+def published_chat(folder: Path, **config: Any) -> Path:
+    """InternVL-Chat with Qwen2 and a fast byte-level tokenizer."""
+    source = published("chat_qwen2_v2", folder, **config)
+    make_tokenizer(add_bos=False, eos_token="<|endoftext|>").save_pretrained(source)
+    return source
+
+
+def published_14b(folder: Path, **config: Any) -> Path:
+    """InternVL-14B with a slow LLaMA tokenizer."""
+    source = published("internvl_14b", folder, **config)
+    write_sentencepiece_tokenizer(source, {})
+    return source

@@ -1,0 +1,70 @@
+"""Dialogue evaluation: the questions are held out and balanced, and right answers are counted right."""
+
+from collections import Counter
+
+import pytest
+
+from internvl.evaluation.dialogue import (
+    SMALL_TEXT,
+    accuracy_by_kind,
+    evaluate_dialogue,
+    held_out_questions,
+    is_right,
+)
+from internvl.training.scenes import LAYOUTS, QUESTION_KINDS, Question
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "right"),
+    [("Red", "red", True), (" top left \n", "top left", True), ("top", "top left", False), ("", "0", False)],
+)
+def test_answers_must_match_exactly_apart_from_case_and_blanks(answer, expected, right):
+    assert is_right(answer, expected) is right
+
+
+def test_held_out_questions_are_balanced_over_kinds_and_reproducible():
+    first, second = held_out_questions(21), held_out_questions(21)
+    assert Counter(item.question.kind for item in first) == dict.fromkeys(QUESTION_KINDS, 3)
+    assert [item.question for item in first] == [item.question for item in second]
+    assert all(a.picture.tobytes() == b.picture.tobytes() for a, b in zip(first, second, strict=True))
+    assert [item.question for item in held_out_questions(21, seed=1)] != [item.question for item in first]
+
+
+def test_small_text_is_asked_about_large_pictures_only():
+    for item in held_out_questions(28):
+        if item.question.kind == SMALL_TEXT:
+            assert item.picture.size in LAYOUTS["many_tiles"].sizes
+
+
+def test_accuracy_is_counted_per_kind_with_the_share_of_the_commonest_answer():
+    questions = [Question("count", "?", answer) for answer in ("0", "0", "0", "2")] + [Question("digit", "?", "7")]
+    report = accuracy_by_kind(questions, ["0", "1", "0", "2", "1"])
+    assert report == {
+        "count": {"asked": 4, "right": 3, "accuracy": 0.75, "most_common_answer": 0.75},
+        "digit": {"asked": 1, "right": 0, "accuracy": 0.0, "most_common_answer": 1.0},
+    }
+
+
+def test_a_missing_answer_is_an_error():
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        accuracy_by_kind([Question("count", "?", "0")], [])
+
+
+def test_the_report_asks_small_text_again_with_one_tile(monkeypatch):
+    asked = held_out_questions(14)
+    right_answers = {(item.picture.tobytes(), item.question.text): item.question.answer for item in asked}
+
+    def answer(model, processor, items, batch_size, **settings):
+        if settings == {"max_num": 1}:
+            return ["unreadable"] * len(items)
+        assert not settings
+        return [right_answers[picture.tobytes(), text] for picture, text in items]
+
+    monkeypatch.setattr("internvl.evaluation.dialogue.answer_questions", answer)
+    report = evaluate_dialogue(None, None, count=14)
+    assert report["questions"] == 14
+    assert report["accuracy"] == 1.0
+    assert set(report["by_kind"]) == set(QUESTION_KINDS)
+    assert report["by_kind"][SMALL_TEXT]["right"] == 2
+    assert report["small_text_one_tile"]["asked"] == 2
+    assert report["small_text_one_tile"]["right"] == 0

@@ -1,0 +1,692 @@
+"""The processor: prompts with pictures, dialogues, assistant masks, retrieval and captions, saving and loading."""
+
+import base64
+import copy
+import io
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from internvl.configuration_internvl import InternVLChatConfig
+from internvl.conversation_internvl import get_conversation_template, list_conversation_templates
+from internvl.image_processing_internvl import InternVLImageProcessor
+from internvl.processing_internvl import InternVLProcessor, InternVLProcessorKwargs
+
+from .fixtures_text import make_image, make_tokenizer
+
+
+SEQ = 4  # image tokens of one tile
+SIDE = 28
+SQUARE, WIDE = make_image(32, 32), make_image(96, 32, seed=1)  # 1 tile; 3 tiles and a thumbnail
+
+
+def make_processor(template: str = "internvl", tokenizer: Any = None, **kwargs: Any) -> InternVLProcessor:
+    return InternVLProcessor(
+        image_processor=InternVLImageProcessor(size={"height": SIDE, "width": SIDE}, max_num=6),
+        tokenizer=make_tokenizer() if tokenizer is None else tokenizer,
+        image_seq_length=SEQ,
+        chat_template=get_conversation_template(template).to_jinja(),
+        **kwargs,
+    )
+
+
+@pytest.fixture(scope="module")
+def processor() -> InternVLProcessor:
+    return make_processor()
+
+
+def span(tiles: int) -> str:
+    return "<img>" + "<IMG_CONTEXT>" * (SEQ * tiles) + "</img>"
+
+
+def decoded(processor: InternVLProcessor, ids: Any, mask: Any = None) -> str:
+    ids = [index for row in [ids] for index in (row.tolist() if hasattr(row, "tolist") else row)]
+    if mask is not None:
+        ids = [index for index, kept in zip(ids, mask.tolist(), strict=True) if kept]
+    return processor.tokenizer.decode(ids)
+
+
+def user(*parts: Any) -> dict[str, Any]:
+    """A message of the user: strings are texts, lists and arrays videos, other things pictures."""
+    content = []
+    for part in parts:
+        if isinstance(part, str):
+            content.append({"type": "text", "text": part})
+        elif isinstance(part, (list, np.ndarray)):
+            content.append({"type": "video", "video": part})
+        else:
+            content.append({"type": "image", "image": part})
+    return {"role": "user", "content": content}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def chat(processor: InternVLProcessor, conversation: Any, **kwargs: Any) -> Any:
+    settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt", **kwargs}
+    return processor.apply_chat_template(conversation, **settings)
+
+
+# -------------------------------------------------------------------------------------------------------------- calls
+def test_text_alone_gives_ids_and_mask(processor: InternVLProcessor) -> None:
+    features = processor(text="Hello", return_tensors="pt")
+    assert set(features) == {"input_ids", "attention_mask"}
+    assert decoded(processor, features["input_ids"][0]) == "<s>Hello"
+
+
+def test_images_alone_give_tiles(processor: InternVLProcessor) -> None:
+    features = processor(images=[SQUARE, WIDE], return_tensors="pt")
+    assert set(features) == {"pixel_values"}
+    assert features["pixel_values"].shape == (5, 3, SIDE, SIDE)
+
+
+@pytest.mark.parametrize("placeholder", ["<image>", "<IMG_CONTEXT>"])
+def test_each_placeholder_becomes_the_span_of_its_picture(processor: InternVLProcessor, placeholder: str) -> None:
+    text = f"a {placeholder} b {placeholder} c"
+    features = processor(images=[WIDE, SQUARE], text=text, return_tensors="pt")
+    assert decoded(processor, features["input_ids"][0]) == f"<s>a {span(4)} b {span(1)} c"
+    assert features["pixel_values"].shape[0] == 5
+    assert set(features) == {"input_ids", "attention_mask", "pixel_values"} == set(processor.model_input_names)
+
+
+def test_pictures_keep_their_order(processor: InternVLProcessor) -> None:
+    features = processor(images=[[WIDE], [], [SQUARE, WIDE]], text=["<image>", "none", "<image><image>"])
+    alone = [processor.image_processor(picture)["pixel_values"] for picture in (WIDE, SQUARE, WIDE)]
+    assert np.array_equal(np.stack(features["pixel_values"]), np.concatenate([np.stack(tiles) for tiles in alone]))
+    found = [row.count(processor.image_token_id) for row in features["input_ids"]]
+    assert found == [4 * SEQ, 0, 5 * SEQ]
+
+
+def test_flat_pictures_are_taken_in_order(processor: InternVLProcessor) -> None:
+    features = processor(images=[SQUARE, WIDE], text=["<image>", "<image>"])
+    assert [row.count(processor.image_token_id) for row in features["input_ids"]] == [SEQ, 4 * SEQ]
+
+
+def test_batches_of_arrays_and_tensors_are_pictures(processor: InternVLProcessor) -> None:
+    pixels = np.stack([np.asarray(SQUARE)] * 2)
+    for images in (pixels, torch.from_numpy(pixels)):
+        features = processor(images=images, text="<image><image>", return_tensors="pt")
+        assert features["pixel_values"].shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "match"),
+    [
+        ("<image>", None, "sample 0 has 1 and 0 image"),
+        ("none", [SQUARE], "sample 0 has 0 and 1 image"),
+        ("<image><IMG_CONTEXT>", [SQUARE], "sample 0 has 2 and 1 image"),
+        (["<image>", "<image>"], [[SQUARE, SQUARE], []], "sample 0 has 1 and 2 image"),
+        (["<image>", "none"], [[SQUARE], [SQUARE]], "sample 1 has 0 and 1 image"),
+        (["<image>", "<image>"], [[SQUARE]], r"2 text\(s\) and images for 1 sample"),
+        (["<image>", "<image>"], [SQUARE] * 3, r"the texts have \[1, 1\] and 3 image"),
+    ],
+)
+def test_placeholders_that_differ_from_pictures_raise(
+    processor: InternVLProcessor, text: Any, images: Any, match: str
+) -> None:
+    with pytest.raises(ValueError, match=match):
+        processor(images=images, text=text)
+
+
+def test_truncation_inside_a_picture_raises(processor: InternVLProcessor) -> None:
+    with pytest.raises(ValueError, match="Mismatch in `image` token count"):
+        processor(images=SQUARE, text="A <image>", truncation=True, max_length=5)
+
+
+@pytest.mark.parametrize("argument", ["videos", "audio"])
+def test_videos_and_sound_are_refused_in_calls(processor: InternVLProcessor, argument: str) -> None:
+    with pytest.raises(ValueError, match=f"`{argument}` cannot be passed"):
+        processor(text="a", **{argument: [SQUARE]})
+
+
+def test_nothing_to_do_raises(processor: InternVLProcessor) -> None:
+    with pytest.raises(ValueError, match="Neither `images` nor `text`"):
+        processor()
+    with pytest.raises(ValueError, match="a string or a list of strings"):
+        processor(text=[1])
+
+
+def test_padding_is_on_the_left_whatever_the_tokenizer_says() -> None:
+    processor = make_processor(tokenizer=make_tokenizer(padding_side="right"))
+    features = processor(text=["one two three", "one"], return_tensors="pt")
+    assert features["attention_mask"][1].tolist() == sorted(features["attention_mask"][1].tolist())
+    assert features["attention_mask"][1, 0] == 0
+    for kwargs in ({"padding_side": "right"}, {"text_kwargs": {"padding_side": "right"}}):
+        assert processor(text=["one two three", "one"], return_tensors="pt", **kwargs)["attention_mask"][1, -1] == 0
+
+
+def test_lists_are_not_padded(processor: InternVLProcessor) -> None:
+    rows = processor(text=["one two three", "one"])["input_ids"]
+    assert len(rows[0]) > len(rows[1])
+
+
+def test_number_of_tiles_is_returned_when_asked_for(processor: InternVLProcessor) -> None:
+    features = processor(images=[SQUARE, WIDE], text="<image><image>", return_num_patches=True, return_tensors="pt")
+    assert features["num_patches"].tolist() == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "tiles"),
+    [
+        ({"max_num": 1}, [1, 1]),
+        ({"use_thumbnail": False}, [1, 3]),
+        ({"max_patches": 2}, [1, 3]),
+        ({"images_kwargs": {"max_dynamic_patch": 1}}, [1, 1]),
+        ({"max_num": [6, 1]}, [1, 1]),
+        ({"min_num": [4, 1], "max_num": [4, 6], "use_thumbnail": [True, False]}, [5, 3]),
+    ],
+)
+def test_tile_settings_reach_the_pictures_and_the_prompt(
+    processor: InternVLProcessor, kwargs: dict[str, Any], tiles: list[int]
+) -> None:
+    features = processor(images=[SQUARE, WIDE], text="<image> <image>", return_num_patches=True, **kwargs)
+    assert features["num_patches"] == tiles
+    assert features["input_ids"][0].count(processor.image_token_id) == SEQ * sum(tiles)
+    sizes = [(picture.height, picture.width) for picture in (SQUARE, WIDE)]
+    counted = processor._get_num_multimodal_tokens(image_sizes=sizes, **kwargs)
+    assert counted["num_image_patches"] == tiles
+    assert counted["num_image_tokens"] == [2 + SEQ * count for count in tiles]
+
+
+def test_counting_without_pictures_gives_nothing(processor: InternVLProcessor) -> None:
+    counted = processor._get_num_multimodal_tokens()
+    assert "num_image_tokens" not in counted
+    assert processor._get_num_multimodal_tokens(image_sizes=[[10000, 10000]])["num_image_patches"] == [5]
+
+
+def test_type_ids_mark_start_and_end_tokens_too(processor: InternVLProcessor) -> None:
+    text = ["a <image>", "b"]
+    features = processor(images=[[WIDE], []], text=text, return_mm_token_type_ids=True, return_tensors="pt")
+    assert features["mm_token_type_ids"].shape == features["input_ids"].shape
+    assert features["mm_token_type_ids"].sum(-1).tolist() == [2 + 4 * SEQ, 0]
+
+
+def test_replacement_offsets_point_at_the_spans(processor: InternVLProcessor) -> None:
+    features = processor(images=[WIDE], text="a <image> b", return_text_replacement_offsets=True)
+    ((entry,),) = features["text_replacement_offsets"]
+    assert entry["replacement"] == span(4)
+    assert entry["new_span"] == (2, 2 + len(span(4)))
+
+
+def test_kwargs_of_the_caller_are_not_changed(processor: InternVLProcessor) -> None:
+    images_kwargs, text_kwargs = {"max_num": 1}, {"padding": True}
+    processor(images=WIDE, text="<image>", images_kwargs=images_kwargs, text_kwargs=text_kwargs, return_tensors="pt")
+    chat(processor, [user([SQUARE], "a"), assistant("b")], return_labels=True, processor_kwargs=text_kwargs)
+    assert (images_kwargs, text_kwargs) == ({"max_num": 1}, {"padding": True})
+
+
+# ---------------------------------------------------------------------------------------------------------- dialogues
+def test_dialogue_without_tokenizing_is_a_string(processor: InternVLProcessor) -> None:
+    dialogue = [user("What is ", WIDE, "this?")]
+    text = processor.apply_chat_template(dialogue, add_generation_prompt=True)
+    assert text == "<|im_start|>user\nWhat is <IMG_CONTEXT>\nthis?<|im_end|>\n<|im_start|>assistant\n"
+    assert processor.apply_chat_template([dialogue, dialogue], add_generation_prompt=True) == [text, text]
+
+
+def test_dialogue_equals_the_call_with_its_prompt(processor: InternVLProcessor) -> None:
+    dialogue = [user(WIDE, "What?"), assistant("Noise."), user("And ", SQUARE, " this?")]
+    features = chat(processor, dialogue, add_generation_prompt=True)
+    prompt = processor.apply_chat_template(dialogue, add_generation_prompt=True)
+    called = processor(images=[WIDE, SQUARE], text=prompt, return_tensors="pt")
+    assert set(features) == set(called)
+    assert all(torch.equal(features[name], called[name]) for name in called)
+
+
+def test_dialogue_returns_ids_unless_a_dict_is_asked_for(processor: InternVLProcessor) -> None:
+    ids = processor.apply_chat_template([user("Hi")], tokenize=True, return_tensors="pt")
+    assert decoded(processor, ids[0]) == "<s><|im_start|>user\nHi<|im_end|>\n"
+
+
+def test_batch_of_unequal_dialogues_equals_the_single_ones(processor: InternVLProcessor) -> None:
+    dialogues = [
+        [user("No picture.")],
+        [user(WIDE, "One."), assistant("Yes."), user("Sure?")],
+        [{"role": "system", "content": "Be brief."}, user("Three: ", SQUARE, WIDE, " and ", SQUARE)],
+    ]
+    batch = chat(processor, dialogues, add_generation_prompt=True)
+    singles = [chat(processor, dialogue, add_generation_prompt=True) for dialogue in dialogues]
+    for row, mask, single in zip(batch["input_ids"], batch["attention_mask"], singles, strict=True):
+        assert torch.equal(row[mask.bool()], single["input_ids"][0])
+        assert mask.tolist() == sorted(mask.tolist())
+    tiles = [single["pixel_values"] for single in singles if "pixel_values" in single]
+    assert torch.equal(batch["pixel_values"], torch.cat(tiles))
+
+
+def test_order_of_the_prompt_is_the_order_of_the_message(processor: InternVLProcessor) -> None:
+    orders = np.random.default_rng(0).integers(0, 3, (20, 6))
+    kinds = ["text ", SQUARE, WIDE]
+    for order in orders:
+        text = decoded(processor, chat(processor, [user(*(kinds[kind] for kind in order))])["input_ids"][0])
+        expected = "".join(["text ", span(1) + "\n", span(4) + "\n"][kind] for kind in order)
+        assert text == f"<s><|im_start|>user\n{expected}<|im_end|>\n"
+
+
+def test_pictures_come_as_path_base64_and_address_form(processor: InternVLProcessor, tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    SQUARE.save(path)
+    text = base64.b64encode(path.read_bytes()).decode()
+    parts = [
+        {"type": "image", "image": SQUARE},
+        {"type": "image", "path": str(path)},
+        {"type": "image", "url": str(path)},
+        {"type": "image", "base64": text},
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{text}"}},
+    ]
+    expected = chat(processor, [{"role": "user", "content": parts[:1]}])
+    for part in parts[1:]:
+        features = chat(processor, [{"role": "user", "content": [part]}])
+        assert torch.equal(features["pixel_values"], expected["pixel_values"])
+        assert torch.equal(features["input_ids"], expected["input_ids"])
+
+
+def test_messages_of_the_caller_are_not_changed(processor: InternVLProcessor) -> None:
+    buffer = io.BytesIO()
+    SQUARE.save(buffer, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image = {"type": "image_url", "image_url": {"url": url}}
+    dialogue = [{"role": "user", "content": [image, {"type": "text", "text": "<img>"}, {"type": "text", "text": "b"}]}]
+    before = copy.deepcopy(dialogue)
+    chat(processor, dialogue)
+    assert dialogue == before
+
+
+def test_settings_may_be_flat_or_nested(processor: InternVLProcessor) -> None:
+    dialogue = [user(WIDE)]
+    for kwargs in (
+        {"max_num": 1},
+        {"processor_kwargs": {"max_num": 1}},
+        {"processor_kwargs": {"images_kwargs": {"max_num": 1}}},
+        {"images_kwargs": {"max_num": 1}},
+    ):
+        assert chat(processor, dialogue, **kwargs)["pixel_values"].shape[0] == 1
+    merged = chat(processor, dialogue, max_num=1, processor_kwargs={"return_mm_token_type_ids": True})
+    assert merged["pixel_values"].shape[0] == 1
+    assert merged["mm_token_type_ids"].sum() == 2 + SEQ
+
+
+def test_variables_and_other_templates_pass_through(processor: InternVLProcessor) -> None:
+    jinja = "{{ greeting }} {{ messages[0]['content'] }}"
+    message = [{"role": "user", "content": "you"}]
+    assert processor.apply_chat_template(message, jinja, greeting="Hello") == "Hello you"
+    several = make_processor()
+    several.chat_template = {"default": "default", "other": "other {{ greeting }}"}
+    assert several.apply_chat_template(message) == "default"
+    assert several.apply_chat_template(message, "other", greeting="x") == "other x"
+
+
+def test_final_message_can_be_continued(processor: InternVLProcessor) -> None:
+    dialogue = [user("Say it."), assistant("It is")]
+    text = processor.apply_chat_template(dialogue, continue_final_message=True)
+    assert text.endswith("<|im_start|>assistant\nIt is")
+
+
+def test_missing_template_and_empty_dialogue_raise() -> None:
+    processor = make_processor()
+    processor.chat_template = None
+    with pytest.raises(ValueError, match="no \\(default\\) chat template"):
+        processor.apply_chat_template([user("a")])
+    with pytest.raises(ValueError, match="conversation is empty"):
+        processor.apply_chat_template([])
+
+
+@pytest.mark.parametrize("token", ["<IMG_CONTEXT>", "<img>", "</img>", "<image>", "<video>"])
+def test_image_tokens_in_texts_are_escaped(processor: InternVLProcessor, token: str) -> None:
+    dialogue = [
+        {"role": "system", "content": f"sys {token}"},
+        {"role": "user", "content": f"str {token}"},
+        {"role": "assistant", "content": [{"type": "text", "text": f"part {token}"}]},
+        user(SQUARE, "split " + token[:2], token[2:4], token[4:]),
+    ]
+    features = chat(processor, dialogue)
+    row = features["input_ids"][0].tolist()
+    for name, count in (("<IMG_CONTEXT>", SEQ), ("<img>", 1), ("</img>", 1)):
+        assert row.count(processor.tokenizer.convert_tokens_to_ids(name)) == count
+    assert decoded(processor, row).count(f"< {token[1:]}") == 4
+
+
+# -------------------------------------------------------------------------------------------------------------- videos
+def frames_as_array() -> np.ndarray:
+    return np.stack([np.asarray(make_image(96, 32, seed)) for seed in range(3)])
+
+
+@pytest.mark.parametrize("form", ["pictures", "array", "tensor", "paths"])
+def test_frames_are_announced_and_have_one_tile_each(processor: InternVLProcessor, form: str, tmp_path: Path) -> None:
+    array = frames_as_array()
+    video: Any = array
+    if form == "tensor":
+        video = torch.from_numpy(array)
+    if form in ("pictures", "paths"):
+        video = [Image.fromarray(frame) for frame in array]
+    if form == "paths":
+        for index, frame in enumerate(video):
+            frame.save(tmp_path / f"{index}.png")
+        video = [str(tmp_path / f"{index}.png") for index in range(3)]
+    message = {"role": "user", "content": [{"type": "video", "video": video}, {"type": "text", "text": "What?"}]}
+    features = chat(processor, [message])
+    expected = "".join(f"Frame{number}: {span(1)}\n" for number in (1, 2, 3))
+    assert decoded(processor, features["input_ids"][0]) == f"<s><|im_start|>user\n{expected}What?<|im_end|>\n"
+    alone = processor.image_processor(list(array), max_num=1, return_tensors="pt")["pixel_values"]
+    assert torch.equal(features["pixel_values"], alone)
+
+
+def test_prompt_of_a_video_is_the_published_one(processor: InternVLProcessor) -> None:
+    text = processor.apply_chat_template([user([SQUARE, SQUARE], "What?")])
+    assert "Frame1: <IMG_CONTEXT>\nFrame2: <IMG_CONTEXT>\nWhat?" in text
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"max_num": 2}, {"max_patches": [2]}, {"images_kwargs": {"max_num": 2}}])
+def test_pictures_beside_frames_keep_their_tiles(processor: InternVLProcessor, kwargs: dict[str, Any]) -> None:
+    features = chat(processor, [user([WIDE, WIDE], WIDE)], return_num_patches=True, **kwargs)
+    assert features["num_patches"].tolist() == [1, 1, 3 if kwargs else 4]
+
+
+def test_too_few_settings_beside_frames_raise(processor: InternVLProcessor) -> None:
+    with pytest.raises(ValueError, match=r"`max_num` has 1 value\(s\) for 2 picture"):
+        chat(processor, [user([WIDE], WIDE, WIDE)], max_num=[2])
+
+
+@pytest.mark.parametrize("video", ["film.mp4", [], None, np.zeros((4, 4, 3))])
+def test_video_files_are_refused(processor: InternVLProcessor, video: Any) -> None:
+    with pytest.raises(ValueError, match="must hold its frames"):
+        chat(processor, [{"role": "user", "content": [{"type": "video", "video": video}]}])
+
+
+# ------------------------------------------------------------------------------------------------ masks and labels
+def runs(processor: InternVLProcessor, ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
+    """Texts of the marked stretches of one row."""
+    found: list[list[int]] = []
+    for index, (token, marked) in enumerate(zip(ids.tolist(), mask.tolist(), strict=True)):
+        if marked:
+            if index == 0 or not mask[index - 1]:
+                found.append([])
+            found[-1].append(token)
+    return [processor.tokenizer.decode(run) for run in found]
+
+
+ANSWERS = [["A red bus.", "", "Two people\nand  a dog ."], ["No."], [" Yes", "Noise: \u00e9\u4e66."]]
+
+
+def training_dialogues() -> list[list[dict[str, Any]]]:
+    first, second, third = ANSWERS
+    return [
+        [
+            user(WIDE, "What is ", SQUARE, "shown?"),
+            assistant(first[0]),
+            user("Nothing?"),
+            assistant(first[1]),
+            user("And ", WIDE, "?"),
+            {"role": "assistant", "content": [{"type": "text", "text": first[2]}]},
+        ],
+        [{"role": "system", "content": "Be brief."}, user("Text only"), assistant(second[0])],
+        [user([SQUARE, WIDE], "Film?"), assistant(third[0]), user("<IMG_CONTEXT>"), assistant(third[1])],
+    ]
+
+
+@pytest.mark.parametrize("padding_side", [None, "left"])
+@pytest.mark.parametrize("name", list_conversation_templates())
+def test_masked_tokens_are_the_answers_and_their_stops(name: str, padding_side: str | None) -> None:
+    processor = make_processor(name)
+    template = get_conversation_template(name)
+    features = chat(
+        processor,
+        training_dialogues(),
+        return_assistant_tokens_mask=True,
+        return_labels=True,
+        processor_kwargs={"padding_side": padding_side},
+    )
+    masks, labels = features["assistant_masks"], features["labels"]
+    assert masks.shape == labels.shape == features["input_ids"].shape
+    for ids, mask, answers in zip(features["input_ids"], masks, ANSWERS, strict=True):
+        expected = [template.answer_prefix + answer + template.stop for answer in answers]
+        assert runs(processor, ids, mask) == expected
+    assert torch.equal(labels, torch.where(masks.bool(), features["input_ids"], -100))
+    assert not masks[features["attention_mask"] == 0].any()
+
+
+def test_training_pads_on_the_right_and_single_equals_batched(processor: InternVLProcessor) -> None:
+    dialogues = training_dialogues()
+    batch = chat(processor, dialogues, return_labels=True)
+    assert batch["attention_mask"][:, 0].all()
+    for row, dialogue in enumerate(dialogues):
+        single = chat(processor, dialogue, return_labels=True)
+        kept = batch["attention_mask"][row].bool()
+        assert torch.equal(batch["labels"][row][kept], single["labels"][0])
+    assert set(batch) == {"input_ids", "attention_mask", "pixel_values", "labels"}
+
+
+def test_masks_as_lists(processor: InternVLProcessor) -> None:
+    features = processor.apply_chat_template(
+        training_dialogues(), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_labels=True
+    )
+    assert isinstance(features["labels"], list)
+    lengths = [[len(row) for row in features[name]] for name in ("input_ids", "assistant_masks", "labels")]
+    assert lengths[0] == lengths[1] == lengths[2]
+
+
+def test_labels_without_an_answer_raise(processor: InternVLProcessor) -> None:
+    with pytest.raises(ValueError, match="nothing to learn"):
+        chat(processor, [user("Hi")], return_labels=True)
+    with pytest.raises(ValueError, match="nothing to learn"):
+        chat(processor, [user("Hi"), assistant("Ho")], return_labels=True, truncation=True, max_length=3)
+
+
+def test_masks_refuse_what_would_misplace_them(processor: InternVLProcessor) -> None:
+    with pytest.raises(ValueError, match="exclude assistant masks"):
+        chat(processor, [user("a"), assistant("b")], return_labels=True, continue_final_message=True)
+    jinja = "{% for m in messages %}<image>{% generation %}x{% endgeneration %}{% endfor %}"
+    with pytest.raises(ValueError, match="for assistant masks it must write"):
+        chat(processor, [user("a")], return_labels=True, chat_template=jinja)
+
+
+# ------------------------------------------------------------------------------------------- retrieval and captions
+@pytest.mark.parametrize("add_eos", [False, True])
+@pytest.mark.parametrize("mode", ["contrastive", "retrieval"])
+def test_contrastive_text_has_prefix_end_and_fixed_length(mode: str, add_eos: bool) -> None:
+    processor = make_processor(tokenizer=make_tokenizer(add_eos=add_eos, padding_side="left"))
+    texts = ["a cat", "summarize:a cat", "a cat</s>", "cat " * 100]
+    features = processor(text=texts, mode=mode, return_tensors="pt")
+    assert features["input_ids"].shape == features["attention_mask"].shape == (4, 80)
+    end = processor.tokenizer.eos_token_id
+    for ids, mask in zip(features["input_ids"], features["attention_mask"], strict=True):
+        assert mask.tolist() == sorted(mask.tolist(), reverse=True)
+        assert (ids == end).sum() == 1
+        assert ids[mask.sum() - 1] == end
+        assert (ids[mask == 0] == processor.tokenizer.pad_token_id).all()
+    assert [decoded(processor, features["input_ids"][row], features["attention_mask"][row]) for row in range(3)] == [
+        "<s>summarize:a cat</s>"
+    ] * 3
+    assert features["attention_mask"][3].all()
+
+
+def test_contrastive_tokens_equal_those_of_the_published_calls() -> None:
+    tokenizer = make_tokenizer(add_eos=True)
+    texts = ["a photo of a cat", "word " * 100]
+    kwargs = {"max_length": 80, "truncation": True, "padding": "max_length", "padding_side": "right"}
+    published = tokenizer(["summarize:" + text for text in texts], **kwargs)
+    features = make_processor(tokenizer=tokenizer)(text=texts, mode="contrastive")
+    assert features["input_ids"] == published["input_ids"]
+    assert features["attention_mask"] == published["attention_mask"]
+
+
+def test_contrastive_pictures_and_texts_need_not_match() -> None:
+    processor = make_processor(tokenizer=make_tokenizer(special_tokens=()), mode="retrieval", max_text_length=12)
+    features = processor(images=[SQUARE, WIDE], text=["a", "b", "c"], max_num=1, return_tensors="pt")
+    assert features["input_ids"].shape == (3, 12)
+    assert features["pixel_values"].shape[0] == 2
+    assert "num_patches" not in features
+    assert processor(images=SQUARE, max_num=1, return_tensors="pt")["pixel_values"].shape[0] == 1
+
+
+def test_contrastive_settings_of_a_call() -> None:
+    processor = make_processor(mode="contrastive")
+    longest = processor(text=["a", "a cat on a mat"], padding=True)
+    assert len(longest["input_ids"][0]) == len(longest["input_ids"][1]) < 80
+    unpadded = processor(text=["a", "a cat on a mat"], padding=False)
+    assert len(unpadded["input_ids"][0]) < len(unpadded["input_ids"][1])
+    assert len(processor(text="a", max_length=20)["input_ids"][0]) == 20
+    left = processor(text=["a"], padding_side="left")
+    assert left["attention_mask"][0][0] == 0
+    assert left["attention_mask"][0][-1] == 1
+
+
+def test_tokenizers_without_end_or_padding_token() -> None:
+    without_padding = make_processor(tokenizer=make_tokenizer(pad_token=None), mode="contrastive")
+    assert without_padding(text="a")["input_ids"][0][-1] == 0
+    with pytest.raises(ValueError, match="has no end token"):
+        make_processor(tokenizer=make_tokenizer(eos_token=None), mode="contrastive")(text="a")
+
+
+@pytest.mark.parametrize("add_eos", [False, True])
+def test_caption_prompt_has_no_end_token_and_left_padding(add_eos: bool) -> None:
+    processor = make_processor(tokenizer=make_tokenizer(add_eos=add_eos))
+    features = processor(images=[SQUARE, SQUARE], mode="caption", return_tensors="pt")
+    assert [decoded(processor, row) for row in features["input_ids"]] == ["<s>English caption:"] * 2
+    assert features["pixel_values"].shape[0] == 2
+    features = processor(
+        text=["English caption:", "A much longer English caption:"], mode="caption", return_tensors="pt"
+    )
+    assert features["attention_mask"][0, 0] == 0
+    assert features["attention_mask"][:, -1].all()
+
+
+def test_chat_needs_image_tokens_and_the_other_modes_do_not() -> None:
+    tokenizer = make_tokenizer(special_tokens=("<img>",))
+    with pytest.raises(ValueError, match=r"lacks `<IMG_CONTEXT>`, `</img>`, which mode `chat` needs"):
+        make_processor(tokenizer=tokenizer)
+    processor = make_processor(tokenizer=tokenizer, mode="contrastive")
+    with pytest.raises(ValueError, match="lacks `<IMG_CONTEXT>`"):
+        processor(text="a", mode="chat")
+    with pytest.raises(ValueError, match="`mode` must be one of chat, contrastive, retrieval, caption, got `x`"):
+        processor(text="a", mode="x")
+
+
+# -------------------------------------------------------------------------------------------------- saving and loading
+def test_pickle_keeps_the_processor(processor: InternVLProcessor) -> None:
+    again = pickle.loads(pickle.dumps(processor))
+    assert chat(again, [user(WIDE)])["input_ids"].tolist() == chat(processor, [user(WIDE)])["input_ids"].tolist()
+
+
+def test_kwargs_class_is_the_one_transformers_looks_for() -> None:
+    assert InternVLProcessor.valid_processor_kwargs is InternVLProcessorKwargs
+
+
+def test_saved_processor_reloads_equal(tmp_path: Path) -> None:
+    processor = make_processor("vicuna_v1", mode="retrieval", max_text_length=20, text_prefix="x:", caption_prompt="y")
+    processor.save_pretrained(tmp_path)
+    again = InternVLProcessor.from_pretrained(tmp_path)
+    assert again.to_dict() == processor.to_dict()
+    assert (again.mode, again.max_text_length, again.text_prefix, again.caption_prompt) == (
+        "contrastive",
+        20,
+        "x:",
+        "y",
+    )
+    assert again.chat_template == processor.chat_template
+    assert len(again(text="a")["input_ids"][0]) == 20
+
+
+RELOAD = """
+import sys, json
+from transformers import AutoProcessor, AutoTokenizer
+# By its full path: without torchvision the short one is a stand-in that refuses, up to transformers 5.16.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+folder = sys.argv[1]
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+import numpy as np
+picture = np.zeros((64, 192, 3), dtype=np.uint8)
+content = [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]
+features = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True)
+if len(sys.argv) > 2:
+    processor.save_pretrained(sys.argv[2])
+names = [type(processor).__name__, type(image_processor).__name__, type(processor).__module__]
+print(json.dumps([*names, features["input_ids"]]))
+"""
+
+
+def reload_elsewhere(folder: Path, cache: Path, *save_to: Path) -> list[Any]:
+    """Loads a saved processor in a fresh process, offline, where the package is not importable."""
+    inherited = [
+        entry
+        for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        if not (Path(entry) / "internvl").exists()
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(inherited),
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(cache),
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", RELOAD, str(folder), *map(str, save_to)],
+        env=environment,
+        cwd=cache.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def add_config(folder: Path, root: Path) -> Path:
+    """Makes a model's folder of a processor's folder: `AutoProcessor` goes by the model's configuration."""
+    auto_map = {"AutoConfig": "configuration_internvl.InternVLChatConfig"}
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": InternVLChatConfig.model_type, "auto_map": auto_map})
+    )
+    for name in ("configuration_internvl.py", "configuration_internlm2.py"):
+        shutil.copy(root / name, folder)
+    return folder
+
+
+def test_saved_files_do_not_name_a_class_that_transformers_has(processor: InternVLProcessor, tmp_path: Path) -> None:
+    processor.save_pretrained(tmp_path)
+    for name in ("processor_config.json", "tokenizer_config.json"):
+        assert "processor_class" not in json.loads((tmp_path / name).read_text("utf-8"))
+    processor.tokenizer.save_pretrained(tmp_path)
+    assert "processor_class" not in json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))
+
+
+def test_installed_package_is_used_whether_remote_code_is_trusted_or_not(
+    processor: InternVLProcessor, tmp_path: Path, root: Path
+) -> None:
+    processor.save_pretrained(tmp_path)
+    add_config(tmp_path, root)
+    for trust_remote_code in (None, False, True):
+        again = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=trust_remote_code)
+        assert type(again) is InternVLProcessor
+        assert type(again.image_processor) is InternVLImageProcessor
+
+
+def test_saved_folder_works_after_a_move_and_a_second_save(
+    processor: InternVLProcessor, tmp_path: Path, root: Path
+) -> None:
+    processor.save_pretrained(tmp_path / "first")
+    config = json.loads((tmp_path / "first" / "processor_config.json").read_text())
+    assert config["auto_map"] == {"AutoProcessor": "processing_internvl.InternVLProcessor"}
+    assert config["image_processor"]["auto_map"]["AutoImageProcessor"].endswith(".InternVLImageProcessor")
+    shutil.move(tmp_path / "first", tmp_path / "moved")
+    name, image_name, module, ids = reload_elsewhere(
+        add_config(tmp_path / "moved", root), tmp_path / "cache", tmp_path / "second"
+    )
+    assert (name, image_name) == ("InternVLProcessor", "InternVLImageProcessor")
+    assert module.startswith("transformers_modules")
+    picture = Image.new("RGB", (192, 64))
+    assert ids == chat(processor, [user(picture, "What?")])["input_ids"].tolist()
+    shutil.rmtree(tmp_path / "moved")
+    shutil.rmtree(tmp_path / "cache")
+    assert reload_elsewhere(add_config(tmp_path / "second", root), tmp_path / "cache")[3] == ids

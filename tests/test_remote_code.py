@@ -1,0 +1,140 @@
+"""Checkpoint folders load as remote code, with nothing of this repository on the path.
+
+1. Every door of every model type gives the same result from a copied folder, offline, in a fresh process somewhere else.
+2. A saved copy gives that result again, buffers that are not saved included; so does the folder after it was moved.
+3. Several processes may load a folder that no one has loaded before at the same time.
+4. A configuration from remote code reaches a worker process that was started afresh.
+5. With the package installed its classes are used and no trust is asked for.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+HERE = Path(__file__).resolve().parent
+SCENARIO = HERE / "versions" / "scenario.py"
+NUM_PROCESSES = 4
+NAMES = ("chat", "chat_full", "chat_internlm2", "contrastive", "vision")
+
+
+def without_repository(work: Path) -> dict[str, str]:
+    """Environment of a fresh process: no network, no path of ours, an empty code cache, home and configuration of no one."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_HOME")}
+    paths = {"HF_MODULES_CACHE": str(work / "modules"), "HF_HOME": str(work / "home")}
+    return {**kept, **paths, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+
+
+def run(arguments: list, work: Path, env: dict[str, str] | None = None) -> str:
+    # -P: nothing from the folder of the script. The working folder is not the repository either.
+    command = [sys.executable, "-P", *map(str, arguments)]
+    work.mkdir(exist_ok=True)
+    env = without_repository(work) if env is None else env
+    done = subprocess.run(command, env=env, cwd=work, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of tiny checkpoints that no process has loaded yet."""
+    out = tmp_path_factory.mktemp("checkpoints")
+    command = [sys.executable, HERE / "versions" / "tiny_checkpoints.py", out]
+    subprocess.run(command, check=True, capture_output=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def outcomes(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """What `scenario.py` found, by checkpoint."""
+    folders = [checkpoints / name for name in NAMES]
+    found = json.loads(run([SCENARIO, *folders], tmp_path_factory.mktemp("elsewhere")).splitlines()[-1])
+    return dict(zip(NAMES, found, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_saved_copy_gives_the_same_result(name, outcomes):
+    assert outcomes[name]["reloaded"] == outcomes[name]["result"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_code_came_from_the_folder(name, outcomes):
+    assert outcomes[name]["code"].startswith("transformers_modules.")
+
+
+def test_the_answers_are_more_than_one_token_repeated(outcomes):
+    """Else equal results would say little."""
+    assert len(set(outcomes["chat"]["result"])) > 2
+
+
+def test_a_moved_folder_gives_the_same_result(checkpoints, outcomes, tmp_path):
+    moved = tmp_path / "another.name with spaces"
+    shutil.copytree(checkpoints / "chat", moved)
+    (found,) = json.loads(run([SCENARIO, moved], tmp_path / "elsewhere").splitlines()[-1])
+    assert found["result"] == outcomes["chat"]["result"]
+
+
+LOAD = """
+import sys
+from transformers import AutoModel, AutoProcessor
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(type(model).__name__, type(processor).__name__)
+"""
+
+
+def test_several_processes_load_a_fresh_folder_at_once(checkpoints, tmp_path):
+    env = without_repository(tmp_path)
+    command = [sys.executable, "-P", "-c", LOAD, checkpoints / "chat"]
+    options = {"env": env, "cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **options) for _ in range(NUM_PROCESSES)]
+    for process in processes:
+        output, errors = process.communicate()
+        assert process.returncode == 0, errors[-4000:]
+        assert output.split() == ["InternVLChatForConditionalGeneration", "InternVLProcessor"]
+
+
+PICKLE = """
+import multiprocessing, sys
+from transformers import AutoConfig
+
+def model_type_of(config):
+    return config.model_type, config.vision_config.hidden_size
+
+if __name__ == "__main__":
+    config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        print(*pool.map(model_type_of, [config])[0])
+"""
+
+
+def test_a_remote_configuration_reaches_a_spawned_worker(checkpoints, tmp_path):
+    """Data loaders and vLLM start workers this way; the code cache must be importable there, as transformers documents."""
+    script = tmp_path / "script.py"
+    script.write_text(PICKLE)
+    env = without_repository(tmp_path)
+    env["PYTHONPATH"] = env["HF_MODULES_CACHE"]
+    assert run([script, checkpoints / "chat"], tmp_path, env).split() == ["internvl_chat_model", "32"]
+
+
+INSTALLED = """
+import sys
+import internvl
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor
+for name in ("chat", "contrastive"):
+    folder = f"{sys.argv[1]}/{name}"
+    for door in (AutoModel, AutoProcessor, AutoImageProcessor):
+        print(type(door.from_pretrained(folder)).__module__.split(".")[0])
+print(type(AutoModel.from_pretrained(f"{sys.argv[1]}/vision")).__module__.split(".")[0])
+"""
+
+
+def test_the_installed_package_serves_every_door_without_trust(checkpoints, tmp_path):
+    """transformers has classes of its own named `InternVLProcessor` and `InternVLModel`; they must not be taken."""
+    env = {**without_repository(tmp_path), "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    assert set(run(["-c", INSTALLED, checkpoints], tmp_path, env).split()) == {"internvl"}
