@@ -4,6 +4,8 @@ Importing this package registers its classes with transformers' Auto classes, so
 `AutoProcessor.from_pretrained(...)` use the installed code and no remote code need be trusted.
 """
 
+from typing import Any
+
 from transformers import (
     AutoBackbone,
     AutoConfig,
@@ -31,7 +33,7 @@ from .processing_internvl import InternVLProcessor
 
 def _register() -> None:
     """Names every class to the Auto classes; `exist_ok` because the sources may be imported under a second name."""
-    models = {
+    models: dict[Any, dict[Any, type]] = {
         InternViTConfig: {
             AutoModel: InternVisionModel,
             AutoBackbone: InternViTBackbone,

@@ -72,7 +72,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m internvl.chat", description="Ask a checkpoint about pictures.")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="path or http(s) address of a picture")
     parser.add_argument("--ask", metavar="TEXT", help="one question; without it, a conversation")
-    parser.add_argument("--model", default=DEFAULT_CHECKPOINT, metavar="DIR", help="chat checkpoint (default: the bundled)")
+    parser.add_argument(
+        "--model", default=DEFAULT_CHECKPOINT, metavar="DIR", help="chat checkpoint (default: the bundled)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer")
     parser.add_argument("--max-num", type=int, metavar="N", help="most tiles of a picture (1: no tiling)")
     return parser.parse_args(arguments)

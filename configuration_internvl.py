@@ -50,6 +50,12 @@ class InternViTConfig(BackboneConfigMixin, PretrainedConfig):
 
     model_type = "intern_vit_6b"
     base_config_key = "vision_config"
+    hub_auto_map = {  # what `config.json` of a repository says, see hub_internvl
+        "AutoConfig": "configuration_internvl.InternViTConfig",
+        "AutoModel": "modeling_internvit.InternVisionModel",
+        "AutoBackbone": "modeling_internvit.InternViTBackbone",
+        "AutoModelForImageClassification": "modeling_internvit.InternViTForImageClassification",
+    }
 
     hidden_size: int = 3200
     intermediate_size: int = 12800
@@ -136,7 +142,9 @@ def _as_vision_config(value: PretrainedConfig | dict | None) -> PretrainedConfig
     return InternViTConfig(**(value or {})) if value is None or isinstance(value, dict) else value
 
 
-def _as_qllama_config(value: PretrainedConfig | dict | None, vision_hidden_size: int, **top_level: Any) -> PretrainedConfig:
+def _as_qllama_config(
+    value: PretrainedConfig | dict | None, vision_hidden_size: int, **top_level: Any
+) -> PretrainedConfig:
     """A QLLaMA configuration; values of the enclosing configuration win over those inside, as in the published code."""
     top_level = {key: setting for key, setting in top_level.items() if setting is not None}
     if value is None or isinstance(value, dict):
@@ -176,9 +184,14 @@ class InternVLConfig(PretrainedConfig):
     model_type = "internvl_14b"
     sub_configs = {"vision_config": InternViTConfig, "qllama_config": QLlamaConfig}
     attribute_map = {"text_config": "qllama_config"}
+    hub_auto_map = {
+        "AutoConfig": "configuration_internvl.InternVLConfig",
+        "AutoModel": "modeling_internvl.InternVLModel",
+        "AutoModelForZeroShotImageClassification": "modeling_internvl.InternVLModel",
+    }
 
-    vision_config: dict | PretrainedConfig | None = None
-    qllama_config: dict | PretrainedConfig | None = None
+    vision_config: Any = None
+    qllama_config: Any = None
     clip_embed_dim: int = 768
     attn_pool_num_heads: int = 16
     label_smoothing: float = 0.0
@@ -231,10 +244,17 @@ class InternVLChatConfig(PretrainedConfig):
     model_type = "internvl_chat_model"
     sub_configs = {"vision_config": InternViTConfig, "text_config": AutoConfig, "qllama_config": QLlamaConfig}
     attribute_map = {"llm_config": "text_config", "img_context_token_id": "image_token_id"}
+    hub_auto_map = {
+        "AutoConfig": "configuration_internvl.InternVLChatConfig",
+        "AutoModel": "modeling_internvl_chat.InternVLChatForConditionalGeneration",
+        "AutoModelForCausalLM": "modeling_internvl_chat.InternVLChatForConditionalGeneration",
+        "AutoModelForImageTextToText": "modeling_internvl_chat.InternVLChatForConditionalGeneration",
+        "AutoModelForMultimodalLM": "modeling_internvl_chat.InternVLChatForConditionalGeneration",
+    }
 
-    vision_config: dict | PretrainedConfig | None = None
-    text_config: dict | PretrainedConfig | None = None
-    qllama_config: dict | PretrainedConfig | None = None
+    vision_config: Any = None
+    text_config: Any = None
+    qllama_config: Any = None
     connector: str = "patches"
     projector_type: str = "layer_norm_mlp"
     select_layer: int = -1
@@ -257,7 +277,9 @@ class InternVLChatConfig(PretrainedConfig):
         if self.connector != "patches":
             self.qllama_config = _as_qllama_config(self.qllama_config, self.vision_config.hidden_size)
         elif self.qllama_config is not None:
-            raise ValueError(f"`qllama_config` needs a `connector` with queries {list(CONNECTORS[1:])}, got 'patches'.")
+            raise ValueError(
+                f"`qllama_config` needs a `connector` with queries {list(CONNECTORS[1:])}, got 'patches'."
+            )
         _check_choice("projector_type", self.projector_type, PROJECTOR_TYPES)
         _check_choice("ps_version", self.ps_version, PIXEL_SHUFFLE_VERSIONS)
         if "img_context_token_id" in kwargs:
@@ -268,7 +290,9 @@ class InternVLChatConfig(PretrainedConfig):
     def _check_grid(self) -> None:
         depth, patch_size = self.vision_config.num_hidden_layers, self.vision_config.patch_size
         if not -depth - 1 <= self.select_layer <= depth:
-            raise ValueError(f"`select_layer` ({self.select_layer}) must lie within the {depth} blocks of the vision tower.")
+            raise ValueError(
+                f"`select_layer` ({self.select_layer}) must lie within the {depth} blocks of the vision tower."
+            )
         _check_multiple("force_image_size", self.image_size, "patch_size", patch_size)
         side = self.image_size // patch_size * self.downsample_ratio
         if not 0 < self.downsample_ratio <= 1 or side != int(side):

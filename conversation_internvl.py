@@ -108,6 +108,11 @@ class ConversationTemplate:
     omit_empty_system: bool = False
 
     @property
+    def sep(self) -> str:
+        """What ends a turn, under its published name; streaming snippets cut it off the text."""
+        return self.stop + self.after_stop
+
+    @property
     def stop_strings(self) -> tuple[str, ...]:
         """Every string that ends generation, the end of an answer first."""
         return (self.stop, *self.extra_stops)

@@ -62,7 +62,9 @@ def stack(panels: list[Image.Image]) -> Image.Image:
 
 def main() -> None:
     """Answers every bundled question and draws the tilings."""
-    parser = argparse.ArgumentParser(prog="python -m internvl.demo", description="Show the bundled checkpoint at work.")
+    parser = argparse.ArgumentParser(
+        prog="python -m internvl.demo", description="Show the bundled checkpoint at work."
+    )
     parser.add_argument("--model", default=DEFAULT_CHECKPOINT, metavar="DIR")
     parser.add_argument("--pictures", default=DEFAULT_CHECKPOINT / "examples", type=Path, metavar="DIR")
     parser.add_argument("--output", default=Path("demo_output"), type=Path, metavar="DIR")

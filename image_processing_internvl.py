@@ -335,6 +335,7 @@ class InternVLImageProcessor(PilBackend):
     `pixel_values` is (T, 3, H, W) for all pictures together, `num_patches` the number of tiles of each picture.
     """
 
+    _auto_class = "AutoImageProcessor"  # `save_pretrained` writes the code along, so that the folder can be moved
     valid_kwargs = InternVLImageProcessorKwargs
     model_input_names = ["pixel_values", "num_patches"]
 

@@ -28,6 +28,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_internvl import InternViTConfig
+from .hub_internvl import HubModelMixin
 
 
 def resize_position_grid(position_embedding: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -37,7 +38,8 @@ def resize_position_grid(position_embedding: torch.Tensor, height: int, width: i
 
     Args:
         position_embedding: (1, 1 + S*S, D), on a square grid.
-        height, width: Wanted grid in patches.
+        height: Of the wanted grid, in patches.
+        width: Of the wanted grid, in patches.
 
     Returns:
         (1, 1 + height*width, D), in the dtype of the input.
@@ -63,13 +65,8 @@ def eager_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention written out: the readable definition of what every other kernel must compute.
 
-    Args:
-        query: (B, H, N, K).
-        key, value: (B, H, T, K).
-        attention_mask: Additive, broadcastable to (B, H, N, T), or None.
-
-    Returns:
-        (B, N, H, K) and the weights (B, H, N, T).
+    Takes query (B, H, N, K), key and value (B, H, T, K), an additive mask that broadcasts to (B, H, N, T), or None; gives
+    (B, N, H, K) and the weights (B, H, N, T).
     """
     weights = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
@@ -142,7 +139,9 @@ class InternViTEmbeddings(nn.Module):
         if len(shape) != 4 or shape[1] != self.num_channels:
             raise ValueError(f"`pixel_values` must be (B, {self.num_channels}, height, width), got {shape}.")
         if shape[2] % self.patch_size or shape[3] % self.patch_size:
-            raise ValueError(f"Height and width must be multiples of the patch size {self.patch_size}, got {shape[2:]}.")
+            raise ValueError(
+                f"Height and width must be multiples of the patch size {self.patch_size}, got {shape[2:]}."
+            )
         return shape[2] // self.patch_size, shape[3] // self.patch_size
 
 
@@ -157,6 +156,8 @@ class InternViTAttention(nn.Module):
         self.attention_dropout = config.attention_dropout
         self.is_causal = False
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.q_norm: nn.Module
+        self.k_norm: nn.Module
         if config.qk_normalization:
             # RMS also in the LayerNorm flavour, as published.
             self.q_norm = InternViTRMSNorm(config.hidden_size, config.layer_norm_eps)
@@ -171,7 +172,8 @@ class InternViTAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = self.qkv(hidden_states).chunk(3, dim=-1)
         query, key, value = (
-            rearrange(x, "b n (h k) -> b h n k", h=self.num_heads) for x in (self.q_norm(query), self.k_norm(key), value)
+            rearrange(x, "b n (h k) -> b h n k", h=self.num_heads)
+            for x in (self.q_norm(query), self.k_norm(key), value)
         )
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -234,14 +236,20 @@ class InternViTEncoder(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(
-        self, hidden_states: torch.Tensor, start: int = 0, stop: int | None = None, **kwargs: Unpack[TransformersKwargs]
+        self,
+        hidden_states: torch.Tensor,
+        start: int = 0,
+        stop: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         for layer in self.layers[start:stop]:
             hidden_states = layer(hidden_states, **kwargs)
         return hidden_states
 
 
-class InternViTPreTrainedModel(PreTrainedModel):
+class InternViTPreTrainedModel(HubModelMixin, PreTrainedModel):
+    """What all InternViT classes share."""
+
     config: InternViTConfig
     config_class = InternViTConfig
     base_model_prefix = "vision_model"
@@ -334,6 +342,8 @@ class InternVisionModel(InternViTPreTrainedModel):
 class InternViTBackbone(BackboneMixin, InternViTPreTrainedModel):
     """Feature maps of chosen blocks for detection and segmentation; loads the checkpoints of `InternVisionModel`."""
 
+    _auto_class = "AutoBackbone"
+
     def __init__(self, config: InternViTConfig) -> None:
         super().__init__(config)
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
@@ -380,11 +390,15 @@ class InternViTBackbone(BackboneMixin, InternViTPreTrainedModel):
 class InternViTForImageClassification(InternViTPreTrainedModel):
     """A linear probe on the class token and the mean patch behind a batch norm (published classification code)."""
 
+    _auto_class = "AutoModelForImageClassification"
+
     def __init__(self, config: InternViTConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
         self.vision_model = InternVisionModel(config)
-        self.norm = nn.BatchNorm1d(2 * config.hidden_size, eps=1e-6)  # eps: published classification/models/intern_vit_6b.py
+        self.norm = nn.BatchNorm1d(
+            2 * config.hidden_size, eps=1e-6
+        )  # eps: published classification/models/intern_vit_6b.py
         self.head = nn.Linear(2 * config.hidden_size, config.num_labels)
         self.post_init()
 

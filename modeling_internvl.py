@@ -19,7 +19,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_internvl import InternVLConfig
-from .loading_internvl import PublishedLoadingMixin
+from .hub_internvl import HubModelMixin
 from .modeling_internvit import InternVisionModel, eager_attention_forward
 from .modeling_qllama import QLlamaForCausalLM
 
@@ -107,7 +107,9 @@ class InternVLOutput(ModelOutput):
     text_embeds: torch.Tensor | None = None
 
 
-class InternVLPreTrainedModel(PublishedLoadingMixin, PreTrainedModel):
+class InternVLPreTrainedModel(HubModelMixin, PreTrainedModel):
+    """What the InternVL-C/G classes share."""
+
     config: InternVLConfig
     config_class = InternVLConfig
     base_model_prefix = "model"
@@ -163,7 +165,7 @@ class InternVLModel(InternVLPreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         return self.qllama.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.qllama.lm_head = new_embeddings
 
     @can_return_tuple
@@ -189,13 +191,13 @@ class InternVLModel(InternVLPreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         mode: str = "InternVL-C",
         return_loss: bool = False,
-        image: torch.FloatTensor | None = None,
-        text: torch.LongTensor | None = None,
+        image: torch.Tensor | None = None,
+        text: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> InternVLOutput | tuple:
         """Similarities of pictures and texts.
@@ -206,8 +208,10 @@ class InternVLModel(InternVLPreTrainedModel):
             attention_mask: (B_text, L), 1 = attend, padding on either side; derived from `pad_token_id` when absent.
             mode: "InternVL-C" or "InternVL-G".
             return_loss: Whether to compute the contrastive loss of a batch of pairs.
-            image, text: The published names of `pixel_values` and `input_ids`. A call with these returns the plain pair
+            image: The published name of `pixel_values`. A call with it returns the plain pair
                 `(logits_per_image, logits_per_text)`, as published snippets unpack it.
+            text: The published name of `input_ids`, likewise.
+            **kwargs: `return_dict`.
 
         Returns:
             `InternVLOutput`.
@@ -224,14 +228,16 @@ class InternVLModel(InternVLPreTrainedModel):
                 "`get_image_features` or `get_text_features`."
             )
         if return_loss and len(pixel_values) != len(input_ids):
-            raise ValueError(f"`return_loss` needs pairs, got {len(pixel_values)} pictures and {len(input_ids)} texts.")
+            raise ValueError(
+                f"`return_loss` needs pairs, got {len(pixel_values)} pictures and {len(input_ids)} texts."
+            )
         if is_published_call:
             kwargs["return_dict"] = True
         outputs = self._forward(input_ids, pixel_values, attention_mask, check_mode(mode), return_loss, **kwargs)
         return (outputs.logits_per_image, outputs.logits_per_text) if is_published_call else outputs
 
     def get_image_features(
-        self, pixel_values: torch.FloatTensor, mode: str = "InternVL-C", **kwargs: Unpack[TransformersKwargs]
+        self, pixel_values: torch.Tensor, mode: str = "InternVL-C", **kwargs: Unpack[TransformersKwargs]
     ) -> torch.Tensor:
         """Picture embeddings (B, E), not normalised.
 
@@ -251,7 +257,7 @@ class InternVLModel(InternVLPreTrainedModel):
         return F.normalize(pooled_queries, dim=-1) + F.normalize(pooled, dim=-1)
 
     def get_query_features(
-        self, pixel_values: torch.FloatTensor | None = None, vision_hidden_states: torch.Tensor | None = None
+        self, pixel_values: torch.Tensor | None = None, vision_hidden_states: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Hidden states (B, M, D) of QLLaMA's queries after looking at the picture, given as pixels or InternViT tokens."""
         if vision_hidden_states is None:
@@ -267,7 +273,7 @@ class InternVLModel(InternVLPreTrainedModel):
 
     def get_text_features(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
@@ -292,15 +298,16 @@ class InternVLModel(InternVLPreTrainedModel):
 
     def get_matching_logits(
         self,
-        pixel_values: torch.FloatTensor,
-        input_ids: torch.LongTensor,
+        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Scores (B, 2) that picture i and text i do not (0) or do (1) belong together: mean of the head over the queries.
 
         Args:
             pixel_values: (B, 3, height, width).
-            input_ids, attention_mask: (B, L).
+            input_ids: (B, L).
+            attention_mask: (B, L), derived from `pad_token_id` when absent.
         """
         tokens = self.vision_model(pixel_values, return_dict=True).last_hidden_state
         query_embeds = self.query_tokens.expand(tokens.shape[0], -1, -1)
@@ -318,8 +325,8 @@ class InternVLModel(InternVLPreTrainedModel):
     @torch.no_grad()
     def generate(
         self,
-        pixel_values: torch.FloatTensor | None = None,
-        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         **generate_kwargs: Any,
     ) -> Any:
@@ -338,7 +345,7 @@ class InternVLModel(InternVLPreTrainedModel):
             raise ValueError("`generate` describes pictures and needs `pixel_values`.")
         tokens = self.vision_model(pixel_values, return_dict=True).last_hidden_state
         if input_ids is None:
-            input_ids = torch.full((len(tokens), 1), self.qllama.config.bos_token_id, device=tokens.device)
+            input_ids = torch.full((len(tokens), 1), self.qllama.config.bos_token_id or 0, device=tokens.device)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         query_embeds = self.query_tokens.expand(len(tokens), -1, -1)
         placeholders = input_ids.new_zeros(len(tokens), query_embeds.shape[1])
@@ -355,11 +362,11 @@ class InternVLModel(InternVLPreTrainedModel):
         outputs.sequences = outputs.sequences[:, prompt.shape[1] :]
         return outputs
 
-    def encode_image(self, image: torch.FloatTensor, mode: str = "InternVL-C") -> torch.Tensor:
+    def encode_image(self, image: torch.Tensor, mode: str = "InternVL-C") -> torch.Tensor:
         """Published name of `get_image_features`."""
         return self.get_image_features(image, mode=mode)
 
-    def encode_text(self, text: torch.LongTensor) -> torch.Tensor:
+    def encode_text(self, text: torch.Tensor) -> torch.Tensor:
         """Published name of `get_text_features`."""
         return self.get_text_features(text)
 

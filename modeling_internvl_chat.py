@@ -36,13 +36,18 @@ from .conversation_internvl import (
     get_conversation_template,
     with_image_placeholder,
 )
-from .loading_internvl import PublishedLoadingMixin
+from .hub_internvl import HubModelMixin
 from .modeling_internlm2 import InternLM2ForCausalLM
 from .modeling_internvit import InternVisionModel
 from .modeling_qllama import QLlamaModel
 
 
 logger = logging.get_logger(__name__)
+
+NO_IMAGE_TOKEN = (
+    "`config.image_token_id` is not set, so pictures have no place in the text. Set it to the id of "
+    f"`{IMAGE_CONTEXT_TOKEN}` in the tokenizer, or convert the checkpoint with `--image-token-id`."
+)
 
 
 def pixel_shuffle(patches: torch.Tensor, ratio: float, version: str) -> torch.Tensor:
@@ -64,9 +69,7 @@ def pixel_shuffle(patches: torch.Tensor, ratio: float, version: str) -> torch.Te
 def build_projector(input_size: int, output_size: int, projector_type: str) -> nn.Sequential:
     """The MLP between two widths; indices are those of the published checkpoints (`mlp1.0`...)."""
     norm = [nn.LayerNorm(input_size)] if projector_type == "layer_norm_mlp" else []
-    return nn.Sequential(
-        *norm, nn.Linear(input_size, output_size), nn.GELU(), nn.Linear(output_size, output_size)
-    )
+    return nn.Sequential(*norm, nn.Linear(input_size, output_size), nn.GELU(), nn.Linear(output_size, output_size))
 
 
 def build_decoder(config: Any) -> PreTrainedModel:
@@ -87,7 +90,7 @@ class ImageTokenBlocker(LogitsProcessor):
         self.image_token_id = image_token_id
         self.is_greedy = is_greedy
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         blocked = torch.zeros_like(scores, dtype=torch.bool)
         best = scores.argmax(dim=-1) == self.image_token_id
         blocked[:, self.image_token_id] = best if self.is_greedy else True
@@ -105,7 +108,10 @@ class InternVLChatOutput(CausalLMOutputWithPast):
     image_hidden_states: torch.Tensor | None = None
 
 
-class InternVLChatPreTrainedModel(PublishedLoadingMixin, PreTrainedModel):
+class InternVLChatPreTrainedModel(HubModelMixin, PreTrainedModel):
+    """What the InternVL-Chat classes share."""
+
+    _auto_class = "AutoModelForImageTextToText"
     config: InternVLChatConfig
     config_class = InternVLChatConfig
     base_model_prefix = "model"
@@ -141,7 +147,10 @@ class InternVLChatForConditionalGeneration(InternVLChatPreTrainedModel, Generati
         width = config.text_config.hidden_size
         self.vision_model = InternVisionModel(config.vision_config)
         self.language_model = build_decoder(config.text_config)
-        self.mlp1 = self.mlp2 = self.qllama = self.query_tokens = None
+        self.mlp1: Any = None
+        self.mlp2: Any = None
+        self.qllama: Any = None
+        self.query_tokens: Any = None
         if config.connector != "queries":
             channels = config.vision_config.hidden_size * round(1 / config.downsample_ratio) ** 2
             self.mlp1 = build_projector(channels, width, config.projector_type)
@@ -198,7 +207,7 @@ class InternVLChatForConditionalGeneration(InternVLChatPreTrainedModel, Generati
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling:
         """Features of tiles in the width of the decoder.
 
@@ -230,22 +239,22 @@ class InternVLChatForConditionalGeneration(InternVLChatPreTrainedModel, Generati
         vision.pooler_output = torch.cat([x.to(features[0].device) for x in features], dim=1)
         return vision
 
-    def extract_feature(self, pixel_values: torch.FloatTensor) -> torch.Tensor:
+    def extract_feature(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Published name: features (tiles, num_image_token, D) of tiles (tiles, 3, height, width)."""
         return self.get_image_features(pixel_values, return_dict=True).pooler_output
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         image_flags: torch.Tensor | None = None,
-        image_embeds: torch.FloatTensor | None = None,
+        image_embeds: torch.Tensor | None = None,
         loss_weight: torch.Tensor | Sequence | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_patches: torch.Tensor | None = None,
@@ -258,7 +267,8 @@ class InternVLChatForConditionalGeneration(InternVLChatPreTrainedModel, Generati
             input_ids: (B, L), with `num_image_token` placeholders per tile.
             pixel_values: (tiles, 3, height, width), the tiles of the whole batch in the order of their placeholders.
             attention_mask: (B, L), 1 = attend, padding on either side.
-            position_ids, past_key_values: As in every decoder of transformers.
+            position_ids: As in every decoder of transformers.
+            past_key_values: Cache of earlier positions.
             inputs_embeds: (B, L, D) in place of `input_ids`.
             labels: (B, L), -100 ignored.
             image_flags: (tiles,) or (tiles, 1); tiles with 0 are dummies and are left out (published training code).
@@ -267,6 +277,7 @@ class InternVLChatForConditionalGeneration(InternVLChatPreTrainedModel, Generati
             logits_to_keep: Number of last positions (or their indices) to compute logits for; 0 means all.
             num_patches: Tiles per picture, as the image processor returns them; their sum is checked.
             mm_token_type_ids: Accepted and unused: placeholders are found by their id.
+            **kwargs: Passed on to the decoder.
 
         Raises:
             ValueError: Placeholders and features differ in number, or an argument is missing.
@@ -306,12 +317,11 @@ class InternVLChatForConditionalGeneration(InternVLChatPreTrainedModel, Generati
         if pixel_values is None:
             return None
         if self.config.image_token_id is None:
-            raise ValueError(
-                "`config.image_token_id` is not set, so pictures have no place in the text. Set it to the id of "
-                f"`{IMAGE_CONTEXT_TOKEN}` in the tokenizer, or convert the checkpoint with `--image-token-id`."
-            )
+            raise ValueError(NO_IMAGE_TOKEN)
         if num_patches is not None and int(torch.as_tensor(num_patches).sum()) != len(pixel_values):
-            raise ValueError(f"`num_patches` sums to {int(torch.as_tensor(num_patches).sum())}, got {len(pixel_values)} tiles.")
+            raise ValueError(
+                f"`num_patches` sums to {int(torch.as_tensor(num_patches).sum())}, got {len(pixel_values)} tiles."
+            )
         if image_flags is not None:
             if image_flags.numel() != len(pixel_values):
                 raise ValueError(f"`image_flags` has {image_flags.numel()} entries for {len(pixel_values)} tiles.")
@@ -380,10 +390,10 @@ class InternVLChatForConditionalGeneration(InternVLChatPreTrainedModel, Generati
     @torch.no_grad()
     def generate(
         self,
-        inputs: torch.LongTensor | None = None,
+        inputs: torch.Tensor | None = None,
         generation_config: Any = None,
         *,
-        pixel_values: torch.FloatTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         image_flags: torch.Tensor | None = None,
         num_patches: torch.Tensor | None = None,
         **kwargs: Any,
@@ -397,13 +407,16 @@ class InternVLChatForConditionalGeneration(InternVLChatPreTrainedModel, Generati
         Args:
             inputs: (B, L), also as `input_ids`.
             generation_config: A `GenerationConfig`.
-            pixel_values, image_flags, num_patches: As in `forward`.
-            kwargs: Everything else that `generate` of transformers takes.
+            pixel_values: As in `forward`.
+            image_flags: As in `forward`.
+            num_patches: As in `forward`.
+            **kwargs: Everything else that `generate` of transformers takes.
         """
         inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
         settings = generation_config or self.generation_config
         chosen = {
-            key: kwargs.get(key, getattr(settings, key, None)) for key in ("do_sample", "num_beams", "prefill_chunk_size")
+            key: kwargs.get(key, getattr(settings, key, None))
+            for key in ("do_sample", "num_beams", "prefill_chunk_size")
         }
         if pixel_values is not None:
             if inputs is None:
@@ -420,7 +433,7 @@ class InternVLChatForConditionalGeneration(InternVLChatPreTrainedModel, Generati
         return super().generate(inputs, generation_config, **kwargs)
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.LongTensor, image_embeds: torch.Tensor | None = None, **kwargs: Any
+        self, input_ids: torch.Tensor, image_embeds: torch.Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Passes the pictures on in the steps that may hold placeholders: all but those of one new token."""
         model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
@@ -437,9 +450,11 @@ class InternVLChatForConditionalGeneration(InternVLChatPreTrainedModel, Generati
         past_key_values: Cache | None,
     ) -> torch.Tensor:
         """Features of the tiles that the cache does not cover: (B, most new placeholders of a row, D), padded with zeros."""
-        is_image = input_ids == self.config.image_token_id if self.config.image_token_id is not None else None
+        if self.config.image_token_id is None:
+            raise ValueError(NO_IMAGE_TOKEN)
+        is_image = input_ids == self.config.image_token_id
         cached_length = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-        if is_image is not None and cached_length:
+        if cached_length:
             tiles = is_image.sum(dim=1) // self.num_image_token
             cached = is_image[:, :cached_length].sum(dim=1) // self.num_image_token
             if int(tiles.sum()) == len(pixel_values):
@@ -464,7 +479,7 @@ class InternVLChatForConditionalGeneration(InternVLChatPreTrainedModel, Generati
     def chat(
         self,
         tokenizer: Any,
-        pixel_values: torch.FloatTensor | None,
+        pixel_values: torch.Tensor | None,
         question: str,
         generation_config: dict[str, Any],
         history: list[tuple[str, str]] | None = None,
@@ -485,7 +500,9 @@ class InternVLChatForConditionalGeneration(InternVLChatPreTrainedModel, Generati
             history: (question, answer) of earlier turns. Not changed.
             return_history: Whether to return the history with this turn appended as well.
             num_patches_list: Tiles of each picture; None means all tiles are one picture.
-            IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN: Must be the tokens of the checkpoint.
+            IMG_START_TOKEN: Must be the token of the checkpoint.
+            IMG_END_TOKEN: Must be the token of the checkpoint.
+            IMG_CONTEXT_TOKEN: Must be the token of the checkpoint.
             verbose: Whether to log prompt and answer.
 
         Returns:
@@ -506,7 +523,7 @@ class InternVLChatForConditionalGeneration(InternVLChatPreTrainedModel, Generati
     def batch_chat(
         self,
         tokenizer: Any,
-        pixel_values: torch.FloatTensor | None,
+        pixel_values: torch.Tensor | None,
         questions: list[str],
         generation_config: dict[str, Any],
         num_patches_list: list[int] | list[list[int]] | None = None,
@@ -518,20 +535,28 @@ class InternVLChatForConditionalGeneration(InternVLChatPreTrainedModel, Generati
         verbose: bool = False,
         image_counts: list[int] | None = None,
     ) -> list[str] | tuple[list[str], list[list[tuple[str, str]]]]:
-        """One turn of several conversations at once; arguments as in `chat`.
+        """One turn of several conversations at once.
 
         Args:
+            tokenizer: As in `chat`.
+            pixel_values: The tiles of all conversations, in order.
             questions: One per conversation.
+            generation_config: As in `chat`.
             num_patches_list: Per conversation the tiles of its picture, or a list with the tiles of each of its pictures (an
                 empty list for none).
             history: Per conversation its earlier turns or None; the published code takes none at all.
+            return_history: Whether to return the histories with this turn appended as well.
+            IMG_START_TOKEN: As in `chat`.
+            IMG_END_TOKEN: As in `chat`.
+            IMG_CONTEXT_TOKEN: As in `chat`.
+            verbose: Whether to log prompts and answers.
             image_counts: Former name of `num_patches_list`.
         """
         _check_image_tokens(IMG_START_TOKEN, IMG_END_TOKEN)
-        num_patches_list = image_counts if num_patches_list is None else num_patches_list
-        if num_patches_list is None:
-            num_patches_list = [[] for _ in questions] if pixel_values is None else [1] * len(questions)
-        tiles = [[entry] if isinstance(entry, int) else list(entry) for entry in num_patches_list]
+        counts: Any = image_counts if num_patches_list is None else num_patches_list
+        if counts is None:
+            counts = [[] for _ in questions] if pixel_values is None else [1] * len(questions)
+        tiles = [[entry] if isinstance(entry, int) else list(entry) for entry in counts]
         histories = list(history) if history is not None else [None] * len(questions)
         if not len(questions) == len(tiles) == len(histories):
             raise ValueError(

@@ -71,8 +71,8 @@ def eager_attention_forward(
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention written out; query (B, H, L, K), key and value (B, H_kv, T, K) -> (B, L, H, K) and weights (B, H, L, T)."""
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     weights = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
@@ -120,11 +120,12 @@ class QLlamaAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        width, heads = config.hidden_size, config.num_attention_heads
+        kv_heads = config.num_key_value_heads or heads
         self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.num_key_value_groups = config.num_attention_heads // kv_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
-        width, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         self.q_proj = nn.Linear(width, heads * self.head_dim, bias=config.attention_bias)
         self.k_proj = nn.Linear(width, kv_heads * self.head_dim, bias=config.attention_bias)
         self.v_proj = nn.Linear(width, kv_heads * self.head_dim, bias=config.attention_bias)
@@ -175,7 +176,7 @@ class QLlamaCrossAttention(nn.Module):
         self.o_proj = nn.Linear(inner, width, bias=False)
         # So a QLLaMA made from a LLaMA first computes what that LLaMA computes. (A flag on the layer itself, because transformers
         # does not call `_init_weights` for modules of custom code that have no parameter of their own.)
-        self.o_proj.starts_at_zero = True
+        setattr(self.o_proj, "starts_at_zero", True)  # noqa: B010  (type checkers know no such attribute)
 
     def forward(
         self, queries: torch.Tensor, vision_hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
@@ -234,6 +235,8 @@ class QLlamaDecoderLayer(GradientCheckpointingLayer):
 
 
 class QLlamaPreTrainedModel(PreTrainedModel):
+    """What all QLLaMA classes share."""
+
     config: QLlamaConfig
     config_class = QLlamaConfig
     base_model_prefix = "model"
@@ -280,9 +283,9 @@ class QLlamaModel(QLlamaPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         query_embeds: torch.Tensor | None = None,
@@ -344,9 +347,9 @@ class QLlamaModel(QLlamaPreTrainedModel):
             if self.embed_tokens is None:
                 raise ValueError("This QLLaMA was built without word embeddings; it takes `query_embeds` only.")
             inputs_embeds = self.embed_tokens(input_ids)
-        if query_embeds is None and inputs_embeds is None:
-            raise ValueError("Give `input_ids`, `inputs_embeds` or `query_embeds`.")
         if query_embeds is None:
+            if inputs_embeds is None:
+                raise ValueError("Give `input_ids`, `inputs_embeds` or `query_embeds`.")
             return inputs_embeds, 0
         if inputs_embeds is None:
             return query_embeds, query_embeds.shape[1]
@@ -445,27 +448,23 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         query_embeds: torch.Tensor | None = None,
         vision_hidden_states: torch.Tensor | None = None,
         visibility: str | Sequence[str] | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
-        """Arguments as in `QLlamaModel.forward`.
+        """Logits (B, L, V) over the text, the queries left out; the loss with `labels` (B, L), -100 ignored.
 
-        Args:
-            labels: (B, L) over the text, -100 ignored.
-            logits_to_keep: Number of last positions (or their indices) to compute logits for; 0 means all.
-
-        Returns:
-            `logits` (B, L, V) over the text only, the queries left out; `loss` with `labels`.
+        `logits_to_keep` is the number of last positions (or their indices) to compute logits for, 0 meaning all. Everything else is
+        as in `QLlamaModel.forward`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -496,7 +495,7 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         query_embeds: torch.Tensor | None = None,
         vision_hidden_states: torch.Tensor | None = None,
         **kwargs: Any,
@@ -519,4 +518,4 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
 
 
-__all__ = ["QLlamaForCausalLM", "QLlamaModel", "QLlamaPreTrainedModel", "VISIBILITIES"]
+__all__ = ["VISIBILITIES", "QLlamaForCausalLM", "QLlamaModel", "QLlamaPreTrainedModel"]

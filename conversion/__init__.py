@@ -4,7 +4,7 @@
 - key_tables: data: keys to drop, names of parts, Auto classes
 - source: tensors of a source, one at a time, from safetensors or from PyTorch files read without unpickling code
 - shards: the weights of the result, written as they are read
-- tokenizers: tokenizer files without remote code
+- tokenizer_files: the tokenizer, without remote code; sentencepiece_model: one made of a tokenizer.model
 - repository: everything else in the result
 - model_card: its README.md
 - convert: the whole run

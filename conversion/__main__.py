@@ -15,9 +15,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="SOURCE", help="folder of the checkpoint, or its file with weights")
     parser.add_argument("out", metavar="OUT", nargs="?", help="folder to write; not needed with --dry-run")
     parser.add_argument("--tokenizer", metavar="DIR", help="folder of a tokenizer, instead of the source's own")
-    parser.add_argument("--image-token-id", metavar="N", type=int, help="id of <IMG_CONTEXT> where no tokenizer tells it")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="type of the weights (default: as they are)")
-    parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="largest file with weights (default: 5GB)")
+    parser.add_argument(
+        "--image-token-id", metavar="N", type=int, help="id of <IMG_CONTEXT> where no tokenizer tells it"
+    )
+    parser.add_argument(
+        "--dtype", choices=["auto", *DTYPES], default="auto", help="type of the weights (default: as they are)"
+    )
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", default="5GB", help="largest file with weights (default: 5GB)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
     return parser

@@ -19,7 +19,7 @@ from .model_card import write_card
 from .repository import copy_code, image_processor_for, write_generation_config, write_json, write_processor
 from .shards import write_shards
 from .source import Source, TensorReader, open_source
-from .tokenizers import check_tokenizer, copy_tokenizer, has_tokenizer, image_token_id_of
+from .tokenizer_files import check_tokenizer, copy_tokenizer, has_tokenizer, image_token_id_of
 
 
 logger = logging.getLogger(__name__)
@@ -109,8 +109,8 @@ def plan_conversion(
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
     _check_keys(layout, opened, shapes, dropped)
     expected = {
-        name: torch.empty(shape, dtype=_target_dtype(opened.tensors[name].dtype, dtype), device="meta")
-        for name, shape in shapes.items()
+        name: torch.empty(shapes[name], dtype=_target_dtype(opened.tensors[name].dtype, dtype), device="meta")
+        for name in opened.in_order_of_files(shapes)
     }
     settings["architectures"] = [layout.model_class.__name__]
     settings["auto_map"] = layout.auto_map
@@ -163,7 +163,7 @@ def convert(
         _check_space(folder, plan.num_bytes)
         _write_all_but_weights(folder, plan, report)
         with plan.source.reader() as reader:
-            hashes = write_shards(folder, plan.expected, reader.__getitem__, max_shard_size, show_progress)
+            hashes = write_shards(folder, plan.expected, reader, max_shard_size, show_progress)
         write_json(folder / MANIFEST_FILE, _manifest(plan, hashes))
     report(f"Wrote {out}.")
     return out
@@ -196,10 +196,14 @@ def _image_token_id(
     if tokenizer is not None:
         found = image_token_id_of(tokenizer)
         if given not in (None, found):
-            raise ValueError(f"`image_token_id` is {given}, the tokenizer has {found} for `<IMG_CONTEXT>`. Leave it out.")
+            raise ValueError(
+                f"`image_token_id` is {given}, the tokenizer has {found} for `<IMG_CONTEXT>`. Leave it out."
+            )
         return found
     if given is None:
-        report("The id of `<IMG_CONTEXT>` is not known: pictures cannot be placed until `--image-token-id N` names it.")
+        report(
+            "The id of `<IMG_CONTEXT>` is not known: pictures cannot be placed until `--image-token-id N` names it."
+        )
     elif not 0 <= given < vocabulary_size:
         raise ValueError(f"`image_token_id` must lie in the vocabulary of {vocabulary_size} tokens, got {given}.")
     return given
@@ -302,6 +306,9 @@ def _complete_or_nothing(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its name when all went well, and else vanishes."""
     partial, replaced = (out.parent / f".{out.name}.{state}" for state in ("incomplete", "replaced"))
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    if replaced.exists() and not out.exists():
+        replaced.rename(out)  # that run was killed between the two renames below
+    shutil.rmtree(replaced, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -316,7 +323,9 @@ def _complete_or_nothing(out: Path) -> Iterator[Path]:
 def _check_space(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
-        raise OSError(f"The result needs {_size(num_bytes)}, but the disk of `{folder.parent}` has {_size(free)} left.")
+        raise OSError(
+            f"The result needs {_size(num_bytes)}, but the disk of `{folder.parent}` has {_size(free)} left."
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- messages

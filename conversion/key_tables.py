@@ -94,23 +94,6 @@ TOKENIZER_FILES = (
 SENTENCEPIECE_TOKENIZERS = ("LlamaTokenizer", "InternLM2Tokenizer")
 
 # ---------------------------------------------------------------------------------------------------------- Auto classes
-VISION_AUTO_MAP = {
-    "AutoConfig": "configuration_internvl.InternViTConfig",
-    "AutoModel": "modeling_internvit.InternVisionModel",
-    "AutoBackbone": "modeling_internvit.InternViTBackbone",
-    "AutoModelForImageClassification": "modeling_internvit.InternViTForImageClassification",
-}
-CONTRASTIVE_AUTO_MAP = {
-    "AutoConfig": "configuration_internvl.InternVLConfig",
-    "AutoModel": "modeling_internvl.InternVLModel",
-    "AutoModelForZeroShotImageClassification": "modeling_internvl.InternVLModel",
-}
-CHAT_AUTO_MAP = {
-    "AutoConfig": "configuration_internvl.InternVLChatConfig",
-    "AutoModel": "modeling_internvl_chat.InternVLChatForConditionalGeneration",
-    "AutoModelForCausalLM": "modeling_internvl_chat.InternVLChatForConditionalGeneration",
-    "AutoModelForImageTextToText": "modeling_internvl_chat.InternVLChatForConditionalGeneration",
-    "AutoModelForMultimodalLM": "modeling_internvl_chat.InternVLChatForConditionalGeneration",
-}
+# Those of the models are part of their configurations (`hub_auto_map`).
 IMAGE_PROCESSOR_AUTO_MAP = {"AutoImageProcessor": "image_processing_internvl.InternVLImageProcessor"}
 PROCESSOR_AUTO_MAP = {"AutoProcessor": "processing_internvl.InternVLProcessor"}

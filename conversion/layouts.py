@@ -9,21 +9,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..configuration_internvl import InternViTConfig, InternVLChatConfig, InternVLConfig
 from ..modeling_internvit import InternVisionModel
 from ..modeling_internvl import InternVLModel
 from ..modeling_internvl_chat import InternVLChatForConditionalGeneration
 from .key_tables import (
-    CHAT_AUTO_MAP,
-    CONTRASTIVE_AUTO_MAP,
     LORA_MARKS,
     MEANINGLESS_KEYS,
     OLD_DEFAULTS,
     OLD_GENERATION_DEFAULTS,
     OLD_VISION_DEFAULTS,
-    VISION_AUTO_MAP,
 )
 from .source import Source
 
@@ -39,7 +36,6 @@ class Layout:
         tensor_names: Tensors that must be there.
         config_class: Class of the result's configuration.
         model_class: Class that `AutoModel` gives for the result.
-        auto_map: Auto classes of the result.
         pipeline_tag: Task on the Hub.
         map_config: Today's configuration from the published one.
     """
@@ -48,11 +44,15 @@ class Layout:
     kind: str
     config_keys: tuple[str, ...]
     tensor_names: tuple[str, ...]
-    config_class: type[PretrainedConfig]
+    config_class: Any
     model_class: type[PreTrainedModel]
-    auto_map: dict[str, str]
     pipeline_tag: str
     map_config: Callable[[dict[str, Any]], dict[str, Any]]
+
+    @property
+    def auto_map(self) -> dict[str, str]:
+        """Auto classes of the result."""
+        return dict(self.config_class.hub_auto_map)
 
     def matches(self, source: Source) -> bool:
         """Whether a source has this layout."""
@@ -100,8 +100,10 @@ def _map_contrastive(config: dict[str, Any]) -> dict[str, Any]:
     mapped = without_old_defaults(config, OLD_DEFAULTS)
     qllama = without_old_defaults(mapped.pop("qllama_config"), OLD_DEFAULTS)
     qllama["model_type"] = "qllama"
-    # The published code overwrites the value inside, with 2 if there is none outside.
-    qllama["cross_attention_frequency"] = mapped.pop("cross_attention_frequency", 2)
+    # The published code overwrites the value inside, with 2 if there is none outside; a result of this command has it inside.
+    is_ours = config.get("model_type") == InternVLConfig.model_type
+    frequency = qllama.get("cross_attention_frequency", 2) if is_ours else 2
+    qllama["cross_attention_frequency"] = mapped.pop("cross_attention_frequency", frequency)
     qllama["num_query_token"] = mapped.pop("num_query_token", qllama.get("num_query_token", 96))
     return {
         # The published loader ties the head where this key is absent, and so loses the one that is stored.
@@ -138,7 +140,6 @@ LAYOUTS = (
         tensor_names=("query_tokens", "text_projection", "vision_model.embeddings.class_embedding"),
         config_class=InternVLConfig,
         model_class=InternVLModel,
-        auto_map=CONTRASTIVE_AUTO_MAP,
         pipeline_tag="zero-shot-image-classification",
         map_config=_map_contrastive,
     ),
@@ -149,7 +150,6 @@ LAYOUTS = (
         tensor_names=("mlp1.0.weight", "vision_model.embeddings.class_embedding"),
         config_class=InternVLChatConfig,
         model_class=InternVLChatForConditionalGeneration,
-        auto_map=CHAT_AUTO_MAP,
         pipeline_tag="image-text-to-text",
         map_config=_map_chat,
     ),
@@ -160,7 +160,6 @@ LAYOUTS = (
         tensor_names=("embeddings.class_embedding", "embeddings.position_embedding"),
         config_class=InternViTConfig,
         model_class=InternVisionModel,
-        auto_map=VISION_AUTO_MAP,
         pipeline_tag="image-feature-extraction",
         map_config=_map_vision,
     ),

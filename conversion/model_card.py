@@ -7,7 +7,11 @@ from typing import Any
 from .layouts import Layout
 
 
-TAGS = {"vision": ["vision"], "contrastive": ["vision", "image-to-text", "retrieval"], "chat": ["vision", "multimodal", "conversational"]}
+TAGS = {
+    "vision": ["vision"],
+    "contrastive": ["vision", "image-to-text", "retrieval"],
+    "chat": ["vision", "multimodal", "conversational"],
+}
 
 SNIPPETS = {
     "vision": """\
@@ -91,7 +95,7 @@ def write_card(target: Path, layout: Layout, source_folder: Path, facts: dict[st
     lines += [
         f"# {name}, for today's transformers",
         "",
-        f"The weights are those of {base_model or 'the published checkpoint'}, unchanged; code, processor and configuration are those of "
+        f"The weights are those of {base_model or 'the published checkpoint'}; code, processor and configuration are those of "
         "the InternVL package, which wrote this folder.",
         "",
         "```python",

@@ -85,7 +85,7 @@ def image_processor_for(layout: Layout, config: Any, source: Source) -> InternVL
     settings = {key: published[key] for key in KEPT_IMAGE_SETTINGS if key in published}
     if layout.kind == "chat":
         return _chat_image_processor(config, settings)
-    side = (getattr(config, "force_image_size", None) or getattr(config, "vision_config", config).image_size)
+    side = getattr(config, "force_image_size", None) or getattr(config, "vision_config", config).image_size
     if not published:
         # InternVL-C/G were evaluated on plainly resized pictures in retrieval, InternViT on crops.
         mode = "squash" if layout.kind == "contrastive" else "crop"

@@ -7,7 +7,6 @@ known before any data is read, so nothing is held but the tensor at hand.
 import hashlib
 import json
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from tqdm.auto import tqdm
 
-from .source import SAFETENSORS_DTYPES
+from .source import SAFETENSORS_DTYPES, TensorReader
 
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -26,7 +25,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 def write_shards(
     folder: Path,
     expected: dict[str, torch.Tensor],
-    read: Callable[[str], torch.Tensor],
+    reader: TensorReader,
     max_shard_size: int | str,
     show_progress: bool = True,
 ) -> dict[str, str]:
@@ -35,7 +34,7 @@ def write_shards(
     Args:
         folder: Where to.
         expected: Name to meta tensor: shape and type in the result.
-        read: Gives the data of a tensor, in any type.
+        reader: Gives the data of a tensor, in any type.
         max_shard_size: Largest size of a file, e.g. "5GB".
         show_progress: Whether to draw a bar.
 
@@ -50,7 +49,8 @@ def write_shards(
     with tqdm(total=len(expected), unit="tensor", desc="Writing weights", disable=not show_progress) as progress:
         for name, members in split.filename_to_tensors.items():
             part = {member: expected[member] for member in members}
-            hashes[name] = _write_shard(folder / name, part, read, progress)
+            hashes[name] = _write_shard(folder / name, part, reader, progress)
+            reader.close()  # else the pages of the whole source stay in memory
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
@@ -58,9 +58,7 @@ def write_shards(
     return hashes
 
 
-def _write_shard(
-    path: Path, expected: dict[str, torch.Tensor], read: Callable[[str], torch.Tensor], progress: Any
-) -> str:
+def _write_shard(path: Path, expected: dict[str, torch.Tensor], reader: TensorReader, progress: Any) -> str:
     digest = hashlib.sha256()
     # Wide types first, so that every tensor starts at a multiple of its own width.
     names = sorted(expected, key=lambda name: -expected[name].dtype.itemsize)
@@ -69,7 +67,7 @@ def _write_shard(
             digest.update(chunk)
             file.write(chunk)
         for name in names:
-            data = _bytes_of(_cast(name, read(name), expected[name].dtype))
+            data = _bytes_of(_cast(name, reader[name], expected[name].dtype))
             digest.update(data)
             file.write(data)
             progress.update()
@@ -99,9 +97,11 @@ def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         lost = converted.isinf() & ~tensor.isinf()
         if bool(lost.any()):
             largest = tensor[lost].abs().max().item()
-            raise ValueError(f"`{name}` holds {largest:g}, which float16 cannot hold. Use `--dtype bfloat16` or `float32`.")
+            raise ValueError(
+                f"`{name}` holds {largest:g}, which float16 cannot hold. Use `--dtype bfloat16` or `float32`."
+            )
     return converted
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

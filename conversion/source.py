@@ -6,7 +6,7 @@ them is refused and never run. Files are memory-mapped. Nothing in SOURCE is wri
 
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -77,6 +77,11 @@ class Source:
         """Size of all tensors."""
         return sum(info.num_bytes for info in self.tensors.values())
 
+    def in_order_of_files(self, names: Iterable[str]) -> list[str]:
+        """Names of tensors, those of one file together, so that each file is opened once."""
+        places = {file: place for place, file in enumerate(self.files)}
+        return sorted(names, key=lambda name: places[self.tensors[name].file])
+
     def read_json(self, name: str) -> dict[str, Any]:
         """A JSON file of the folder; empty where there is none."""
         return read_json(self.folder / name)
@@ -100,12 +105,17 @@ class TensorReader:
     def __getitem__(self, name: str) -> torch.Tensor:
         info = self.source.tensors[name]
         if info.file != self.file:
-            self.stack.close()
+            self.close()
             self.content = self._open(info.file)
             self.file = info.file
         if isinstance(self.content, dict):
             return self.content[name]
         return self.content.get_tensor(name)
+
+    def close(self) -> None:
+        """Gives back the memory map, and with it the pages that were read; the next look-up opens the file again."""
+        self.stack.close()
+        self.file = self.content = None
 
     def _open(self, file: Path) -> Any:
         if file.suffix == ".safetensors":
@@ -161,7 +171,9 @@ def _weight_files(folder: Path) -> list[Path]:
     if standard is None:
         files = sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES and p.name not in NOT_WEIGHTS)
         if not files:
-            raise FileNotFoundError(f"`{folder}` holds no weights: expected {', '.join(STANDARD_FILES)}, or other .bin/.pth.")
+            raise FileNotFoundError(
+                f"`{folder}` holds no weights: expected {', '.join(STANDARD_FILES)}, or other .bin/.pth."
+            )
         return files
     if standard.suffix != ".json":
         return [standard]
@@ -223,7 +235,9 @@ def load_pytorch_file(file: Path) -> dict[str, torch.Tensor]:
             "weights as safetensors, or from someone you trust as a file of tensors only."
         ) from error
     except (RuntimeError, EOFError) as error:
-        raise OSError(f"`{file}` is no complete PyTorch file ({str(error).splitlines()[0]}). Download it again.") from error
+        raise OSError(
+            f"`{file}` is no complete PyTorch file ({str(error).splitlines()[0]}). Download it again."
+        ) from error
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ValueError(f"`{file}` must hold tensors by name, got a {type(content).__name__} with other things.")
     return content

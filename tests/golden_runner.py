@@ -93,7 +93,10 @@ def chat(model, given, notes):
     yield "generate.scores", torch.stack(outputs.scores, dim=1)
     single, text = given["generate.single_input_ids"], given["generate.text_only_input_ids"]
     first = tiles[: notes["tiles"][0]]
-    yield "generate.single_tokens", model.generate(pixel_values=first, input_ids=single, **greedy)[:, single.shape[1] :]
+    yield (
+        "generate.single_tokens",
+        model.generate(pixel_values=first, input_ids=single, **greedy)[:, single.shape[1] :],
+    )
     yield "generate.text_only_tokens", model.generate(input_ids=text, **greedy)[:, text.shape[1] :]
     end = notes["generate_eos_token_id"]
     ended = model.generate(pixel_values=tiles, **prompt, **greedy, eos_token_id=end, pad_token_id=0)

@@ -9,7 +9,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return torch.stack([row / math.sqrt(float((row * row).mean()) + eps) for row in x]) * weight
 
 
-def softmax_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+def softmax_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor
+) -> torch.Tensor:
     """One head: query (L, K), key and value (T, K), visible (L, T) of booleans."""
     out = []
     for i in range(query.shape[0]):

@@ -5,6 +5,7 @@ test_published_usage.
 """
 
 import hashlib
+import importlib
 import json
 import os
 import pickle
@@ -16,15 +17,16 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from internvl.configuration_internvl import InternVLChatConfig, InternVLConfig, InternViTConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoProcessor, AutoTokenizer, GenerationConfig
+
+from internvl.configuration_internvl import InternViTConfig, InternVLChatConfig, InternVLConfig
 from internvl.conversion import convert
 from internvl.conversion.__main__ import main
 from internvl.conversion.repository import code_files
 from internvl.conversion.source import open_source
 from internvl.modeling_internvl import InternVLModel
 from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
-from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoProcessor, AutoTokenizer, GenerationConfig
 
 from .fixtures_published import PREPROCESSOR, published, published_14b, published_chat, write_sentencepiece_tokenizer
 from .fixtures_text import make_image, make_tokenizer
@@ -87,7 +89,12 @@ import transformers
 names = {}
 for folder, doors in json.loads(sys.argv[1]).items():
     for door in doors:
-        part = getattr(transformers, door).from_pretrained(folder, trust_remote_code=True)
+        auto = getattr(transformers, door)
+        if door == "AutoBackbone":  # its `from_pretrained` asks the Hub whether there is such a repository, also for a folder
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+            part = auto.from_config(config, trust_remote_code=True)
+        else:
+            part = auto.from_pretrained(folder, trust_remote_code=True)
         names[folder.rpartition("/")[2] + "." + door] = type(part).__name__
 print("NAMES" + json.dumps(names))
 """
@@ -187,7 +194,16 @@ def test_nested_configurations_lose_the_dump_of_old_releases_and_keep_their_own_
     out = run(source, tmp_path / "out", image_token_id=520)
     written = config_of(out)
     decoder, vision = written["text_config"], written["vision_config"]
-    dump = {"return_dict", "torch_dtype", "dtype", "architectures", "auto_map", "top_k", "num_beams", "attn_implementation"}
+    dump = {
+        "return_dict",
+        "torch_dtype",
+        "dtype",
+        "architectures",
+        "auto_map",
+        "top_k",
+        "num_beams",
+        "attn_implementation",
+    }
     dump |= {"transformers_version", "_name_or_path", "id2label", "is_decoder", "pruned_heads", "temperature"}
     assert not dump & set(decoder)
     assert not (dump | {"eos_token_id", "tie_word_embeddings"}) & set(vision)
@@ -282,6 +298,19 @@ def test_a_tied_head_is_written_once_and_tied_again_on_loading(is_stored, tmp_pa
     assert is_stored == any(head in message for message in messages)
     model = InternVLChatForConditionalGeneration.from_pretrained(out)
     assert model.language_model.lm_head.weight is model.language_model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("kind", ["vision", "contrastive", "chat"])
+def test_a_result_can_be_converted_again_to_the_same(kind, converted, tmp_path):
+    again = run(converted[kind], tmp_path / "again")
+    assert config_of(again) == config_of(converted[kind])
+    assert weights_of(again).keys() == weights_of(converted[kind]).keys()
+    first, second = (
+        {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "README.md"}
+        for folder in (converted[kind], again)
+    )
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
 
 
 def test_chat_defaults_of_the_earliest_releases(tmp_path):
@@ -439,7 +468,9 @@ def test_links_as_in_the_hubs_cache_are_followed(vit, tmp_path):
     run(vit, tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/secret.safetensors", "a\\b.safetensors", "..", "x.txt"])
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/etc/secret.safetensors", "a\\b.safetensors", "..", "x.txt"]
+)
 def test_an_index_that_points_elsewhere_is_refused(name, vit, tmp_path):
     split_in_two(vit, "safetensors")
     edit_json(vit / "model.safetensors.index.json", weight_map={"embeddings.class_embedding": name})
@@ -535,7 +566,7 @@ def test_a_tensor_in_two_files_is_listed(vit, tmp_path):
     tensors["embeddings.class_embedding"] = torch.zeros(1, 1, 64)
     save_file(tensors, second)
     assert "embeddings.class_embedding" in load_file(first)
-    with pytest.raises(ValueError, match="1 in more than one file: embeddings.class_embedding"):
+    with pytest.raises(ValueError, match=r"1 in more than one file: embeddings.class_embedding"):
         run(vit, tmp_path / "out")
 
 
@@ -548,7 +579,7 @@ def test_rotary_buffers_are_dropped_by_name_and_nothing_else_is(tmp_path):
     assert name not in weights_of(out)
     assert any(name in message for message in messages)
     edit_weights(source, lambda tensors: tensors.update({name.replace("inv_freq", "freq"): torch.zeros(8)}))
-    with pytest.raises(ValueError, match="1 unknown: .*rotary_emb.freq"):
+    with pytest.raises(ValueError, match=r"1 unknown: .*rotary_emb.freq"):
         run(source, tmp_path / "other", image_token_id=500)
 
 
@@ -564,7 +595,7 @@ def test_an_unknown_layout_is_answered_with_what_is_supported(tmp_path):
     source.mkdir()
     save_file({"bert.embeddings.weight": torch.zeros(2)}, source / "model.safetensors")
     edit_json(source / "config.json", model_type="bert")
-    with pytest.raises(ValueError, match="unknown.*'bert'") as caught:
+    with pytest.raises(ValueError, match=r"unknown.*'bert'") as caught:
         run(source, tmp_path / "out")
     for layout in ("InternViT", "InternVL-14B", "InternVL-Chat"):
         assert layout in str(caught.value)
@@ -575,12 +606,12 @@ def test_transformers_own_internvl_is_not_taken_for_14b(tmp_path):
     source.mkdir()
     save_file({"model.vision_tower.embeddings.cls_token": torch.zeros(2)}, source / "model.safetensors")
     edit_json(source / "config.json", model_type="internvl", text_config={}, vision_config={})
-    with pytest.raises(ValueError, match="layout of .* is unknown"):
+    with pytest.raises(ValueError, match=r"layout of .* is unknown"):
         run(source, tmp_path / "out")
 
 
 def test_a_folder_without_weights_and_a_missing_one_are_named(tmp_path):
-    with pytest.raises(OSError, match="There is no `.*nowhere`"):
+    with pytest.raises(OSError, match=r"There is no `.*nowhere`"):
         run(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(OSError, match="holds no weights"):
@@ -619,7 +650,9 @@ def test_shards_have_the_wanted_size_and_load_as_one(vit, tmp_path):
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {shard.name for shard in shards}
     wanted = load_file(vit / "model.safetensors")
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in AutoModel.from_pretrained(out).state_dict().items())
+    assert all(
+        torch.equal(tensor, wanted[name]) for name, tensor in AutoModel.from_pretrained(out).state_dict().items()
+    )
 
 
 def test_mixed_types_stay_aligned_and_whole(vit, tmp_path):
@@ -688,7 +721,7 @@ def test_a_failed_run_leaves_nothing_and_keeps_what_was_there(vit, tmp_path, mon
     def full(*arguments, **settings):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("internvl.conversion.convert.write_shards", full)
+    monkeypatch.setattr(importlib.import_module("internvl.conversion.convert"), "write_shards", full)
     with pytest.raises(OSError, match="No space left"):
         run(vit, out, overwrite=True)
     assert state_of(out) == before
@@ -702,6 +735,15 @@ def test_what_a_killed_run_left_is_swept_away(vit, tmp_path):
     out = run(vit, tmp_path / "out")
     assert not left.exists()
     assert not (out / "half.safetensors").exists()
+
+
+def test_a_run_killed_while_replacing_loses_nothing(vit, tmp_path):
+    (tmp_path / ".out.replaced").mkdir()
+    (tmp_path / ".out.replaced" / "precious.txt").write_text("mine")
+    edit_json(vit / "preprocessor_config.json", size="broken")
+    with pytest.raises(ValueError, match="size"):
+        run(vit, tmp_path / "out")
+    assert state_of(tmp_path / "out").keys() == {"precious.txt"}
 
 
 def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(vit, tmp_path, monkeypatch):
@@ -751,7 +793,9 @@ def slow_ids(folder: Path, text: str) -> list[int]:
     decoder = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
     ids = {token["content"]: int(index) for index, token in decoder.items()}
     parts = re.split("(" + "|".join(map(re.escape, ids)) + ")", text)
-    return [1] + [index for part in parts if part for index in ([ids[part]] if part in ids else processor.encode(part))]
+    return [1] + [
+        index for part in parts if part for index in ([ids[part]] if part in ids else processor.encode(part))
+    ]
 
 
 TEXTS = (
@@ -845,8 +889,10 @@ def test_an_image_token_outside_the_vocabulary_is_refused(tmp_path):
 def test_a_tokenizer_that_is_only_remote_code_is_refused(tmp_path):
     source = published("chat_qwen2_v2", tmp_path)
     (source / "vocab.json").write_text("{}")
-    edit_json(source / "tokenizer_config.json", auto_map={"AutoTokenizer": ["t.T", None]}, tokenizer_class="OwnTokenizer")
-    with pytest.raises(ValueError, match="is remote code .`OwnTokenizer`., which is not run"):
+    edit_json(
+        source / "tokenizer_config.json", auto_map={"AutoTokenizer": ["t.T", None]}, tokenizer_class="OwnTokenizer"
+    )
+    with pytest.raises(ValueError, match=r"is remote code .`OwnTokenizer`., which is not run"):
         run(source, tmp_path / "out")
 
 

@@ -5,6 +5,8 @@ from collections import Counter
 import pytest
 
 from internvl.evaluation.dialogue import (
+    EVERYWHERE,
+    LAYOUTS_OF_KIND,
     SMALL_TEXT,
     accuracy_by_kind,
     evaluate_dialogue,
@@ -28,6 +30,12 @@ def test_held_out_questions_are_balanced_over_kinds_and_reproducible():
     assert [item.question for item in first] == [item.question for item in second]
     assert all(a.picture.tobytes() == b.picture.tobytes() for a, b in zip(first, second, strict=True))
     assert [item.question for item in held_out_questions(21, seed=1)] != [item.question for item in first]
+
+
+def test_every_kind_is_asked_in_each_of_its_layouts():
+    seen = {(item.question.kind, item.layout) for item in held_out_questions(7 * 4)}
+    for kind in QUESTION_KINDS:
+        assert {layout for asked, layout in seen if asked == kind} == set(LAYOUTS_OF_KIND.get(kind, EVERYWHERE))
 
 
 def test_small_text_is_asked_about_large_pictures_only():

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from internvl.conversion.__main__ import main
 from safetensors.torch import load_file
+
+from internvl.conversion.__main__ import main
 
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -57,7 +58,11 @@ def convert_case(name: str, folder: Path) -> Path:
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("goldens")
     jobs = [
-        {"case": str(GOLDEN / CASES[name][0]), "model": str(convert_case(name, folder)), "results": f"{folder / name}.st"}
+        {
+            "case": str(GOLDEN / CASES[name][0]),
+            "model": str(convert_case(name, folder)),
+            "results": f"{folder / name}.st",
+        }
         for name in CASES
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs))

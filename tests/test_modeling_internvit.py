@@ -13,9 +13,7 @@ from . import reference, tiny
 def test_equals_the_slow_reference():
     model = tiny.vision_model().double()
     picture = tiny.pixels(1, 28, 42).double()
-    patches = [
-        picture[0, :, i : i + 14, j : j + 14].flatten() for i in range(0, 28, 14) for j in range(0, 42, 14)
-    ]
+    patches = [picture[0, :, i : i + 14, j : j + 14].flatten() for i in range(0, 28, 14) for j in range(0, 42, 14)]
     embeddings = model.embeddings
     weight, bias = embeddings.patch_embedding.weight.flatten(1), embeddings.patch_embedding.bias
     tokens = torch.stack([embeddings.class_embedding[0, 0], *[weight @ patch + bias for patch in patches]])
@@ -32,7 +30,8 @@ def test_positions_are_resized_without_antialiasing():
     resized = resize_position_grid(grid, 4, 6)
     square = grid[:, 1:].reshape(1, 16, 16, 8).permute(0, 3, 1, 2)
     plain, smoothed = (
-        F.interpolate(square, size=(4, 6), mode="bicubic", align_corners=False, antialias=antialias) for antialias in (False, True)
+        F.interpolate(square, size=(4, 6), mode="bicubic", align_corners=False, antialias=antialias)
+        for antialias in (False, True)
     )
     torch.testing.assert_close(resized[:, 1:], plain.flatten(2).transpose(1, 2))
     assert (plain - smoothed).abs().max() > 0.1  # so the line above can tell them apart

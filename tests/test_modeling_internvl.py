@@ -82,7 +82,9 @@ def test_return_loss_is_symmetric_infonce(model):
         by_hand -= (logits[i, i] - logits[i].logsumexp(0) + logits[i, i] - logits[:, i].logsumexp(0)) / 6
     torch.testing.assert_close(outputs.loss, by_hand)
     outputs.loss.backward()
-    assert all(p.grad is not None for p in (model.logit_scale, model.text_projection, model.clip_projector.cross_attn.q_bias))
+    assert all(
+        p.grad is not None for p in (model.logit_scale, model.text_projection, model.clip_projector.cross_attn.q_bias)
+    )
     model.zero_grad()
 
 
@@ -92,7 +94,9 @@ def test_matching_sees_picture_and_text_and_no_padding(model):
     scores = model.get_matching_logits(pictures, ids)
     assert scores.shape == (3, 2)
     for side in ("left", "right"):
-        torch.testing.assert_close(model.get_matching_logits(pictures, *padded(ids, side, 0)), scores, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            model.get_matching_logits(pictures, *padded(ids, side, 0)), scores, atol=1e-5, rtol=1e-5
+        )
     assert (model.get_matching_logits(pictures.flip(0), ids) - scores).abs().max() > 1e-3
     assert (model.get_matching_logits(pictures, (ids + 1) % 80) - scores).abs().max() > 1e-3
 
@@ -110,7 +114,9 @@ def test_captions_hold_no_prompt_and_batch_equals_single(model):
     )
     assert torch.equal(with_scores.sequences, batch)
     assert len(with_scores.scores) == 6
-    beams = model.generate(pixel_values=pictures, **tiny.pad(rows, "left"), **settings, num_beams=3, num_return_sequences=2)
+    beams = model.generate(
+        pixel_values=pictures, **tiny.pad(rows, "left"), **settings, num_beams=3, num_return_sequences=2
+    )
     assert beams.shape == (6, 6)
     assert model.generate(pixel_values=pictures, **settings).shape == (3, 6)
 
@@ -119,8 +125,14 @@ def test_captions_hold_no_prompt_and_batch_equals_single(model):
     ("call", "message"),
     [
         (lambda m: m(pixel_values=tiny.pixels()), "needs both `pixel_values` and `input_ids`"),
-        (lambda m: m(pixel_values=tiny.pixels(), input_ids=tiny.text_ids(), mode="D"), r"`mode` must be one of .*, got 'D'"),
-        (lambda m: m(pixel_values=tiny.pixels(2), input_ids=tiny.text_ids(), return_loss=True), "got 2 pictures and 3 texts"),
+        (
+            lambda m: m(pixel_values=tiny.pixels(), input_ids=tiny.text_ids(), mode="D"),
+            r"`mode` must be one of .*, got 'D'",
+        ),
+        (
+            lambda m: m(pixel_values=tiny.pixels(2), input_ids=tiny.text_ids(), return_loss=True),
+            "got 2 pictures and 3 texts",
+        ),
         (lambda m: m.get_text_features(torch.zeros(1, 4).long()), "a row is all padding"),
         (lambda m: m.generate(input_ids=tiny.text_ids()), "needs `pixel_values`"),
     ],

@@ -127,7 +127,9 @@ def test_beams_keep_the_tiles_of_their_own_sample():
     model = tiny.chat_model()
     inputs = tiny.chat_inputs(model, [[1, 2], [2]])
     together = model.generate(**inputs, **GREEDY, num_beams=3)
-    for i, (row, tiles) in enumerate(zip(tiny.chat_rows(model, [[1, 2], [2]]), (slice(0, 3), slice(3, 5)), strict=True)):
+    for i, (row, tiles) in enumerate(
+        zip(tiny.chat_rows(model, [[1, 2], [2]]), (slice(0, 3), slice(3, 5)), strict=True)
+    ):
         alone = model.generate(
             input_ids=row[None], attention_mask=torch.ones_like(row)[None], pixel_values=inputs["pixel_values"][tiles],
             **GREEDY, num_beams=3,
@@ -145,7 +147,11 @@ def test_later_turns_do_not_encode_old_pictures_again(give):
     settings = {**GREEDY, "return_dict_in_generate": True}
     pictures = tiny.pixels(5)
     turn = model.generate(
-        input_ids=first[None], attention_mask=torch.ones_like(first)[None], pixel_values=pictures[:2], past_key_values=cache, **settings
+        input_ids=first[None],
+        attention_mask=torch.ones_like(first)[None],
+        pixel_values=pictures[:2],
+        past_key_values=cache,
+        **settings,
     )
     dialogue = torch.cat([turn.sequences[0], second])[None]
     encoded = []
@@ -158,7 +164,9 @@ def test_later_turns_do_not_encode_old_pictures_again(give):
         **settings,
     )
     assert encoded == [3]
-    afresh = model.generate(input_ids=dialogue, attention_mask=torch.ones_like(dialogue), pixel_values=pictures, **settings)
+    afresh = model.generate(
+        input_ids=dialogue, attention_mask=torch.ones_like(dialogue), pixel_values=pictures, **settings
+    )
     assert torch.equal(later.sequences, afresh.sequences)
 
 
@@ -173,7 +181,9 @@ def test_text_only_generation_never_runs_the_vision_tower():
 def test_a_broken_placeholder_count_names_the_sample_and_both_counts():
     model = tiny.chat_model()
     inputs = tiny.chat_inputs(model)
-    with pytest.raises(ValueError, match=r"24 image placeholders but 20 image features.*5 tiles of 4.*\{0: 8, 1: 0, 2: 16\}"):
+    with pytest.raises(
+        ValueError, match=r"24 image placeholders but 20 image features.*5 tiles of 4.*\{0: 8, 1: 0, 2: 16\}"
+    ):
         model(**{**inputs, "pixel_values": inputs["pixel_values"][:5]})
     with pytest.raises(ValueError, match="24 image placeholders but 20 image features"):
         model.generate(**{**inputs, "pixel_values": inputs["pixel_values"][:5]}, **GREEDY)
@@ -187,7 +197,7 @@ def test_a_broken_placeholder_count_names_the_sample_and_both_counts():
 
 def test_pictures_without_a_known_placeholder_id_are_refused():
     model = tiny.chat_model(image_token_id=None)
-    with pytest.raises(ValueError, match="`config.image_token_id` is not set"):
+    with pytest.raises(ValueError, match=r"`config\.image_token_id` is not set"):
         model(input_ids=tiny.text_ids(), pixel_values=tiny.pixels())
     model.img_context_token_id = tiny.IMAGE_TOKEN_ID
     assert model.config.image_token_id == tiny.IMAGE_TOKEN_ID
@@ -220,7 +230,9 @@ def test_loss_is_the_mean_over_label_positions_and_counts_accumulated_items():
                 log_probs = outputs.logits[row, column - 1].log_softmax(-1)
                 by_hand.append(-log_probs[labels[row, column]])
     torch.testing.assert_close(outputs.loss, torch.stack(by_hand).mean())
-    torch.testing.assert_close(model(**inputs, labels=labels, num_items_in_batch=7).loss, torch.stack(by_hand).sum() / 7)
+    torch.testing.assert_close(
+        model(**inputs, labels=labels, num_items_in_batch=7).loss, torch.stack(by_hand).sum() / 7
+    )
     weight = torch.ones_like(labels, dtype=torch.float)
     weighted = model(**inputs, labels=labels, loss_weight=weight.tolist()).loss
     torch.testing.assert_close(weighted, torch.stack(by_hand).sum() / weight[:, 1:].sum())

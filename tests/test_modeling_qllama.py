@@ -7,7 +7,11 @@ from . import reference, tiny
 
 
 Q, L = 5, 6
-PADDING = {"left": [False, False, True, True, True, True], "right": [True, True, True, True, False, False], "none": [True] * L}
+PADDING = {
+    "left": [False, False, True, True, True, True],
+    "right": [True, True, True, True, False, False],
+    "none": [True] * L,
+}
 
 
 def inputs(batch: int = 1):
@@ -41,7 +45,9 @@ def test_equals_the_slow_reference(pattern, side):
         x = reference.qllama_layer(layer.state_dict(), x, picture[0], count, positions, seen, 4, 10000.0, 1e-6)
     x = reference.rms_norm(x, model.model.norm.weight, 1e-6)
     kept = torch.tensor(real)
-    torch.testing.assert_close(outputs.last_hidden_state[0][kept], x[kept], atol=1e-5, rtol=1e-5)  # norms and angles are fp32
+    torch.testing.assert_close(
+        outputs.last_hidden_state[0][kept], x[kept], atol=1e-5, rtol=1e-5
+    )  # norms and angles are fp32
 
 
 @torch.no_grad()
@@ -73,14 +79,21 @@ def test_contrastive_text_does_not_feel_the_picture_and_queries_do_not_feel_the_
     queries, picture, ids = inputs()
 
     def run(**changes):
-        arguments = {"input_ids": ids, "query_embeds": queries, "vision_hidden_states": picture, "visibility": "contrastive"}
+        arguments = {
+            "input_ids": ids,
+            "query_embeds": queries,
+            "vision_hidden_states": picture,
+            "visibility": "contrastive",
+        }
         return model.model(**{**arguments, **changes}).last_hidden_state[0]
 
     base, other_picture, other_text = run(), run(vision_hidden_states=picture + 1), run(input_ids=(ids + 1) % 80)
     torch.testing.assert_close(base[Q:], other_picture[Q:])
     torch.testing.assert_close(base[:Q], other_text[:Q])
     assert (base[:Q] - other_picture[:Q]).abs().max() > 1e-3
-    assert (run(visibility="generation")[Q:] - run(visibility="generation", vision_hidden_states=picture + 1)[Q:]).abs().max() > 1e-3
+    assert (
+        run(visibility="generation")[Q:] - run(visibility="generation", vision_hidden_states=picture + 1)[Q:]
+    ).abs().max() > 1e-3
 
 
 def captions(model, **kwargs):
@@ -94,7 +107,9 @@ def captions(model, **kwargs):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("setting", [{"use_cache": False}, {"cache_implementation": "static"}, {"num_beams": 1, "num_return_sequences": 1}])
+@pytest.mark.parametrize(
+    "setting", [{"use_cache": False}, {"cache_implementation": "static"}, {"num_beams": 1, "num_return_sequences": 1}]
+)
 def test_cached_generation_equals_uncached_and_static(setting):
     model = tiny.qllama_model()
     assert torch.equal(captions(model, **setting), captions(model, use_cache=True))
@@ -156,7 +171,9 @@ def test_flash_and_flex_leave_block_patterns_to_sdpa_and_keep_the_rest():
     queries, picture, ids = inputs()
     expected = {}
     for attention in ("sdpa", "flash_stand_in"):
-        model.config._attn_implementation = attention  # the setter of the model would look for an installed flash package
+        model.config._attn_implementation = (
+            attention  # the setter of the model would look for an installed flash package
+        )
         got = {
             pattern: model.model(
                 input_ids=ids, query_embeds=queries, vision_hidden_states=picture, visibility=pattern

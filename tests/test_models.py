@@ -1,6 +1,7 @@
 """Properties that every model class must have; one test body runs over all of them."""
 
 import copy
+import os
 import re
 import subprocess
 import sys
@@ -43,7 +44,9 @@ def test_eager_equals_sdpa(name):
     outputs = {}
     for attention in ("eager", "sdpa"):
         model.set_attn_implementation(attention)
-        used = {m.config._attn_implementation for m in model.modules() if hasattr(m, "config") and hasattr(m, "scaling")}
+        used = {
+            m.config._attn_implementation for m in model.modules() if hasattr(m, "config") and hasattr(m, "scaling")
+        }
         assert used == {attention}  # else this compares the model with itself
         outputs[attention] = real(run(model, inputs), inputs)
     torch.testing.assert_close(outputs["eager"], outputs["sdpa"], atol=1e-5, rtol=1e-5)
@@ -165,6 +168,26 @@ def test_forced_device_map_split_changes_nothing(name, tmp_path):
     torch.testing.assert_close(real(run(split, inputs), inputs), real(expected, inputs), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["InternVLModel-G", "chat-qwen3", "chat-full"])
+def test_a_split_model_generates_the_same_tokens(name, tmp_path):
+    model, inputs = build(name)
+    if name.startswith("InternVL"):
+        inputs = {"pixel_values": inputs["pixel_values"], "input_ids": inputs["input_ids"][:3]}
+    settings = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
+    expected = model.generate(**inputs, **settings)
+    model.save_pretrained(tmp_path)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    split = (
+        type(model)
+        .from_pretrained(
+            tmp_path, device_map="auto", max_memory={"cpu": size // 2}, offload_folder=tmp_path / "offload"
+        )
+        .eval()
+    )
+    assert any(p.is_meta for p in split.parameters())
+    assert torch.equal(split.generate(**inputs, **settings), expected)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_runs_close_to_float32(name):
     model, inputs = build(name)
@@ -185,6 +208,39 @@ def test_resizing_the_vocabulary_keeps_the_old_tokens(name, tmp_path):
     torch.testing.assert_close(got[..., : expected.shape[-1]], expected)
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(run(type(model).from_pretrained(tmp_path).eval(), inputs), got)
+
+
+@pytest.mark.parametrize("name", ["InternViTForImageClassification", "chat-internlm2", "InternVLModel-G"])
+def test_a_saved_folder_brings_its_code_and_loads_without_the_package(name, tmp_path):
+    model, inputs = build(name)
+    model.config.auto_map = {"AutoModel": "someone/repository--modeling.Model"}  # as of a model loaded from the Hub
+    torch.save({"inputs": inputs, "expected": run(model, inputs)}, tmp_path / "io.pt")
+    model.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved").rename(tmp_path / "moved")
+    auto_class = {
+        "InternViTForImageClassification": "AutoModelForImageClassification",
+        "chat-internlm2": "AutoModelForImageTextToText",
+    }.get(name, "AutoModel")
+    script = (
+        "import sys, torch, transformers\n"
+        f"auto_class = transformers.{auto_class}\n"
+        "model = auto_class.from_pretrained(sys.argv[1] + '/moved', trust_remote_code=True).eval()\n"
+        "assert 'transformers_modules' in type(model).__module__ and 'internvl' not in sys.modules\n"
+        "io = torch.load(sys.argv[1] + '/io.pt', weights_only=True)\n"
+        "out = model(**io['inputs'])\n"
+        "got = out.logits if 'logits' in out else out.logits_per_image\n"
+        "torch.testing.assert_close(got, io['expected'], atol=1e-5, rtol=1e-5)\n"
+    )
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("name", ["chat-llama", "chat-full", "InternVLModel-G"])

@@ -8,10 +8,11 @@ from threading import Thread
 
 import pytest
 import torch
-from internvl.conversion import convert
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPImageProcessor, TextIteratorStreamer
 from transformers.utils import is_flash_attn_2_available
+
+from internvl.conversion import convert
 
 from .fixtures_published import published, published_14b, published_chat
 from .fixtures_text import make_image
@@ -95,9 +96,7 @@ def test_internvl_14b_card_compares_pictures_and_texts(path_14b, model_14b, imag
 
     prefix = "summarize:"
     texts = [prefix + "a photo of a red bus", prefix + "a cat", prefix + "many people on a street"]
-    input_ids = tokenizer(
-        texts, return_tensors="pt", max_length=80, truncation=True, padding="max_length"
-    ).input_ids
+    input_ids = tokenizer(texts, return_tensors="pt", max_length=80, truncation=True, padding="max_length").input_ids
     assert input_ids.shape == (3, 80)
     assert (input_ids[:, 0] == 1).all()  # the begin token, and the end token at the end
     assert all((row[row > 0])[-1] == 2 for row in input_ids)
@@ -203,14 +202,10 @@ def test_chat_card_question_without_placeholder(model, tokenizer, load_image, ge
 def test_chat_card_single_image_multi_round(model, tokenizer, load_image, generation_config):
     pixel_values = load_image("image1.jpg", max_num=12)
     question = "<image>\nPlease describe the image in detail."
-    _, history = model.chat(
-        tokenizer, pixel_values, question, generation_config, history=None, return_history=True
-    )
+    _, history = model.chat(tokenizer, pixel_values, question, generation_config, history=None, return_history=True)
     kept = list(history)
     question = "Please write a poem according to the image."
-    _, longer = model.chat(
-        tokenizer, pixel_values, question, generation_config, history=history, return_history=True
-    )
+    _, longer = model.chat(tokenizer, pixel_values, question, generation_config, history=history, return_history=True)
     assert history == kept
     assert longer[:1] == kept
     assert longer[1][0] == question
@@ -219,9 +214,7 @@ def test_chat_card_single_image_multi_round(model, tokenizer, load_image, genera
 def test_chat_card_several_images_combined(model, tokenizer, load_image, generation_config):
     pixel_values = torch.cat((load_image("image1.jpg"), load_image("image2.jpg")), dim=0)
     question = "<image>\nDescribe the two images in detail."
-    response, _ = model.chat(
-        tokenizer, pixel_values, question, generation_config, history=None, return_history=True
-    )
+    response, _ = model.chat(tokenizer, pixel_values, question, generation_config, history=None, return_history=True)
     assert isinstance(response, str)
 
 

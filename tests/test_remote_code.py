@@ -125,7 +125,8 @@ def test_a_remote_configuration_reaches_a_spawned_worker(checkpoints, tmp_path):
 INSTALLED = """
 import sys
 import internvl
-from transformers import AutoImageProcessor, AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 for name in ("chat", "contrastive"):
     folder = f"{sys.argv[1]}/{name}"
     for door in (AutoModel, AutoProcessor, AutoImageProcessor):

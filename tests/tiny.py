@@ -35,7 +35,7 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         noise = torch.randn(parameter.shape, generator=generator)
         with torch.no_grad():
             is_scale = name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "ls1", "ls2"))
-            parameter.copy_(1 + 0.1 * noise if is_scale else noise / max(parameter.shape[-1:] + (4,)) ** 0.5)
+            parameter.copy_(1 + 0.1 * noise if is_scale else noise / max(*parameter.shape[-1:], 4) ** 0.5)
     return model.eval()
 
 
@@ -52,7 +52,9 @@ def qllama_model(**changes) -> QLlamaForCausalLM:
 
 
 def internvl_model(**changes) -> InternVLModel:
-    config = InternVLConfig(vision_config=dict(VISION), qllama_config=dict(QLLAMA), clip_embed_dim=12, attn_pool_num_heads=4, **changes)
+    config = InternVLConfig(
+        vision_config=dict(VISION), qllama_config=dict(QLLAMA), clip_embed_dim=12, attn_pool_num_heads=4, **changes
+    )
     model = randomize(InternVLModel(config))
     with torch.no_grad():
         model.logit_scale.fill_(1.5)
@@ -108,7 +110,9 @@ def pad(rows: list[torch.Tensor], side: str = "left", pad_id: int = 0) -> dict[s
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def chat_inputs(model: InternVLChatForConditionalGeneration, tiles: list[list[int]] | None = None, side: str = "left") -> dict:
+def chat_inputs(
+    model: InternVLChatForConditionalGeneration, tiles: list[list[int]] | None = None, side: str = "left"
+) -> dict:
     """A batch with unequal tile counts: one picture of two tiles, text only, two pictures."""
     tiles = [[2], [], [1, 3]] if tiles is None else tiles
     inputs = pad(chat_rows(model, tiles), side)
@@ -135,15 +139,24 @@ MODELS = {
             "vision_hidden_states": pixels(3, 32, 6, seed=3)[:, 0].transpose(1, 2),
         },
     ),
-    "InternVLModel-C": (internvl_model, lambda model: {"input_ids": text_ids(4), "pixel_values": pixels(), "mode": "C"}),
-    "InternVLModel-G": (internvl_model, lambda model: {"input_ids": text_ids(4), "pixel_values": pixels(), "mode": "G"}),
+    "InternVLModel-C": (
+        internvl_model,
+        lambda model: {"input_ids": text_ids(4), "pixel_values": pixels(), "mode": "C"},
+    ),
+    "InternVLModel-G": (
+        internvl_model,
+        lambda model: {"input_ids": text_ids(4), "pixel_values": pixels(), "mode": "G"},
+    ),
     "chat-llama": (chat_model, chat_inputs),
     "chat-internlm2": (lambda: chat_model("internlm2"), chat_inputs),
     "chat-qwen2": (lambda: chat_model("qwen2"), chat_inputs),
     "chat-qwen3": (lambda: chat_model("qwen3"), chat_inputs),
     "chat-queries": (lambda: chat_model(connector="queries"), chat_inputs),
     "chat-full": (lambda: chat_model(connector="queries_and_patches"), chat_inputs),
-    "chat-plain-mlp": (lambda: chat_model(projector_type="mlp2x_gelu", downsample_ratio=1.0, select_layer=-2), chat_inputs),
+    "chat-plain-mlp": (
+        lambda: chat_model(projector_type="mlp2x_gelu", downsample_ratio=1.0, select_layer=-2),
+        chat_inputs,
+    ),
 }
 
 

@@ -9,7 +9,7 @@ import torch
 
 class GenerationChecks:
     """A mixin for test cases. `make()` gives (model class, tiny configuration, inputs of `generate` of batch size 2), `to_forward` turns
-    inputs of `generate` into those of `forward`."""
+    inputs of `generate` into those of `forward`, padding is put in front of position `padding_start`."""
 
     NEW_TOKENS = 5
 
@@ -72,9 +72,12 @@ class GenerationChecks:
         self.assert_equal(self.generate(inputs=one), self.generate(inputs=one, assistant_model=assistant))
 
     def test_left_padding_changes_nothing(self) -> None:
-        ids, mask = self.inputs["input_ids"], self.inputs["attention_mask"]
+        ids, mask, start = self.inputs["input_ids"], self.inputs["attention_mask"], self.padding_start
         pad = torch.zeros(ids.shape[0], 4, dtype=ids.dtype)
-        padded = {"input_ids": torch.cat([pad, ids], 1), "attention_mask": torch.cat([pad, mask], 1)}
+        padded = {
+            "input_ids": torch.cat([ids[:, :start], pad, ids[:, start:]], 1),
+            "attention_mask": torch.cat([mask[:, :start], pad, mask[:, start:]], 1),
+        }
         new = slice(-self.NEW_TOKENS, None)
         self.assert_equal(self.generate()[:, new], self.generate(inputs=padded)[:, new])
 

@@ -11,13 +11,13 @@ What a specification may hold (only the first four are needed):
     RANDOM_IDS_BELOW
                     the mixins' random token ids stay below it
     TESTER          attributes of the object that the model mixin calls `model_tester`
-    make_generation_inputs, to_forward
-                    like make_inputs, for `generate`; turns its inputs into those of `forward`. Where the two differ.
+    make_generation_inputs, to_forward, PADDING_START
+                    like make_inputs, for `generate`; turns its inputs into those of `forward`; where padding goes. Where they differ.
     MODEL_ATTRS     attributes of the model test class: flags of the mixin, or test methods that replace its own
     CONFIGURATION   keyword arguments of transformers' `ConfigTester`
     BACKBONE        "module.Class" of the backbone
-    IMAGE_PROCESSOR, IMAGE_SETTINGS, IMAGE_ATTRS
-    PROCESSOR, PROCESSOR_SETTINGS, PROCESSOR_ATTRS, make_components(load_class) -> {attribute: object}
+    IMAGE_PROCESSOR, IMAGE_SETTINGS: {name: settings of one run}
+    PROCESSOR, processor_settings(load_class), make_components(load_class) -> {attribute: object}
     NOT_RUN         {test name: reason}, not started at all
     SKIPS           {pattern of transformers' message: reason} for the tests that skip themselves
 """
@@ -58,9 +58,12 @@ def register() -> None:
     for auto_name, reference in getattr(spec, "AUTO", {}).items():
         auto_class, model_class = getattr(transformers, auto_name), load_class(reference)
         auto_class.register(Config, model_class, exist_ok=True)
-        auto_class._model_mapping._model_mapping[Config.model_type] = model_class.__name__
+        if (
+            auto_name != "AutoModel" or not model_class.can_generate()
+        ):  # under this name the mixins look for headless classes
+            auto_class._model_mapping._model_mapping[Config.model_type] = model_class.__name__
     if hasattr(spec, "IMAGE_PROCESSOR"):
-        classes = {"pil": load_class(spec.IMAGE_PROCESSOR)}
+        classes = dict.fromkeys(("pil", "torchvision"), load_class(spec.IMAGE_PROCESSOR))
         transformers.AutoImageProcessor.register(Config, image_processor_classes=classes, exist_ok=True)
     if hasattr(spec, "PROCESSOR"):
         transformers.AutoProcessor.register(Config, load_class(spec.PROCESSOR), exist_ok=True)
@@ -152,6 +155,7 @@ def generation() -> type:
         "setUp": GenerationChecks.setUp,
         "make": make,
         "to_forward": staticmethod(getattr(spec, "to_forward", dict)),
+        "padding_start": getattr(spec, "PADDING_START", 0),
     }
     return make_case("Generation", GenerationChecks, **attributes)
 
@@ -201,31 +205,31 @@ def processor() -> type:
         "_get_component_class_from_processor": classmethod(
             lambda cls, attribute, use_fast=True: type(components()[attribute])
         ),
-        "prepare_processor_dict": staticmethod(lambda: dict(getattr(spec, "PROCESSOR_SETTINGS", {}))),
+        "prepare_processor_dict": staticmethod(lambda: spec.processor_settings(load_class)),
         "setUp": unittest.TestCase.setUp,
-        **getattr(spec, "PROCESSOR_ATTRS", {}),
     }
     return make_case("Processor", ProcessorTesterMixin, **attributes)
 
 
-def image_processor() -> type:
+def image_processor() -> list[type]:
     from tests.test_image_processing_common import ImageProcessingTester, ImageProcessingTestMixin
 
-    class ImageTester(ImageProcessingTester):
-        """Makes random pictures and says which shape they give."""
+    image_class = load_class(spec.IMAGE_PROCESSOR)
 
-        def __init__(self, parent: unittest.TestCase, **settings: Any) -> None:
-            super().__init__(parent, **{**getattr(spec, "IMAGE_SETTINGS", {}), **settings})
+    def make(name: str, settings: dict) -> type:
+        class ImageTester(ImageProcessingTester):
+            """Makes random pictures."""
 
-        def _get_image_processing_classes(self) -> dict[str, type]:
-            return {"pil": load_class(spec.IMAGE_PROCESSOR)}
+            def __init__(self, parent: unittest.TestCase, **changes: Any) -> None:
+                super().__init__(parent, **{**settings, **changes})
 
-    attributes = {
-        "image_processor_tester_class": ImageTester,
-        "setUp": ImageProcessingTestMixin.setUp,
-        **getattr(spec, "IMAGE_ATTRS", {}),
-    }
-    return make_case("ImageProcessor", ImageProcessingTestMixin, **attributes)
+            def _get_image_processing_classes(self) -> dict[str, type]:
+                return {"pil": image_class, "torchvision": image_class}  # as the package registers it
+
+        attributes = {"image_processor_tester_class": ImageTester, "setUp": ImageProcessingTestMixin.setUp}
+        return make_case(name, ImageProcessingTestMixin, **attributes)
+
+    return [make(f"ImageProcessor_{name}", settings) for name, settings in spec.IMAGE_SETTINGS.items()]
 
 
 GROUPS = {
@@ -243,6 +247,6 @@ register()
 wanted = [group for group in os.environ.get("CONFORMANCE_ONLY", "").split(",") if group] or spec.GROUPS
 for group in spec.GROUPS:
     if group in wanted:
-        group_class = GROUPS[group]()
-        globals()[group_class.__name__] = group_class
-del group_class
+        made = GROUPS[group]()
+        globals().update({case.__name__: case for case in (made if isinstance(made, list) else [made])})
+del made

@@ -5,8 +5,6 @@
 makes OUT/chat, OUT/chat_full, OUT/chat_internlm2, OUT/contrastive and OUT/vision. The code in them is this repository's.
 """
 
-import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -35,30 +33,6 @@ from internvl.conversation_internvl import get_conversation_template  # noqa: E4
 
 IMAGE_SIZE, IMAGE_TOKENS, WIDTH = 28, 4, 32
 SIZES = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-AUTO_MAPS = {
-    "intern_vit_6b": {
-        "AutoConfig": "configuration_internvl.InternViTConfig",
-        "AutoModel": "modeling_internvit.InternVisionModel",
-        "AutoBackbone": "modeling_internvit.InternViTBackbone",
-        "AutoModelForImageClassification": "modeling_internvit.InternViTForImageClassification",
-    },
-    "internvl_14b": {
-        "AutoConfig": "configuration_internvl.InternVLConfig",
-        "AutoModel": "modeling_internvl.InternVLModel",
-        "AutoModelForZeroShotImageClassification": "modeling_internvl.InternVLModel",
-    },
-    "internvl_chat_model": {
-        "AutoConfig": "configuration_internvl.InternVLChatConfig",
-        "AutoModel": "modeling_internvl_chat.InternVLChatForConditionalGeneration",
-        "AutoModelForCausalLM": "modeling_internvl_chat.InternVLChatForConditionalGeneration",
-        "AutoModelForImageTextToText": "modeling_internvl_chat.InternVLChatForConditionalGeneration",
-    },
-}
-
-
-def flat_files() -> list[Path]:
-    """The Python files that remote code consists of."""
-    return sorted(path for path in ROOT.glob("*_*.py") if path.name != "__init__.py")
 
 
 def build(model_class: type, config: object) -> PreTrainedModel:
@@ -76,15 +50,10 @@ def build(model_class: type, config: object) -> PreTrainedModel:
 
 
 def write(model: PreTrainedModel, folder: Path, processor: InternVLProcessor | None = None) -> None:
-    """A folder that needs nothing outside itself."""
+    """A folder that needs nothing outside itself: saving brings the code along."""
     model.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
-    for path in flat_files():
-        shutil.copy(path, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = AUTO_MAPS[config["model_type"]]
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def vision_config() -> InternViTConfig:

@@ -1,21 +1,20 @@
 """InternVL-Chat in the simple configuration, its processor and its image processor."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from fixtures_text import make_tokenizer
-from internvl.conversation_internvl import get_conversation_template
 from specs.common import MACHINE, NO_SUCH_PART
 from specs.vision import IMAGE_SIZE, PATCH_SIZE, VISION
 
 
 CONFIG = "configuration_internvl.InternVLChatConfig"
 MODELS = ["modeling_internvl_chat.InternVLChatForConditionalGeneration"]
-AUTO = {
-    "AutoModel": MODELS[0],
-    "AutoModelForImageTextToText": MODELS[0],
-}
+AUTO = {"AutoModel": MODELS[0], "AutoModelForImageTextToText": MODELS[0]}
 GROUPS = ("model", "generation", "training", "tensor_parallel", "configuration", "processor", "image_processor")
-# The mixins write ids of their own, all small or below RANDOM_IDS_BELOW; a placeholder among them would ask for a picture.
-IMAGE_TOKENS, IMAGE_TOKEN = 4, 98
+# The mixins write ids of their own: 0 to 19, the last of the vocabulary, random ones. A placeholder among them would ask for a picture.
+IMAGE_TOKENS, IMAGE_TOKEN = 4, 30
 RANDOM_IDS_BELOW = IMAGE_TOKEN
 TEXT = {
     "model_type": "qwen2",
@@ -37,7 +36,7 @@ def make_config(config_class: type) -> object:
 
 
 def make_inputs(config: object, batch_size: int) -> dict:
-    ids = torch.randint(5, 98, (batch_size, 7 + config.num_image_token))
+    ids = torch.randint(IMAGE_TOKEN + 1, 98, (batch_size, 7 + config.num_image_token))
     ids[:, : config.num_image_token] = IMAGE_TOKEN
     return {
         "pixel_values": torch.rand(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE),
@@ -47,14 +46,42 @@ def make_inputs(config: object, batch_size: int) -> dict:
 
 
 TESTER = {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "num_image_tokens": IMAGE_TOKENS}
-MODEL_ATTRS = {"_is_composite": True}
+
+
+def prepare_for_class(self: object, inputs: dict, model_class: type, return_labels: bool = False) -> dict:
+    """As in the mixin. Where a test passes the ids alone, the pictures of their placeholders are added: the model refuses to go on
+    without them."""
+    from tests.test_modeling_common import ModelTesterMixin
+
+    inputs = ModelTesterMixin._prepare_for_class(self, inputs, model_class, return_labels)
+    if "input_ids" in inputs and "pixel_values" not in inputs:
+        count = int((inputs["input_ids"] == IMAGE_TOKEN).sum()) // self.model_tester.num_image_tokens
+        inputs["pixel_values"] = torch.rand(count, 3, IMAGE_SIZE, IMAGE_SIZE)
+    return inputs
+
+
+MODEL_ATTRS = {"_is_composite": True, "_prepare_for_class": prepare_for_class}
 CONFIGURATION = {}
 
 IMAGE_PROCESSOR = "image_processing_internvl.InternVLImageProcessor"
-IMAGE_SETTINGS = {"size": {"height": 20, "width": 20}, "resize_mode": "squash"}
+SIZE = {"size": {"height": 20, "width": 20}}
+# One tile per picture, which is the number that the mixin counts on.
+IMAGE_SETTINGS = {
+    "tiles": {**SIZE, "resize_mode": "tiles", "max_num": 1},
+    "squash": {**SIZE, "resize_mode": "squash"},
+    "crop": {"size": {"shortest_edge": 20}, "crop_size": {"height": 20, "width": 20}, "resize_mode": "crop"},
+    "pad": {**SIZE, "resize_mode": "pad"},
+}
 
 PROCESSOR = "image_processing_internvl.InternVLImageProcessor"
-IMAGE_SETTINGS = {"size": {"height": 20, "width": 20}, "resize_mode": "squash"}
+SIZE = {"size": {"height": 20, "width": 20}}
+# One tile per picture, which is the number that the mixin counts on.
+IMAGE_SETTINGS = {
+    "tiles": {**SIZE, "resize_mode": "tiles", "max_num": 1},
+    "squash": {**SIZE, "resize_mode": "squash"},
+    "crop": {"size": {"shortest_edge": 20}, "crop_size": {"height": 20, "width": 20}, "resize_mode": "crop"},
+    "pad": {**SIZE, "resize_mode": "pad"},
+}
 
 
 def image_output_shape(images: list) -> tuple:
@@ -62,13 +89,14 @@ def image_output_shape(images: list) -> tuple:
 
 
 PROCESSOR = "processing_internvl.InternVLProcessor"
-PROCESSOR_SETTINGS = {
-    "image_seq_length": IMAGE_TOKENS,
-    "chat_template": get_conversation_template("internvl").to_jinja(),
-}
 
 
-def make_components(load_class: object) -> dict:
+def processor_settings(load_class: Callable[[str], Any]) -> dict:
+    template = load_class("conversation_internvl.get_conversation_template")("internvl")
+    return {"image_seq_length": IMAGE_TOKENS, "chat_template": template.to_jinja()}
+
+
+def make_components(load_class: Callable[[str], Any]) -> dict:
     return {
         "image_processor": load_class(IMAGE_PROCESSOR)(size={"height": 28, "width": 28}, max_num=1),
         "tokenizer": make_tokenizer(),
@@ -77,22 +105,23 @@ def make_components(load_class: object) -> dict:
 
 NOT_RUN = {
     "test_model_base_model_prefix": "the parts lie side by side under their published names; no headless model is inside",
-    "test_new_models_require_torchvision_backend": "pixels are those of the published Pillow path, so there is one backend",
 }
 SKIPS = {
     **MACHINE,
     **NO_SUCH_PART,
     "Model is not an encoder-decoder": "no encoder-decoder",
+    "*no `base_model_class` defined*": "tests of a headless class; rotary scaling is the decoder's own affair",
     "*does not have partial rope supported": "the decoder's own affair",
     "*does not support SDPA": "the message of a test for models of one part; the one for composite models runs",
     "*video_processor attribute not present*": "videos are given as frames",
     "*has no video processor": "videos are given as frames",
     "*feature_extractor attribute not present*": "no sound",
     "*has no audio processor": "no sound",
+    "audio_processor attribute not present*": "no sound",
+    "Chat template does not support tools": "the published templates have no tools",
+    "Processor doesn't accept videos at input": "videos are given as frames",
     "test requires librosa": "no sound",
     "test requires Torchcodec": "videos are given as frames",
-    "*less than 2 backends": "pixels are those of the published Pillow path, so there is one backend",
-    "*torchvision backend is not available": "pixels are those of the published Pillow path, so there is one backend",
     "No validation found for `preprocess` method": "settings are validated, but not by the two mechanisms this test looks for",
     "*does not have dict size or list image_mean*": "sizes are immutable, so no instance can change another's",
 }

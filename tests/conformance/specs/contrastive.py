@@ -1,8 +1,7 @@
 """InternVL-C and InternVL-G in one model."""
 
 import torch
-from specs.common import MACHINE, NO_SUCH_PART
-from specs.qllama import SIZES as QLLAMA
+from specs import qllama
 from specs.vision import IMAGE_SIZE, PATCH_SIZE, VISION
 
 
@@ -15,12 +14,12 @@ NUM_TEXT = 7
 
 def make_config(config_class: type) -> object:
     return config_class(
-        vision_config=dict(VISION), qllama_config=dict(QLLAMA), clip_embed_dim=24, attn_pool_num_heads=4
+        vision_config=dict(VISION), qllama_config=dict(qllama.SIZES), clip_embed_dim=24, attn_pool_num_heads=4
     )
 
 
 def make_inputs(config: object, batch_size: int) -> dict:
-    ids = torch.randint(3, QLLAMA["vocab_size"], (batch_size, NUM_TEXT))
+    ids = torch.randint(3, qllama.SIZES["vocab_size"], (batch_size, NUM_TEXT))
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
@@ -30,5 +29,28 @@ def make_inputs(config: object, batch_size: int) -> dict:
 
 
 TESTER = {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE}
-MODEL_ATTRS = {"_is_composite": True}
-SKIPS = {**MACHINE, **NO_SUCH_PART}
+# `additional_model_inputs`: some tests pass the main input alone; this model compares two.
+MODEL_ATTRS = {"_is_composite": True, "additional_model_inputs": ["pixel_values"]}
+TOWERS = "of the towers, which `vision_model` and `qllama` give and the specifications `vision` and `qllama` test"
+TENSOR = (
+    "returns the embedding itself, as the published method does; hidden states come from `vision_model` and `qllama`"
+)
+NOT_RUN = {
+    "test_attention_outputs": f"attentions are {TOWERS}",
+    "test_hidden_states_output": f"hidden states are {TOWERS}",
+    "test_retain_grad_hidden_states_attentions": f"hidden states are {TOWERS}",
+    **{
+        f"test_get_{kind}_features_{what}": TENSOR
+        for kind in ("image", "text")
+        for what in ("output_0", "output_1", "output_2", "hidden_states", "attentions")
+    },
+    **qllama.NOT_RUN,
+}
+SKIPS = {
+    **qllama.SKIPS,
+    "InternVLModel does not propagate hidden states*": f"hidden states are {TOWERS}",
+    "No decoder-only language modeling head*": "scores pictures against texts; the language head is tested with QLLaMA",
+    "This model doesn't use `inputs_embeds`": "takes pictures and token ids",
+    "Model does not have both a non-text modality tower and a language sub-model*": "looks for the names of transformers' parts",
+    "Model does not support output_attentions": f"attentions are {TOWERS}",
+}

@@ -45,6 +45,9 @@ def make_generation_inputs(config: object, batch_size: int) -> dict:
     return inputs
 
 
+PADDING_START = NUM_QUERIES
+
+
 def to_forward(inputs: dict) -> dict:
     return {**inputs, **{name: inputs[name][:, NUM_QUERIES:] for name in ("input_ids", "attention_mask")}}
 

@@ -65,7 +65,9 @@ def copy_tokenizer(
         ValueError: If it cannot be read without remote code.
     """
     if not has_tokenizer(source):
-        raise FileNotFoundError(f"`{source}` has no tokenizer: expected tokenizer.json, tokenizer.model or vocab.json.")
+        raise FileNotFoundError(
+            f"`{source}` has no tokenizer: expected tokenizer.json, tokenizer.model or vocab.json."
+        )
     settings = read_json(source / "tokenizer_config.json")
     name = str(settings.get("tokenizer_class") or "LlamaTokenizer").removesuffix("Fast")
     if (source / "tokenizer.model").is_file() and name in SENTENCEPIECE_TOKENIZERS:

@@ -1,0 +1,1 @@
+"""Evaluation: what a checkpoint gets right, measured on data it never saw."""

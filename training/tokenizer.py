@@ -1,0 +1,61 @@
+"""The default checkpoint's small tokenizer: a byte-level BPE trained on generated text, so that any text encodes."""
+
+from collections.abc import Iterable, Iterator
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from .scenes import COLOURS, LAYOUTS, PLACES, SHAPES, WORDS, caption_of, questions_about, sample_scene, scene_generator
+
+
+END_OF_TEXT = "<|endoftext|>"
+SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
+VOCABULARY_SIZE = 768
+
+
+def tokenizer_corpus(num_scenes: int = 2000, seed: int = 0) -> Iterator[str]:
+    """Yield questions, answers and captions of training scenes, and every word that the generator can write."""
+    for word in (*WORDS, *COLOURS, *SHAPES, *PLACES):
+        yield from [word, f" {word}"] * 50  # both forms of each word become one token
+    for role in ("system", "user", "assistant"):
+        yield from [f"{role}\n"] * 1000
+    layouts = list(LAYOUTS.values())
+    for index in range(num_scenes):
+        rng = scene_generator("train", seed, index)
+        scene = sample_scene(rng, layouts[index % len(layouts)], "train")
+        yield caption_of(scene)
+        for question in questions_about(scene, rng):
+            yield f"{question.text}\n{question.answer}\n"
+
+
+def build_tokenizer(corpus: Iterable[str], vocabulary_size: int = VOCABULARY_SIZE) -> PreTrainedTokenizerFast:
+    """Train the tokenizer.
+
+    Args:
+        corpus: Texts to learn merges from.
+        vocabulary_size: Number of tokens with the special ones; at least 262.
+
+    Returns:
+        A fast tokenizer in which every decimal digit is a token of its own; padding and text end are
+        `<|endoftext|>` and `<|im_end|>`.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=END_OF_TEXT,
+        eos_token="<|im_end|>",
+        additional_special_tokens=list(SPECIAL_TOKENS[1:]),
+        clean_up_tokenization_spaces=False,
+        model_max_length=4096,
+    )
