@@ -35,7 +35,7 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         noise = torch.randn(parameter.shape, generator=generator)
         with torch.no_grad():
             is_scale = name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "ls1", "ls2"))
-            parameter.copy_(1 + 0.1 * noise if is_scale else noise / max(*parameter.shape[-1:], 4) ** 0.5)
+            parameter.copy_(1 + 0.1 * noise if is_scale else noise / max([*parameter.shape[-1:], 4]) ** 0.5)
     return model.eval()
 
 
