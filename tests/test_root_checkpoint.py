@@ -1,0 +1,187 @@
+"""The checkpoint at the root: complete, small, and right about the bundled pictures through every door."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    pipeline,
+)
+
+import internvl
+
+
+@pytest.fixture(scope="module")
+def questions(root) -> list[dict]:
+    return json.loads((root / "examples" / "questions.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def model(root):
+    return AutoModelForImageTextToText.from_pretrained(root).eval()
+
+
+@pytest.fixture(scope="module")
+def processor(root):
+    return AutoProcessor.from_pretrained(root)
+
+
+def messages(root, row: dict) -> list[dict]:
+    picture = {"type": "image", "image": str(root / "examples" / row["file"])}
+    return [{"role": "user", "content": [picture, {"type": "text", "text": row["question"]}]}]
+
+
+def encode(processor, conversation, **settings):
+    return processor.apply_chat_template(
+        conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **settings
+    )
+
+
+def answer(model, processor, conversation: list[dict]) -> str:
+    inputs = encode(processor, conversation)
+    output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_every_auto_class_gives_the_chat_model(root, model):
+    for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+        assert isinstance(auto_class.from_pretrained(root), internvl.InternVLChatForConditionalGeneration)
+    token_id = AutoTokenizer.from_pretrained(root).convert_tokens_to_ids("<IMG_CONTEXT>")
+    assert model.config.image_token_id == token_id
+
+
+def test_it_is_small_and_complete(root):
+    names = ("config.json", "generation_config.json", "tokenizer.json", "processor_config.json", "chat_template.jinja")
+    files = [*(root / name for name in names), *root.glob("*.safetensors")]
+    assert all(file.exists() for file in files)
+    assert sum(file.stat().st_size for file in files) <= 40e6
+
+
+def test_most_bundled_questions_are_answered_right(root, model, processor, questions):
+    right = [answer(model, processor, messages(root, row)).lower() == row["answer"].lower() for row in questions]
+    assert sum(right) >= 0.85 * len(right)
+
+
+def test_small_text_of_the_bundled_pictures_needs_the_tiles(root, model, processor, questions):
+    rows = [row for row in questions if row["kind"] == "small_text" and "small_text" in row["file"]]
+    assert len(rows) >= 2
+    for row in rows:
+        assert answer(model, processor, messages(root, row)) == row["answer"]
+        inputs = encode(processor, messages(root, row), max_num=1)
+        output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+        assert row["answer"] not in processor.decode(output[0, inputs["input_ids"].shape[1] :])
+
+
+def test_generation_ends_by_itself_at_the_end_of_the_turn(root, model, processor, questions):
+    output = model.generate(**encode(processor, messages(root, questions[0])))
+    assert output[0, -1] in processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+
+
+def test_a_batch_of_unequal_pictures_answers_as_one_by_one(root, model, processor, questions):
+    rows = list({row["file"]: row for row in questions}.values())
+    inputs = encode(processor, [messages(root, row) for row in rows], padding=True)
+    output = model.generate(**inputs, max_new_tokens=16, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    together = [text.strip() for text in processor.batch_decode(output, skip_special_tokens=True)]
+    assert together == [answer(model, processor, messages(root, row)) for row in rows]
+
+
+def test_published_chat_call_answers(root, model, processor, questions):
+    row = questions[0]
+    with Image.open(root / "examples" / row["file"]) as picture:
+        pixel_values = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+    settings = {"max_new_tokens": 16, "do_sample": False}
+    tokenizer = AutoTokenizer.from_pretrained(root)
+    text, history = model.chat(tokenizer, pixel_values, row["question"], settings, history=None, return_history=True)
+    assert text == answer(model, processor, messages(root, row))
+    assert history == [(f"<image>\n{row['question']}", text)]
+    assert settings == {"max_new_tokens": 16, "do_sample": False}
+
+
+def test_pipeline_answers(root, model, processor, questions):
+    row = questions[0]
+    pipe = pipeline("image-text-to-text", model=str(root))
+    result = pipe(text=messages(root, row), max_new_tokens=16, return_full_text=False)
+    assert result[0]["generated_text"].strip() == answer(model, processor, messages(root, row))
+
+
+def test_pipeline_answers_by_remote_code_without_the_package(root, model, processor, questions, tmp_path):
+    row = questions[0]
+    script = (
+        "import json, sys\n"
+        "from transformers import pipeline\n"
+        "pipe = pipeline('image-text-to-text', model=sys.argv[1], trust_remote_code=True)\n"
+        "assert 'internvl' not in sys.modules\n"
+        "out = pipe(text=json.loads(sys.argv[2]), max_new_tokens=16, return_full_text=False)\n"
+        "print(out[0]['generated_text'].strip())\n"
+    )
+    arguments = [str(root), json.dumps(messages(root, row))]
+    done = subprocess.run(
+        [sys.executable, "-P" if sys.version_info >= (3, 11) else "-B", "-c", script, *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip().splitlines()[-1] == answer(model, processor, messages(root, row))
+
+
+def test_chat_command_prints_one_answer(root, model, processor, questions):
+    row = questions[0]
+    command = [sys.executable, "-m", "internvl.chat", str(root / "examples" / row["file"]), "--ask", row["question"]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == answer(model, processor, messages(root, row))
+
+
+def test_chat_command_names_a_broken_picture(tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    command = [sys.executable, "-m", "internvl.chat", str(broken), "--ask", "What?"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "broken.png" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_conversation_goes_on_without_encoding_the_picture_again(root, questions):
+    from internvl.chat import Conversation
+
+    conversation = Conversation(root, max_new_tokens=16)
+    encoded = []
+    conversation.model.vision_model.register_forward_pre_hook(lambda _, args: encoded.append(len(args[0])))
+    rows = [row for row in questions if row["file"] == questions[0]["file"]]
+    answers = [conversation.ask(rows[0]["question"], [str(root / "examples" / rows[0]["file"])])]
+    answers += [conversation.ask(row["question"]) for row in rows[1:]]
+    assert len(encoded) == 1
+    afresh = Conversation(root, max_new_tokens=16)
+    afresh.messages = conversation.messages[:-2]
+    assert answers[-1] == afresh.ask(rows[-1]["question"])
+
+
+def test_the_card_is_valid_and_its_first_command_comes_early(root):
+    data = ModelCard.load(root / "README.md").data
+    assert (data.license, data.library_name, data.pipeline_tag) == ("mit", "transformers", "image-text-to-text")
+    lines = (root / "README.md").read_text().splitlines()
+    assert next(i for i, line in enumerate(lines, 1) if line.startswith("make ")) <= 30
+
+
+def test_the_snippet_of_the_card_runs_and_reads_the_digit(root, monkeypatch, capsys):
+    snippet = re.search(r"```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL).group(1)
+    monkeypatch.chdir(root)
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert capsys.readouterr().out == "4\n"
+
+
+def test_weights_are_finite(model):
+    assert all(torch.isfinite(p).all() for p in model.parameters())
