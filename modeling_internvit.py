@@ -29,6 +29,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_internvl import InternViTConfig
 from .hub_internvl import HubModelMixin
+from .layers_internvl import InternVLRMSNorm, eager_attention_forward
 
 
 def resize_position_grid(position_embedding: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -53,47 +54,7 @@ def resize_position_grid(position_embedding: torch.Tensor, height: int, width: i
     return torch.cat([class_position, rearrange(grid, "1 d h w -> 1 (h w) d").to(class_position.dtype)], dim=1)
 
 
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out: the readable definition of what every other kernel must compute.
-
-    Takes query (B, H, N, K), key and value (B, H, T, K), an additive mask that broadcasts to (B, H, N, T), or None; gives
-    (B, N, H, K) and the weights (B, H, N, T).
-    """
-    weights = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-class InternViTRMSNorm(nn.Module):
-    """Root mean square norm, the statistics in fp32."""
-
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        x = hidden_states.float()
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x.to(hidden_states.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, eps={self.eps}"
-
-
-NORMS: dict[str, Callable[..., nn.Module]] = {"rms_norm": InternViTRMSNorm, "layer_norm": nn.LayerNorm}
+NORMS: dict[str, Callable[..., nn.Module]] = {"rms_norm": InternVLRMSNorm, "layer_norm": nn.LayerNorm}
 
 
 class InternViTDropPath(nn.Module):
@@ -160,8 +121,8 @@ class InternViTAttention(nn.Module):
         self.k_norm: nn.Module
         if config.qk_normalization:
             # RMS also in the LayerNorm flavour, as published.
-            self.q_norm = InternViTRMSNorm(config.hidden_size, config.layer_norm_eps)
-            self.k_norm = InternViTRMSNorm(config.hidden_size, config.layer_norm_eps)
+            self.q_norm = InternVLRMSNorm(config.hidden_size, config.layer_norm_eps)
+            self.k_norm = InternVLRMSNorm(config.hidden_size, config.layer_norm_eps)
         else:
             self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)

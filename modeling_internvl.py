@@ -20,7 +20,8 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_internvl import InternVLConfig
 from .hub_internvl import HubModelMixin
-from .modeling_internvit import InternVisionModel, eager_attention_forward
+from .layers_internvl import eager_attention_forward
+from .modeling_internvit import InternVisionModel
 from .modeling_qllama import QLlamaForCausalLM
 
 

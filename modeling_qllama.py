@@ -24,7 +24,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
@@ -40,6 +39,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_internvl import QLlamaConfig
+from .layers_internvl import InternVLRMSNorm, eager_attention_forward
 
 
 VISIBILITIES = ("image", "text", "matching", "contrastive", "generation")
@@ -60,27 +60,6 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos[:, None].to(x.dtype) + turned * sin[:, None].to(x.dtype)
 
 
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out; query (B, H, L, K), key and value (B, H_kv, T, K) -> (B, L, H, K) and weights (B, H, L, T)."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    weights = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
 def text_positions(attention_mask: torch.Tensor) -> torch.Tensor:
     """Positions (B, T) that count real tokens only; padding gets 1, as published (its value never matters)."""
     positions = attention_mask.long().cumsum(-1) - 1
@@ -94,23 +73,6 @@ def kernel_for_blocks(implementation: str) -> str:
     short prefills to sdpa. Decoding, text alone and queries alone stay with them.
     """
     return "sdpa" if "flash" in implementation or implementation == "flex_attention" else implementation
-
-
-class QLlamaRMSNorm(nn.Module):
-    """Root mean square norm, the statistics in fp32."""
-
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        x = hidden_states.float()
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x.to(hidden_states.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
 class QLlamaAttention(nn.Module):
@@ -168,8 +130,8 @@ class QLlamaCrossAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
         width, inner = config.hidden_size, config.num_attention_heads * config.head_dim
-        self.norm1 = QLlamaRMSNorm(width, config.rms_norm_eps)
-        self.norm2 = QLlamaRMSNorm(config.vision_hidden_size, config.rms_norm_eps)
+        self.norm1 = InternVLRMSNorm(width, config.rms_norm_eps)
+        self.norm2 = InternVLRMSNorm(config.vision_hidden_size, config.rms_norm_eps)
         self.q_proj = nn.Linear(width, inner, bias=False)
         self.k_proj = nn.Linear(config.vision_hidden_size, inner, bias=False)
         self.v_proj = nn.Linear(config.vision_hidden_size, inner, bias=False)
@@ -213,10 +175,10 @@ class QLlamaDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: QLlamaConfig, layer_idx: int) -> None:
         super().__init__()
-        self.input_layernorm = QLlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = InternVLRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = QLlamaAttention(config, layer_idx)
         self.cross_attn = QLlamaCrossAttention(config) if config.has_cross_attention(layer_idx) else None
-        self.post_attention_layernorm = QLlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = InternVLRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = QLlamaMLP(config)
 
     def forward(
@@ -275,7 +237,7 @@ class QLlamaModel(QLlamaPreTrainedModel):
             nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id) if has_text else None
         )
         self.layers = nn.ModuleList([QLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = QLlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = InternVLRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -465,7 +465,9 @@ def test_links_as_in_the_hubs_cache_are_followed(vit, tmp_path):
     blob.parent.mkdir()
     (vit / "model.safetensors").replace(blob)
     (vit / "model.safetensors").symlink_to(blob)
-    run(vit, tmp_path / "out")
+    converted, source = weights_of(run(vit, tmp_path / "out")), load_file(blob)
+    assert converted.keys() == source.keys()
+    assert all(torch.equal(converted[name], source[name]) for name in source)
 
 
 @pytest.mark.parametrize(
