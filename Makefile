@@ -6,7 +6,7 @@ PYTHON := .venv/bin/python
 READY := .venv/ready
 endif
 
-.PHONY: demo test test-all check style bench conformance versions clean
+.PHONY: demo test test-all check style bench bench-conversion conformance versions clean
 .DEFAULT_GOAL := test
 
 .venv/ready: constraints.txt pyproject.toml
@@ -37,7 +37,11 @@ style: $(READY)
 bench: $(READY)
 	$(PYTHON) -m benchmarks.vision_forward
 
-# transformers' own test mixins against every class of this package (tests/conformance/README.md).
+# Needs 40 GB of disk and some minutes.
+bench-conversion: $(READY)
+	$(PYTHON) -m benchmarks.conversion
+
+# transformers' own test mixins against every class of this package.
 conformance: $(READY)
 	$(PYTHON) tests/conformance/run.py
 

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForImageTextToText,
+    AutoModelForSemanticSegmentation,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
 )
@@ -24,9 +25,14 @@ from .configuration_internlm2 import InternLM2Config
 from .configuration_internvl import InternViTConfig, InternVLChatConfig, InternVLConfig, QLlamaConfig
 from .image_processing_internvl import InternVLImageProcessor
 from .modeling_internlm2 import InternLM2ForCausalLM
-from .modeling_internvit import InternVisionModel, InternViTBackbone, InternViTForImageClassification
+from .modeling_internvit import (
+    InternVisionModel,
+    InternViTBackbone,
+    InternViTForImageClassification,
+    InternViTForSemanticSegmentation,
+)
 from .modeling_internvl import InternVLModel
-from .modeling_internvl_chat import InternVLChatForConditionalGeneration
+from .modeling_internvl_chat import InternVLChatBaseModel, InternVLChatForConditionalGeneration
 from .modeling_qllama import QLlamaForCausalLM, QLlamaModel
 from .processing_internvl import InternVLProcessor
 
@@ -38,6 +44,7 @@ def _register() -> None:
             AutoModel: InternVisionModel,
             AutoBackbone: InternViTBackbone,
             AutoModelForImageClassification: InternViTForImageClassification,
+            AutoModelForSemanticSegmentation: InternViTForSemanticSegmentation,
         },
         QLlamaConfig: {AutoModel: QLlamaModel, AutoModelForCausalLM: QLlamaForCausalLM},
         InternVLConfig: {AutoModel: InternVLModel, AutoModelForZeroShotImageClassification: InternVLModel},
@@ -66,6 +73,7 @@ _register()
 __all__ = [
     "InternLM2Config",
     "InternLM2ForCausalLM",
+    "InternVLChatBaseModel",
     "InternVLChatConfig",
     "InternVLChatForConditionalGeneration",
     "InternVLConfig",
@@ -75,6 +83,7 @@ __all__ = [
     "InternViTBackbone",
     "InternViTConfig",
     "InternViTForImageClassification",
+    "InternViTForSemanticSegmentation",
     "InternVisionModel",
     "QLlamaConfig",
     "QLlamaForCausalLM",

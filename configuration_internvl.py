@@ -24,6 +24,8 @@ NORM_TYPES = ("rms_norm", "layer_norm")
 CONNECTORS = ("patches", "queries", "queries_and_patches")
 PROJECTOR_TYPES = ("layer_norm_mlp", "mlp2x_gelu")
 PIXEL_SHUFFLE_VERSIONS = ("v1", "v2")
+CLASSIFIER_POOLINGS = ("cls_patch_concat", "attention_pooling", "clip_projector")
+FEATURE_PYRAMIDS = (None, "plain", "final_norm")
 
 
 def _check_choice(name: str, value: Any, allowed: tuple) -> None:
@@ -45,7 +47,14 @@ class InternViTConfig(BackboneConfigMixin, PretrainedConfig):
         qk_normalization: Whether q and k are RMS-normalised over the full width before the split into heads.
         drop_path_rate: Stochastic depth of the last block; earlier blocks rise linearly from 0.
         initializer_factor: Initial value of both layer scales.
-        out_features, out_indices: Feature maps of the backbone, among "stem", "stage1", ..., one per block.
+        out_features, out_indices: Feature maps of the backbone, among "stem", "stage1", ..., one per block; the last of them is what
+            the segmentation head reads.
+        classifier_pooling: What the classification head reads: "cls_patch_concat" (the class token and the mean patch),
+            "attention_pooling" (all tokens, as many heads and as wide as the tower) or "clip_projector" (the pooling of InternVL-C).
+        attn_pool_num_heads, clip_embed_dim: Heads and width of the pooling "clip_projector".
+        feature_pyramid: None leaves the backbone's maps at one size. "plain" brings four maps to 4, 2, 1 and 1/2 times the patch grid;
+            "final_norm" also normalises each of them.
+        semantic_loss_ignore_index: Label of the pixels that the segmentation loss leaves out.
     """
 
     model_type = "intern_vit_6b"
@@ -55,6 +64,15 @@ class InternViTConfig(BackboneConfigMixin, PretrainedConfig):
         "AutoModel": "modeling_internvit.InternVisionModel",
         "AutoBackbone": "modeling_internvit.InternViTBackbone",
         "AutoModelForImageClassification": "modeling_internvit.InternViTForImageClassification",
+        "AutoModelForSemanticSegmentation": "modeling_internvit.InternViTForSemanticSegmentation",
+    }
+    # Every process computes the attention itself whole: the q/k norm spans all heads, and the 25 heads of the 6B do not divide by 2,
+    # 4 or 8. The weights, and the products with them, are shared out.
+    base_model_tp_plan = {
+        "encoder.layers.*.attn.qkv": "colwise_gather_output",
+        "encoder.layers.*.attn.proj": "rowwise_split_input",
+        "encoder.layers.*.mlp.fc1": "colwise",
+        "encoder.layers.*.mlp.fc2": "rowwise",
     }
 
     hidden_size: int = 3200
@@ -74,6 +92,11 @@ class InternViTConfig(BackboneConfigMixin, PretrainedConfig):
     drop_path_rate: float = 0.0
     initializer_range: float = 0.02
     initializer_factor: float = 0.1
+    classifier_pooling: str = "cls_patch_concat"
+    attn_pool_num_heads: int = 16
+    clip_embed_dim: int = 768
+    feature_pyramid: str | None = None
+    semantic_loss_ignore_index: int = 255
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -81,6 +104,10 @@ class InternViTConfig(BackboneConfigMixin, PretrainedConfig):
         _check_choice("norm_type", self.norm_type, NORM_TYPES)
         _check_multiple("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
         _check_multiple("image_size", self.image_size, "patch_size", self.patch_size)
+        _check_choice("classifier_pooling", self.classifier_pooling, CLASSIFIER_POOLINGS)
+        if self.classifier_pooling == "clip_projector":
+            _check_multiple("hidden_size", self.hidden_size, "attn_pool_num_heads", self.attn_pool_num_heads)
+        _check_choice("feature_pyramid", self.feature_pyramid, FEATURE_PYRAMIDS)
         self.stage_names = ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
         kwargs.pop("stage_names", None)  # derived, also when an edited config.json changed the depth
         self.set_output_features_output_indices(
@@ -93,18 +120,39 @@ class InternViTConfig(BackboneConfigMixin, PretrainedConfig):
         """Patches of a picture of `image_size`, without the class token."""
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def out_indices_from_front(self) -> list[int]:
+        """`out_indices` with negative entries counted from the front: the blocks to run for each feature map."""
+        return [index % len(self.stage_names) for index in self.out_indices]
+
+    def verify_out_features_out_indices(self) -> None:
+        """As in transformers, on every change of either; the feature pyramid needs four maps."""
+        super().verify_out_features_out_indices()
+        if self.feature_pyramid is not None and self._out_indices is not None and len(self._out_indices) != 4:
+            raise ValueError(
+                f"`feature_pyramid` {self.feature_pyramid!r} needs four feature maps, got {len(self._out_indices)}: give four "
+                f"`out_indices` or `out_features`, not {self._out_indices}."
+            )
+
 
 class QLlamaConfig(LlamaConfig):
     """QLLaMA (paper section 3.2): a LLaMA with learned queries and cross-attention to the vision tower.
 
     Args:
-        num_query_token: Learned queries in front of the text.
-        cross_attention_frequency: Layers 0, f, 2f... hold a cross-attention.
+        num_query_token: Learned queries in front of the text. 0 makes it a plain LLaMA text encoder (InternVL-C alone, stage 1).
+        cross_attention_frequency: Layers 0, f, 2f... hold a cross-attention; none does without queries.
         vision_hidden_size: Width of the vision features the cross-attention reads.
     """
 
     model_type = "qllama"
     base_config_key = "qllama_config"
+    base_model_tp_plan = {
+        **LlamaConfig.base_model_tp_plan,
+        "layers.*.cross_attn.q_proj": "colwise",
+        "layers.*.cross_attn.k_proj": "colwise",
+        "layers.*.cross_attn.v_proj": "colwise",
+        "layers.*.cross_attn.o_proj": "rowwise",
+    }
 
     vocab_size: int = 49954
     hidden_size: int = 4096
@@ -127,15 +175,20 @@ class QLlamaConfig(LlamaConfig):
         super().__post_init__(**kwargs)
         if self.cross_attention_frequency < 1:
             raise ValueError(f"`cross_attention_frequency` must be at least 1, got {self.cross_attention_frequency}.")
-        if self.num_query_token < 1:
-            raise ValueError(f"`num_query_token` must be at least 1, got {self.num_query_token}.")
+        if self.num_query_token < 0:
+            raise ValueError(f"`num_query_token` must be at least 0, got {self.num_query_token}.")
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if rope_type != "default":
             raise ValueError(f"QLLaMA has plain rotary positions (`rope_type` 'default'), got {rope_type!r}.")
 
+    @property
+    def has_queries(self) -> bool:
+        """Whether there are queries to look at the picture."""
+        return self.num_query_token > 0
+
     def has_cross_attention(self, layer_idx: int) -> bool:
         """Whether layer `layer_idx` holds a cross-attention."""
-        return layer_idx % self.cross_attention_frequency == 0
+        return self.has_queries and layer_idx % self.cross_attention_frequency == 0
 
 
 def _as_vision_config(value: PretrainedConfig | dict | None) -> PretrainedConfig:
@@ -168,7 +221,7 @@ def _as_text_config(value: PretrainedConfig | dict | None) -> PretrainedConfig:
 
 
 class InternVLConfig(PretrainedConfig):
-    """InternVL-C and InternVL-G in one model ("InternVL-14B").
+    """InternVL-C and InternVL-G in one model ("InternVL-14B"); with `num_query_token` 0 InternVL-C alone (stage 1).
 
     Args:
         vision_config: InternViT configuration or its dictionary.
@@ -208,14 +261,25 @@ class InternVLConfig(PretrainedConfig):
             num_query_token=kwargs.pop("num_query_token", None),
             cross_attention_frequency=kwargs.pop("cross_attention_frequency", None),
         )
-        for name, width in (("vision", self.vision_config.hidden_size), ("QLLaMA", self.qllama_config.hidden_size)):
-            _check_multiple(f"hidden_size of the {name} part", width, "attn_pool_num_heads", self.attn_pool_num_heads)
+        heads, of_part = self.attn_pool_num_heads, "hidden_size of the {} part"
+        _check_multiple(of_part.format("vision"), self.vision_config.hidden_size, "attn_pool_num_heads", heads)
+        if self.has_queries:
+            _check_multiple(of_part.format("QLLaMA"), self.qllama_config.hidden_size, "attn_pool_num_heads", heads)
         super().__post_init__(**kwargs)
 
     @property
     def num_query_token(self) -> int:
-        """Learned queries of QLLaMA."""
+        """Learned queries of QLLaMA; settable, so that stage 2 starts from stage 1 by `from_pretrained(stage1, num_query_token=96)`."""
         return self.qllama_config.num_query_token
+
+    @num_query_token.setter
+    def num_query_token(self, value: int) -> None:
+        self.qllama_config.num_query_token = value
+
+    @property
+    def has_queries(self) -> bool:
+        """Whether it is InternVL-G too, and not InternVL-C alone."""
+        return self.qllama_config.has_queries
 
 
 class InternVLChatConfig(PretrainedConfig):
@@ -238,6 +302,9 @@ class InternVLChatConfig(PretrainedConfig):
             training; the image processor of the checkpoint holds the same values.
         image_token_id: Id of the placeholder `<IMG_CONTEXT>`; also reached as `img_context_token_id`. The published code does
             not store it.
+        use_image_start_end: Whether `<img>` and `</img>` stand around a picture; not so in the LLaVA code base.
+        mask_image_token_logit: Whether the placeholder has the lowest logit always: where conversion added it to the vocabulary,
+            its row of the head was never trained.
     """
 
     # Not the published "internvl_chat": transformers may claim that name for its own model (huggingface/transformers#47047).
@@ -268,6 +335,8 @@ class InternVLChatConfig(PretrainedConfig):
     max_dynamic_patch: int = 6
     pad2square: bool = False
     image_token_id: int | None = None
+    use_image_start_end: bool = True
+    mask_image_token_logit: bool = False
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -276,6 +345,10 @@ class InternVLChatConfig(PretrainedConfig):
         _check_choice("connector", self.connector, CONNECTORS)
         if self.connector != "patches":
             self.qllama_config = _as_qllama_config(self.qllama_config, self.vision_config.hidden_size)
+            if not self.qllama_config.has_queries:
+                raise ValueError(
+                    f"`connector` {self.connector!r} needs queries, but `qllama_config.num_query_token` is 0."
+                )
         elif self.qllama_config is not None:
             raise ValueError(
                 f"`qllama_config` needs a `connector` with queries {list(CONNECTORS[1:])}, got 'patches'."

@@ -404,9 +404,19 @@ def escape_image_tokens(text: str, keep_placeholder: bool = False) -> str:
     return pattern.sub("< ", text)
 
 
-def image_span(num_patches: int, num_image_token: int) -> str:
-    """The text of one picture: its start token, `num_image_token` context tokens for each tile, and its end token."""
-    return IMAGE_START_TOKEN + IMAGE_CONTEXT_TOKEN * (num_image_token * num_patches) + IMAGE_END_TOKEN
+def image_span(num_patches: int, num_image_token: int, use_image_start_end: bool = True) -> str:
+    """The text of one picture: `num_image_token` context tokens for each tile, between its start and its end token.
+
+    Args:
+        num_patches: Number of its tiles.
+        num_image_token: Number of image tokens of one tile.
+        use_image_start_end: Whether start and end token are there; not so in the LLaVA code base.
+
+    Returns:
+        The text.
+    """
+    tokens = IMAGE_CONTEXT_TOKEN * (num_image_token * num_patches)
+    return IMAGE_START_TOKEN + tokens + IMAGE_END_TOKEN if use_image_start_end else tokens
 
 
 def with_image_placeholder(question: str, history: Sequence[tuple[str, str]] | None, has_images: bool) -> str:
@@ -432,6 +442,7 @@ def build_query(
     num_patches_list: Sequence[int] | None,
     num_image_token: int,
     system_message: str | None = None,
+    use_image_start_end: bool = True,
 ) -> str:
     """Builds the prompt of the published `chat()` and, for one sample, of `batch_chat()`.
 
@@ -442,6 +453,7 @@ def build_query(
         num_patches_list: Number of tiles of each picture of the whole dialogue, in order.
         num_image_token: Number of image tokens of one tile.
         system_message: System message; `None` gives the template's default.
+        use_image_start_end: As for `image_span`.
 
     Returns:
         The prompt, in which every `<image>` of a question is replaced by the span of its picture.
@@ -459,7 +471,7 @@ def build_query(
             f"were given (tiles: {num_patches_list}). Write one `{IMAGE_PLACEHOLDER}` per picture, and pass "
             "`num_patches_list` with the tiles of each."
         )
-    spans = iter([image_span(num_patches, num_image_token) for num_patches in num_patches_list])
+    spans = iter([image_span(tiles, num_image_token, use_image_start_end) for tiles in num_patches_list])
     messages = []
     for asked, answer in zip(questions, [*(answer for _, answer in pairs), None], strict=True):
         messages.append({"role": "user", "content": _place_pictures(asked, spans)})

@@ -1,8 +1,14 @@
-"""Layers that InternViT, QLLaMA and the pooling heads share. Shape letters as in modeling_internvit."""
+"""Layers that InternViT, QLLaMA and InternVL-C/G share. Shape letters as in modeling_internvit."""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
+from transformers import PretrainedConfig
+from transformers import initialization as init
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
@@ -47,3 +53,58 @@ class InternVLRMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class InternVLPoolingAttention(nn.Module):
+    """Cross-attention of the pooling heads. The biases are parameters of their own, as in the published checkpoints."""
+
+    def __init__(self, config: PretrainedConfig, width: int, num_heads: int, output_width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_heads = num_heads
+        self.scaling = (width // num_heads) ** -0.5
+        self.is_causal = False
+        self.q = nn.Linear(width, width, bias=False)
+        self.k = nn.Linear(width, width, bias=False)
+        self.v = nn.Linear(width, width, bias=False)
+        self.q_bias = nn.Parameter(torch.empty(width))
+        self.k_bias = nn.Parameter(torch.empty(width))
+        self.v_bias = nn.Parameter(torch.empty(width))
+        self.proj = nn.Linear(width, output_width)
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """(B, 1, D), (B, N, D), (B, N, D) -> (B, 1, E)."""
+        query, key, value = (
+            rearrange(x, "b n (h k) -> b h n k", h=self.num_heads)
+            for x in (self.q(query) + self.q_bias, self.k(key) + self.k_bias, self.v(value) + self.v_bias)
+        )
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, _ = attention(self, query, key, value, None, scaling=self.scaling, dropout=0.0)
+        return self.proj(output.flatten(2))
+
+    def init_biases(self) -> None:
+        """For `_init_weights` of the models that pool: what is not inside a layer of torch."""
+        for bias in (self.q_bias, self.k_bias, self.v_bias):
+            init.zeros_(bias)
+
+
+class InternVLAttentionPooling(nn.Module):
+    """Pools tokens into one vector; the query is their mean (paper figure 4)."""
+
+    # Here, so that only models that have one name it: sharders refuse the names of absent classes.
+    _no_split_modules = ("InternVLAttentionPooling",)
+
+    def __init__(self, config: PretrainedConfig, width: int, num_heads: int, output_width: int) -> None:
+        super().__init__()
+        eps = 1e-5  # published AttentiveBlock, whatever the eps of the towers
+        self.norm1_q = nn.LayerNorm(width, eps=eps)
+        self.norm1_k = nn.LayerNorm(width, eps=eps)
+        self.norm1_v = nn.LayerNorm(width, eps=eps)
+        self.cross_attn = InternVLPoolingAttention(config, width, num_heads, output_width)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, N, D) -> (B, E)."""
+        query = tokens.mean(dim=1, keepdim=True)
+        return self.cross_attn(self.norm1_q(query), self.norm1_k(tokens), self.norm1_v(tokens)).squeeze(1)

@@ -1,9 +1,11 @@
 """InternViT, the vision tower of every InternVL configuration (paper section 3.2).
 
 Does: features of square and non-square pictures of any size that the patch size divides, features of chosen blocks without running
-the blocks above, feature maps as a backbone, a linear classification head. Does not: any preprocessing; that is the image processor.
+the blocks above, feature maps as a backbone, the published classification and segmentation heads. Does not: any preprocessing; that is
+the image processor.
 
-Parameter names are those of the published Hub checkpoints, so these load unrenamed.
+Parameter names are those of the published Hub checkpoints, so these load unrenamed; those of the heads and of the feature pyramid are
+those of the published classification and segmentation code.
 
 Shape letters of the whole package: B pictures or rows, N image tokens (1 + patches), M learned queries, L text tokens, T attended
 length, D width of the tower at hand, H heads, K head dim, E joint embedding, V vocabulary.
@@ -20,7 +22,12 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+    SemanticSegmenterOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -29,7 +36,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_internvl import InternViTConfig
 from .hub_internvl import HubModelMixin
-from .layers_internvl import InternVLRMSNorm, eager_attention_forward
+from .layers_internvl import (
+    InternVLAttentionPooling,
+    InternVLPoolingAttention,
+    InternVLRMSNorm,
+    eager_attention_forward,
+)
 
 
 def resize_position_grid(position_embedding: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -52,6 +64,26 @@ def resize_position_grid(position_embedding: torch.Tensor, height: int, width: i
     grid = rearrange(grid.float(), "1 (h w) d -> 1 d h w", h=side)
     grid = F.interpolate(grid, size=(height, width), mode="bicubic", align_corners=False)
     return torch.cat([class_position, rearrange(grid, "1 d h w -> 1 (h w) d").to(class_position.dtype)], dim=1)
+
+
+def resize_patch_kernel(weight: torch.Tensor, size: int) -> torch.Tensor:
+    """Resizes the kernel of the patch embedding to another patch size, bicubic in fp32 without antialiasing, as published.
+
+    Args:
+        weight: (D, 3, patch, patch).
+        size: Of the wanted patch, in pixels.
+
+    Returns:
+        (D, 3, size, size), in the dtype of the input.
+    """
+    if weight.shape[-2:] == (size, size):
+        return weight
+    return F.interpolate(weight.float(), size=(size, size), mode="bicubic", align_corners=False).to(weight.dtype)
+
+
+def tokens_to_map(tokens: torch.Tensor, height: int) -> torch.Tensor:
+    """(B, N, D) of a grid `height` patches high -> (B, D, height, width), without the class token."""
+    return rearrange(tokens[:, 1:], "b (h w) d -> b d h w", h=height).contiguous()
 
 
 NORMS: dict[str, Callable[..., nn.Module]] = {"rms_norm": InternVLRMSNorm, "layer_norm": nn.LayerNorm}
@@ -223,6 +255,7 @@ class InternViTPreTrainedModel(HubModelMixin, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _modules_kept_unquantized = ("attn_pooling", "clip_projector", "head")
     _input_embed_layer = "patch_embedding"
     _can_record_outputs = {"hidden_states": InternViTLayer, "attentions": InternViTAttention}
 
@@ -236,6 +269,8 @@ class InternViTPreTrainedModel(HubModelMixin, PreTrainedModel):
         elif isinstance(module, InternViTLayer):
             init.constant_(module.ls1, self.config.initializer_factor)
             init.constant_(module.ls2, self.config.initializer_factor)
+        elif isinstance(module, InternVLPoolingAttention):
+            module.init_biases()
 
 
 class InternVisionModel(InternViTPreTrainedModel):
@@ -300,8 +335,39 @@ class InternVisionModel(InternViTPreTrainedModel):
         return pixel_embeds
 
 
+class InternViTMapLayerNorm(nn.LayerNorm):
+    """Layer norm over the channels of a feature map (B, D, height, width)."""
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        return super().forward(feature_map.movedim(1, -1)).movedim(-1, 1).contiguous()
+
+
+def feature_pyramid(config: InternViTConfig) -> tuple[nn.Sequential, nn.Sequential, nn.Sequential, nn.Sequential]:
+    """The layers that bring four maps of one size to 4, 2, 1 and 1/2 times that size (published segmentation backbone)."""
+    width = config.hidden_size
+
+    def double() -> nn.Module:
+        return nn.ConvTranspose2d(width, width, kernel_size=2, stride=2)
+
+    def norm() -> nn.Module:
+        return InternViTMapLayerNorm(width, eps=1e-6)  # eps: published segmentation code, whatever that of the tower
+
+    def final_norm() -> nn.Module:
+        return norm() if config.feature_pyramid == "final_norm" else nn.Identity()
+
+    return (
+        nn.Sequential(double(), norm(), nn.GELU(), double(), final_norm()),
+        nn.Sequential(double(), final_norm()),
+        nn.Sequential(nn.Identity(), final_norm()),
+        nn.Sequential(nn.MaxPool2d(kernel_size=2, stride=2), final_norm()),
+    )
+
+
 class InternViTBackbone(BackboneMixin, InternViTPreTrainedModel):
-    """Feature maps of chosen blocks for detection and segmentation; loads the checkpoints of `InternVisionModel`."""
+    """Feature maps of chosen blocks for detection and segmentation; loads the checkpoints of `InternVisionModel`.
+
+    With `config.feature_pyramid` the four maps have strides of 1/4, 1/2, 1 and 2 patches, as a UperNet or Mask R-CNN expects them.
+    """
 
     _auto_class = "AutoBackbone"
 
@@ -310,6 +376,8 @@ class InternViTBackbone(BackboneMixin, InternViTPreTrainedModel):
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
         self.embeddings = InternViTEmbeddings(config)
         self.encoder = InternViTEncoder(config)
+        if config.feature_pyramid is not None:
+            self.up1, self.up2, self.up3, self.up4 = feature_pyramid(config)
         self.post_init()
 
     @can_return_tuple
@@ -326,30 +394,28 @@ class InternViTBackbone(BackboneMixin, InternViTPreTrainedModel):
             num_patches: Accepted and unused.
 
         Returns:
-            `feature_maps`: one (B, D, height / patch, width / patch) per stage, without the class token.
+            `feature_maps`: one (B, D, height / patch, width / patch) per stage, without the class token; with a feature pyramid
+            the sides are 4, 2, 1 and 1/2 times that, an odd side halved downwards.
         """
         return_hidden_states = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
         hidden_states = [self.embeddings(pixel_values)]
-        depth = self.config.num_hidden_layers if return_hidden_states else max(self.out_indices_from_front)
+        depth = self.config.num_hidden_layers if return_hidden_states else max(self.config.out_indices_from_front)
         for index in range(depth):
             hidden_states.append(self.encoder(hidden_states[-1], start=index, stop=index + 1, **kwargs))
         height = pixel_values.shape[-2] // self.config.patch_size
         feature_maps = tuple(
-            rearrange(hidden_states[index][:, 1:], "b (h w) d -> b d h w", h=height).contiguous()
-            for index in self.out_indices_from_front
+            tokens_to_map(hidden_states[index], height) for index in self.config.out_indices_from_front
         )
+        if self.config.feature_pyramid is not None:
+            pyramid = (self.up1, self.up2, self.up3, self.up4)
+            feature_maps = tuple(layers(level) for layers, level in zip(pyramid, feature_maps, strict=True))
         return BackboneOutput(
             feature_maps=feature_maps, hidden_states=tuple(hidden_states) if return_hidden_states else None
         )
 
-    @property
-    def out_indices_from_front(self) -> list[int]:
-        """`config.out_indices` with negative entries counted from the front."""
-        return [index % len(self.stage_names) for index in self.out_indices]
-
 
 class InternViTForImageClassification(InternViTPreTrainedModel):
-    """A linear probe on the class token and the mean patch behind a batch norm (published classification code)."""
+    """A linear probe behind a batch norm on what `config.classifier_pooling` names (published classification code)."""
 
     _auto_class = "AutoModelForImageClassification"
 
@@ -357,10 +423,17 @@ class InternViTForImageClassification(InternViTPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.vision_model = InternVisionModel(config)
-        self.norm = nn.BatchNorm1d(
-            2 * config.hidden_size, eps=1e-6
-        )  # eps: published classification/models/intern_vit_6b.py
-        self.head = nn.Linear(2 * config.hidden_size, config.num_labels)
+        width = config.hidden_size
+        if config.classifier_pooling == "attention_pooling":
+            pooled_width = width
+            self.attn_pooling = InternVLAttentionPooling(config, width, config.num_attention_heads, pooled_width)
+        elif config.classifier_pooling == "clip_projector":
+            pooled_width = config.clip_embed_dim
+            self.clip_projector = InternVLAttentionPooling(config, width, config.attn_pool_num_heads, pooled_width)
+        else:
+            pooled_width = 2 * width
+        self.norm = nn.BatchNorm1d(pooled_width, eps=1e-6)  # eps: published classification/models/intern_vit_6b.py
+        self.head = nn.Linear(pooled_width, config.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -382,18 +455,91 @@ class InternViTForImageClassification(InternViTPreTrainedModel):
             `logits` (B, num_labels) and, with `labels`, the cross-entropy `loss`.
         """
         outputs = self.vision_model(pixel_values, return_dict=True, **kwargs)
-        tokens = outputs.last_hidden_state
-        pooled = torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=-1)  # (B, 2 D)
-        logits = self.head(self.norm(pooled))
+        logits = self.head(self.norm(self._pool(outputs.last_hidden_state)))
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
+    def _pool(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, N, D) -> what the head reads, (B, D), (B, E) or (B, 2 D)."""
+        if self.config.classifier_pooling == "attention_pooling":
+            return self.attn_pooling(tokens)
+        if self.config.classifier_pooling == "clip_projector":
+            return self.clip_projector(tokens)
+        return torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=-1)
+
+
+class InternViTSegmentationHead(nn.Module):
+    """A linear probe of every patch behind a batch norm (published `FCNHead` without convolutions)."""
+
+    def __init__(self, config: InternViTConfig) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(config.hidden_size)
+        self.conv_seg = nn.Conv2d(config.hidden_size, config.num_labels, kernel_size=1)
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        return self.conv_seg(self.norm(feature_map))
+
+
+class InternViTForSemanticSegmentation(InternViTPreTrainedModel):
+    """A linear probe on the feature map of one block, the last of `config.out_features` (published segmentation code)."""
+
+    _auto_class = "AutoModelForSemanticSegmentation"
+    # Else Trainer divides the summed loss by a count that includes the pixels the loss leaves out.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: InternViTConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.vision_model = InternVisionModel(config)
+        self.decode_head = InternViTSegmentationHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        num_patches: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SemanticSegmenterOutput:
+        """Class scores of every patch; blocks above the one that gives the feature map are not run.
+
+        Args:
+            pixel_values: (B, 3, height, width).
+            labels: (B, label height, label width) class indices of the pixels, `config.semantic_loss_ignore_index` where there is none.
+            num_patches: Accepted and unused.
+
+        Returns:
+            `logits` (B, num_labels, height / patch, width / patch), to be resized to the picture for a class per pixel; with `labels`
+            the cross-entropy `loss` of the scores resized to them. `hidden_states` when asked for, of the blocks that were run.
+
+        Raises:
+            ValueError: A shape that does not fit.
+        """
+        num_layers = max(self.config.out_indices_from_front)
+        outputs = self.vision_model(pixel_values, num_layers=num_layers, return_dict=True, **kwargs)
+        height = pixel_values.shape[-2] // self.config.patch_size
+        logits = self.decode_head(tokens_to_map(outputs.last_hidden_state, height))
+        loss = None if labels is None else self._loss(logits, labels)
+        return SemanticSegmenterOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if labels.ndim != 3 or labels.shape[0] != logits.shape[0]:
+            raise ValueError(
+                f"`labels` must be ({logits.shape[0]}, height, width), a class per pixel of each picture, got {tuple(labels.shape)}."
+            )
+        ignored = self.config.semantic_loss_ignore_index
+        return self.loss_function(logits.float(), labels.to(logits.device), ignore_index=ignored)
+
 
 __all__ = [
     "InternViTBackbone",
     "InternViTForImageClassification",
+    "InternViTForSemanticSegmentation",
     "InternViTPreTrainedModel",
     "InternVisionModel",
 ]

@@ -1,28 +1,27 @@
 """InternVL-C and InternVL-G (paper sections 3.2 and 3.4): contrastive features, image-text matching and captioning in one class.
 
 InternVL-C pools InternViT; InternVL-G adds the pooled queries of QLLaMA. Text features of both come from QLLaMA as a causal text
-encoder. The prefix `summarize:` and the end token are the processor's work. Shape letters as in modeling_internvit.
+encoder. A checkpoint of stage 1 is InternVL-C alone: its QLLaMA has no queries (`num_query_token` 0) and is a plain LLaMA, and what
+belongs to the queries is absent. The prefix `summarize:` and the end token are the processor's work. Shape letters as in
+modeling_internvit.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_internvl import InternVLConfig
 from .hub_internvl import HubModelMixin
-from .layers_internvl import eager_attention_forward
+from .layers_internvl import InternVLAttentionPooling, InternVLPoolingAttention
 from .modeling_internvit import InternVisionModel
-from .modeling_qllama import QLlamaForCausalLM
+from .modeling_qllama import QLlamaForCausalLM, QLlamaTextEncoder
 
 
 MODES = ("InternVL-C", "InternVL-G")
@@ -42,51 +41,11 @@ def contrastive_loss(logits_per_image: torch.Tensor) -> torch.Tensor:
     return (F.cross_entropy(logits_per_image, target) + F.cross_entropy(logits_per_image.T, target)) / 2
 
 
-class InternVLPoolingAttention(nn.Module):
-    """Cross-attention of the pooling heads. The biases are parameters of their own, as in the published checkpoints."""
-
-    def __init__(self, config: InternVLConfig, width: int) -> None:
-        super().__init__()
-        self.config = config
-        self.num_heads = config.attn_pool_num_heads
-        self.scaling = (width // self.num_heads) ** -0.5
-        self.is_causal = False
-        self.q = nn.Linear(width, width, bias=False)
-        self.k = nn.Linear(width, width, bias=False)
-        self.v = nn.Linear(width, width, bias=False)
-        self.q_bias = nn.Parameter(torch.empty(width))
-        self.k_bias = nn.Parameter(torch.empty(width))
-        self.v_bias = nn.Parameter(torch.empty(width))
-        self.proj = nn.Linear(width, config.clip_embed_dim)
-
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """(B, 1, D), (B, N, D), (B, N, D) -> (B, 1, E)."""
-        query, key, value = (
-            rearrange(x, "b n (h k) -> b h n k", h=self.num_heads)
-            for x in (self.q(query) + self.q_bias, self.k(key) + self.k_bias, self.v(value) + self.v_bias)
-        )
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, _ = attention(self, query, key, value, None, scaling=self.scaling, dropout=0.0)
-        return self.proj(output.flatten(2))
-
-
-class InternVLAttentionPooling(nn.Module):
-    """Pools tokens into one vector; the query is their mean (paper figure 4)."""
-
-    def __init__(self, config: InternVLConfig, width: int) -> None:
-        super().__init__()
-        eps = 1e-5  # published AttentiveBlock, whatever the eps of the towers
-        self.norm1_q = nn.LayerNorm(width, eps=eps)
-        self.norm1_k = nn.LayerNorm(width, eps=eps)
-        self.norm1_v = nn.LayerNorm(width, eps=eps)
-        self.cross_attn = InternVLPoolingAttention(config, width)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, N, D) -> (B, E)."""
-        query = tokens.mean(dim=1, keepdim=True)
-        return self.cross_attn(self.norm1_q(query), self.norm1_k(tokens), self.norm1_v(tokens)).squeeze(1)
+def last_token_states(hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """(B, L, D), (B, L) -> (B, D): the state of each row's last real token, whichever side is padded."""
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    last = (positions * attention_mask).argmax(dim=1)
+    return hidden_states[torch.arange(len(last), device=last.device), last]
 
 
 @dataclass
@@ -133,28 +92,37 @@ class InternVLPreTrainedModel(HubModelMixin, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, InternVLPoolingAttention):
-            for bias in (module.q_bias, module.k_bias, module.v_bias):
-                init.zeros_(bias)
+            module.init_biases()
         elif isinstance(module, InternVLModel):
-            init.normal_(module.query_tokens, std=self.config.initializer_range)
+            if module.query_tokens is not None:
+                init.normal_(module.query_tokens, std=self.config.initializer_range)
             init.normal_(module.text_projection, std=module.text_projection.shape[0] ** -0.5)
             init.constant_(module.logit_scale, 2.6592600369327783)  # log(1 / 0.07), as CLIP
 
 
 class InternVLModel(InternVLPreTrainedModel):
-    """InternViT and QLLaMA with the contrastive, matching and language heads ("InternVL-14B")."""
+    """InternViT and QLLaMA with the contrastive, matching and language heads ("InternVL-14B").
+
+    Without queries, InternVL-C alone: parts of stage 1 under the names they have here, so that the full model starts from them.
+    """
 
     def __init__(self, config: InternVLConfig) -> None:
         super().__init__(config)
         width, text_width = config.vision_config.hidden_size, config.qllama_config.hidden_size
+        num_heads, joint_width = config.attn_pool_num_heads, config.clip_embed_dim
         self.vision_model = InternVisionModel(config.vision_config)
-        self.qllama = QLlamaForCausalLM(config.qllama_config)
-        self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_token, text_width))
-        self.text_projection = nn.Parameter(torch.empty(text_width, config.clip_embed_dim))
+        qllama_class = QLlamaForCausalLM if config.has_queries else QLlamaTextEncoder
+        self.qllama: Any = qllama_class(config.qllama_config)
+        self.query_tokens: Any = None
+        self.clip_projector2: Any = None
+        self.itm_head: Any = None
+        self.text_projection = nn.Parameter(torch.empty(text_width, joint_width))
         self.logit_scale = nn.Parameter(torch.empty([]))
-        self.clip_projector = InternVLAttentionPooling(config, width)
-        self.clip_projector2 = InternVLAttentionPooling(config, text_width)
-        self.itm_head = nn.Linear(text_width, 2)
+        self.clip_projector = InternVLAttentionPooling(config, width, num_heads, joint_width)
+        if config.has_queries:
+            self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_token, text_width))
+            self.clip_projector2 = InternVLAttentionPooling(config, text_width, num_heads, joint_width)
+            self.itm_head = nn.Linear(text_width, 2)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -163,8 +131,8 @@ class InternVLModel(InternVLPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.qllama.set_input_embeddings(value)
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.qllama.lm_head
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.qllama.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.qllama.lm_head = new_embeddings
@@ -249,6 +217,8 @@ class InternVLModel(InternVLPreTrainedModel):
             mode: "InternVL-C" or "InternVL-G".
         """
         mode = check_mode(mode)
+        if mode == "InternVL-G":
+            self._check_has_queries('`mode` "InternVL-G"')
         tokens = self.vision_model(pixel_values, return_dict=True).last_hidden_state
         pooled = self.clip_projector(tokens)
         if mode == "InternVL-C":
@@ -261,6 +231,7 @@ class InternVLModel(InternVLPreTrainedModel):
         self, pixel_values: torch.Tensor | None = None, vision_hidden_states: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Hidden states (B, M, D) of QLLaMA's queries after looking at the picture, given as pixels or InternViT tokens."""
+        self._check_has_queries("`get_query_features`")
         if vision_hidden_states is None:
             vision_hidden_states = self.vision_model(pixel_values, return_dict=True).last_hidden_state
         query_embeds = self.query_tokens.expand(vision_hidden_states.shape[0], -1, -1)
@@ -292,10 +263,8 @@ class InternVLModel(InternVLPreTrainedModel):
         outputs = self.qllama.model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True
         )
-        positions = torch.arange(input_ids.shape[1], device=attention_mask.device)
-        last = (positions * attention_mask).argmax(dim=1)
-        rows = torch.arange(input_ids.shape[0], device=last.device)
-        return outputs.last_hidden_state[rows, last] @ self.text_projection.to(outputs.last_hidden_state.device)
+        states = last_token_states(outputs.last_hidden_state, attention_mask)
+        return states @ self.text_projection.to(states.device)
 
     def get_matching_logits(
         self,
@@ -310,6 +279,7 @@ class InternVLModel(InternVLPreTrainedModel):
             input_ids: (B, L).
             attention_mask: (B, L), derived from `pad_token_id` when absent.
         """
+        self._check_has_queries("`get_matching_logits`")
         tokens = self.vision_model(pixel_values, return_dict=True).last_hidden_state
         query_embeds = self.query_tokens.expand(tokens.shape[0], -1, -1)
         outputs = self.qllama.model(
@@ -342,6 +312,7 @@ class InternVLModel(InternVLPreTrainedModel):
         Returns:
             (B, new tokens), without the prompt; or the output object with `return_dict_in_generate=True`, likewise cut.
         """
+        self._check_has_queries("`generate`")
         if pixel_values is None:
             raise ValueError("`generate` describes pictures and needs `pixel_values`.")
         tokens = self.vision_model(pixel_values, return_dict=True).last_hidden_state
@@ -370,6 +341,13 @@ class InternVLModel(InternVLPreTrainedModel):
     def encode_text(self, text: torch.Tensor) -> torch.Tensor:
         """Published name of `get_text_features`."""
         return self.get_text_features(text)
+
+    def _check_has_queries(self, name: str) -> None:
+        if not self.config.has_queries:
+            raise ValueError(
+                f"{name} needs the queries of QLLaMA, but this checkpoint is InternVL-C alone (stage 1, `num_query_token` 0). Use "
+                'mode "InternVL-C" and `get_text_features`, or load a checkpoint of InternVL-G (stage 2).'
+            )
 
     def _text_mask(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         if attention_mask is None:

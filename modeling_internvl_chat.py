@@ -16,6 +16,7 @@ import torch
 from einops import rearrange
 from torch import nn
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     Cache,
     GenerationMixin,
@@ -24,7 +25,13 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
@@ -37,7 +44,7 @@ from .conversation_internvl import (
     with_image_placeholder,
 )
 from .hub_internvl import HubModelMixin
-from .modeling_internlm2 import InternLM2ForCausalLM
+from .modeling_internlm2 import InternLM2ForCausalLM, InternLM2Model
 from .modeling_internvit import InternVisionModel
 from .modeling_qllama import QLlamaModel
 
@@ -72,11 +79,20 @@ def build_projector(input_size: int, output_size: int, projector_type: str) -> n
     return nn.Sequential(*norm, nn.Linear(input_size, output_size), nn.GELU(), nn.Linear(output_size, output_size))
 
 
-def build_decoder(config: Any) -> PreTrainedModel:
+def weighted_loss(logits: torch.Tensor, labels: torch.Tensor, loss_weight: torch.Tensor | Sequence) -> torch.Tensor:
+    """Next-token loss of logits (B, L, V), as the mean weighted by `loss_weight` (B, L) at the label positions."""
+    weight = torch.as_tensor(loss_weight, dtype=torch.float32, device=logits.device)[:, 1:].flatten()
+    shifted = labels[:, 1:].flatten().to(logits.device)
+    losses = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), shifted, reduction="none")
+    return (losses * weight).sum() / weight.sum()
+
+
+def build_decoder(config: Any, has_head: bool) -> PreTrainedModel:
     """The language model of a decoder configuration, in the default dtype of the moment."""
     if config.model_type == "internlm2":
-        return InternLM2ForCausalLM(config)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype())
+        return InternLM2ForCausalLM(config) if has_head else InternLM2Model(config)
+    auto_class: Any = AutoModelForCausalLM if has_head else AutoModel
+    return auto_class.from_config(config, dtype=torch.get_default_dtype())
 
 
 class ImageTokenBlocker(LogitsProcessor):
@@ -98,20 +114,36 @@ class ImageTokenBlocker(LogitsProcessor):
 
 
 @dataclass
+class InternVLChatBaseOutput(BaseModelOutputWithPast):
+    """Output of a language model without its head, and the features of the pictures.
+
+    Args:
+        image_hidden_states: (tiles, num_image_token, D) when pictures were given as pixels.
+        router_logits: Of each layer with experts, where the decoder has any and was asked for them.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
 class InternVLChatOutput(CausalLMOutputWithPast):
     """Output of a causal language model, and the features of the pictures.
 
     Args:
         image_hidden_states: (tiles, num_image_token, D) when pictures were given as pixels.
+        router_logits: Of each layer with experts, where the decoder has any and was asked for them by `output_router_logits`.
+        aux_loss: Then also how unevenly the experts are used; part of `loss`, as in the decoder.
     """
 
     image_hidden_states: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    aux_loss: torch.Tensor | None = None
 
 
 class InternVLChatPreTrainedModel(HubModelMixin, PreTrainedModel):
     """What the InternVL-Chat classes share."""
 
-    _auto_class = "AutoModelForImageTextToText"
     config: InternVLChatConfig
     config_class = InternVLChatConfig
     base_model_prefix = "model"
@@ -135,18 +167,35 @@ class InternVLChatPreTrainedModel(HubModelMixin, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, InternVLChatForConditionalGeneration) and module.query_tokens is not None:
+        if isinstance(module, InternVLChatBaseModel) and module.query_tokens is not None:
             init.normal_(module.query_tokens, std=self.config.qllama_config.initializer_range)
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Always: a decoder may have experts. Transformers looks for `@use_experts_implementation` in this file; the decoder has it."""
+        return True
 
-class InternVLChatForConditionalGeneration(InternVLChatPreTrainedModel, GenerationMixin):
-    """InternVL-Chat; `config.connector` says what the decoder sees of a tile."""
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """As in transformers, but "eager" unless asked: the decoder, which has the experts, chooses for itself. With another default,
+        `generate` of 5.12 sets it for every part when the model is on an accelerator, and those without experts refuse."""
+        return "eager" if requested_experts is None else super().get_correct_experts_implementation(requested_experts)
+
+
+class InternVLChatBaseModel(InternVLChatPreTrainedModel):
+    """InternVL-Chat without its language head, for hidden states; `config.connector` says what the decoder sees of a tile.
+
+    Loads any chat checkpoint (decoders whose head is called `lm_head` or `output`, and the rest `model`) and saves under the same
+    names.
+    """
+
+    _keys_to_ignore_on_load_unexpected: list[str] | None = [r"^language_model\.(lm_head|output)\."]
+    _has_language_head = False
 
     def __init__(self, config: InternVLChatConfig) -> None:
         super().__init__(config)
         width = config.text_config.hidden_size
         self.vision_model = InternVisionModel(config.vision_config)
-        self.language_model = build_decoder(config.text_config)
+        self.language_model = build_decoder(config.text_config, self._has_language_head)
         self.mlp1: Any = None
         self.mlp2: Any = None
         self.qllama: Any = None
@@ -159,10 +208,7 @@ class InternVLChatForConditionalGeneration(InternVLChatPreTrainedModel, Generati
             self.qllama = QLlamaModel(qllama_config, has_text=False)
             self.query_tokens = nn.Parameter(torch.empty(1, qllama_config.num_query_token, qllama_config.hidden_size))
             self.mlp2 = build_projector(qllama_config.hidden_size, width, config.projector_type)
-        self.system_message = self.conv_template.default_system_message if self.conv_template else None
         self.post_init()
-
-    # What published user code reads from the model.
 
     @property
     def num_image_token(self) -> int:
@@ -177,16 +223,6 @@ class InternVLChatForConditionalGeneration(InternVLChatPreTrainedModel, Generati
     @img_context_token_id.setter
     def img_context_token_id(self, value: int) -> None:
         self.config.image_token_id = value
-
-    @property
-    def template(self) -> str | None:
-        """Name of the conversation template."""
-        return self.config.template
-
-    @property
-    def conv_template(self) -> ConversationTemplate | None:
-        """The conversation template."""
-        return get_conversation_template(self.config.template) if self.config.template else None
 
     @property
     def select_layer(self) -> int:
@@ -252,64 +288,49 @@ class InternVLChatForConditionalGeneration(InternVLChatPreTrainedModel, Generati
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
         image_flags: torch.Tensor | None = None,
         image_embeds: torch.Tensor | None = None,
-        loss_weight: torch.Tensor | Sequence | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
         num_patches: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> InternVLChatOutput:
-        """Next-token logits.
-
-        Args:
-            input_ids: (B, L), with `num_image_token` placeholders per tile.
-            pixel_values: (tiles, 3, height, width), the tiles of the whole batch in the order of their placeholders.
-            attention_mask: (B, L), 1 = attend, padding on either side.
-            position_ids: As in every decoder of transformers.
-            past_key_values: Cache of earlier positions.
-            inputs_embeds: (B, L, D) in place of `input_ids`.
-            labels: (B, L), -100 ignored.
-            image_flags: (tiles,) or (tiles, 1); tiles with 0 are dummies and are left out (published training code).
-            image_embeds: (B, most placeholders of a row, D), features encoded before, in place of `pixel_values`.
-            loss_weight: (B, L) weights of the label positions; the loss is then their weighted mean.
-            logits_to_keep: Number of last positions (or their indices) to compute logits for; 0 means all.
-            num_patches: Tiles per picture, as the image processor returns them; their sum is checked.
-            mm_token_type_ids: Accepted and unused: placeholders are found by their id.
-            **kwargs: Passed on to the decoder.
-
-        Raises:
-            ValueError: Placeholders and features differ in number, or an argument is missing.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        is_image = self._image_positions(input_ids, inputs_embeds)
-        features = self._encode_tiles(pixel_values, image_flags, num_patches)
-        placed = features if features is not None else self._from_image_embeds(image_embeds, is_image)
-        inputs_embeds = self._place(inputs_embeds, is_image, placed)
+    ) -> InternVLChatBaseOutput:
+        """Hidden states of the decoder; arguments as in `InternVLChatForConditionalGeneration`, without those of the head."""
+        features = self._encode_pictures(pixel_values, image_flags, num_patches, image_embeds)
+        inputs_embeds = self._embed(input_ids, inputs_embeds, features, image_embeds)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            logits_to_keep=logits_to_keep,
             return_dict=True,
-            **kwargs,
+            **self._with_own_choice(kwargs),
         )
-        loss = None
-        if labels is not None:
-            loss = self._loss(outputs.logits, labels, loss_weight, **kwargs)
-        return InternVLChatOutput(
-            loss=loss,
-            logits=outputs.logits,
+        return InternVLChatBaseOutput(
+            last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=features,
+            router_logits=getattr(outputs, "router_logits", None),
         )
+
+    def _with_own_choice(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the decoder. Trainer turns off the cache in the outer configuration, which the decoder does not read; with a
+        cache, transformers does not see from position ids that samples are packed."""
+        use_cache = getattr(self.config, "use_cache", None)
+        return settings if use_cache is None else {"use_cache": use_cache, **settings}
+
+    def _encode_pictures(
+        self,
+        pixel_values: torch.Tensor | None,
+        image_flags: torch.Tensor | None,
+        num_patches: torch.Tensor | None,
+        image_embeds: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        features = self._encode_tiles(pixel_values, image_flags, num_patches)
+        if features is None and image_embeds is None and self.training and torch.is_grad_enabled():
+            features = self._features_of_nothing()
+        return features
 
     def _encode_tiles(
         self, pixel_values: torch.Tensor | None, image_flags: torch.Tensor | None, num_patches: torch.Tensor | None
@@ -329,6 +350,36 @@ class InternVLChatForConditionalGeneration(InternVLChatPreTrainedModel, Generati
             if not len(pixel_values):
                 return None
         return self.extract_feature(pixel_values)
+
+    def _embed(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        features: torch.Tensor | None,
+        image_embeds: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """What the decoder reads, pictures in their places: (B, L, D)."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        is_image = self._image_positions(input_ids, inputs_embeds)
+        if features is None:
+            features = self._from_image_embeds(image_embeds, is_image)
+        return self._place(inputs_embeds, is_image, features)
+
+    def _features_of_nothing(self) -> torch.Tensor:
+        """No features (0, num_image_token, D), computed from a blank tile.
+
+        So the vision tower takes part in every training step, forward and backward (with zero gradients), whatever the batch holds:
+        sharded training (FSDP, ZeRO-3) would wait forever for a process whose batch has no picture. For the same reason it comes
+        before the embedding, as with pictures: processes gather the weights of the parts in one order.
+        """
+        size, weight = self.config.image_size, self.vision_model.embeddings.position_embedding
+        channels = self.config.vision_config.num_channels
+        # `weight.new_zeros` would be sharded like the weight.
+        blank = torch.zeros(1, channels, size, size, dtype=weight.dtype, device=weight.device)
+        return self.extract_feature(blank)[:0]
 
     def _image_positions(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """Where the placeholders are: (B, L)."""
@@ -375,17 +426,118 @@ class InternVLChatForConditionalGeneration(InternVLChatPreTrainedModel, Generati
             f"{per_tile} placeholders for each."
         )
 
+
+# On loading the headless decoder drops one level of the published names, on saving it gets it back.
+register_checkpoint_conversion_mapping(
+    InternVLChatBaseModel.__name__,
+    [WeightRenaming(r"^language_model\.model\.", "language_model.")],
+    overwrite=True,  # this file may be imported under several names
+)
+
+
+class InternVLChatForConditionalGeneration(InternVLChatBaseModel, GenerationMixin):
+    """InternVL-Chat; `config.connector` says what the decoder sees of a tile."""
+
+    _auto_class = "AutoModelForImageTextToText"
+    _keys_to_ignore_on_load_unexpected = None
+    _has_language_head = True
+
+    def __init__(self, config: InternVLChatConfig) -> None:
+        super().__init__(config)
+        self.system_message = self.conv_template.default_system_message if self.conv_template else None
+
+    @property
+    def template(self) -> str | None:
+        """Name of the conversation template."""
+        return self.config.template
+
+    @property
+    def conv_template(self) -> ConversationTemplate | None:
+        """The conversation template."""
+        return get_conversation_template(self.config.template) if self.config.template else None
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        image_flags: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        loss_weight: torch.Tensor | Sequence | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_patches: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> InternVLChatOutput:
+        """Next-token logits.
+
+        Args:
+            input_ids: (B, L), with `num_image_token` placeholders per tile.
+            pixel_values: (tiles, 3, height, width), the tiles of the whole batch in the order of their placeholders.
+            attention_mask: (B, L), 1 = attend, padding on either side.
+            position_ids: As in every decoder of transformers.
+            past_key_values: Cache of earlier positions.
+            inputs_embeds: (B, L, D) in place of `input_ids`.
+            labels: (B, L), -100 ignored.
+            image_flags: (tiles,) or (tiles, 1); tiles with 0 are dummies and are left out (published training code).
+            image_embeds: (B, most placeholders of a row, D), features encoded before, in place of `pixel_values`.
+            loss_weight: (B, L) weights of the label positions; the loss is then their weighted mean.
+            logits_to_keep: Number of last positions (or their indices) to compute logits for; 0 means all.
+            num_patches: Tiles per picture, as the image processor returns them; their sum is checked.
+            mm_token_type_ids: Accepted and unused: placeholders are found by their id.
+            **kwargs: Passed on to the decoder.
+
+        Raises:
+            ValueError: Placeholders and features differ in number, or an argument is missing.
+        """
+        features = self._encode_pictures(pixel_values, image_flags, num_patches, image_embeds)
+        inputs_embeds = self._embed(input_ids, inputs_embeds, features, image_embeds)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            logits_to_keep=logits_to_keep,
+            return_dict=True,
+            **self._with_own_choice(kwargs),
+        )
+        if self.config.mask_image_token_logit:
+            outputs.logits[..., self.config.image_token_id] = torch.finfo(outputs.logits.dtype).min
+        loss = None
+        if labels is not None:
+            loss = self._loss(outputs, labels, loss_weight, **kwargs)
+        return InternVLChatOutput(
+            loss=loss,
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=features,
+            router_logits=getattr(outputs, "router_logits", None),
+            aux_loss=getattr(outputs, "aux_loss", None),
+        )
+
     def _loss(
-        self, logits: torch.Tensor, labels: torch.Tensor, loss_weight: torch.Tensor | Sequence | None, **kwargs: Any
+        self,
+        outputs: CausalLMOutputWithPast,
+        labels: torch.Tensor,
+        loss_weight: torch.Tensor | Sequence | None,
+        **kwargs: Any,
     ) -> torch.Tensor:
         if loss_weight is None:
-            return self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
-        weight = torch.as_tensor(loss_weight, dtype=torch.float32, device=logits.device)[:, 1:].flatten()
-        shifted = labels[:, 1:].flatten().to(logits.device)
-        losses = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), shifted, reduction="none")
-        return (losses * weight).sum() / weight.sum()
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        else:
+            loss = weighted_loss(outputs.logits, labels, loss_weight)
+        aux_loss = getattr(outputs, "aux_loss", None)
+        if aux_loss is None:
+            return loss
+        return loss + self.config.text_config.router_aux_loss_coef * aux_loss.to(loss.device)
 
     @torch.no_grad()
     def generate(
@@ -467,9 +619,10 @@ class InternVLChatForConditionalGeneration(InternVLChatPreTrainedModel, Generati
             raise ValueError(self._mismatch(is_image, num_features))
         counts = is_image.sum(dim=1)
         width = self.config.text_config.hidden_size
-        embeds = torch.zeros(len(counts), int(counts.max()), width, dtype=self.dtype, device=self.device)
+        # Not on `self.device`: that is "meta" where the vision tower is offloaded.
+        like = input_ids.new_empty(0, dtype=self.dtype) if features is None else features
+        embeds = like.new_zeros(len(counts), int(counts.max()), width)
         if features is not None:
-            embeds = embeds.to(features.device, features.dtype)
             filled = torch.arange(embeds.shape[1], device=embeds.device) < counts[:, None].to(embeds.device)
             embeds[filled] = features.flatten(0, 1)
         return embeds
@@ -583,7 +736,13 @@ class InternVLChatForConditionalGeneration(InternVLChatPreTrainedModel, Generati
         if self.conv_template is None:
             raise ValueError("`config.template` is not set; name one of `conversation_internvl` to use `chat`.")
         return build_query(
-            self.conv_template, question, history, num_patches, self.num_image_token, self.system_message
+            self.conv_template,
+            question,
+            history,
+            num_patches,
+            self.num_image_token,
+            self.system_message,
+            self.config.use_image_start_end,
         )
 
     def _answer(
@@ -626,4 +785,10 @@ def _check_image_tokens(start: str, end: str) -> None:
         raise ValueError(f"Pictures stand between `<img>` and `</img>` in every release, got {start!r} and {end!r}.")
 
 
-__all__ = ["InternVLChatForConditionalGeneration", "InternVLChatOutput", "InternVLChatPreTrainedModel"]
+__all__ = [
+    "InternVLChatBaseModel",
+    "InternVLChatBaseOutput",
+    "InternVLChatForConditionalGeneration",
+    "InternVLChatOutput",
+    "InternVLChatPreTrainedModel",
+]

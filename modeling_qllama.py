@@ -240,6 +240,11 @@ class QLlamaModel(QLlamaPreTrainedModel):
         self.norm = InternVLRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
+        if not config.has_queries:
+            # transformers warns of a plan that names parts which are not there.
+            self._tp_plan: dict[str, str] = {
+                name: how for name, how in self._tp_plan.items() if "cross_attn" not in name
+            }
 
     @merge_with_config_defaults
     @capture_outputs
@@ -391,6 +396,15 @@ class QLlamaModel(QLlamaPreTrainedModel):
         return create_causal_mask(or_mask_function=also_visible, and_mask_function=still_visible, **arguments)
 
 
+class QLlamaTextEncoder(QLlamaPreTrainedModel):
+    """What InternVL-C alone needs of QLLaMA: `model`, under the name it has in `QLlamaForCausalLM`, and no language head."""
+
+    def __init__(self, config: QLlamaConfig) -> None:
+        super().__init__(config)
+        self.model = QLlamaModel(config)
+        self.post_init()
+
+
 class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
     """QLLaMA with its language head; generates captions.
 
@@ -480,4 +494,4 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
 
 
-__all__ = ["VISIBILITIES", "QLlamaForCausalLM", "QLlamaModel", "QLlamaPreTrainedModel"]
+__all__ = ["VISIBILITIES", "QLlamaForCausalLM", "QLlamaModel", "QLlamaPreTrainedModel", "QLlamaTextEncoder"]

@@ -63,14 +63,15 @@ class InternVLProcessor(ProcessorMixin):
 
     Args:
         image_processor: Makes `pixel_values` and counts the tiles of each picture (`num_patches`).
-        tokenizer: Tokenizer of the language model. For "chat" its vocabulary needs `<img>`, `</img>` and
-            `<IMG_CONTEXT>`.
+        tokenizer: Tokenizer of the language model. For "chat" its vocabulary needs `<IMG_CONTEXT>`, and `<img>` and
+            `</img>` where they stand around a picture.
         image_seq_length: Number of image tokens of one tile.
         chat_template: Jinja text of the dialogue form, as `ConversationTemplate.to_jinja` writes it.
         mode: What a call prepares if it does not say: "chat", "contrastive" ("retrieval" is the same) or "caption".
         max_text_length: Number of tokens of every text in mode "contrastive".
         text_prefix: What stands in front of every text in mode "contrastive".
         caption_prompt: Text of mode "caption" for pictures that come without one.
+        use_image_start_end: Whether `<img>` and `</img>` stand around a picture; not so in the LLaVA code base.
 
     Raises:
         ValueError: If the mode is unknown, or is "chat" and image tokens are missing in the vocabulary.
@@ -89,6 +90,7 @@ class InternVLProcessor(ProcessorMixin):
         max_text_length: int = 80,
         text_prefix: str = "summarize:",
         caption_prompt: str = "English caption:",
+        use_image_start_end: bool = True,
     ) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         # Saving sets it; set from the start, so that saving changes nothing in the processor that is saved.
@@ -98,8 +100,9 @@ class InternVLProcessor(ProcessorMixin):
         self.max_text_length = max_text_length
         self.text_prefix = text_prefix
         self.caption_prompt = caption_prompt
+        self.use_image_start_end = use_image_start_end
 
-        tokens = (IMAGE_CONTEXT_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN)
+        tokens = (IMAGE_CONTEXT_TOKEN, *((IMAGE_START_TOKEN, IMAGE_END_TOKEN) if use_image_start_end else ()))
         ids = [_token_id(tokenizer, token) for token in tokens]
         self.missing_image_tokens = [token for token, index in zip(tokens, ids, strict=True) if index is None]
         if self.mode == "chat":
@@ -182,9 +185,10 @@ class InternVLProcessor(ProcessorMixin):
             **kwargs: Settings of the pictures; not used.
 
         Returns:
-            Start token, context tokens of all tiles, end token.
+            Context tokens of all tiles, between start and end token where the model has them.
         """
-        return image_span(int(image_inputs["num_patches"][image_idx]), self.image_seq_length)
+        num_patches = int(image_inputs["num_patches"][image_idx])
+        return image_span(num_patches, self.image_seq_length, self.use_image_start_end)
 
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
@@ -205,7 +209,8 @@ class InternVLProcessor(ProcessorMixin):
             self.image_processor.get_number_of_image_patches(height, width, _of_picture(images_kwargs, index))
             for index, (height, width) in enumerate(image_sizes)
         ]
-        num_tokens = [2 + self.image_seq_length * count for count in num_patches]
+        around = 2 if self.use_image_start_end else 0
+        num_tokens = [around + self.image_seq_length * count for count in num_patches]
         return MultiModalData(num_image_tokens=num_tokens, num_image_patches=num_patches)
 
     @property

@@ -1,16 +1,12 @@
 """Published checkpoints to complete, self-contained repositories of this package: `python -m internvl.conversion SOURCE OUT`.
 
-- layouts: which layout a source has, by its content, and its configuration in today's keys
-- key_tables: data: keys to drop, names of parts, Auto classes
-- source: tensors of a source, one at a time, from safetensors or from PyTorch files read without unpickling code
-- shards: the weights of the result, written as they are read
-- tokenizer_files: the tokenizer, without remote code; sentencepiece_model: one made of a tokenizer.model
-- repository: everything else in the result
-- model_card: its README.md
-- convert: the whole run
-
-Does: the three published Hub layouts (InternViT, InternVL-14B, InternVL-Chat). Does not yet: raw training layouts, LoRA-wrapped
-checkpoints, and the way back.
+- convert: the whole run; plan: what it will do, known before anything is written; verify: whether it did
+- sources: where weights come from: files, training folders, LoRA adapters, parts that lie beside each other
+- layouts: what a source is: names, configuration, and how each layout is recognised
+- edits: changes that are asked for: positions and patches resized, unused blocks left out
+- output: what a result is made of, in each form in which it can be written
+- tensors: tensors that are read when they are needed; rules: tables of names, read both ways; key_tables: such tables and other facts
+- content: the model between reading and writing
 """
 
 from .convert import convert

@@ -1,9 +1,13 @@
 """Command line: `python -m internvl.conversion SOURCE OUT`."""
 
 import argparse
+import inspect
 import sys
 
-from .convert import DTYPES, convert, plan_conversion
+from .convert import convert
+from .output.forms import FORMS, OwnForm
+from .output.publish import create_repository, upload
+from .plan import DTYPES, plan_conversion
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -18,13 +22,55 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--image-token-id", metavar="N", type=int, help="id of <IMG_CONTEXT> where no tokenizer tells it"
     )
+    parser.add_argument("--head", metavar="FILE", help="classification head to put on a raw backbone")
+    parser.add_argument(
+        "--num-heads", metavar="N", type=int, help="attention heads of the tower of a raw file without a config.json"
+    )
+    parser.add_argument(
+        "--image-size", metavar="N", type=int, help="resize the vision tower's positions to pictures of N pixels"
+    )
+    parser.add_argument(
+        "--patch-size", metavar="N", type=int, help="resize the vision tower's patch kernel to N pixels"
+    )
+    parser.add_argument(
+        "--drop-unused-blocks",
+        action="store_true",
+        help="leave out blocks of a chat model's vision tower above the one that is used",
+    )
+    parser.add_argument(
+        "--base", metavar="DIR", help="checkpoint that SOURCE, the folder of a LoRA adapter, belongs to"
+    )
+    parser.add_argument(
+        "--lora-alpha", metavar="N", type=float, help="alpha of LoRA adapters, instead of what their settings say"
+    )
+    parser.add_argument(
+        "--vision-tower",
+        metavar="DIR",
+        help="vision tower of a LLaVA checkpoint that has none, or in place of its own",
+    )
+    parser.add_argument(
+        "--vision-config", metavar="FILE", help="config.json of a LLaVA checkpoint's vision tower, or its folder"
+    )
     parser.add_argument(
         "--dtype", choices=["auto", *DTYPES], default="auto", help="type of the weights (default: as they are)"
     )
     parser.add_argument(
+        "--to", choices=list(FORMS), default=OwnForm.name, help="form of the result (default: this package's)"
+    )
+    parser.add_argument("--llama-decoder", action="store_true", help="write an InternLM2 decoder as a plain LLaMA")
+    parser.add_argument(
         "--max-shard-size", metavar="SIZE", default="5GB", help="largest file with weights (default: 5GB)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
+    parser.add_argument(
+        "--verify",
+        metavar="RECORDED",
+        nargs="?",
+        const="",
+        help="load the result, compare every tensor with the source and, with a safetensors file of recorded `in.NAME` and `out.NAME`, the outputs",
+    )
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the result to this repository, e.g. user/name")
+    parser.add_argument("--private", action="store_true", help="with --push-to-hub, make a new repository private")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
     return parser
 
@@ -42,20 +88,30 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.out is None and not options.dry_run:
         parser.error("OUT is missing: name a folder to write, or look only with --dry-run")
-    inputs = {"tokenizer": options.tokenizer, "image_token_id": options.image_token_id, "dtype": options.dtype}
+    inputs = {
+        name: getattr(options, name)
+        for name in inspect.signature(plan_conversion).parameters
+        if name in vars(options) and name != "source"
+    }
     try:
         if options.dry_run:
             for line in plan_conversion(options.source, **inputs).describe():
                 print(line)
             return 0
-        convert(
+        if options.push_to_hub:
+            create_repository(options.push_to_hub, options.private)
+        out = convert(
             options.source,
             options.out,
             **inputs,
             max_shard_size=options.max_shard_size,
             overwrite=options.overwrite,
             report=print,
+            verify=options.verify is not None,
+            recorded=options.verify or None,
         )
+        if options.push_to_hub:
+            print(f"Uploaded: {upload(out, options.push_to_hub)}")
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

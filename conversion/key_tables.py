@@ -2,14 +2,84 @@
 
 from typing import Any
 
+from .rules import rename, within
+
 
 # ------------------------------------------------------------------------------------------------------------- tensors
+# Our names are those of the published Hub checkpoints.
+SAME_NAMES = (rename("*", "*"),)
+# The published training code (left) calls the tower's tensors otherwise; what is beside the tower is called alike.
+RAW_TOWER = (
+    rename("cls_token", "embeddings.class_embedding"),
+    rename("pos_embed", "embeddings.position_embedding"),
+    rename("patch_embed.proj.*", "embeddings.patch_embedding.*"),
+    rename("blocks.{}.ls1.gamma", "encoder.layers.{}.ls1"),
+    rename("blocks.{}.ls2.gamma", "encoder.layers.{}.ls2"),
+    rename("blocks.{}.*", "encoder.layers.{}.*"),
+)
+RAW_CLASSIFIER = (
+    *within("", "vision_model.", RAW_TOWER),
+    *(rename(name, name) for name in ("attn_pooling.*", "clip_projector.*", "norm.*", "head.*")),
+)
+RAW_LINEAR_SEGMENTER = (*within("backbone.", "vision_model.", RAW_TOWER), rename("decode_head.*", "decode_head.*"))
+RAW_PYRAMID = within("backbone.", "", (*RAW_TOWER, *(rename(f"up{i}.*", f"up{i}.*") for i in range(1, 5))))
+RAW_CONTRASTIVE = (
+    *within("", "vision_model.", RAW_TOWER),
+    rename("transformer.*", "qllama.model.*"),
+    *(rename(name, name) for name in ("clip_projector.*", "text_projection", "logit_scale")),
+)
 # Buffers that old releases of transformers saved and every model computes again.
 DERIVED_BUFFERS = ("rotary_emb.inv_freq",)
-# Parts of names by which adapters of PEFT, wrapped into a checkpoint, are known.
-LORA_MARKS = ("lora_A.", "lora_B.", "lora_embedding_", "base_model.model.")
+# LoRA adapters wrapped into a part of a checkpoint: the key of config.json that has their rank. Alpha is twice the rank.
+LORA_RANK_KEYS = {
+    "vision_model": "use_backbone_lora",
+    "qllama": "use_qllama_lora",
+    "language_model": "use_llm_lora",
+}
+# In the LLaVA code base the tower's alpha is this number, whatever the rank.
+LLAVA_TOWER_PREFIX = "model.vision_tower.vision_tower."
+LLAVA_TOWER_LORA_ALPHA = 256
+# Parts of a whole InternVL-14B that a chat model does not use.
+LLAVA_UNUSED_TOWER_PARTS = {
+    "qllama.model.embed_tokens.": "in a chat model QLLaMA reads no text",
+    "qllama.lm_head.": "in a chat model QLLaMA writes no text",
+    **dict.fromkeys(
+        ("clip_projector.", "clip_projector2.", "itm_head.", "text_projection", "logit_scale"),
+        "a chat model does not compare pictures with texts",
+    ),
+}
 
 # ------------------------------------------------------------------------------------------------------ configurations
+# Arguments of the published training code's towers, by what they are called here.
+RAW_ARGUMENTS = {
+    "embed_dim": "hidden_size",
+    "depth": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "drop_path_rate": "drop_path_rate",
+    "init_values": "initializer_factor",
+}
+# Width of a published tower to its heads; heads of InternViT-6B are 128 wide, those of the 300M flavour 64.
+PUBLISHED_NUM_HEADS = {3200: 25, 1024: 16}
+# Depth of a tower to the block (from 0) that the published linear segmentation head reads.
+PUBLISHED_LINEAR_BLOCK = {48: 44}
+# The LLaVA code base: beginnings of its own keys among those of the decoder.
+LLAVA_KEYS = ("mm_", "tune_mm_", "freeze_mm_", "unfreeze_mm_", "use_mm_", "image_", "vision_tower")
+# Name of a projector to `connector` and `projector_type` of today's configuration.
+LLAVA_PROJECTORS = {
+    "mlp2x_gelu": ("patches", "mlp2x_gelu"),
+    "mlp2x_gelu_ln": ("patches", "layer_norm_mlp"),
+    "two_mlp": ("queries_and_patches", "mlp2x_gelu"),
+}
+# Other settings to the values that are supported; `None` also where the key is absent.
+LLAVA_SUPPORTED = {
+    "image_aspect_ratio": (None, "square", "pad"),
+    "mm_use_im_start_end": (None, False),
+    "mm_vision_select_feature": (None, "patch"),
+}
+# Its code uses towers of 224 pixels at 336, whatever their configuration says.
+LLAVA_PICTURE_SIZES = {224: 336}
+# All of its releases speak as Vicuna does.
+LLAVA_TEMPLATE = "vicuna_v1"
 # `PretrainedConfig` once wrote all of its own keys into every nested configuration. These say nothing, whatever their value:
 # they belong to the machine, the code or the release that wrote the file.
 MEANINGLESS_KEYS = frozenset(

@@ -103,6 +103,69 @@ def chat(model, given, notes):
     yield "generate.eos_tokens", ended[:, length:]
 
 
+def merged(model, given, notes):
+    """InternVL-14B that was wrapped by adapters: a few outputs of each kind, and some merged weights."""
+    image, text = given["image"], given["text"]
+    yield "encode_text", model.encode_text(text)
+    for letter in "cg":
+        mode = f"InternVL-{letter.upper()}"
+        yield f"{letter}.encode_image", model.encode_image(image, mode=mode)
+        yield f"{letter}.logits_per_image", model(image=image, text=text, mode=mode)[0]
+    settings = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": -1}
+    yield (
+        "caption.tokens",
+        model.generate(pixel_values=image, input_ids=given["caption.input_ids"], **settings),
+    )
+
+
+def with_placeholders(ids, labels, image_token_id, num_image_token, marker):
+    """Every marker replaced by placeholders, rows padded on the right: ids, mask, labels (-100 at placeholders)."""
+    rows, row_labels = [], []
+    for row, own in zip(ids, labels, strict=True):
+        counts = torch.where(row == marker, num_image_token, 1)
+        rows.append(torch.where(row == marker, image_token_id, row).repeat_interleave(counts))
+        row_labels.append(torch.where(row == marker, -100, own).repeat_interleave(counts))
+    pad = torch.nn.utils.rnn.pad_sequence
+    mask = pad([torch.ones_like(row) for row in rows], batch_first=True)
+    return pad(rows, batch_first=True), mask, pad(row_labels, batch_first=True, padding_value=-100)
+
+
+def llava(model, given, notes):
+    images, labels, marker = given["images"], given["labels"], notes["image_token_index"]
+    vision = model.vision_model(images, output_hidden_states=True)
+    yield "tower.patches", vision.hidden_states[model.select_layer][:, 1:]
+    if model.qllama is not None:
+        queries = model.query_tokens.expand(len(images), -1, -1)
+        hidden = model.qllama(query_embeds=queries, vision_hidden_states=vision.last_hidden_state)
+        yield "tower.queries", hidden.last_hidden_state
+    yield "image_features", (features := model.extract_feature(images))
+    seen = []
+    model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    own_tokens = slice(model.config.image_token_id)  # the placeholder is the last one, and was added
+    for prefix, name in (("", "input_ids"), ("ragged.", "ragged.input_ids")):
+        ids, mask, own = with_placeholders(given[name], labels, model.config.image_token_id, features.shape[1], marker)
+        # The published code takes a picture of every row, also of those without a marker.
+        pictures = images[(given[name] == marker).any(dim=1)]
+        outputs = model(input_ids=ids, attention_mask=mask, labels=own, pixel_values=pictures)
+        yield f"{prefix}inputs_embeds", seen[-1]
+        yield f"{prefix}attention_mask", mask
+        yield f"{prefix}labels", own
+        yield f"{prefix}loss", outputs.loss
+        if not prefix:
+            yield "logits", outputs.logits[..., own_tokens]
+    ids, mask, _ = with_placeholders(
+        given["input_ids"], labels, model.config.image_token_id, features.shape[1], marker
+    )
+    settings = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": -1, "output_scores": True}
+    outputs = model.generate(
+        input_ids=ids, attention_mask=mask, pixel_values=images, return_dict_in_generate=True, **settings
+    )
+    yield "generate.tokens", outputs.sequences[:, ids.shape[1] :]
+    yield "generate.scores", torch.stack(outputs.scores, dim=1)[..., own_tokens]
+
+
 def record(case, model_folder, results):
     notes = json.loads((case / "case.json").read_text())
     tensors = load_file(case / "io.safetensors")
@@ -112,6 +175,10 @@ def record(case, model_folder, results):
     if problems or not type(model).__module__.startswith("transformers_modules."):
         raise SystemExit(f"{case.name}: loaded {type(model)} with {problems}")
     compute = {"intern_vit_6b": vision, "internvl_14b": contrastive}.get(model.config.model_type, chat)
+    if "lora" in notes:
+        compute = merged
+    elif "image_token_index" in notes:
+        compute = llava
     with torch.no_grad():
         found = {f"out.{name}": tensor.contiguous().clone() for name, tensor in compute(model.eval(), given, notes)}
     save_file(found, results)

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,8 +24,8 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer, GenerationConf
 from internvl.configuration_internvl import InternViTConfig, InternVLChatConfig, InternVLConfig
 from internvl.conversion import convert
 from internvl.conversion.__main__ import main
-from internvl.conversion.repository import code_files
-from internvl.conversion.source import open_source
+from internvl.conversion.output.repository import code_files
+from internvl.conversion.sources.source import open_source
 from internvl.modeling_internvl import InternVLModel
 from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
 
@@ -104,6 +105,7 @@ EXPECTED_DOORS = {
         "AutoModel": "InternVisionModel",
         "AutoBackbone": "InternViTBackbone",
         "AutoModelForImageClassification": "InternViTForImageClassification",
+        "AutoModelForSemanticSegmentation": "InternViTForSemanticSegmentation",
         "AutoImageProcessor": "InternVLImageProcessor",
     },
     "contrastive": {
@@ -585,13 +587,6 @@ def test_rotary_buffers_are_dropped_by_name_and_nothing_else_is(tmp_path):
         run(source, tmp_path / "other", image_token_id=500)
 
 
-def test_lora_wrapped_checkpoints_are_named_as_not_supported_yet(vit, tmp_path):
-    name = "encoder.base_model.model.layers.0.attn.qkv.lora_A.default.weight"
-    edit_weights(vit, lambda tensors: tensors.update({name: torch.zeros(2, 2)}))
-    with pytest.raises(ValueError, match=rf"LoRA-wrapped checkpoints are not supported by this command yet.*{name}"):
-        run(vit, tmp_path / "out")
-
-
 def test_an_unknown_layout_is_answered_with_what_is_supported(tmp_path):
     source = tmp_path / "bert"
     source.mkdir()
@@ -672,10 +667,10 @@ def test_one_tensor_is_read_at_a_time(vit, tmp_path, monkeypatch):
     """No tensor but the one at hand is alive while another is read."""
     import weakref
 
-    from internvl.conversion import source as source_module
+    from internvl.conversion import tensors as tensors_module
 
     alive, most = weakref.WeakSet(), 0
-    read = source_module.TensorReader.__getitem__
+    read = tensors_module.TensorReader.__getitem__
 
     def counted(self, name):
         nonlocal most
@@ -684,9 +679,24 @@ def test_one_tensor_is_read_at_a_time(vit, tmp_path, monkeypatch):
         most = max(most, len(alive))
         return tensor
 
-    monkeypatch.setattr(source_module.TensorReader, "__getitem__", counted)
+    monkeypatch.setattr(tensors_module.TensorReader, "__getitem__", counted)
     run(vit, tmp_path / "out", max_shard_size="1GB")
     assert most <= 2  # the new one, and the last until its name is bound again
+
+
+def test_files_are_the_same_whether_the_system_copies_or_not(vit, tmp_path, monkeypatch):
+    from internvl.conversion.output import shards
+
+    copied = []
+    watched = SimpleNamespace(sendfile=lambda *places: copied.append(places) or os.sendfile(*places))
+    monkeypatch.setattr(shards, "os", watched)  # not in the module itself, which `shutil` calls too
+    monkeypatch.setattr(shards, "HAS_FILE_COPY", sys.platform == "linux")
+    first = state_of(run(vit, tmp_path / "first"))
+    assert bool(copied) == (sys.platform == "linux")
+    monkeypatch.setattr(shards, "HAS_FILE_COPY", False)
+    copied.clear()
+    assert state_of(run(vit, tmp_path / "second")) == first
+    assert not copied
 
 
 # ------------------------------------------------------------------------------------------------- complete or not at all

@@ -1,15 +1,37 @@
-"""InternVL-C and -G: contrastive features, matching, captions."""
+"""InternVL-C and -G: contrastive features, matching, captions; and InternVL-C alone, as stage 1 makes it."""
+
+import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
+
+from internvl.configuration_internvl import InternVLConfig
+from internvl.modeling_internvl import InternVLModel
 
 from . import tiny
+
+
+RAW_C = Path(__file__).parent / "golden" / "internvl_c_raw"
 
 
 @pytest.fixture(scope="module")
 def model():
     return tiny.internvl_model()
+
+
+@pytest.fixture(scope="module")
+def c_alone():
+    return tiny.internvl_model(num_query_token=0)
+
+
+@pytest.fixture(params=["C and G", "C alone"])
+def text_model(request, model, c_alone):
+    return model if request.param == "C and G" else c_alone
 
 
 def padded(ids: torch.Tensor, side: str, pad_id: int, amount: int = 3):
@@ -21,24 +43,26 @@ def padded(ids: torch.Tensor, side: str, pad_id: int, amount: int = 3):
 @pytest.mark.parametrize("pad_id", [0, 2, 77])
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
-def test_padding_does_not_change_text_features(model, side, pad_id):
+def test_padding_does_not_change_text_features(text_model, side, pad_id):
     ids = tiny.text_ids(3, 6)
-    expected = model.get_text_features(ids, torch.ones_like(ids))
-    torch.testing.assert_close(model.get_text_features(*padded(ids, side, pad_id)), expected, atol=1e-5, rtol=1e-5)
+    expected = text_model.get_text_features(ids, torch.ones_like(ids))
+    got = text_model.get_text_features(*padded(ids, side, pad_id))
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_text_features_of_a_batch_equal_one_by_one(model):
+def test_text_features_of_a_batch_equal_one_by_one(text_model):
     rows = [tiny.text_ids(1, length, seed=length)[0] for length in (3, 7, 5)]
     batch = tiny.pad(rows, "left")
-    together = model.get_text_features(**batch)
-    alone = torch.cat([model.get_text_features(row[None]) for row in rows])
+    together = text_model.get_text_features(**batch)
+    alone = torch.cat([text_model.get_text_features(row[None]) for row in rows])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("num_queries", [0, 5])
 @torch.no_grad()
-def test_the_mask_is_derived_from_the_configured_pad_id():
-    model = tiny.internvl_model()
+def test_the_mask_is_derived_from_the_configured_pad_id(num_queries):
+    model = tiny.internvl_model(num_query_token=num_queries)
     ids = tiny.text_ids(2, 5)
     model.config.qllama_config.pad_token_id = 88
     got = model.get_text_features(padded(ids, "right", 88)[0])
@@ -140,3 +164,126 @@ def test_captions_hold_no_prompt_and_batch_equals_single(model):
 def test_unfitting_input_is_refused(model, call, message):
     with pytest.raises(ValueError, match=message):
         call(model)
+
+
+def raw_c_model() -> InternVLModel:
+    """The raw stage-1 checkpoint of the published code, renamed by hand."""
+    sizes, llama = (json.loads((RAW_C / name).read_text()) for name in ("config.json", "llm_config.json"))
+    vision = {
+        "hidden_size": sizes["embed_dim"],
+        "intermediate_size": sizes["embed_dim"] * sizes["mlp_ratio"],
+        "num_hidden_layers": sizes["depth"],
+        "num_attention_heads": sizes["num_heads"],
+        "image_size": sizes["img_size"],
+        "patch_size": sizes["patch_size"],
+        "qkv_bias": sizes["qkv_bias"],
+        "qk_normalization": sizes["qk_normalization"],
+    }
+    config = InternVLConfig(
+        vision_config=vision,
+        qllama_config={**llama, "num_query_token": 0},
+        clip_embed_dim=sizes["clip_embed_dim"],
+        attn_pool_num_heads=sizes["attn_pool_num_heads"],
+    )
+    (raw,) = (torch.load(path, weights_only=True) for path in RAW_C.glob("*.pth"))
+    rules = {
+        r"^transformer\.": "qllama.model.",
+        r"^blocks\.(\d+)\.": r"vision_model.encoder.layers.\1.",
+        r"\.(ls\d)\.gamma$": r".\1",
+        r"^pos_embed$": "vision_model.embeddings.position_embedding",
+        r"^cls_token$": "vision_model.embeddings.class_embedding",
+        r"^patch_embed\.proj\.": "vision_model.embeddings.patch_embedding.",
+    }
+    renamed = {}
+    for name, tensor in raw.items():
+        for pattern, replacement in rules.items():
+            name = re.sub(pattern, replacement, name)
+        if not name.endswith("rotary_emb.inv_freq"):
+            renamed[name] = tensor
+    model = InternVLModel(config)
+    model.load_state_dict(renamed)  # strict: the model has exactly the parts of the raw checkpoint
+    return model.eval()
+
+
+@torch.no_grad()
+def test_c_alone_equals_the_published_stage_1_code():
+    model, io = raw_c_model(), load_file(RAW_C / "io.safetensors")
+    tolerance = json.loads((RAW_C / "case.json").read_text())["tolerance"]["fp32"]
+    image, text = io["in.image"], io["in.text"]
+    outputs = model(pixel_values=image, input_ids=text)
+    got = {
+        "forward_features": model.vision_model(image).last_hidden_state,
+        "encode_image": model.encode_image(image),
+        "encode_text": model.encode_text(text),
+        "logits_per_image": outputs.logits_per_image,
+        "logits_per_text": outputs.logits_per_text,
+    }
+    assert {f"out.{name}" for name in got} == {name for name in io if name.startswith("out.")}
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor, io[f"out.{name}"], **tolerance, msg=name)
+
+
+def test_c_alone_has_no_part_of_the_queries(c_alone, model):
+    absent = {name for name, _ in model.named_parameters()} - {name for name, _ in c_alone.named_parameters()}
+    of_queries = r"query_tokens|clip_projector2\..*|itm_head\..*|qllama\.lm_head\.weight|qllama\.model\.layers\.\d\.cross_attn\..*"
+    assert absent
+    assert all(re.fullmatch(of_queries, name) for name in absent)
+    assert not any(re.fullmatch(of_queries, name) for name, _ in c_alone.named_parameters())
+
+
+def test_c_alone_reaches_every_parameter_from_the_loss(c_alone):
+    """So that training on several processes finds no unused parameter."""
+    c_alone(pixel_values=tiny.pixels(), input_ids=tiny.text_ids(), return_loss=True).loss.backward()
+    assert [name for name, p in c_alone.named_parameters() if p.grad is None] == []
+    c_alone.zero_grad()
+
+
+def test_trainer_takes_steps_with_c_alone(tmp_path):
+    model = tiny.internvl_model(num_query_token=0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    pictures, ids = tiny.pixels(4), tiny.text_ids(4)
+    pairs = [{"pixel_values": picture, "input_ids": row} for picture, row in zip(pictures, ids, strict=True)]
+
+    def collate(samples: list[dict]) -> dict:
+        return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]} | {"return_loss": True}
+
+    settings = {"per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 1e-3, "logging_steps": 1}
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, save_strategy="no", **settings)
+    trainer = Trainer(model, arguments, data_collator=collate, train_dataset=pairs)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert [name for name, p in model.named_parameters() if torch.equal(p, before[name])] == []
+
+
+def test_the_full_model_starts_from_stage_1(c_alone, tmp_path):
+    c_alone.save_pretrained(tmp_path)
+    full, info = InternVLModel.from_pretrained(tmp_path, num_query_token=3, output_loading_info=True)
+    assert full.query_tokens.shape == (1, 3, 24)
+    assert not info["unexpected_keys"]
+    assert info["missing_keys"] >= {"query_tokens", "itm_head.weight", "qllama.lm_head.weight"}
+    for name, value in c_alone.state_dict().items():
+        assert torch.equal(full.state_dict()[name], value), name
+    with torch.no_grad():
+        ids = tiny.text_ids()
+        torch.testing.assert_close(full.eval().get_text_features(ids), c_alone.get_text_features(ids))
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda m: m.get_image_features(tiny.pixels(), mode="G"), '`mode` "InternVL-G"'),
+        (lambda m: m(pixel_values=tiny.pixels(), input_ids=tiny.text_ids(), mode="G"), '`mode` "InternVL-G"'),
+        (lambda m: m.get_query_features(tiny.pixels()), "`get_query_features`"),
+        (lambda m: m.get_matching_logits(tiny.pixels(), tiny.text_ids()), "`get_matching_logits`"),
+        (lambda m: m.generate(pixel_values=tiny.pixels()), "`generate`"),
+    ],
+)
+def test_c_alone_says_what_it_lacks(c_alone, call, name):
+    with pytest.raises(ValueError, match=f"{name} needs the queries of QLLaMA"):
+        call(c_alone)
+
+
+def test_a_chat_connector_with_queries_refuses_none():
+    with pytest.raises(ValueError, match="`connector` 'queries' needs queries"):
+        tiny.chat_config(connector="queries", qllama_config={**tiny.QLLAMA, "num_query_token": 0})

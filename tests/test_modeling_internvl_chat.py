@@ -1,14 +1,21 @@
 """InternVL-Chat: connector, placement of pictures, generation over turns, the published helpers."""
 
 import copy
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import DynamicCache
 
-from internvl.modeling_internvl_chat import ImageTokenBlocker, pixel_shuffle
+from internvl.modeling_internvl_chat import (
+    ImageTokenBlocker,
+    InternVLChatBaseModel,
+    InternVLChatForConditionalGeneration,
+    pixel_shuffle,
+)
 
-from . import reference, tiny
+from . import reference, tiny, two_processes
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
@@ -178,6 +185,30 @@ def test_text_only_generation_never_runs_the_vision_tower():
     model(input_ids=ids, labels=ids)
 
 
+def test_a_training_step_without_pictures_runs_the_tower_once_and_changes_nothing():
+    model = tiny.chat_model().train()
+    ran = []
+    model.vision_model.register_forward_hook(lambda *_: ran.append(1))
+    inputs = tiny.chat_inputs(model, tiles=[[], []])
+    outputs = model(**inputs, labels=inputs["input_ids"])
+    outputs.loss.backward()
+    assert ran == [1]
+    assert all(parameter.grad.count_nonzero() == 0 for parameter in model.vision_model.parameters())
+    assert any(parameter.grad.count_nonzero() for parameter in model.language_model.parameters())
+    torch.testing.assert_close(model.eval()(**inputs, labels=inputs["input_ids"]).loss, outputs.loss)
+    assert ran == [1]
+
+
+def test_a_process_without_pictures_does_not_keep_the_others_waiting(tmp_path):
+    for rank, found in enumerate(two_processes.run("text_only_rank", tmp_path)):
+        for (connector, engine), loss in found.items():
+            model = tiny.chat_model(connector=connector).train()
+            inputs = tiny.chat_inputs(model, tiles=[[1], [2]] if rank == 0 else [[], []])
+            torch.testing.assert_close(
+                loss, model(**inputs, labels=inputs["input_ids"]).loss, msg=f"{connector} {engine}"
+            )
+
+
 def test_a_broken_placeholder_count_names_the_sample_and_both_counts():
     model = tiny.chat_model()
     inputs = tiny.chat_inputs(model)
@@ -236,6 +267,20 @@ def test_loss_is_the_mean_over_label_positions_and_counts_accumulated_items():
     weight = torch.ones_like(labels, dtype=torch.float)
     weighted = model(**inputs, labels=labels, loss_weight=weight.tolist()).loss
     torch.testing.assert_close(weighted, torch.stack(by_hand).sum() / weight[:, 1:].sum())
+
+
+@torch.no_grad()
+def test_packed_texts_stay_apart_under_trainers_setting():
+    """Trainer turns off the cache in the outer configuration alone; position ids then say where a text begins."""
+    model = tiny.chat_model()
+    texts = [torch.arange(5, 11), torch.arange(20, 29)]
+    positions = torch.cat([torch.arange(len(text)) for text in texts])[None]
+    apart = torch.cat([model(text[None]).logits[0] for text in texts])
+    assert not torch.allclose(model(torch.cat(texts)[None], position_ids=positions).logits[0], apart, atol=1e-5)
+    model.config.use_cache = False
+    packed = model(torch.cat(texts)[None], position_ids=positions)
+    assert packed.past_key_values is None
+    torch.testing.assert_close(packed.logits[0], apart, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -348,3 +393,58 @@ def test_two_models_of_one_process_keep_their_own_settings():
     second.generate(**tiny.chat_inputs(second), **GREEDY)
     second.img_context_token_id = 3
     assert first.config.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("decoder", "connector"), [("llama", "patches"), ("internlm2", "queries_and_patches"), ("qwen3_moe", "patches")]
+)
+@torch.no_grad()
+def test_the_headless_class_reads_a_chat_checkpoint_and_gives_what_the_head_reads(decoder, connector, tmp_path):
+    model = tiny.chat_model(decoder, connector)
+    inputs = tiny.chat_inputs(model)
+    expected = model(**inputs)
+    model.save_pretrained(tmp_path)
+    base, info = InternVLChatBaseModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    outputs = base.eval()(**inputs)
+    assert torch.equal(model.get_output_embeddings()(outputs.last_hidden_state), expected.logits)
+    assert torch.equal(outputs.image_hidden_states, expected.image_hidden_states)
+    assert base.get_output_embeddings() is None
+    assert base.language_model is base.get_decoder()
+
+
+def test_the_headless_class_saves_the_published_names(tmp_path):
+    model = tiny.chat_model("qwen2")
+    model.save_pretrained(tmp_path / "chat")
+    InternVLChatBaseModel.from_pretrained(tmp_path / "chat").save_pretrained(tmp_path / "base")
+    whole, base = (load_file(tmp_path / name / "model.safetensors") for name in ("chat", "base"))
+    assert whole.keys() - base.keys() == {"language_model.lm_head.weight"}
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in base.items())
+    auto_map = json.loads((tmp_path / "base" / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModel"] == "modeling_internvl_chat.InternVLChatBaseModel"  # of a folder that has no head
+    _, info = InternVLChatForConditionalGeneration.from_pretrained(tmp_path / "base", output_loading_info=True)
+    assert info["missing_keys"] == {"language_model.lm_head.weight"}
+    assert not info["unexpected_keys"]
+
+
+def test_the_loss_holds_the_decoders_loss_of_uneven_experts():
+    model = tiny.chat_model("qwen3_moe")
+    inputs = tiny.chat_inputs(model)
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    plain, routed = model(**inputs), model(**inputs, output_router_logits=True)
+    assert plain.aux_loss is None
+    assert len(routed.router_logits) == 2
+    assert routed.aux_loss > 0
+    torch.testing.assert_close(
+        routed.loss, plain.loss + model.config.text_config.router_aux_loss_coef * routed.aux_loss
+    )
+
+
+def test_the_kernel_of_the_experts_reaches_the_decoder(tmp_path):
+    model = tiny.chat_model("qwen3_moe")
+    for name in ("batched_mm", "eager"):
+        model.set_experts_implementation({"text_config": name})
+        assert model.language_model.config._experts_implementation == name
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, experts_implementation={"text_config": "batched_mm"})
+    assert again.language_model.config._experts_implementation == "batched_mm"

@@ -4,9 +4,14 @@ dimensions show."""
 import torch
 
 from internvl.configuration_internvl import InternViTConfig, InternVLChatConfig, InternVLConfig, QLlamaConfig
-from internvl.modeling_internvit import InternVisionModel, InternViTBackbone, InternViTForImageClassification
+from internvl.modeling_internvit import (
+    InternVisionModel,
+    InternViTBackbone,
+    InternViTForImageClassification,
+    InternViTForSemanticSegmentation,
+)
 from internvl.modeling_internvl import InternVLModel
-from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
+from internvl.modeling_internvl_chat import InternVLChatBaseModel, InternVLChatForConditionalGeneration
 from internvl.modeling_qllama import QLlamaForCausalLM
 
 
@@ -26,16 +31,23 @@ DECODERS = {
     }
     for name in ("llama", "internlm2", "qwen2", "qwen3")
 }  # fmt: skip
+DECODERS["qwen3_moe"] = {
+    **DECODERS["qwen3"], "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+}  # fmt: skip
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Gives every parameter random values: fresh models hold zeros and ones that would hide errors."""
+    """Gives every parameter and running statistic random values: fresh models hold zeros and ones that would hide errors."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         with torch.no_grad():
             is_scale = name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "ls1", "ls2"))
             parameter.copy_(1 + 0.1 * noise if is_scale else noise / max([*parameter.shape[-1:], 4]) ** 0.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            noise = torch.rand(buffer.shape, generator=generator)
+            buffer.copy_(noise + 0.5 if name.endswith("var") else noise - 0.5)
     return model.eval()
 
 
@@ -45,6 +57,27 @@ def vision_config(**changes) -> InternViTConfig:
 
 def vision_model(**changes) -> InternVisionModel:
     return randomize(InternVisionModel(vision_config(**changes)))
+
+
+def classifier(pooling: str = "cls_patch_concat", **changes) -> InternViTForImageClassification:
+    settings = {
+        "num_labels": 4,
+        "classifier_pooling": pooling,
+        "attn_pool_num_heads": 2,
+        "clip_embed_dim": 12,
+        **changes,
+    }
+    return randomize(InternViTForImageClassification(vision_config(**settings)))
+
+
+def segmenter(**changes) -> InternViTForSemanticSegmentation:
+    settings = {"num_labels": 5, "out_indices": [2], **changes}
+    return randomize(InternViTForSemanticSegmentation(vision_config(**settings)))
+
+
+def pyramid_backbone(kind: str = "final_norm", **changes) -> InternViTBackbone:
+    settings = {"out_indices": [0, 1, 2, 3], **changes}
+    return randomize(InternViTBackbone(vision_config(feature_pyramid=kind, **settings)))
 
 
 def qllama_model(**changes) -> QLlamaForCausalLM:
@@ -79,6 +112,10 @@ def chat_model(decoder: str = "llama", connector: str = "patches", **changes) ->
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
+
+
+def chat_base_model(decoder: str = "llama", connector: str = "patches", **changes) -> InternVLChatBaseModel:
+    return randomize(InternVLChatBaseModel(chat_config(decoder, connector, **changes)))
 
 
 def pixels(count: int = 3, height: int = 56, width: int = 56, seed: int = 1) -> torch.Tensor:
@@ -127,10 +164,17 @@ MODELS = {
         lambda: randomize(InternViTBackbone(vision_config(out_indices=[1, 3]))),
         lambda model: {"pixel_values": pixels()},
     ),
-    "InternViTForImageClassification": (
-        lambda: randomize(InternViTForImageClassification(vision_config(num_labels=4))),
+    "InternViTBackbone-pyramid": (pyramid_backbone, lambda model: {"pixel_values": pixels()}),
+    "InternViTForImageClassification": (classifier, lambda model: {"pixel_values": pixels()}),
+    "InternViTForImageClassification-attention": (
+        lambda: classifier("attention_pooling"),
         lambda model: {"pixel_values": pixels()},
     ),
+    "InternViTForImageClassification-clip": (
+        lambda: classifier("clip_projector"),
+        lambda model: {"pixel_values": pixels()},
+    ),
+    "InternViTForSemanticSegmentation": (segmenter, lambda model: {"pixel_values": pixels()}),
     "QLlamaForCausalLM": (
         qllama_model,
         lambda model: {
@@ -143,6 +187,10 @@ MODELS = {
         internvl_model,
         lambda model: {"input_ids": text_ids(4), "pixel_values": pixels(), "mode": "C"},
     ),
+    "InternVLModel-C-alone": (
+        lambda: internvl_model(num_query_token=0),
+        lambda model: {"input_ids": text_ids(4), "pixel_values": pixels(), "mode": "C"},
+    ),
     "InternVLModel-G": (
         internvl_model,
         lambda model: {"input_ids": text_ids(4), "pixel_values": pixels(), "mode": "G"},
@@ -151,8 +199,11 @@ MODELS = {
     "chat-internlm2": (lambda: chat_model("internlm2"), chat_inputs),
     "chat-qwen2": (lambda: chat_model("qwen2"), chat_inputs),
     "chat-qwen3": (lambda: chat_model("qwen3"), chat_inputs),
+    "chat-qwen3-moe": (lambda: chat_model("qwen3_moe"), chat_inputs),
     "chat-queries": (lambda: chat_model(connector="queries"), chat_inputs),
     "chat-full": (lambda: chat_model(connector="queries_and_patches"), chat_inputs),
+    "chat-base": (chat_base_model, chat_inputs),
+    "chat-base-full": (lambda: chat_base_model("internlm2", "queries_and_patches"), chat_inputs),
     "chat-plain-mlp": (
         lambda: chat_model(projector_type="mlp2x_gelu", downsample_ratio=1.0, select_layer=-2),
         chat_inputs,

@@ -34,7 +34,9 @@ sys.path[:0] = [
     str(HERE.parent),
 ]  # specifications import each other as `specs.name`, and the tests' fixtures
 CACHE = Path(os.environ.get("CONFORMANCE_CACHE", ROOT / ".conformance"))
-SPECS = ("chat", "chat_full", "contrastive", "qllama", "vision")
+SPECS = ("chat", "chat_full", "image_modes", "contrastive", "contrastive_c", "qllama", "vision")
+# What one of the tensor parallel tests needs; no part of the package uses it.
+TORCHAO = "torchao==0.18.0"
 
 
 def fetch_upstream_tests() -> Path:
@@ -60,6 +62,15 @@ def fetch_upstream_tests() -> Path:
     utils = folder / "utils"
     utils.mkdir(exist_ok=True)
     (folder / "tests" / "fetch_hub_objects_for_ci.py").replace(utils / "fetch_hub_objects_for_ci.py")
+    return folder
+
+
+def fetch_torchao() -> Path:
+    """Folder to import torchao from."""
+    folder = CACHE / TORCHAO
+    if not folder.exists():
+        options = ["--quiet", "--no-deps", "--target", str(folder)]
+        subprocess.run([sys.executable, "-m", "pip", "install", *options, TORCHAO], check=True)
     return folder
 
 
@@ -114,6 +125,7 @@ def run_spec(name: str, package: Path, only: str, pytest_arguments: list[str]) -
     """One specification in its own process."""
     upstream, spec, xml = fetch_upstream_tests(), HERE / "specs" / f"{name}.py", CACHE / f"report-{name}.xml"
     modules = CACHE / "hf_modules"
+    folders = (upstream, HERE, modules, fetch_torchao())
     environment = {
         **os.environ,
         "CONFORMANCE_SPEC": str(spec),
@@ -125,7 +137,7 @@ def run_spec(name: str, package: Path, only: str, pytest_arguments: list[str]) -
         "RUN_TRAINING_TESTS": "1",
         "RUN_TENSOR_PARALLEL_TESTS": "1",
         # `modules`: processes that the tensor parallel tests start unpickle classes of the loaded package.
-        "PYTHONPATH": os.pathsep.join([str(upstream), str(HERE), str(modules), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, "-m", "pytest", str(HERE / "suite.py"), "--quiet", "--no-header", "--tb=short"]
     command += ["-c", os.devnull, "--rootdir", str(HERE), "--confcutdir", str(HERE), "--assert=plain", "-W", "ignore"]

@@ -7,7 +7,7 @@ MACHINE = {
     "test requires Flash Attention*": "needs a GPU and flash-attn",
     "test requires MPS": "needs an Apple GPU",
     "test requires deepspeed": "needs DeepSpeed",
-    "test is slow": "compiles for minutes",
+    "test is slow": "compiles on a GPU, or loads our code in a process that trusts none",
     "Test requires torchao": "needs torchao",
 }
 NO_SUCH_PART = {
@@ -35,4 +35,3 @@ NOT_COMPOSITE = {
     "No subconfigs*": "one configuration, no parts",
     "*does not support SDPA": "the message of a test for composite models; SDPA is tested by the others",
 }
-NO_TENSOR_PARALLEL_PLAN = {"*does not have a TP plan.": "small beside the decoder, so it is replicated"}

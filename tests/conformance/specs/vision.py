@@ -1,16 +1,25 @@
-"""InternViT: the tower, its backbone and its classifier."""
+"""InternViT: the tower, its backbone and its heads for classification and segmentation."""
 
 import unittest
 
 import torch
-from specs.common import MACHINE, NO_SUCH_PART, NO_TENSOR_PARALLEL_PLAN, NO_TEXT, NOT_COMPOSITE
+from specs.common import MACHINE, NO_SUCH_PART, NO_TEXT, NOT_COMPOSITE
 from torch import nn
 
 
 CONFIG = "configuration_internvl.InternViTConfig"
-MODELS = ["modeling_internvit.InternViTForImageClassification", "modeling_internvit.InternVisionModel"]
+MODELS = [
+    "modeling_internvit.InternViTForImageClassification",
+    "modeling_internvit.InternVisionModel",
+    "modeling_internvit.InternViTForSemanticSegmentation",
+]
 BACKBONE = "modeling_internvit.InternViTBackbone"
-AUTO = {"AutoModel": MODELS[1], "AutoModelForImageClassification": MODELS[0], "AutoBackbone": BACKBONE}
+AUTO = {
+    "AutoModel": MODELS[1],
+    "AutoModelForImageClassification": MODELS[0],
+    "AutoBackbone": BACKBONE,
+    "AutoModelForSemanticSegmentation": MODELS[2],
+}
 GROUPS = ("model", "backbone", "configuration")
 IMAGE_SIZE, PATCH_SIZE = 28, 7
 VISION = {
@@ -46,4 +55,4 @@ def check_embeddings(self: unittest.TestCase) -> None:
 MODEL_ATTRS = {"test_resize_embeddings": False, "test_model_get_set_embeddings": check_embeddings}
 BACKBONE_ATTRS = {"has_attentions": False}  # it gives feature maps; attentions come from the tower
 CONFIGURATION = {"hidden_size": 32, "num_attention_heads": 4}
-SKIPS = {**MACHINE, **NO_SUCH_PART, **NO_TEXT, **NOT_COMPOSITE, **NO_TENSOR_PARALLEL_PLAN}
+SKIPS = {**MACHINE, **NO_SUCH_PART, **NO_TEXT, **NOT_COMPOSITE}

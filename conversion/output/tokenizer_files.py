@@ -7,16 +7,17 @@ the source's files are copied.
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import is_sentencepiece_available
 
-from ..conversation_internvl import IMAGE_CONTEXT_TOKEN, IMAGE_END_TOKEN, IMAGE_START_TOKEN
-from .key_tables import SENTENCEPIECE_TOKENIZERS, TOKENIZER_FILES
+from ...conversation_internvl import IMAGE_CONTEXT_TOKEN, IMAGE_END_TOKEN, IMAGE_START_TOKEN
+from ..key_tables import SENTENCEPIECE_TOKENIZERS, TOKENIZER_FILES
+from ..sources.checkpoint_files import read_json
 from .sentencepiece_model import build_tokenizer
-from .source import read_json
 
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -29,6 +30,16 @@ KEPT_SETTINGS = (
     "padding_side",
     "truncation_side",
 )
+# Names under which transformers' native InternVL asks its tokenizer for tokens.
+VIDEO_TOKEN = "<video>"
+NATIVE_TOKENS = {
+    "start_image_token": IMAGE_START_TOKEN,
+    "end_image_token": IMAGE_END_TOKEN,
+    "context_image_token": IMAGE_CONTEXT_TOKEN,
+    "video_token": VIDEO_TOKEN,
+}
+# Where tokenizer_config.json holds such names, if not at its top; the first may also be a list of tokens.
+NATIVE_TOKEN_KEYS = ("extra_special_tokens", "model_specific_special_tokens")
 # What the tokenizer made of a sentencepiece model must encode as sentencepiece does.
 PROBES = (
     "What is shown in the image?",
@@ -74,18 +85,27 @@ def copy_tokenizer(
         _write_from_sentencepiece(source, target, settings)
     else:
         _copy_files(source, target, settings)
+        nested = [settings.get(key) or {} for key in NATIVE_TOKEN_KEYS]
+        if any(NATIVE_TOKENS.keys() & set(names) for names in (settings, *nested)):
+            _drop_native_tokens(target, config.text_config.vocab_size)
     if is_for_retrieval and name == "LlamaTokenizer":
         _keep_begin_token(target)
     return AutoTokenizer.from_pretrained(target, config=config, trust_remote_code=False)
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int, needs_image_tokens: bool) -> None:
+def needed_image_tokens(config: Any) -> tuple[str, ...]:
+    """Tokens that stand for pictures in the texts of a chat model, by its configuration."""
+    around = (IMAGE_START_TOKEN, IMAGE_END_TOKEN) if config.use_image_start_end else ()
+    return (*around, IMAGE_CONTEXT_TOKEN)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int, needed_tokens: Sequence[str]) -> None:
     """Compares a tokenizer with the model that is to use it.
 
     Args:
         tokenizer: Of the result.
         vocabulary_size: Rows of the model's embedding.
-        needs_image_tokens: Whether pictures stand in the text.
+        needed_tokens: Tokens that must be in its vocabulary.
 
     Raises:
         ValueError: If it has ids that the model has not, or lacks tokens that stand for pictures.
@@ -97,8 +117,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int, ne
             f"The tokenizer has ids up to {largest}, the model has embeddings for {vocabulary_size} tokens: it is not the tokenizer "
             "of this checkpoint. Give the right one with `--tokenizer DIR`."
         )
-    needed = (IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_CONTEXT_TOKEN) if needs_image_tokens else ()
-    missing = [token for token in needed if token not in vocabulary]
+    missing = [token for token in needed_tokens if token not in vocabulary]
     if missing:
         raise ValueError(
             f"The tokenizer lacks {', '.join(f'`{token}`' for token in missing)}, so pictures have no place in its texts: it is not "
@@ -130,6 +149,31 @@ def _copy_files(source: Path, target: Path, settings: dict[str, Any]) -> None:
     _write_settings(target, settings)
 
 
+def _drop_native_tokens(target: Path, vocabulary_size: int) -> None:
+    """Takes away what only the native processor asks for; its token for a video may lie past the model's vocabulary."""
+
+    def is_kept(text: str, index: int) -> bool:
+        return text != VIDEO_TOKEN or index < vocabulary_size
+
+    settings = {k: v for k, v in read_json(target / "tokenizer_config.json").items() if k not in NATIVE_TOKENS}
+    for key in NATIVE_TOKEN_KEYS:
+        if isinstance(settings.get(key), dict):
+            others = {name: token for name, token in settings.pop(key).items() if name not in NATIVE_TOKENS}
+            settings |= {key: others} if others else {}
+    if "added_tokens_decoder" in settings:
+        tokens = settings["added_tokens_decoder"].items()
+        settings["added_tokens_decoder"] = {index: t for index, t in tokens if is_kept(_content(t), int(index))}
+    _write_settings(target, settings)
+    added, fast = read_json(target / "added_tokens.json"), read_json(target / "tokenizer.json")
+    if not is_kept(VIDEO_TOKEN, added.get(VIDEO_TOKEN, 0)):
+        added.pop(VIDEO_TOKEN)
+        _write_json(target / "added_tokens.json", added)
+    tokens = fast.get("added_tokens") or []
+    kept = [token for token in tokens if is_kept(token["content"], token["id"])]
+    if len(kept) < len(tokens):
+        _write_json(target / "tokenizer.json", {**fast, "added_tokens": kept})
+
+
 def _keep_begin_token(target: Path) -> None:
     """Lets `<s>` stay in front when the tokenizer is loaded with `add_eos_token=True`.
 
@@ -145,8 +189,12 @@ def _keep_begin_token(target: Path) -> None:
 
 
 def _write_settings(target: Path, settings: dict[str, Any]) -> None:
-    text = json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
-    (target / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    _write_json(target / "tokenizer_config.json", dict(sorted(settings.items())))
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    # Not sorted inside: a tokenizer.json lists its vocabulary by id.
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------- sentencepiece models

@@ -9,15 +9,15 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ..conversation_internvl import get_conversation_template
-from ..image_processing_internvl import InternVLImageProcessor
-from ..processing_internvl import InternVLProcessor
-from .key_tables import IMAGE_PROCESSOR_AUTO_MAP, PROCESSOR_AUTO_MAP, REMOVED_GENERATION_KEYS
-from .layouts import Layout, generation_settings
-from .source import Source
+from ...conversation_internvl import get_conversation_template
+from ...image_processing_internvl import InternVLImageProcessor
+from ...processing_internvl import InternVLProcessor
+from ..key_tables import IMAGE_PROCESSOR_AUTO_MAP, PROCESSOR_AUTO_MAP, REMOVED_GENERATION_KEYS
+from ..layouts.hub_layouts import Layout, generation_settings
+from ..sources.source import Source
 
 
-PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parents[2]
 # What is taken over from a source's preprocessor_config.json; how a picture becomes tiles is the configuration's to say.
 KEPT_IMAGE_SETTINGS = ("image_mean", "image_std", "resample")
 
@@ -66,7 +66,9 @@ def copy_code(target: Path, auto_maps: Iterable[dict[str, str]]) -> list[str]:
     return [file.name for file in files]
 
 
-def image_processor_for(layout: Layout, config: Any, source: Source) -> InternVLImageProcessor:
+def image_processor_for(
+    layout: Layout, config: Any, source: Source, image_size: int | None = None
+) -> InternVLImageProcessor:
     """The image processor of a checkpoint.
 
     Mean, deviation and resampling are those of the source's preprocessor_config.json. Chat models: the mode follows the configuration
@@ -77,18 +79,24 @@ def image_processor_for(layout: Layout, config: Any, source: Source) -> InternVL
         layout: Of the source.
         config: The result's configuration.
         source: The source.
+        image_size: Size of pictures, where it is not that of the source.
 
     Returns:
         The image processor.
     """
     published = source.read_json("preprocessor_config.json")
+    if image_size is not None:
+        published = {**published, **{key: image_size for key in ("size", "crop_size") if key in published}}
     settings = {key: published[key] for key in KEPT_IMAGE_SETTINGS if key in published}
-    if layout.kind == "chat":
-        return _chat_image_processor(config, settings)
+    if layout.result.kind == "chat":
+        # What came of the LLaVA code base says so in its own file when it is converted again.
+        crops = "crop" in (layout.resize_mode, published.get("resize_mode"))
+        return _chat_image_processor(config, settings, "crop" if crops else "squash")
     side = getattr(config, "force_image_size", None) or getattr(config, "vision_config", config).image_size
     if not published:
-        # InternVL-C/G were evaluated on plainly resized pictures in retrieval, InternViT on crops.
-        mode = "squash" if layout.kind == "contrastive" else "crop"
+        # InternVL-C/G were evaluated on plainly resized pictures in retrieval, InternViT on crops; a class per pixel is wanted of all.
+        is_whole = layout.result.kind == "contrastive" or layout.result.pipeline_tag == "image-segmentation"
+        mode = "squash" if is_whole else "crop"
         return InternVLImageProcessor(size={"height": side, "width": side}, resize_mode=mode)
     settings["size"] = published.get("size", side)
     if published.get("do_center_crop", False):
@@ -98,7 +106,7 @@ def image_processor_for(layout: Layout, config: Any, source: Source) -> InternVL
     return InternVLImageProcessor(**settings)
 
 
-def _chat_image_processor(config: Any, settings: dict[str, Any]) -> InternVLImageProcessor:
+def _chat_image_processor(config: Any, settings: dict[str, Any], resize_mode: str) -> InternVLImageProcessor:
     settings = {**settings, "size": {"height": config.image_size, "width": config.image_size}}
     if config.dynamic_image_size:
         return InternVLImageProcessor(
@@ -108,7 +116,8 @@ def _chat_image_processor(config: Any, settings: dict[str, Any]) -> InternVLImag
             max_num=config.max_dynamic_patch,
             use_thumbnail=config.use_thumbnail,
         )
-    return InternVLImageProcessor(**settings, resize_mode="pad" if config.pad2square else "squash")
+    mode = "pad" if config.pad2square else resize_mode
+    return InternVLImageProcessor(**settings, resize_mode=mode, crop_size=settings["size"] if mode == "crop" else None)
 
 
 def write_processor(
@@ -132,17 +141,21 @@ def write_processor(
     """
     image_settings = json.loads(image_processor.to_json_string())
     nested = {**image_settings, "auto_map": IMAGE_PROCESSOR_AUTO_MAP}
-    has_processor = tokenizer is not None and layout.kind != "vision"
+    has_processor = tokenizer is not None and layout.result.kind != "vision"
     write_json(
         target / "preprocessor_config.json",
         {**image_settings, "auto_map": {**IMAGE_PROCESSOR_AUTO_MAP, **(PROCESSOR_AUTO_MAP if has_processor else {})}},
     )
     if not has_processor:
         return [IMAGE_PROCESSOR_AUTO_MAP]
-    if layout.kind == "chat":
+    if layout.result.kind == "chat":
         template = get_conversation_template(config.template).to_jinja() if config.template else None
         processor = InternVLProcessor(
-            image_processor, tokenizer, image_seq_length=config.num_image_token, chat_template=template
+            image_processor,
+            tokenizer,
+            image_seq_length=config.num_image_token,
+            chat_template=template,
+            use_image_start_end=config.use_image_start_end,
         )
         if template:
             (target / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -168,15 +181,16 @@ def write_generation_config(
         source: The source.
         tokenizer: Of the result, or None: then the decoder's own end token is all that is known.
     """
-    if layout.kind == "vision":
+    if layout.result.kind == "vision":
         return
     decoder = config.text_config
-    nested = source.config.get("llm_config") or source.config.get("qllama_config") or {}
+    parts = ("llm_config", "qllama_config", "text_config")
+    nested = next((source.config[part] for part in parts if source.config.get(part)), source.config)
     settings = {**generation_settings(nested), **source.read_json("generation_config.json")}
     settings = {k: v for k, v in settings.items() if not k.startswith("_") and k not in REMOVED_GENERATION_KEYS}
     settings.pop("transformers_version", None)
     ends = _as_list(settings.get("eos_token_id", decoder.eos_token_id))
-    if tokenizer is not None and layout.kind == "chat" and config.template:
+    if tokenizer is not None and layout.result.kind == "chat" and config.template:
         ends = get_conversation_template(config.template).end_token_ids(tokenizer) + ends
     ends = list(dict.fromkeys(ends))
     pad = tokenizer.pad_token_id if tokenizer is not None else None

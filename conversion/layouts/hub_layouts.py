@@ -1,0 +1,270 @@
+"""The layouts of published checkpoints: how each is recognised by its content, and what becomes of its configuration.
+
+A layout is recognised by keys of config.json and names of tensors, never by the name of a folder. Its configuration is copied key by
+key into today's spelling; keys that mean nothing here are kept, what old releases of transformers wrote into every configuration is
+dropped (tables in key_tables).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedModel
+
+from ...configuration_internvl import InternViTConfig, InternVLChatConfig, InternVLConfig
+from ...modeling_internvit import (
+    InternVisionModel,
+    InternViTBackbone,
+    InternViTForImageClassification,
+    InternViTForSemanticSegmentation,
+)
+from ...modeling_internvl import InternVLModel
+from ...modeling_internvl_chat import InternVLChatForConditionalGeneration
+from ..key_tables import (
+    MEANINGLESS_KEYS,
+    OLD_DEFAULTS,
+    OLD_GENERATION_DEFAULTS,
+    OLD_VISION_DEFAULTS,
+    SAME_NAMES,
+)
+from ..rules import Rule
+from ..sources.source import Source
+from ..tensors import LazyTensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One kind of repository that a conversion makes.
+
+    Args:
+        kind: "vision", "contrastive" or "chat".
+        config_class: Class of its configuration.
+        model_class: The class whose weights it holds.
+        pipeline_tag: Task on the Hub.
+    """
+
+    kind: str
+    config_class: Any
+    model_class: type[PreTrainedModel]
+    pipeline_tag: str
+
+    @property
+    def auto_map(self) -> dict[str, str]:
+        """Its Auto classes."""
+        return dict(self.config_class.hub_auto_map)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One layout of weights.
+
+    Args:
+        name: How it is called in messages.
+        result: What becomes of it.
+        tensor_names: Tensors that must be there.
+        config_keys: Keys of config.json of which one must be there; none where weights came without such a file.
+        map_config: Today's configuration, as a dictionary, from the source.
+        rules: Its names (left) and today's (right).
+        wanted_sizes: `image_size` and `patch_size` to which the published code resizes the tower when it loads, where it does.
+        lacks_image_token: Whether its vocabulary has no token for pictures, so that conversion adds one.
+        resize_mode: Of a chat model's image processor, where the configuration asks for neither tiles nor padding.
+    """
+
+    name: str
+    result: Result
+    tensor_names: tuple[str, ...]
+    config_keys: tuple[str, ...] = ()
+    map_config: Callable[[Source], dict[str, Any]]
+    rules: tuple[Rule, ...] = SAME_NAMES
+    wanted_sizes: Callable[[Source], dict[str, int]] = lambda source: {}
+    lacks_image_token: bool = False
+    resize_mode: str = "squash"
+
+    def build_config(self, settings: dict[str, Any]) -> Any:
+        """Configuration of the result as an object.
+
+        Args:
+            settings: Its config.json.
+
+        Raises:
+            ValueError: If it is none.
+        """
+        # Deep copies, because configurations take nested dictionaries apart.
+        arguments = {key: value for key, value in settings.items() if key != "model_type"}
+        try:
+            return self.result.config_class.from_dict(arguments)
+        except (StrictDataclassError, TypeError) as error:
+            raise ValueError(f"config.json does not describe {self.name}: {error}") from error
+
+    def matches(self, source: Source) -> bool:
+        """Whether a source has this layout."""
+        has_config = not self.config_keys or any(key in source.config for key in self.config_keys)
+        return has_config and all(name in source.tensors for name in self.tensor_names)
+
+
+def without_old_defaults(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without what transformers once wrote into all of them.
+
+    Args:
+        config: As published.
+        defaults: Keys that say nothing where they hold this value.
+
+    Returns:
+        What is left; settings of `generate` are not among it.
+    """
+    return {
+        key: value
+        for key, value in config.items()
+        if key not in MEANINGLESS_KEYS
+        and key not in OLD_GENERATION_DEFAULTS
+        and not (key in defaults and value == defaults[key])
+    }
+
+
+def generation_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings of `generate` in a published decoder configuration that differ from the defaults of their time."""
+    return {
+        key: config[key] for key, value in OLD_GENERATION_DEFAULTS.items() if key in config and config[key] != value
+    }
+
+
+def vision_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Today's InternViT configuration from a published one."""
+    # The earliest 6B releases have no `norm_type`; the class default is theirs.
+    return {**without_old_defaults(config, OLD_VISION_DEFAULTS), "model_type": InternViTConfig.model_type}
+
+
+def _map_vision(source: Source) -> dict[str, Any]:
+    return vision_settings(source.config)
+
+
+def with_stored_size(settings: dict[str, Any], positions: LazyTensor | None, side: int | None) -> dict[str, Any]:
+    """InternViT's configuration with the size that its positions were stored for.
+
+    The published code may stretch the positions before training, and leaves the old size in the tower's configuration.
+
+    Args:
+        settings: Of the tower.
+        positions: Its position embedding.
+        side: `force_image_size` of the configuration around it; taken where it is the size of the positions.
+    """
+    patch_size = settings.get("patch_size", InternViTConfig.patch_size)
+    if side and positions is not None and positions.shape[1:2] == ((side // patch_size) ** 2 + 1,):
+        return {**settings, "image_size": side}
+    return settings
+
+
+def _tower_settings(source: Source) -> dict[str, Any]:
+    positions = source.tensors.get("vision_model.embeddings.position_embedding")
+    settings = vision_settings(source.config.get("vision_config") or {})
+    return with_stored_size(settings, positions, source.config.get("force_image_size"))
+
+
+def _map_contrastive(source: Source) -> dict[str, Any]:
+    return {**contrastive_settings(source.config), "vision_config": _tower_settings(source)}
+
+
+def contrastive_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Today's InternVL-C/G configuration from a published one."""
+    mapped = without_old_defaults(config, OLD_DEFAULTS)
+    qllama = without_old_defaults(mapped.pop("qllama_config"), OLD_DEFAULTS)
+    qllama["model_type"] = "qllama"
+    # The published code overwrites the value inside, with 2 if there is none outside; a result of this command has it inside.
+    is_ours = config.get("model_type") == InternVLConfig.model_type
+    frequency = qllama.get("cross_attention_frequency", 2) if is_ours else 2
+    qllama["cross_attention_frequency"] = mapped.pop("cross_attention_frequency", frequency)
+    qllama["num_query_token"] = mapped.pop("num_query_token", qllama.get("num_query_token", 96))
+    return {
+        # The published loader ties the head where this key is absent, and so loses the one that is stored.
+        "tie_word_embeddings": False,
+        **mapped,
+        "vision_config": vision_settings(config.get("vision_config") or {}),
+        "qllama_config": qllama,
+        "model_type": InternVLConfig.model_type,
+    }
+
+
+def _map_chat(source: Source) -> dict[str, Any]:
+    mapped = without_old_defaults(source.config, OLD_DEFAULTS)
+    published = mapped.pop("llm_config", None) or mapped.pop("text_config", None) or {}
+    decoder = without_old_defaults(published, OLD_DEFAULTS)
+    if "model_type" not in decoder:
+        decoder["model_type"] = "llama"  # what the published code takes it for
+    return {
+        "connector": "patches",
+        "ps_version": "v1",
+        **mapped,
+        "vision_config": _tower_settings(source),
+        "text_config": decoder,
+        "tie_word_embeddings": bool(decoder.get("tie_word_embeddings", False)),
+        "model_type": InternVLChatConfig.model_type,
+    }
+
+
+VISION = Result(
+    kind="vision",
+    config_class=InternViTConfig,
+    model_class=InternVisionModel,
+    pipeline_tag="image-feature-extraction",
+)
+CLASSIFICATION = replace(VISION, model_class=InternViTForImageClassification, pipeline_tag="image-classification")
+SEGMENTATION = replace(VISION, model_class=InternViTForSemanticSegmentation, pipeline_tag="image-segmentation")
+PYRAMID = replace(VISION, model_class=InternViTBackbone)
+CONTRASTIVE = Result(
+    kind="contrastive",
+    config_class=InternVLConfig,
+    model_class=InternVLModel,
+    pipeline_tag="zero-shot-image-classification",
+)
+CHAT = Result(
+    kind="chat",
+    config_class=InternVLChatConfig,
+    model_class=InternVLChatForConditionalGeneration,
+    pipeline_tag="image-text-to-text",
+)
+
+HUB_LAYOUTS = (
+    Layout(
+        name="InternVL-14B, published Hub layout",
+        result=CONTRASTIVE,
+        config_keys=("qllama_config",),
+        tensor_names=("text_projection", "vision_model.embeddings.class_embedding"),
+        map_config=_map_contrastive,
+    ),
+    Layout(
+        name="InternVL-Chat, published Hub layout",
+        result=CHAT,
+        config_keys=("llm_config", "text_config"),
+        tensor_names=("mlp1.0.weight", "vision_model.embeddings.class_embedding"),
+        map_config=_map_chat,
+    ),
+    Layout(
+        name="InternViT with a classification head, layout of this package",
+        result=CLASSIFICATION,
+        config_keys=("qk_normalization", "classifier_pooling"),
+        tensor_names=("vision_model.embeddings.class_embedding", "head.weight", "norm.running_mean"),
+        map_config=_map_vision,
+    ),
+    Layout(
+        name="InternViT with a linear segmentation head, layout of this package",
+        result=SEGMENTATION,
+        config_keys=("qk_normalization", "out_indices"),
+        tensor_names=("vision_model.embeddings.class_embedding", "decode_head.conv_seg.weight"),
+        map_config=_map_vision,
+    ),
+    Layout(
+        name="InternViT with a feature pyramid, layout of this package",
+        result=PYRAMID,
+        config_keys=("feature_pyramid",),
+        tensor_names=("embeddings.class_embedding", "up1.0.weight"),
+        map_config=_map_vision,
+    ),
+    Layout(
+        name="InternViT, published Hub layout",
+        result=VISION,
+        config_keys=("qk_normalization", "initializer_factor"),
+        tensor_names=("embeddings.class_embedding", "embeddings.position_embedding"),
+        map_config=_map_vision,
+    ),
+)

@@ -1,0 +1,49 @@
+"""A result on the Hub."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+
+def create_repository(repo_id: str, private: bool) -> None:
+    """Makes sure of the right to write before hours of work are spent.
+
+    Args:
+        repo_id: `user/name` or `organisation/name`; may exist.
+        private: Whether a new one is private.
+
+    Raises:
+        ValueError: `repo_id` is no such name.
+        OSError: The Hub refuses, or nobody is logged in.
+    """
+    try:
+        HfApi().create_repo(repo_id, private=private, exist_ok=True)
+    except HFValidationError as error:
+        raise ValueError(f"`{repo_id}` is no name of a repository (user/name): {error}") from error
+    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
+        raise OSError(
+            f"`{repo_id}` cannot be written on the Hub: {error}. Log in with `hf auth login`, or set `HF_TOKEN`."
+        ) from error
+
+
+def upload(folder: Path, repo_id: str) -> str:
+    """Uploads a finished folder; the folder itself stays as it is.
+
+    Args:
+        folder: A complete repository.
+        repo_id: An existing repository.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        OSError: The Hub refuses; run the command again to go on, since stored files are not sent twice.
+    """
+    try:
+        commit = HfApi().upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message="Convert to the InternVL package"
+        )
+    except HfHubHTTPError as error:
+        raise OSError(f"`{folder}` is complete, but was not uploaded to `{repo_id}`: {error}") from error
+    return str(commit)

@@ -1,0 +1,186 @@
+"""A model that is spread over devices or processes computes what it computes on one device.
+
+Placement by `device_map`: tests/test_models.py splits every class once, by a map made from `_no_split_modules`. Here are the names
+that `device_map` takes, dictionaries at every boundary a user may draw, and offloading to memory and to disk. Without an accelerator
+"cpu" and "disk" are the two devices. Tensor parallelism runs on two processes.
+"""
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+
+from . import tiny, two_processes
+
+
+def chat_case(connector: str):
+    return lambda: tiny.chat_model(connector=connector), tiny.chat_inputs
+
+
+CASES = {
+    "vision": tiny.MODELS["InternVisionModel"],
+    # As the 6B, whose 25 heads two processes cannot share.
+    "vision-odd-heads": (
+        lambda: tiny.vision_model(hidden_size=36, num_attention_heads=3, norm_type="layer_norm", qkv_bias=True),
+        tiny.MODELS["InternVisionModel"][1],
+    ),
+    "C-alone": tiny.MODELS["InternVLModel-C-alone"],
+    "14B-C": tiny.MODELS["InternVLModel-C"],
+    "14B-G": tiny.MODELS["InternVLModel-G"],
+    "chat-simple": chat_case("patches"),
+    "chat-internlm2": tiny.MODELS["chat-internlm2"],
+    "chat-experts": tiny.MODELS["chat-qwen3-moe"],
+    "chat-queries": chat_case("queries"),
+    "chat-full": chat_case("queries_and_patches"),
+}
+each_case = pytest.mark.parametrize("name", list(CASES))
+
+
+def build(name: str):
+    make, make_inputs = CASES[name]
+    model = make()
+    return model, make_inputs(model)
+
+
+@torch.no_grad()
+def run(model, inputs) -> torch.Tensor:
+    output = tiny.main_output(model(**inputs))
+    mask = inputs.get("attention_mask")
+    return output if mask is None or output.shape[:2] != mask.shape else output[mask.bool()]
+
+
+def caption_inputs(name: str, model, inputs: dict) -> dict | None:
+    """Arguments of `generate`, or None where a model generates no text."""
+    if name.startswith("chat"):
+        return inputs
+    return {"pixel_values": inputs["pixel_values"]} if name == "14B-G" else None
+
+
+def num_bytes(model) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def split_off(model, part: str, folder):
+    """The model, loaded again with one part on disk."""
+    model.save_pretrained(folder)
+    children = [name for name, module in model.named_children() if any(True for _ in module.parameters())]
+    parameters = [name for name, _ in model.named_parameters(recurse=False)]
+    device_map = {**dict.fromkeys(children + parameters, "cpu"), part: "disk"}
+    return type(model).from_pretrained(folder, device_map=device_map, offload_folder=folder / "offload").eval()
+
+
+def assert_same(model, inputs, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(run(model, inputs), expected, atol=1e-6, rtol=1e-6)
+
+
+@each_case
+@pytest.mark.parametrize("device_map", ["auto", "balanced", "sequential"])
+def test_a_named_device_map_changes_nothing(name, device_map, tmp_path):
+    """Memory for two thirds of the model; the rest is read from disk."""
+    model, inputs = build(name)
+    expected = run(model, inputs)
+    model.save_pretrained(tmp_path)
+    split = type(model).from_pretrained(
+        tmp_path,
+        device_map=device_map,
+        max_memory={"cpu": num_bytes(model) * 2 // 3},
+        offload_folder=tmp_path / "offload",
+    )
+    assert set(split.hf_device_map.values()) == {"cpu", "disk"}
+    assert any(p.is_meta for p in split.parameters())
+    assert_same(split.eval(), inputs, expected)
+
+
+@each_case
+def test_any_part_alone_on_disk_changes_nothing(name, tmp_path):
+    """A dictionary by hand, one part after the other on another device than all the rest."""
+    model, inputs = build(name)
+    expected = run(model, inputs)
+    for part, module in model.named_children():
+        if any(True for _ in module.parameters()):
+            split = split_off(model, part, tmp_path)
+            on_disk = {parameter.split(".")[0] for parameter, tensor in split.named_parameters() if tensor.is_meta}
+            assert on_disk == {part}
+            assert_same(split, inputs, expected)
+
+
+@each_case
+@pytest.mark.parametrize("to_disk", [False, True])
+def test_offloading_all_of_it_changes_nothing(name, to_disk, tmp_path):
+    """Every module is fetched for its own forward only: what reads a parameter of another module fails here. (What accelerate's
+    hooks do not see are calls beside `forward` that read a parameter of the model itself, e.g. its queries.)"""
+    model, inputs = build(name)
+    expected = run(model, inputs)
+    if to_disk:
+        disk_offload(model, tmp_path, execution_device="cpu")
+    else:
+        cpu_offload(model, execution_device="cpu")
+    inside = [p for name, p in model.named_parameters() if "." in name]
+    assert inside
+    assert all(p.is_meta for p in inside)
+    assert_same(model, inputs, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("14B-G", "vision_model"),
+        ("14B-G", "qllama"),
+        ("chat-simple", "vision_model"),
+        ("chat-simple", "language_model"),
+        ("chat-experts", "vision_model"),
+        ("chat-full", "vision_model"),
+        ("chat-full", "qllama"),
+        ("chat-full", "language_model"),
+    ],
+)
+def test_a_model_with_a_part_on_disk_generates_the_same_tokens(name, part, tmp_path):
+    """With the vision tower offloaded, the device of a model is "meta": nothing new may be made there. To transformers that is an
+    accelerator, so `generate` takes the paths it takes on one."""
+    model, inputs = build(name)
+    arguments = {**caption_inputs(name, model, inputs), "do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
+    expected = model.generate(**arguments)
+    split = split_off(model, part, tmp_path)
+    assert torch.equal(split.generate(**arguments), expected)
+
+
+@pytest.fixture(scope="module")
+def tensor_parallel_runs(tmp_path_factory):
+    """Every case in one pair of processes: starting them takes longer than running them."""
+    folder = tmp_path_factory.mktemp("tensor_parallel")
+    expected = {}
+    for name in CASES:
+        model, inputs = build(name)
+        arguments = caption_inputs(name, model, inputs)
+        if "input_ids" in inputs:
+            model.resize_token_embeddings(100)  # transformers 5.16 shares out only a vocabulary that divides evenly
+        (folder / name).mkdir()
+        model.save_pretrained(folder / name / "model")
+        job = {"class": type(model).__name__, "inputs": inputs, "generate": arguments}
+        torch.save(job, folder / name / "inputs.pt")
+        with torch.no_grad():
+            expected[name] = {"output": tiny.main_output(model(**inputs))}
+        if arguments is not None:
+            expected[name]["tokens"] = model.generate(**arguments, do_sample=False, max_new_tokens=4, min_new_tokens=4)
+        expected[name]["sizes"] = {parameter: tensor.numel() for parameter, tensor in model.named_parameters()}
+    return expected, two_processes.run("tensor_parallel", folder)
+
+
+@each_case
+def test_tensor_parallelism_changes_nothing(name, tensor_parallel_runs):
+    expected, ranks = tensor_parallel_runs
+    for rank in ranks:
+        torch.testing.assert_close(rank[name]["output"], expected[name]["output"], atol=2e-5, rtol=2e-5)
+        if "tokens" in expected[name]:
+            assert torch.equal(rank[name]["tokens"], expected[name]["tokens"])
+
+
+@each_case
+def test_each_process_holds_half_of_every_large_matrix(name, tensor_parallel_runs):
+    """Of the vision tower, QLLaMA with its cross-attention, and the decoder."""
+    expected, ranks = tensor_parallel_runs
+    sharded = "qkv proj fc1 fc2 q_proj k_proj v_proj o_proj gate_proj up_proj down_proj wqkv wo w1 w2 w3".split()
+    suffixes = tuple(f".{layer}.weight" for layer in sharded)
+    sizes = {key: n for key, n in expected[name]["sizes"].items() if "layers." in key and key.endswith(suffixes)}
+    assert sizes
+    for parameter, size in sizes.items():
+        assert [rank[name]["sizes"][parameter] for rank in ranks] == [size // 2, size // 2], parameter

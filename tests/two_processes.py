@@ -1,0 +1,126 @@
+"""Runs a job on two gloo processes: `python -m tests.two_processes JOB FOLDER` writes what each rank found to FOLDER/rank0.pt and
+rank1.pt.
+
+Run as a module of its own, so that the processes it spawns can import it under the same name.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(job: str, folder: Path) -> list[dict]:
+    """The results of both ranks."""
+    command = [sys.executable, "-m", "tests.two_processes", job, str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+def goldens(rank: int, folder: Path) -> dict:
+    """Losses and gradients of the recorded batches, with and without gradient caching."""
+    from .training_models import golden_inputs, golden_model
+
+    found = {}
+    for tag in ("stage2", "retrieval"):
+        for rows_per_chunk in (None, 2):
+            model = golden_model(tag, rows_per_chunk=rows_per_chunk)
+            outputs = model(**golden_inputs("internvl_14b_training_ws2", f"{tag}.rank{rank}"))
+            outputs.loss.backward()
+            losses = {name: value.detach() for name, value in outputs.items()}
+            found[tag, rows_per_chunk] = losses | gradients(model)
+    return found
+
+
+def contrastive(rank: int, folder: Path) -> dict:
+    """Stage 1 under DDP, chunk by chunk, each rank with its half of the batch."""
+    from internvl.training.pretraining import InternVLForContrastiveTraining
+
+    from . import tiny
+    from .training_models import tiny_model
+
+    found = {}
+    for objective in ("softmax", "sigmoid"):
+        model = tiny_model(InternVLForContrastiveTraining, objective=objective, rows_per_chunk=2)
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+        half = slice(rank * 3, rank * 3 + 3)
+        outputs = wrapped(pixel_values=tiny.pixels(6)[half], input_ids=tiny.text_ids(6)[half])
+        outputs.loss.backward()
+        found[objective] = {"loss": outputs.loss.detach()} | gradients(model)
+    return found
+
+
+def text_only_rank(rank: int, folder: Path) -> dict:
+    """A training step of both chat models, sharded and not, while the second rank's batch holds no picture."""
+    from torch.distributed.fsdp import fully_shard
+
+    from . import tiny
+
+    found = {}
+    for connector in ("patches", "queries_and_patches"):
+        for engine in ("ddp", "fsdp"):
+            model = tiny.chat_model(connector=connector).train()
+            inputs = tiny.chat_inputs(model, tiles=[[1], [2]] if rank == 0 else [[], []])
+            if engine == "ddp":
+                wrapped = DistributedDataParallel(model)
+            else:
+                for layer in [*model.vision_model.encoder.layers, *model.language_model.model.layers]:
+                    fully_shard(layer)
+                wrapped = fully_shard(model)
+            loss = wrapped(**inputs, labels=inputs["input_ids"]).loss
+            loss.backward()
+            found[connector, engine] = loss.detach()
+    return found
+
+
+def tensor_parallel(rank: int, folder: Path) -> dict:
+    """Every FOLDER/NAME/model with `tp_plan="auto"` on FOLDER/NAME/inputs.pt: its output, its tokens where it was asked to generate, and
+    local elements per tensor.
+    """
+    return {path.name: load_in_tensor_parallel(path) for path in sorted(folder.iterdir()) if path.is_dir()}
+
+
+@torch.no_grad()
+def load_in_tensor_parallel(folder: Path) -> dict:
+    import internvl
+
+    from . import tiny
+
+    job = torch.load(folder / "inputs.pt")
+    model = getattr(internvl, job["class"]).from_pretrained(folder / "model", tp_plan="auto").eval()
+    found = {"output": tiny.main_output(model(**job["inputs"]))}
+    if job["generate"] is not None:
+        found["tokens"] = model.generate(**job["generate"], do_sample=False, max_new_tokens=4, min_new_tokens=4)
+    found["sizes"] = {name: local(parameter).numel() for name, parameter in model.named_parameters()}
+    return found
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """A rank's own share, whether or not the release of transformers wraps it in a `DTensor`."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {f"grad.{name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _process(rank: int, job: str, folder: str) -> None:
+    # What transformers' tensor parallelism reads.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(globals()[job](rank, Path(folder)), f"{folder}/rank{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(_process, args=tuple(sys.argv[1:]), nprocs=2)

@@ -1,0 +1,163 @@
+"""Writes ZeRO checkpoints as DeepSpeed lays them out, without DeepSpeed: slow and obvious."""
+
+import sys
+import types
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+CLASSES = {
+    "deepspeed.runtime.fp16.loss_scaler": ("LossScaler", "DynamicLossScaler"),
+    "deepspeed.runtime.zero.config": ("ZeroStageEnum",),
+    "deepspeed.utils.tensor_fragment": ("fragment_address",),
+}
+Tensors = dict[str, torch.Tensor]
+
+
+@contextmanager
+def classes_of_deepspeed():
+    """Classes under the names of DeepSpeed's, for as long as something is pickled."""
+    modules = {}
+    for path in CLASSES:
+        parts = path.split(".")
+        for count in range(1, len(parts) + 1):
+            name = ".".join(parts[:count])
+            modules.setdefault(name, types.ModuleType(name))
+    classes = {}
+    for path, names in CLASSES.items():
+        for name in names:
+            classes[name] = type(name, (), {"__module__": path})
+            setattr(modules[path], name, classes[name])
+    sys.modules.update(modules)
+    try:
+        yield classes
+    finally:
+        for name in modules:
+            del sys.modules[name]
+
+
+def filled(classes: dict[str, type], name: str, **state: Any) -> Any:
+    made = classes[name]()
+    made.__dict__.update(state)
+    return made
+
+
+def padded(numbers: list[float], length: int) -> list[float]:
+    return numbers + [0.0] * (length - len(numbers))
+
+
+def cut_by_stretch(groups: list[Tensors], processes: int, gap: int, strip: bool) -> list[list[torch.Tensor]]:
+    """Stages 1 and 2: for each process, its stretch of every group."""
+    result: list[list[torch.Tensor]] = [[] for _ in range(processes)]
+    for group in groups:
+        vector = [number for tensor in group.values() for number in [*tensor.flatten().tolist(), *[7.0] * gap]]
+        length = -(-len(vector) // (2 * processes)) * 2
+        whole = padded(vector, length * processes)
+        for rank in range(processes):
+            stretch = whole[rank * length : (rank + 1) * length]
+            if strip:  # as it is saved: without the padding at the end
+                stretch = stretch[: max(0, len(vector) - rank * length)]
+            result[rank].append(torch.tensor(stretch))
+    return result
+
+
+def cut_by_part(tensor: torch.Tensor, processes: int) -> list[torch.Tensor]:
+    """Stage 3: equal parts of one tensor, one for each process."""
+    numbers = tensor.flatten().tolist()
+    length = -(-len(numbers) // processes)
+    whole = padded(numbers, length * processes)
+    return [torch.tensor(whole[rank * length : (rank + 1) * length], dtype=tensor.dtype) for rank in range(processes)]
+
+
+def write_zero(
+    folder: Path,
+    groups: list[Tensors],
+    stage: int,
+    processes: int,
+    dtype: torch.dtype = torch.bfloat16,
+    frozen: Tensors | None = None,
+    buffers: Tensors | None = None,
+    shared: dict[str, str] | None = None,
+    tag: str = "global_step7",
+    gap: int = 0,
+    strip: bool = True,
+    flat_groups: int = 1,
+    extra: dict[str, Any] | None = None,
+) -> Path:
+    """Writes a checkpoint.
+
+    Args:
+        folder: Gets `latest` and a folder with the files.
+        groups: Float32 tensors of every optimizer group.
+        stage: Of ZeRO.
+        processes: How many wrote it.
+        dtype: Of the training.
+        frozen: Tensors that are not trained.
+        buffers: The model's buffers.
+        shared: Second names of parameters.
+        gap: Padding after every parameter (stages 1 and 2).
+        strip: Whether the padding at the end is taken off, as most releases do.
+        flat_groups: In stage 3, into how many flat tensors the parts of a process are stored.
+        extra: More entries of the optimizer's state.
+
+    Returns:
+        The folder with the files.
+    """
+    place = folder / tag
+    place.mkdir(parents=True)
+    (folder / "latest").write_text(tag)
+    frozen = {name: tensor.to(dtype) for name, tensor in (frozen or {}).items()}
+    buffers = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in (buffers or {}).items()
+    }
+    trained = {name: tensor for group in groups for name, tensor in group.items()}
+    everything = {**{name: tensor.to(dtype) for name, tensor in trained.items()}, **frozen}
+    everything |= {name: everything[first] for name, first in (shared or {}).items()}
+    prefix = "bf16_" if dtype == torch.bfloat16 else ""
+    stretches = cut_by_stretch(groups, processes, gap, strip)
+    with classes_of_deepspeed() as classes:
+        for rank in range(processes):
+            if stage == 3 or rank == 0:
+                empty = {name: torch.zeros(0, dtype=dtype) for name in everything}
+                parts = {name: cut_by_part(tensor, processes)[rank] for name, tensor in frozen.items()}
+                model = {
+                    "module": {**(empty if stage == 3 else everything), **buffers},
+                    "buffer_names": list(buffers),
+                    "param_shapes": [{name: tensor.shape for name, tensor in group.items()} for group in groups],
+                    # Stage 1 keeps no record of frozen parameters.
+                    "frozen_param_shapes": {name: tensor.shape for name, tensor in frozen.items()}
+                    if stage > 1
+                    else None,
+                    "frozen_param_fragments": (parts if stage == 3 else frozen) if stage > 1 else None,
+                    "shared_params": shared or {},
+                    "lr_scheduler": {"last_epoch": 7},
+                    "dp_world_size": processes,
+                    "mp_world_size": 1,
+                }
+                name = f"zero_pp_rank_{rank}_mp_rank_00" if stage == 3 else "mp_rank_00"
+                torch.save(model, place / f"{name}_model_states.pt")
+            optimizer = {
+                "zero_stage": filled(classes, "ZeroStageEnum", value=stage),
+                "loss_scaler": filled(
+                    classes, "LossScaler" if dtype == torch.bfloat16 else "DynamicLossScaler", cur_scale=1.0
+                ),
+                "base_optimizer_state": {"state": {0: {"exp_avg": torch.full((50,), 9.0)}}},
+                **(extra or {}),
+            }
+            if stage == 3:
+                flat = torch.cat([cut_by_part(tensor, processes)[rank] for tensor in trained.values()])
+                optimizer |= {"partition_count": processes, "fp32_flat_groups": list(flat.tensor_split(flat_groups))}
+            else:
+                optimizer |= {
+                    "partition_count": [processes] * len(groups),
+                    "single_partition_of_fp32_groups": stretches[rank],
+                    "param_slice_mappings": [{name: filled(classes, "fragment_address", numel=3)} for name in trained],
+                }
+                if gap:
+                    optimizer["param_alignment_paddings"] = [[gap] * len(group) for group in groups]
+            content = {"optimizer_state_dict": optimizer, "ds_version": "0.0"}
+            torch.save(content, place / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    return place
