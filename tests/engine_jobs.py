@@ -1,0 +1,229 @@
+"""Training runs for the tests of engines: `python -m tests.engine_jobs JOB FOLDER`, alone or under `accelerate launch`.
+
+Every process writes what it found to FOLDER/JOB-rank0.pt, FOLDER/JOB-rank1.pt. A run is stock `Trainer`, on dialogues with the
+chat model or on a stream of pairs with stage 1's.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import DistributedType, PartialState
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from internvl.configuration_internvl import InternVLChatConfig
+from internvl.conversation_internvl import get_conversation_template
+from internvl.image_processing_internvl import InternVLImageProcessor
+from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
+from internvl.processing_internvl import InternVLProcessor
+from internvl.training.dialogues import DialogueCollator, DialogueDataset, DialogueEncoder
+from internvl.training.pairs import PairCollator, PairStream, stream_loader
+from internvl.training.pretraining import InternVLForContrastiveTraining
+
+from . import tiny
+from .fixtures_dialogues import llava
+from .fixtures_pairs import sample, write_tar
+from .fixtures_text import make_image, make_tokenizer
+from .training_models import tiny_model
+
+
+ROOT = Path(__file__).parents[1]
+CONNECTORS = ("patches", "queries_and_patches")
+STEPS = 5
+STOPPED_AFTER = 3
+SAVED_AFTER = 2
+
+
+# ----------------------------------------------------------------------------------------------------------- launching
+def launch(engine: str | None, job: str, folder: Path, dies: bool = False, **environment: str) -> list[dict]:
+    """Runs a job in processes of its own: two with the shipped configuration of an engine, or one without any."""
+    command = [sys.executable, "-m", "tests.engine_jobs", job, str(folder)]
+    if engine is not None:
+        config = ROOT / "configs" / "accelerate" / f"{engine}.yaml"
+        # The machine may have no card: two processes, and no bf16.
+        settings = ["--config_file", str(config), "--num_processes", "2", "--mixed_precision", "no"]
+        settings += ["--main_process_port", "0"]
+        command = [sys.executable, "-m", "accelerate.commands.launch", *settings, "-m", "tests.engine_jobs"]
+        command += [job, str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    output = done.stdout + done.stderr
+    if dies:
+        assert done.returncode != 0
+        assert engine is None or "SIGKILL" in output, output[-6000:]
+        return []
+    assert done.returncode == 0, output[-6000:]
+    return [torch.load(folder / f"{job}-rank{rank}.pt") for rank in range(1 if engine is None else 2)]
+
+
+class StoppedError(Exception):
+    """A run was stopped."""
+
+
+class Stop(TrainerCallback):
+    """The end of a run in its midst, or of its process, as when a scheduler takes it away."""
+
+    def __init__(self, kills: bool) -> None:
+        self.kills = kills
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == STOPPED_AFTER and self.kills:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if state.global_step == STOPPED_AFTER:
+            raise StoppedError
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+def make_processor(connector: str = "patches") -> InternVLProcessor:
+    return InternVLProcessor(
+        InternVLImageProcessor(size={"height": 56, "width": 56}, max_num=6),
+        make_tokenizer(),
+        image_seq_length=4 if connector == "patches" else 4 + tiny.QLLAMA["num_query_token"],
+        chat_template=get_conversation_template("internvl").to_jinja(),
+    )
+
+
+def write_dialogues(folder: Path) -> Path:
+    """Rows for batches of four: in the second batch only the first half, the first process's, has pictures; unequal tiles."""
+    make_image(56, 56, seed=1).save(folder / "a.png")
+    make_image(168, 56, seed=2).save(folder / "b.png")
+    pictures = [["a"], ["b", "a"], [], ["b"], ["b"], ["a"], [], [], [], ["a", "a"], ["b"], []]
+    rows = []
+    for number, names in enumerate(pictures):
+        question = "<image>\n" * len(names) + "What? Answer briefly."[: 5 + number]
+        rows.append(llava(question, "A red bus on a street."[: 4 + number], image=[f"{name}.png" for name in names]))
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_pairs(folder: Path) -> str:
+    for shard in range(4):
+        write_tar(folder / f"{shard}.tar", [sample(number) for number in range(shard * 8, shard * 8 + 8)], shard * 8)
+    return str(folder / "*.tar")
+
+
+def write_data(folder: Path) -> None:
+    """The rows, the pairs, and tiny models to start from."""
+    write_dialogues(folder)
+    write_pairs(folder)
+    for connector in CONNECTORS:
+        make_chat_model(connector).save_pretrained(folder / connector)
+    model = tiny_model(InternVLForContrastiveTraining, num_query_token=0)
+    model.resize_token_embeddings(len(make_tokenizer()), mean_resizing=False)
+    tiny.randomize(model).save_pretrained(folder / "stage 1 start")
+
+
+def make_chat_model(connector: str = "patches") -> InternVLChatForConditionalGeneration:
+    """A tiny chat model for `make_processor`."""
+    processor = make_processor(connector)
+    text_config = {**tiny.DECODERS["llama"], "vocab_size": len(processor.tokenizer)}
+    config = tiny.chat_config(connector=connector, text_config=text_config, image_token_id=processor.image_token_id)
+    return tiny.randomize(InternVLChatForConditionalGeneration(config)).train()
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+def arguments_for(folder: Path, batch: int, **settings) -> TrainingArguments:
+    """Settings of all runs; `batch` is that of all processes together."""
+    number_of_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    defaults = {
+        "max_steps": STEPS, "per_device_train_batch_size": batch // number_of_processes, "learning_rate": 3e-3,
+        "logging_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_steps": SAVED_AFTER,
+        "lr_scheduler_type": "cosine", "warmup_steps": 2, "remove_unused_columns": False, "save_strategy": "no",
+    }  # fmt: skip
+    arguments = TrainingArguments(str(folder), **{**defaults, **settings})
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # accelerate has FSDP for cards only, PyTorch has it for the CPU as well.
+        PartialState().distributed_type = DistributedType.MULTI_GPU
+    return arguments
+
+
+def chat_trainer(folder: Path, name: str, connector: str = "patches", drop_path_rate: float = 0.0, **settings):
+    """Stage 3 on the rows of `write_dialogues`."""
+    arguments = arguments_for(folder / name, 4, **settings)  # first: engines have a say in how weights are loaded
+    config = InternVLChatConfig.from_pretrained(folder / connector)
+    config.vision_config.drop_path_rate = drop_path_rate
+    encoder = DialogueEncoder(make_processor(connector))
+    return Trainer(
+        InternVLChatForConditionalGeneration.from_pretrained(folder / connector, config=config),
+        arguments,
+        data_collator=DialogueCollator(encoder),
+        train_dataset=DialogueDataset(folder / "rows.jsonl", encoder),
+    )
+
+
+class StreamTrainer(Trainer):
+    def get_train_dataloader(self) -> DataLoader:
+        return stream_loader(self.train_dataset, self.data_collator, self.args)
+
+
+def pair_trainer(folder: Path, name: str, **settings):
+    """Stage 1 on the pairs of `write_pairs`, half of the patches dropped."""
+    arguments = arguments_for(folder / name, 4, **settings)
+    images = InternVLImageProcessor(size={"height": 56, "width": 56}, resize_mode="squash")
+    processor = InternVLProcessor(images, make_tokenizer(), mode="contrastive", max_text_length=16)
+    model = InternVLForContrastiveTraining.from_pretrained(folder / "stage 1 start", dropped_patches=0.5)
+    stream = PairStream(
+        str(folder / "*.tar"), rank=arguments.process_index, world_size=arguments.world_size, shuffle_buffer=5
+    )
+    collator = PairCollator(processor, padding="max_length")
+    return StreamTrainer(model, arguments, data_collator=collator, train_dataset=stream)
+
+
+def result_of(trainer: Trainer) -> dict:
+    """Losses of the steps, and the weights of the whole model, which some engines give to the first process alone."""
+    losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return {"losses": losses, "weights": {name: value.clone() for name, value in (weights or {}).items()}}
+
+
+# ---------------------------------------------------------------------------------------------------------------- jobs
+STAGES = {
+    "stage 3": (chat_trainer, {"drop_path_rate": 0.3}),
+    "stage 1": (pair_trainer, {}),
+}
+
+
+def parity(folder: Path) -> dict:
+    """Both chat models, without anything random, in the order of the file."""
+    found = {}
+    for connector in CONNECTORS:
+        trainer = chat_trainer(folder, f"parity {connector}", connector, train_sampling_strategy="sequential")
+        trainer.train()
+        found[connector] = {"wrapper": type(trainer.model_wrapped).__name__, **result_of(trainer)}
+    return found
+
+
+def killed(folder: Path) -> None:
+    """A run of each stage that ends in its midst, the last one with the process."""
+    for stage, (make, settings) in STAGES.items():
+        trainer = make(folder, stage, save_strategy="steps", **settings)
+        trainer.add_callback(Stop(kills=stage == list(STAGES)[-1]))
+        with contextlib.suppress(StoppedError):
+            trainer.train()
+
+
+def resumed(folder: Path) -> dict:
+    """The rest of the killed runs, and unbroken ones."""
+    found = {stage: {} for stage in STAGES}
+    for stage, (make, settings) in STAGES.items():
+        for kind, checkpoint in (("resumed", str(folder / stage / f"checkpoint-{SAVED_AFTER}")), ("whole", None)):
+            trainer = make(folder, f"{kind} {stage}", **settings)
+            trainer.train(resume_from_checkpoint=checkpoint)
+            found[stage][kind] = result_of(trainer)
+    return found
+
+
+def parity_and_resumed(folder: Path) -> dict:
+    return {"parity": parity(folder), **resumed(folder)}
+
+
+if __name__ == "__main__":
+    job, place = sys.argv[1], Path(sys.argv[2])
+    torch.save(globals()[job](place), place / f"{job}-rank{os.environ.get('RANK', '0')}.pt")

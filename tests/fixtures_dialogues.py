@@ -1,0 +1,53 @@
+"""Rows of dialogue data, good and bad. Pictures named `a.png` and `b.png` are there, `z.png` is not."""
+
+
+def llava(*turns: str, **row) -> dict:
+    names = ("human", "gpt")
+    return {"conversations": [{"from": names[i % 2], "value": text} for i, text in enumerate(turns)], **row}
+
+
+BAD_ROWS = {
+    "no form": ({"question": "a", "answer": "b"}, "needs `conversations`, `messages`, or `query`.*question, answer"),
+    "no messages": ({"conversations": []}, "must be a list of messages that is not empty"),
+    "a message that is none": ({"conversations": ["Hello"]}, "must be an object with `from` and `value`"),
+    "unknown role": ({"messages": [{"role": "tool", "content": "a"}]}, "Unknown role 'tool'"),
+    "no content": ({"messages": [{"role": "user"}]}, "must be a text or a list of parts, got None"),
+    "unknown part": ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "must be a text or an image"),
+    "two questions": (
+        {"messages": [{"role": "user", "content": "a"}] * 2},
+        "Message 2 is from `user`, expected `assistant`",
+    ),
+    "answer first": (
+        {"messages": [{"role": "assistant", "content": "a"}]},
+        "Message 1 is from `assistant`, expected `user`",
+    ),
+    "late system message": (
+        {"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]},
+        "Message 2 is from `system`",
+    ),
+    "question last": (llava("a", "b", "c"), "last message must be an answer"),
+    "system message alone": ({"messages": [{"role": "system", "content": "a"}]}, "last message must be an answer"),
+    "empty answer": (llava("a", " \n"), "The answer in message 2 is empty"),
+    "empty question": (llava("", "a"), "The question in message 1 is empty"),
+    "no response": ({"query": "a"}, "must be a text or a list of parts, got None"),
+    "broken history": ({"query": "a", "response": "b", "history": [["a"]]}, "pairs of a query and a response"),
+    "too few pictures": (llava("<image><image>", "a", image="a.png"), r"2 place\(s\) for pictures .* 1 picture"),
+    "too many pictures": (llava("<image>", "a", image=["a.png", "b.png"]), r"1 place\(s\) for pictures .* 2 picture"),
+    "placeholder without picture": (llava("<image>", "a"), r"1 place\(s\) for pictures .* 0 picture"),
+    "null picture": (llava("<image>", "a", image=[None]), "A picture is null"),
+    "missing picture": (
+        llava("<image>", "a", image="z.png"),
+        "picture `z.png` is missing: there is no file `.*z.png`",
+    ),
+    "two columns": (llava("<image>", "a", image="a.png", images=["a.png"]), "either `image` or `images`"),
+    "video": (llava("<video>", "a", video="a.mp4"), "`video` is not read here"),
+    "picture in an answer": (
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": [{"type": "image", "image": "a.png"}]},
+            ]
+        },
+        "Message 2 is from `assistant` and holds a picture",
+    ),
+}

@@ -1,0 +1,193 @@
+"""The recipes say what is trained at which rate; their batches hold what the training models ask for."""
+
+import inspect
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+import torch
+from PIL import Image
+
+from internvl.configuration_internvl import InternVLConfig
+from internvl.image_processing_internvl import InternVLImageProcessor
+from internvl.processing_internvl import InternVLProcessor
+from internvl.training.collators import GenerativeCollator, RetrievalCollator, picture_number
+from internvl.training.parameter_groups import PARTS
+from internvl.training.pretraining import InternVLForGenerativeTraining, InternVLForRetrievalTraining
+from internvl.training.recipes import RECIPES, retrieval, stage1, stage1_small, stage2, stage3, with_steps
+from internvl.training.stages import Run, training_arguments, with_lora
+
+from .fixtures_text import make_image, make_tokenizer
+
+
+ALL = [(stage, scale) for stage, scales in RECIPES.items() for scale in scales]
+
+
+def trained(recipe) -> list[set[str]]:
+    return [set(phase.rates) for phase in recipe.phases]
+
+
+# --------------------------------------------------------------------------------------------------------- the recipes
+@pytest.mark.parametrize(("stage", "scale"), ALL)
+def test_recipes_are_frozen_and_name_known_parts(stage, scale):
+    recipe = RECIPES[stage][scale]()
+    with pytest.raises(FrozenInstanceError):
+        recipe.seed = 1
+    for phase in recipe.phases:
+        assert set(phase.rates) <= set(PARTS)
+        assert 0 < phase.warmup_steps < phase.steps
+
+
+@pytest.mark.parametrize("stage", RECIPES)
+def test_both_scales_train_the_same_parts(stage):
+    full, small = (RECIPES[stage][scale]() for scale in ("full", "small"))
+    assert trained(full) == trained(small)
+    assert [phase.name for phase in full.phases] == [phase.name for phase in small.phases]
+    for large, little in zip(full.phases, small.phases, strict=True):
+        assert little.steps * little.batch_size < large.steps * large.batch_size
+
+
+@pytest.mark.parametrize("recipe", [stage1(), stage1_small()], ids=["full", "small"])
+def test_stage_1_is_the_paper_s(recipe):
+    half, whole = recipe.phases
+    assert (half.dropped_patches, whole.dropped_patches) == (0.5, 0.0)
+    assert half.image_size < whole.image_size
+    assert half.rates["vision"] == 1e-3
+    assert half.rates["qllama"] == 1e-4
+    assert (recipe.weight_decay, recipe.betas, recipe.max_logit_scale) == (0.1, (0.9, 0.95), 100.0)
+    assert recipe.layer_decay < 1
+    assert recipe.drop_path_rate > 0
+    assert trained(recipe) == [{"vision", "pooling", "qllama", "text_projection", "temperature"}] * 2
+    config = InternVLConfig(
+        vision_config=dict(recipe.vision_config), qllama_config=dict(recipe.text_config), num_query_token=0, **recipe.model_config
+    )  # fmt: skip
+    assert config.vision_config.image_size == whole.image_size
+    assert half.image_size % config.vision_config.patch_size == 0
+
+
+def test_full_stages_see_as_many_samples_as_the_paper_says():
+    samples = [phase.steps * phase.batch_size / 1e9 for phase in stage1().phases]
+    assert sum(samples) == pytest.approx(28.7, abs=0.01)
+    assert samples[1] == pytest.approx(0.5, abs=0.01)
+    assert [phase.image_size for phase in stage1().phases] == [196, 224]
+    (queries,) = stage2().phases
+    assert queries.steps * queries.batch_size / 1e9 == pytest.approx(1.6, abs=0.05)
+
+
+def test_stage_2_trains_what_is_new():
+    assert trained(stage2()) == [{"queries", "query_heads", "language_head", "temperature"}]
+
+
+def test_stage_3_trains_the_projector_first_and_then_more():
+    assert trained(stage3()) == [{"projector"}, {"projector", "language"}]
+    assert trained(stage3(freeze_language=True)) == [{"projector"}, {"projector", "vision"}]
+    full = stage3("queries_and_patches", freeze_language=True)
+    assert trained(full) == [{"projector"}, {"projector", "queries"}]
+    assert (full.connector, stage3().connector) == ("queries_and_patches", "patches")
+
+
+def test_retrieval_has_two_sizes_and_spares_the_language_head():
+    assert [retrieval(size).phases[0].image_size for size in (364, 224)] == [364, 224]
+    assert retrieval().phases[0].image_size == 364
+    assert "language_head" not in retrieval().phases[0].rates
+
+
+def test_lora_adds_rates_in_the_last_phase_alone():
+    recipe = with_lora(stage3(), ["vision", "language"], 3e-4)
+    assert trained(recipe) == [{"projector"}, {"projector", "vision", "language"}]
+    assert recipe.phases[1].rates["vision"] == 3e-4
+    assert recipe.phases[1].rates["language"] == stage3().phases[1].rates["language"]
+
+
+def test_a_try_is_short():
+    assert [(phase.steps, phase.warmup_steps) for phase in with_steps(stage1(), 30).phases] == [(30, 3), (30, 3)]
+
+
+def test_arguments_are_the_recipe_s(tmp_path):
+    recipe = replace(stage3(), use_bf16=False)
+    arguments = training_arguments(recipe, recipe.phases[0], Run(tmp_path, num_workers=3), rows_per_process=4)
+    assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (4, 64)
+    assert (arguments.max_steps, arguments.warmup_steps, arguments.lr_scheduler_type) == (2181, 66, "cosine")
+    assert arguments.gradient_checkpointing
+    assert (arguments.max_grad_norm, arguments.dataloader_num_workers, arguments.seed) == (1.0, 3, 0)
+
+
+def test_a_batch_is_shared_out_evenly_or_refused(tmp_path, monkeypatch):
+    recipe = replace(stage1_small(), phases=(replace(stage1_small().phases[0], batch_size=12),))
+    monkeypatch.setattr("internvl.training.stages.num_processes", lambda: 4)
+    assert training_arguments(recipe, recipe.phases[0], Run(tmp_path)).per_device_train_batch_size == 3
+    with pytest.raises(ValueError, match="A batch of 12 cannot be shared out evenly to 4 processes with 2 rows"):
+        training_arguments(recipe, recipe.phases[0], Run(tmp_path), rows_per_process=2)
+
+
+# --------------------------------------------------------------------------------------------------------- the batches
+@pytest.fixture(scope="module", params=[True, False], ids=["with end token", "without"])
+def processor(request) -> InternVLProcessor:
+    image_processor = InternVLImageProcessor(size={"height": 28, "width": 28}, resize_mode="squash")
+    tokenizer = make_tokenizer(special_tokens=(), add_eos=request.param)
+    return InternVLProcessor(image_processor, tokenizer, mode="contrastive")
+
+
+def pairs(*texts: str) -> list[dict]:
+    return [{"image": make_image(30, 20, seed=i), "text": text} for i, text in enumerate(texts)]
+
+
+def words(processor, ids: torch.Tensor, mask: torch.Tensor) -> str:
+    return processor.tokenizer.decode(ids[mask.bool()])
+
+
+def test_a_batch_of_stage_2_holds_three_texts_of_one_length(processor):
+    batch = GenerativeCollator(processor, 40, size={"height": 42, "width": 42})(pairs("a red bus", "a cat on a mat"))
+    assert batch["pixel_values"].shape == (2, 3, 42, 42)
+    texts = {
+        "positive_": "<s>a red bus</s>",
+        "summarize_": "<s>summarize:a red bus</s>",
+        "": "<s>English caption: a red bus</s>",
+    }
+    for prefix, wanted in texts.items():
+        ids, mask = batch[f"{prefix}input_ids"], batch[f"{prefix}attention_mask"]
+        assert ids.shape == mask.shape == (2, 40)
+        assert words(processor, ids[0], mask[0]) == wanted
+        assert (mask.sort(dim=1, descending=True).values == mask).all()  # padding on the right
+    assert set(batch) <= set(inspect.signature(InternVLForGenerativeTraining.forward).parameters)
+
+
+def test_the_caption_and_its_end_are_learned_alone(processor):
+    batch = GenerativeCollator(processor, 40)(pairs("a red bus", "a cat"))
+    for label, ids, wanted in zip(batch["labels"], batch["input_ids"], (" a red bus</s>", " a cat</s>"), strict=True):
+        is_learned = label != -100
+        assert processor.tokenizer.decode(label[is_learned]) == wanted
+        assert torch.equal(label[is_learned], ids[is_learned])
+
+
+def test_long_captions_are_cut_and_keep_their_end(processor):
+    collator = GenerativeCollator(processor, 24)
+    batch = collator(pairs("a red bus on a street " * 9))
+    for prefix in ("positive_", "summarize_", ""):
+        assert batch[f"{prefix}attention_mask"].all()
+        assert batch[f"{prefix}input_ids"][0, -1] == processor.tokenizer.eos_token_id
+
+
+def test_prefix_lengths_tell_texts_without_a_caption(processor):
+    collator = GenerativeCollator(processor, 40)
+    batch = collator(pairs("", "a"))
+    lengths = collator.prefix_lengths()
+    for name, prefix in (("matching", "positive"), ("summarize", "summarize")):
+        counts = batch[f"{prefix}_attention_mask"].sum(dim=1)
+        assert counts[0] == lengths[f"{name}_prefix_length"] < counts[1]
+
+
+def test_retrieval_knows_equal_pictures(processor):
+    rows = pairs("a", "b", "c")
+    rows[2]["image"] = rows[0]["image"].copy()
+    batch = RetrievalCollator(processor, 40)(rows)
+    assert batch["image_ids"][0] == batch["image_ids"][2] != batch["image_ids"][1]
+    assert batch["image_ids"].dtype == torch.long
+    assert set(batch) <= set(inspect.signature(InternVLForRetrievalTraining.forward).parameters)
+    assert "labels" not in batch
+    flat, tall = Image.new("L", (4, 2)), Image.new("L", (2, 4))
+    assert picture_number(flat) != picture_number(tall)
+
+
+def test_texts_too_short_for_a_caption_are_refused(processor):
+    with pytest.raises(ValueError, match=r"`max_length` must be above .* got 5"):
+        GenerativeCollator(processor, 5)

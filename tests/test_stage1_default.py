@@ -1,0 +1,126 @@
+"""Stage 1 of the default checkpoint: batches repeat by seed, pictures are the processor's, and a run leaves what stage 2 needs."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModel, AutoProcessor
+
+from internvl.modeling_internvl import InternVLModel
+from internvl.training.captions import PAIR_LAYOUTS
+from internvl.training.default_checkpoint import Batch
+from internvl.training.scenes import draw_scene, sample_scene, scene_generator
+from internvl.training.stage1_default import (
+    PairBatches,
+    PairPhase,
+    Stage1Recipe,
+    build_pair_processor,
+    pixels_of,
+    stage1,
+    train,
+)
+from internvl.training.tokenizer import build_tokenizer, caption_corpus
+
+
+def tiny_recipe(**changes) -> Stage1Recipe:
+    batches = (Batch(1.0, 6, {"one_shape": 1, "one_digit": 1, "few": 1}),)
+    phases = {
+        "small": PairPhase(
+            steps=4, batches=batches, warmup_steps=1, save_steps=1, picture_size=112, dropped_patches=0.5
+        ),
+        "whole": PairPhase(steps=1, batches=batches, warmup_steps=1, picture_size=224),
+    }
+    return Stage1Recipe(phases, curve_steps=1, curve_pictures=8, **changes)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return build_pair_processor(build_tokenizer(caption_corpus(num_scenes=20), 400))
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stage1")
+    train(tiny_recipe(), folder, use_bf16=False)
+    return folder
+
+
+@pytest.mark.parametrize("size", [448, 112])
+def test_pictures_are_those_of_the_processor(processor, size):
+    pictures = [
+        draw_scene(sample_scene(scene_generator("train", 0, index), PAIR_LAYOUTS["mixed"], "train"))
+        for index in range(3)
+    ]
+    expected = processor(images=pictures, size={"height": size, "width": size}, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixels_of(pictures, size), expected)
+
+
+def test_batches_repeat_by_seed_and_differ_by_phase_and_step(processor):
+    phase = tiny_recipe().phases["small"]
+    first, again = (PairBatches("small", phase, 0, processor)[1] for _ in range(2))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert first["pixel_values"].shape == (6, 3, 112, 112)
+    assert len(first["input_ids"]) == 6
+    for other in (
+        PairBatches("small", phase, 0, processor)[2],
+        PairBatches("whole", phase, 0, processor)[1],
+        PairBatches("small", phase, 1, processor)[1],
+    ):
+        assert not torch.equal(first["pixel_values"], other["pixel_values"])
+
+
+def test_every_caption_ends_with_the_end_token_and_has_the_prefix(processor):
+    batch = PairBatches("small", tiny_recipe().phases["small"], 0, processor)[0]
+    for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+        text = ids[: int(mask.sum())]
+        assert text[-1] == processor.tokenizer.eos_token_id
+        assert processor.tokenizer.decode(text).startswith("summarize:")
+
+
+def test_a_run_leaves_a_model_of_stage_1_that_stage_2_starts_from(finished_run):
+    model = AutoModel.from_pretrained(finished_run)
+    assert isinstance(model, InternVLModel)
+    assert not model.config.has_queries
+    grown = InternVLModel.from_pretrained(finished_run, num_query_token=4)
+    torch.testing.assert_close(grown.text_projection, model.text_projection)
+    inputs = AutoProcessor.from_pretrained(finished_run)(
+        text=["a star", "一个星形"], padding=True, return_tensors="pt"
+    )
+    assert model.get_text_features(**inputs).shape == (2, model.config.clip_embed_dim)
+
+
+def test_the_log_holds_losses_and_the_zero_shot_curve_of_each_phase(finished_run):
+    log = json.loads((finished_run / "training_log.json").read_text(encoding="utf-8"))
+    assert set(log) == {"recipe", "small", "whole"}
+    curve = [row for row in log["small"] if "zero_shot_digit" in row]
+    assert [row["step"] for row in curve] == [1, 2, 3, 4]
+    assert all(0 <= row[f"zero_shot_{kind}"] <= 1 for row in curve for kind in ("digit", "shape", "colour"))
+
+
+def test_the_same_seed_gives_the_same_weights_also_after_a_stop(finished_run, tmp_path, monkeypatch):
+    original = PairBatches.__getitem__
+
+    def stop_at_the_last_batch(self, step):
+        if step == 3:  # the batch after next is made ahead
+            raise OSError("stopped")
+        return original(self, step)
+
+    monkeypatch.setattr(PairBatches, "__getitem__", stop_at_the_last_batch)
+    with pytest.raises(OSError, match="stopped"):
+        train(tiny_recipe(), tmp_path, use_bf16=False)
+    monkeypatch.undo()
+    saved = [path.name for path in (tmp_path / "trainer" / "small").glob("checkpoint-*")]
+    assert saved
+    assert "checkpoint-4" not in saved
+    train(tiny_recipe(), tmp_path, resume=True, use_bf16=False)
+    expected = InternVLModel.from_pretrained(finished_run).state_dict()
+    for name, value in InternVLModel.from_pretrained(tmp_path).state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_the_recipe_goes_from_small_half_pictures_to_whole_ones():
+    phases = list(stage1().phases.values())
+    assert [phase.picture_size for phase in phases] == sorted(phase.picture_size for phase in phases)
+    assert phases[0].dropped_patches == 0.5
+    assert phases[-1].dropped_patches == 0.0
+    assert all(batch.pictures >= 128 for phase in phases for batch in phase.batches)

@@ -1,0 +1,84 @@
+"""How much broken data a run puts up with: broken rows are counted and left out, and too many of them end the run."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+class UnusableRowError(ValueError):
+    """One row cannot be used; the others can."""
+
+
+class TooManyBrokenRowsError(ValueError):
+    """More rows are broken than the run allows."""
+
+
+@dataclass
+class BrokenRows:
+    """The count of one reader (one process, or one worker of a data loader).
+
+    Args:
+        max_rate: Largest share of broken rows.
+        grace: The share is taken of this many rows at least, so that one broken row among the first few ends nothing.
+        seen: Rows so far, broken ones included.
+        broken: Broken rows so far.
+        reasons: How often each kind of fault was met: what is wrong, without names and numbers.
+    """
+
+    max_rate: float = 0.01
+    grace: int = 1000
+    seen: int = 0
+    broken: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_rate <= 1:
+            raise ValueError(f"`max_rate` is a share of the rows, between 0 and 1, got {self.max_rate}.")
+
+    def count(self, place: str | None = None, reason: object = "") -> None:
+        """Counts one row.
+
+        Args:
+            place: Where the broken row comes from; None for a good row.
+            reason: What is wrong with it.
+
+        Raises:
+            TooManyBrokenRowsError: If more than `max_rate` of the rows are broken.
+        """
+        self.seen += 1
+        if place is None:
+            return
+        self.broken += 1
+        self.reasons[_kind_of(str(reason))] += 1
+        if self.broken > self.max_rate * max(self.seen, self.grace):
+            faults = ", ".join(f"{number} x {name}" for name, number in self.reasons.most_common())
+            raise TooManyBrokenRowsError(
+                f"{self.broken} of {self.seen} rows are broken, more than the {self.max_rate:.2%} of "
+                f"`max_rate` (of at least {self.grace} rows): {faults}. The last one: {place}: {reason} Mend the data, "
+                "or raise the limit."
+            )
+        if self.broken & (self.broken - 1) == 0:  # 1, 2, 4, 8... keeps the log short
+            logger.warning(f"{self.broken} of {self.seen} rows left out so far. The last one: {place}: {reason}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The count, to go on with after a stop."""
+        return {"seen": self.seen, "broken": self.broken, "reasons": dict(self.reasons)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a saved count."""
+        self.seen, self.broken, self.reasons = state["seen"], state["broken"], Counter(state["reasons"])
+
+
+def _kind_of(reason: str) -> str:
+    """The first clause of a reason, with `*` for what differs from row to row."""
+    without_names = re.sub(r"`[^`]*`|\([^)]*\)|\d+", "*", reason)
+    return re.split(r"[:.](?:\s|$)", without_names, maxsplit=1)[0]
+
+
+__all__ = ["BrokenRows", "TooManyBrokenRowsError", "UnusableRowError"]

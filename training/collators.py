@@ -1,0 +1,120 @@
+"""Image-text pairs to the batches of stage 2 and of retrieval fine-tuning; stage 1's are those of `PairCollator`.
+
+Every text has a fixed length, so that batches of all processes have one shape. Each row of `PairStream` becomes:
+
+- `positive_*`, the caption for matching, with an end token;
+- `summarize_*`, the caption with the prefix `summarize:` and an end token, for the contrastive loss;
+- `input_ids` and `labels`, the caption with a prompt such as `English caption:` and an end token, for generation: the
+  caption and its end are learned, the prompt and padding are not.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..processing_internvl import InternVLProcessor
+from .objectives import IGNORED
+
+
+def picture_number(picture: Image.Image) -> int:
+    """A number that equal pictures share on all processes: 63 bits of a digest of size and pixels."""
+    digest = hashlib.blake2b(repr((picture.mode, picture.size)).encode(), digest_size=8)
+    digest.update(picture.tobytes())
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+class GenerativeCollator:
+    """Pairs to inputs of `InternVLForGenerativeTraining`.
+
+    Args:
+        processor: Of the model.
+        max_length: Tokens of every text, prefix and end token included.
+        **settings: Of the image processor, `size` for instance.
+
+    Raises:
+        ValueError: If `max_length` leaves no room for a caption.
+    """
+
+    def __init__(self, processor: InternVLProcessor, max_length: int = 80, **settings: Any) -> None:
+        self.processor = processor
+        self.max_length = max_length
+        self.settings = settings
+        self.prompt_ids = self._rows([processor.caption_prompt])[0]
+        longest = max(*self.prefix_lengths().values(), len(self.prompt_ids) + 1)
+        if max_length <= longest:
+            raise ValueError(
+                f"`max_length` must be above {longest}, which prefixes and end token take, got {max_length}."
+            )
+
+    def prefix_lengths(self) -> dict[str, int]:
+        """Tokens of texts without a caption, for the training model to know empty texts by."""
+        summary = self.processor(text=[""], mode="contrastive", padding=False)["input_ids"][0]
+        return {"matching_prefix_length": len(self._rows([""])[0]) + 1, "summarize_prefix_length": len(summary)}
+
+    def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Prepares a batch.
+
+        Args:
+            pairs: B of them, as from `PairStream`.
+
+        Returns:
+            `pixel_values` (B, 3, H, W); ids and masks (B, L) of the three texts; `labels` (B, L).
+        """
+        return {**self._contrastive_and_matching(pairs), **self._generation(pairs)}
+
+    def _contrastive_and_matching(self, pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        images, texts = [pair["image"] for pair in pairs], [pair["text"] for pair in pairs]
+        settings = {"mode": "contrastive", "max_length": self.max_length, "return_tensors": "pt", **self.settings}
+        features = self.processor(images=images, text=texts, **settings)
+        positive_ids, positive_mask = self._padded(self._rows(texts))
+        return {
+            "pixel_values": features["pixel_values"],
+            "positive_input_ids": positive_ids,
+            "positive_attention_mask": positive_mask,
+            "summarize_input_ids": features["input_ids"],
+            "summarize_attention_mask": features["attention_mask"],
+        }
+
+    def _generation(self, pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        # The prompt is tokenized with its caption, as one text; what both begin with is the prompt.
+        rows = self._rows([f"{self.processor.caption_prompt} {pair['text']}" for pair in pairs])
+        ids, mask = self._padded(rows)
+        labels = ids.masked_fill(mask == 0, IGNORED)
+        for row, label in zip(rows, labels, strict=True):
+            label[: self._length_of_prompt(row)] = IGNORED
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    def _length_of_prompt(self, row: list[int]) -> int:
+        pairs = zip(row, self.prompt_ids, strict=False)
+        return next((i for i, (found, wanted) in enumerate(pairs) if found != wanted), len(self.prompt_ids))
+
+    def _rows(self, texts: list[str]) -> list[list[int]]:
+        """Ids without an end token, whatever the tokenizer adds."""
+        return self.processor(text=texts, mode="caption", padding=False)["input_ids"]
+
+    def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids with an end token and masks (B, L), padded on the right; texts that are too long lose their end."""
+        tokenizer = self.processor.tokenizer
+        ids = torch.full((len(rows), self.max_length), tokenizer.pad_token_id or 0)  # the model goes by the mask
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            row = [*row[: self.max_length - 1], tokenizer.eos_token_id]
+            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+        return ids, mask
+
+
+class RetrievalCollator(GenerativeCollator):
+    """Pairs to inputs of `InternVLForRetrievalTraining`: without the texts of generation, with `image_ids` (B,).
+
+    Pictures are told apart by their pixels, so the captions of one picture may stand in rows of their own.
+    """
+
+    def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        image_ids = torch.tensor([picture_number(pair["image"]) for pair in pairs])
+        return {**self._contrastive_and_matching(pairs), "image_ids": image_ids}
+
+
+__all__ = ["GenerativeCollator", "RetrievalCollator", "picture_number"]

@@ -1,0 +1,118 @@
+"""What a raw row of a shard holds: its metadata, its caption and its picture, undecoded. See `shards` for the rows."""
+
+import json
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any
+
+from PIL import Image
+
+from ..image_loading_internvl import DECODER_ERRORS
+from .shards import FAULT_COLUMN, Row
+
+
+# Where pictures and captions are found, in this order; the first that a row has is taken.
+IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp", "image", "image_bytes", "bytes")
+TEXT_COLUMNS = ("txt", "caption", "text", "TEXT")
+JSON_COLUMN = "json"
+
+
+def metadata_of(row: Row) -> Row:
+    """A copy of a raw row with the entries of its JSON column as columns.
+
+    Args:
+        row: As `shards` gives it.
+
+    Returns:
+        The copy. Where both have a column, the row's own stays.
+
+    Raises:
+        ValueError: If the JSON is broken, or the row stands for a damaged shard.
+    """
+    if FAULT_COLUMN in row:
+        raise ValueError(row[FAULT_COLUMN])
+    row = dict(row)
+    metadata = row.pop(JSON_COLUMN, None)
+    if isinstance(metadata, (bytes, str)):
+        try:
+            metadata = json.loads(metadata)
+        except ValueError as error:
+            raise ValueError(f"The metadata is broken JSON: {error}.") from error
+    if metadata is not None and not isinstance(metadata, dict):
+        raise ValueError(f"The metadata is no JSON object: it is of type {type(metadata).__name__}.")
+    return {**(metadata or {}), **row}
+
+
+def caption_of(row: Row, columns: Sequence[str] = TEXT_COLUMNS) -> str:
+    """The caption, without blanks around it.
+
+    Args:
+        row: What `metadata_of` returned.
+        columns: Where to look.
+
+    Returns:
+        The text.
+
+    Raises:
+        ValueError: If there is none, or it is no text.
+    """
+    value = _first_of(row, columns)
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"The caption is not UTF-8: {error}.") from error
+    if not isinstance(value, str):
+        raise ValueError(f"The caption is no text: it is of type {type(value).__name__}.")
+    if not value.strip():
+        raise ValueError("The caption is empty.")
+    return value.strip()
+
+
+def picture_of(row: Row, columns: Sequence[str] = IMAGE_COLUMNS) -> Any:
+    """The picture as it is stored: bytes, or a path or address.
+
+    Args:
+        row: What `metadata_of` returned.
+        columns: Where to look.
+
+    Returns:
+        The source.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    value = _first_of(row, columns)
+    if isinstance(value, dict):  # how `datasets` writes pictures to parquet
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    return value
+
+
+def add_size(row: Row, picture: Any) -> None:
+    """Adds `width` and `height` out of the picture's header where the metadata does not tell them.
+
+    Args:
+        row: Changed in place.
+        picture: What `picture_of` returned.
+
+    Raises:
+        ValueError: If there is no header to read.
+    """
+    if not isinstance(picture, bytes) or ("width" in row and "height" in row):
+        return
+    try:
+        with Image.open(BytesIO(picture)) as header:
+            row["width"], row["height"] = header.size
+    except DECODER_ERRORS as error:
+        raise ValueError(f"The picture cannot be read: {error}.") from error
+
+
+def _first_of(row: Row, columns: Sequence[str]) -> Any:
+    value = next((row[column] for column in columns if row.get(column) is not None), None)
+    if value is None:
+        has = ", ".join(column for column in row if not column.startswith("__"))
+        raise ValueError(f"A column is missing: the row needs one of {', '.join(columns)}, and has {has}.")
+    return value
+
+
+__all__ = ["IMAGE_COLUMNS", "TEXT_COLUMNS", "add_size", "caption_of", "metadata_of", "picture_of"]

@@ -1,0 +1,414 @@
+"""Models that return the losses of stages 1 and 2 and of retrieval and caption fine-tuning: plain `Trainer` trains each of them.
+
+Each class is an `InternVLModel` with the same parameters, and what it saves is one, with its code. It adds what belongs to
+training: which texts a picture is read with, the objectives, chunks for large batches, frozen parts. Nothing is remembered between
+calls; a process group is used where there is one. Not covered: tensor parallelism, where processes share their rows.
+
+What is trained is up to the caller (`requires_grad_`). A vision tower without a trained parameter runs without gradient, in its
+own dtype and without stochastic depth. Frozen layers of QLLaMA keep their dtype too; where it is not that of the trained ones,
+train under autocast (`bf16=True` of `Trainer`).
+
+Stage 2 and retrieval read each picture three times with QLLaMA, once per text, in one forward of each tower. Shape letters as in
+modeling_internvit.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.utils import ModelOutput, can_return_tuple
+
+from ..configuration_internvl import InternVLConfig
+from ..modeling_internvl import InternVLOutput
+from .gradient_cache import in_chunks
+from .objectives import (
+    IGNORED,
+    current_gather,
+    generation_loss,
+    info_nce_loss,
+    matching_loss,
+    retrieval_loss,
+    sigmoid_loss,
+    unit,
+)
+from .training_model import InternVLTrainingModel, Texts
+
+
+OBJECTIVES = ("softmax", "sigmoid")
+
+
+@dataclass
+class TrainingOutput(ModelOutput):
+    """Losses of a batch.
+
+    Args:
+        loss: Their sum, to be minimised.
+        loss_itc: Contrastive part, without gradient, for logs.
+        loss_itm: Matching part, likewise.
+        loss_itg: Generative part, likewise.
+    """
+
+    loss: torch.Tensor | None = None
+    loss_itc: torch.Tensor | None = None
+    loss_itm: torch.Tensor | None = None
+    loss_itg: torch.Tensor | None = None
+
+
+class InternVLForContrastiveTraining(InternVLTrainingModel):
+    """Stage 1: InternVL-C by InfoNCE, or by SigLIP's sigmoid loss, over the pairs of all processes.
+
+    With a configuration without queries (`num_query_token` 0) there is nothing else in the model.
+
+    Args:
+        config: The configuration.
+        objective: "softmax" or "sigmoid"; the latter learns a bias (`logit_bias`) that other uses ignore.
+        dropped_patches: Share of the patches left out in training (stage 1 begins with half of them).
+        **settings: As for `InternVLTrainingModel`.
+
+    Raises:
+        ValueError: An unknown objective, or a share outside [0, 1).
+    """
+
+    def __init__(
+        self, config: InternVLConfig, objective: str = "softmax", dropped_patches: float = 0.0, **settings: Any
+    ) -> None:
+        if objective not in OBJECTIVES:
+            raise ValueError(f"`objective` must be one of {list(OBJECTIVES)}, got {objective!r}.")
+        if not 0 <= dropped_patches < 1:
+            raise ValueError(f"`dropped_patches` must be in [0, 1), got {dropped_patches}.")
+        super().__init__(config, **settings)
+        self.objective = objective
+        self.dropped_patches = dropped_patches
+        self.logit_bias: Any = nn.Parameter(torch.empty([])) if objective == "sigmoid" else None
+        self._init_sigmoid()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            self._init_sigmoid()
+
+    @torch.no_grad()
+    def _init_sigmoid(self) -> None:
+        """Temperature and bias as in SigLIP (section 3.2), where no checkpoint gives them."""
+        if getattr(self, "logit_bias", None) is not None:  # the base class initialises before there is one
+            init.constant_(self.logit_bias, -10.0)
+            init.constant_(self.logit_scale, 2.302585092994046)  # log(10)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        return_loss: bool = True,
+    ) -> InternVLOutput:
+        """Features and the contrastive loss of a batch of pairs.
+
+        Args:
+            pixel_values: (B, 3, height, width).
+            input_ids: (B, L), texts with the prefix `summarize:` and an end token.
+            attention_mask: (B, L), derived from `pad_token_id` when absent.
+            return_loss: False leaves out the loss.
+
+        Returns:
+            `loss`, `image_embeds` and `text_embeds` (B, E), unit length.
+
+        Raises:
+            ValueError: Pictures and texts differ in number.
+        """
+        if len(pixel_values) != len(input_ids):
+            raise ValueError(
+                f"`pixel_values` and `input_ids` must be pairs, got {len(pixel_values)} and {len(input_ids)}."
+            )
+        image_embeds = in_chunks(self._image_embeds, self.rows_per_chunk, pixel_values)
+        text_embeds = in_chunks(self.get_text_features, self.rows_per_chunk, input_ids, attention_mask)
+        text_embeds = unit(text_embeds)
+        loss = self._loss(image_embeds, text_embeds) if return_loss else None
+        return InternVLOutput(loss=loss, image_embeds=image_embeds, text_embeds=text_embeds)
+
+    def _image_embeds(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self._pool(self._vision_tokens(pixel_values, self.dropped_patches if self.training else 0.0))
+
+    def _loss(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+        gather, rank = current_gather()
+        features = (image_embeds, text_embeds, self._scale())
+        if self.objective == "sigmoid":
+            return sigmoid_loss(*features, self.logit_bias, gather, rank, columns_per_chunk=self.rows_per_chunk)
+        smoothing = self.config.label_smoothing
+        return info_nce_loss(*features, gather, rank, smoothing, rows_per_chunk=self.rows_per_chunk)
+
+
+class InternVLForGenerativeTraining(InternVLTrainingModel):
+    """Stage 2: contrastive (ITC), matching (ITM) and generative (ITG) losses from one forward of both towers.
+
+    Texts with nothing after their prefix take no part in ITM and, as rows, in ITC.
+
+    Args:
+        config: The configuration.
+        matching_prefix_length: Tokens of a matching text without a caption (`len(tokenizer("").input_ids)`).
+        summarize_prefix_length: Tokens of a contrastive text without a caption (`len(tokenizer("summarize:").input_ids)`).
+        **settings: As for `InternVLTrainingModel`.
+    """
+
+    def __init__(
+        self,
+        config: InternVLConfig,
+        matching_prefix_length: int = 0,
+        summarize_prefix_length: int = 0,
+        **settings: Any,
+    ) -> None:
+        super().__init__(config, **settings)
+        self._check_reads_pictures("Stage 2")
+        self.matching_prefix_length = matching_prefix_length
+        self.summarize_prefix_length = summarize_prefix_length
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        positive_input_ids: torch.Tensor,
+        summarize_input_ids: torch.Tensor,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        positive_attention_mask: torch.Tensor | None = None,
+        negative_input_ids: torch.Tensor | None = None,
+        negative_attention_mask: torch.Tensor | None = None,
+        summarize_attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> TrainingOutput:
+        """Losses of a batch of pairs; every text has a row per picture, and a mask that is derived when absent.
+
+        Args:
+            pixel_values: (B, 3, height, width).
+            positive_input_ids: (B, L), the pictures' captions.
+            summarize_input_ids: (B, L), the captions with the prefix `summarize:` and an end token.
+            input_ids: (B, L), the captions with a prefix such as `English caption:` and an end token.
+            labels: (B, L) for `input_ids`, -100 ignored.
+            positive_attention_mask: (B, L) of `positive_input_ids`.
+            negative_input_ids: (B, L), captions of other pictures; without them similar ones of the batch are drawn.
+            negative_attention_mask: (B, L) of `negative_input_ids`.
+            summarize_attention_mask: (B, L) of `summarize_input_ids`.
+            attention_mask: (B, L) of `input_ids`.
+
+        Returns:
+            `loss` and its three parts.
+        """
+        positive = self._texts(positive_input_ids, positive_attention_mask)
+        summarize = self._texts(summarize_input_ids, summarize_attention_mask)
+        caption = self._texts(input_ids, attention_mask)
+        tokens = in_chunks(self._vision_tokens, self.rows_per_chunk, pixel_values)
+        if negative_input_ids is None:
+            is_text = ~positive.is_empty(self.matching_prefix_length)
+            negative, has_negative = self._draw_negatives(tokens, positive, summarize, is_text)
+        else:
+            negative = self._texts(negative_input_ids, negative_attention_mask)
+            has_negative = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+        matching, matching_labels = self._matching_rows(positive, negative, has_negative)
+        inputs = (
+            tokens,
+            matching.ids,
+            matching.mask,
+            summarize.ids,
+            summarize.mask,
+            caption.ids,
+            caption.mask,
+            labels,
+        )
+        num_labels = (labels[:, 1:] != IGNORED).sum().clamp(min=1)
+        encode = partial(self._encode, num_labels=num_labels)
+        image_embeds, text_embeds, logits, parts = in_chunks(encode, self.rows_per_chunk, *inputs)
+        itc = info_nce_loss(
+            image_embeds,
+            text_embeds,
+            self._scale(),
+            *current_gather(),
+            label_smoothing=self.config.label_smoothing,
+            is_ignored=summarize.is_empty(self.summarize_prefix_length),
+            rows_per_chunk=self.rows_per_chunk,
+        )
+        itm, itg = matching_loss(logits, matching_labels), parts.sum()
+        return TrainingOutput(
+            loss=itm + itc + itg, loss_itc=itc.detach(), loss_itm=itm.detach(), loss_itg=itg.detach()
+        )
+
+    def _matching_rows(
+        self, positive: Texts, negative: Texts, has_negative: torch.Tensor
+    ) -> tuple[Texts, torch.Tensor]:
+        """Negatives for the first pictures, positives for the last B // 2 (published order), and the labels (B,)."""
+        num_negatives = len(positive.ids) - len(positive.ids) // 2
+        matching = Texts.concatenate([negative[:num_negatives], positive[num_negatives:]])
+        is_positive = torch.arange(len(matching.ids), device=matching.ids.device) >= num_negatives
+        is_ignored = matching.is_empty(self.matching_prefix_length) | ~(is_positive | has_negative)
+        return matching, is_positive.long().masked_fill(is_ignored, IGNORED)
+
+    def _encode(
+        self,
+        tokens: torch.Tensor,
+        matching_ids: torch.Tensor,
+        matching_mask: torch.Tensor,
+        summarize_ids: torch.Tensor,
+        summarize_mask: torch.Tensor,
+        caption_ids: torch.Tensor,
+        caption_mask: torch.Tensor,
+        labels: torch.Tensor,
+        num_labels: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows of the batch: contrastive embeddings, matching logits, and the rows' share of the generative loss (1,)."""
+        matching, contrastive, generation = self._read(
+            tokens,
+            ("matching", Texts(matching_ids, matching_mask)),
+            ("contrastive", Texts(summarize_ids, summarize_mask)),
+            ("generation", Texts(caption_ids, caption_mask)),
+        )
+        image_embeds, text_embeds = self._contrastive_embeds(*contrastive, summarize_mask)
+        itg = generation_loss(generation[1][:, : labels.shape[1]], labels, self.qllama.lm_head, num_labels)
+        return image_embeds, text_embeds, self._matching_logits(matching[0]), itg[None]
+
+
+class InternVLForRetrievalTraining(InternVLTrainingModel):
+    """Retrieval fine-tuning: matching, and contrastive losses of InternVL-G's and InternVL-C's pictures with the texts.
+
+    Captions of the same picture are no negatives of each other: `image_ids` spread the targets over them.
+    """
+
+    def __init__(self, config: InternVLConfig, **settings: Any) -> None:
+        super().__init__(config, **settings)
+        self._check_reads_pictures("Retrieval fine-tuning")
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        positive_input_ids: torch.Tensor,
+        summarize_input_ids: torch.Tensor,
+        image_ids: torch.Tensor,
+        positive_attention_mask: torch.Tensor | None = None,
+        negative_input_ids: torch.Tensor | None = None,
+        negative_attention_mask: torch.Tensor | None = None,
+        summarize_attention_mask: torch.Tensor | None = None,
+        return_loss: bool = True,
+    ) -> TrainingOutput:
+        """Losses of a batch of pairs; the texts are those of `InternVLForGenerativeTraining`.
+
+        Args:
+            pixel_values: (B, 3, height, width).
+            positive_input_ids: (B, L), the pictures' captions.
+            summarize_input_ids: (B, L), the captions with the prefix `summarize:` and an end token.
+            image_ids: (B,) or (B, 1), equal for pairs of the same picture.
+            positive_attention_mask: (B, L) of `positive_input_ids`.
+            negative_input_ids: (B, L), captions of other pictures; without them similar ones of the batch are drawn.
+            negative_attention_mask: (B, L) of `negative_input_ids`.
+            summarize_attention_mask: (B, L) of `summarize_input_ids`.
+            return_loss: False gives an empty output: the class has nothing but losses to give.
+
+        Returns:
+            `loss` and its two parts.
+        """
+        if not return_loss:
+            return TrainingOutput()
+        image_ids = image_ids.flatten()
+        positive = self._texts(positive_input_ids, positive_attention_mask)
+        summarize = self._texts(summarize_input_ids, summarize_attention_mask)
+        tokens = in_chunks(self._vision_tokens, self.rows_per_chunk, pixel_values)
+        negative_labels = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+        if negative_input_ids is None:
+            is_other_picture = image_ids[:, None] != image_ids
+            negative, has_negative = self._draw_negatives(tokens, positive, summarize, is_other_picture)
+            negative_labels = negative_labels.masked_fill(~has_negative, IGNORED)
+        else:
+            negative = self._texts(negative_input_ids, negative_attention_mask)
+        inputs = (tokens, negative.ids, negative.mask, positive.ids, positive.mask, summarize.ids, summarize.mask)
+        embeds = in_chunks(self._encode, self.rows_per_chunk, *inputs)
+        *negative_and_positive, image_embeds, pooled_embeds, text_embeds = embeds
+        gather, _ = current_gather()
+        scale, chunk = self._scale(), self.rows_per_chunk
+        itc = retrieval_loss(image_embeds, text_embeds, scale, image_ids, gather, chunk)
+        itc = itc + retrieval_loss(pooled_embeds, text_embeds, scale, image_ids, gather, chunk)
+        labels = torch.cat([negative_labels, torch.ones_like(negative_labels)])
+        itm = matching_loss(torch.cat(negative_and_positive), labels)
+        return TrainingOutput(loss=itm + itc, loss_itc=itc.detach(), loss_itm=itm.detach())
+
+    def _encode(
+        self,
+        tokens: torch.Tensor,
+        negative_ids: torch.Tensor,
+        negative_mask: torch.Tensor,
+        positive_ids: torch.Tensor,
+        positive_mask: torch.Tensor,
+        summarize_ids: torch.Tensor,
+        summarize_mask: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """Matching logits of negatives and of positives, then embeddings of the queries, of the tower and of the texts."""
+        negative, positive, contrastive = self._read(
+            tokens,
+            ("matching", Texts(negative_ids, negative_mask)),
+            ("matching", Texts(positive_ids, positive_mask)),
+            ("contrastive", Texts(summarize_ids, summarize_mask)),
+        )
+        image_embeds, text_embeds = self._contrastive_embeds(*contrastive, summarize_mask)
+        logits = (self._matching_logits(negative[0]), self._matching_logits(positive[0]))
+        return *logits, image_embeds, self._pool(tokens), text_embeds
+
+
+class InternVLForCaptionTraining(InternVLTrainingModel):
+    """Caption fine-tuning: the generative loss alone, as the mean over all labels of an optimiser step."""
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: InternVLConfig, **settings: Any) -> None:
+        super().__init__(config, **settings)
+        self._check_reads_pictures("Caption fine-tuning")
+        self.loss_type = "ForCausalLM"  # so `Trainer` counts the labels that are predicted, which the first is not
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> TrainingOutput:
+        """The loss of a batch of pictures and captions.
+
+        Args:
+            pixel_values: (B, 3, height, width).
+            input_ids: (B, L), captions with a prefix such as `English caption:` and an end token.
+            labels: (B, L), -100 ignored.
+            attention_mask: (B, L), derived from `pad_token_id` when absent.
+            num_items_in_batch: Labels of all batches of the optimiser step, from `Trainer`; by default those of this one.
+
+        Returns:
+            `loss`.
+        """
+        caption = self._texts(input_ids, attention_mask)
+        if num_items_in_batch is None:
+            num_items_in_batch = (labels[:, 1:] != IGNORED).sum().clamp(min=1)
+        encode = partial(self._encode, num_labels=num_items_in_batch)
+        parts = in_chunks(encode, self.rows_per_chunk, pixel_values, caption.ids, caption.mask, labels)
+        return TrainingOutput(loss=parts.sum())
+
+    def _encode(
+        self,
+        pixel_values: torch.Tensor,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        labels: torch.Tensor,
+        num_labels: torch.Tensor | int,
+    ) -> torch.Tensor:
+        """The rows' share of the loss (1,)."""
+        ((_, text),) = self._read(self._vision_tokens(pixel_values), ("generation", Texts(ids, mask)))
+        return generation_loss(text[:, : labels.shape[1]], labels, self.qllama.lm_head, num_labels)[None]
+
+
+__all__ = [
+    "InternVLForCaptionTraining",
+    "InternVLForContrastiveTraining",
+    "InternVLForGenerativeTraining",
+    "InternVLForRetrievalTraining",
+    "TrainingOutput",
+]

@@ -1,0 +1,128 @@
+"""Shards of image-text pairs as raw rows: WebDataset tar files and parquet files, local or remote.
+
+Nothing is decoded here: a row is {"__shard__": where it comes from, "__key__": its name there} and the columns as
+bytes and plain values, so that one broken picture or text cannot end a shard. `datasets`' own reader of tar files decodes
+texts and JSON while it reads and takes the columns from the first five samples, which noisy data does not survive.
+"""
+
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
+
+import fsspec
+from fsspec.core import url_to_fs
+
+
+Row = dict[str, Any]
+
+TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
+PARQUET_ENDINGS = (".parquet",)
+FAULT_COLUMN = "__fault__"
+PARQUET_ROWS = 64  # read at once
+# What reading a damaged or unreachable shard raises. Errors of pyarrow are OSError or ValueError.
+SHARD_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error)
+
+
+def find_shards(patterns: str | Sequence[str]) -> list[str]:
+    """Names the files that patterns stand for.
+
+    Args:
+        patterns: Paths or addresses (`hf://`, and whatever else fsspec knows; `https://` needs aiohttp), with `*` and `?`
+            except in `https://`.
+
+    Returns:
+        The shards, in the order of the patterns and sorted within each.
+
+    Raises:
+        ImportError: If what fsspec needs for this kind of address is not installed.
+        OSError: If a pattern stands for nothing.
+        ValueError: If a file is no shard, by its ending.
+    """
+    shards: list[str] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        pattern = str(pattern)
+        system, path = url_to_fs(pattern)
+        if pattern.startswith(("http://", "https://")):
+            shards.append(pattern)  # whose `?` begins a query; servers do not list their files
+            continue
+        found = sorted(system.glob(path))
+        if not found:
+            raise OSError(f"No shard found: there is no file `{pattern}`.")
+        shards += [system.unstrip_protocol(name) if "://" in pattern else name for name in found]
+    for shard in shards:
+        if not _ending(shard).endswith(TAR_ENDINGS + PARQUET_ENDINGS):
+            raise ValueError(
+                f"`{shard}` must end in {', '.join(TAR_ENDINGS + PARQUET_ENDINGS)} to be read as a shard."
+            )
+    return shards
+
+
+def read_shard(shard: str) -> Iterator[Row]:
+    """Reads one shard, front to back.
+
+    Args:
+        shard: Path or address.
+
+    Yields:
+        Raw rows.
+
+    Raises:
+        One of `SHARD_ERRORS`: If the file is damaged or cannot be reached.
+    """
+    with fsspec.open(shard, "rb") as file:
+        yield from (_read_parquet if _ending(shard).endswith(PARQUET_ENDINGS) else _read_tar)(file, shard)
+
+
+def read_shards(shards: Sequence[str]) -> Iterator[Row]:
+    """Reads shards one after the other.
+
+    Args:
+        shards: Paths or addresses.
+
+    Yields:
+        Raw rows. A shard that is damaged or cannot be reached ends with a row that has the fault in `FAULT_COLUMN`.
+    """
+    for shard in shards:
+        try:
+            yield from read_shard(shard)
+        except SHARD_ERRORS as error:
+            yield {"__shard__": shard, "__key__": "", FAULT_COLUMN: f"The shard is damaged: {error}"}
+
+
+def _ending(shard: str) -> str:
+    return shard.partition("?")[0].lower() if "://" in shard else shard.lower()
+
+
+def _read_tar(file: BinaryIO, shard: str) -> Iterator[Row]:
+    """Samples: neighbouring members whose names are equal up to the first dot."""
+    row: Row = {}
+    with tarfile.open(fileobj=file, mode="r|*") as archive:
+        for member in archive:
+            # The archive remembers every member it has passed, which for a large shard is a lot of memory.
+            archive.members = []  # type: ignore[attr-defined]
+            folder, slash, name = member.name.rpartition("/")
+            stem, dot, column = name.partition(".")
+            if not member.isfile() or not stem or not dot:
+                continue
+            key = folder + slash + stem
+            if row and row["__key__"] != key:
+                yield row
+                row = {}
+            content = archive.extractfile(member)
+            row.update({"__shard__": shard, "__key__": key, column.lower(): content.read() if content else b""})
+    if row:
+        yield row
+
+
+def _read_parquet(file: BinaryIO, shard: str) -> Iterator[Row]:
+    from pyarrow import parquet  # comes with `datasets`; tar files do without
+
+    number = 0
+    for batch in parquet.ParquetFile(file).iter_batches(batch_size=PARQUET_ROWS):
+        for row in batch.to_pylist():
+            yield {"__shard__": shard, "__key__": str(number), **row}
+            number += 1
+
+
+__all__ = ["FAULT_COLUMN", "Row", "find_shards", "read_shard", "read_shards"]

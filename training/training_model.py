@@ -1,0 +1,179 @@
+"""What the training models of stages 1 and 2 share: texts to read pictures with, frozen parts, features, saving.
+
+The stages themselves are in pretraining. Shape letters as in modeling_internvit.
+"""
+
+import copy
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..configuration_internvl import InternVLConfig
+from ..modeling_internvl import InternVLModel, last_token_states
+from .gradient_cache import in_chunks
+from .objectives import capped_scale, draw_hard_negatives, scaled_similarities, unit
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Padded texts, on either side.
+
+    Args:
+        ids: (B, L).
+        mask: (B, L), 1 = a token.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+
+    def __getitem__(self, rows: Any) -> "Texts":
+        return Texts(self.ids[rows], self.mask[rows])
+
+    def is_empty(self, prefix_length: int) -> torch.Tensor:
+        """(B,), whether nothing follows the prefix; `prefix_length` counts the tokens that every text has, end token too."""
+        return self.mask.sum(dim=1) <= prefix_length
+
+    @staticmethod
+    def concatenate(parts: list["Texts"]) -> "Texts":
+        """One after the other, padded on the right to the longest."""
+        length = max(part.ids.shape[1] for part in parts)
+        ids = [F.pad(part.ids, (0, length - part.ids.shape[1])) for part in parts]
+        mask = [F.pad(part.mask, (0, length - part.mask.shape[1])) for part in parts]
+        return Texts(torch.cat(ids), torch.cat(mask))
+
+
+def drop_patches(tokens: torch.Tensor, share: float) -> torch.Tensor:
+    """Leaves out a random share of each picture's patches (FLIP, https://arxiv.org/abs/2212.00794); the class token stays.
+
+    Args:
+        tokens: (B, N, D), embedded with their positions.
+        share: Of the patches, in [0, 1).
+
+    Returns:
+        (B, 1 + kept patches, D), in a random order, which attention without positions of its own does not see.
+    """
+    num_patches = tokens.shape[1] - 1
+    num_kept = max(1, round(num_patches * (1 - share)))
+    kept = torch.rand(len(tokens), num_patches, device=tokens.device).argsort(dim=1)[:, :num_kept] + 1
+    patches = tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2]))
+    return torch.cat([tokens[:, :1], patches], dim=1)
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether nothing in it is trained."""
+    return not any(parameter.requires_grad for parameter in module.parameters())
+
+
+class InternVLTrainingModel(InternVLModel):
+    """What the training models share.
+
+    Args:
+        config: The configuration.
+        rows_per_chunk: Gradient caching: pairs whose activations are in memory at a time; None means all of the batch.
+        max_logit_scale: Cap of the factor of the similarities (CLIP: 100).
+    """
+
+    # A contrastive loss is no sum over samples: `Trainer` averages it over accumulation steps and processes.
+    accepts_loss_kwargs = False
+    _keys_to_ignore_on_load_unexpected = ["logit_bias"]  # noqa: RUF012  (transformers wants a list)
+
+    def __init__(
+        self, config: InternVLConfig, rows_per_chunk: int | None = None, max_logit_scale: float = 100.0
+    ) -> None:
+        super().__init__(config)
+        self.rows_per_chunk = rows_per_chunk
+        self.max_logit_scale = max_logit_scale
+
+    def train(self, mode: bool = True) -> "InternVLTrainingModel":
+        """As in torch; a frozen vision tower stays in evaluation mode, or stochastic depth would only add noise to it."""
+        super().train(mode)
+        if mode and is_frozen(self.vision_model):
+            self.vision_model.eval()
+        return self
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Saves an `InternVLModel`: its class name and its code are written, for use without this package."""
+        plain = copy.copy(self)
+        plain.__class__ = InternVLModel  # shares the parameters, and lacks only the methods of training
+        plain.save_pretrained(save_directory, *args, **kwargs)
+
+    def _scale(self) -> torch.Tensor:
+        return capped_scale(self.logit_scale, self.max_logit_scale)
+
+    def _texts(self, ids: torch.Tensor, mask: torch.Tensor | None) -> Texts:
+        return Texts(ids, self._text_mask(ids, mask))
+
+    def _vision_tokens(self, pixel_values: torch.Tensor, dropped_patches: float = 0.0) -> torch.Tensor:
+        """(B, 3, height, width) -> (B, N, D)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(self.vision_model)):
+            if not dropped_patches:
+                return self.vision_model(pixel_values, return_dict=True).last_hidden_state
+            embeds = drop_patches(self.vision_model.embeddings(pixel_values), dropped_patches)
+            return self.vision_model(pixel_embeds=embeds, return_dict=True).last_hidden_state
+
+    def _pool(self, tokens: torch.Tensor) -> torch.Tensor:
+        """InternVL-C's embedding (B, E) of vision tokens, which a frozen tower may give in a narrower dtype."""
+        return unit(self.clip_projector(tokens.to(self.clip_projector.norm1_q.weight.dtype)))
+
+    def _read(self, tokens: torch.Tensor, *readings: tuple[str, Texts]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """One forward of QLLaMA that reads every picture once per visibility pattern.
+
+        Args:
+            tokens: (B, N, D_vision).
+            *readings: A pattern and the texts (B, L) it reads the pictures with.
+
+        Returns:
+            Per reading the hidden states of the queries (B, M, D) and of the text (B, longest L, D).
+        """
+        texts = Texts.concatenate([part for _, part in readings])
+        hidden_states = self.qllama.model(
+            input_ids=texts.ids,
+            attention_mask=texts.mask,
+            query_embeds=self.query_tokens.expand(len(texts.ids), -1, -1),
+            vision_hidden_states=torch.cat([tokens] * len(readings)),
+            visibility=[pattern for pattern, part in readings for _ in part.ids],
+            use_cache=False,
+            return_dict=True,
+        ).last_hidden_state
+        num_queries = self.query_tokens.shape[1]
+        return [(rows[:, :num_queries], rows[:, num_queries:]) for rows in hidden_states.chunk(len(readings))]
+
+    def _contrastive_embeds(
+        self, queries: torch.Tensor, text: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Unit vectors (B, E) of the reading "contrastive"."""
+        return unit(self.clip_projector2(queries)), unit(last_token_states(text, mask) @ self.text_projection)
+
+    def _matching_logits(self, queries: torch.Tensor) -> torch.Tensor:
+        """(B, 2) of the reading "matching": the mean over the queries."""
+        return self.itm_head(queries).mean(dim=1)
+
+    @torch.no_grad()
+    def _draw_negatives(
+        self, tokens: torch.Tensor, positive: Texts, summarize: Texts, may_be_drawn: torch.Tensor
+    ) -> tuple[Texts, torch.Tensor]:
+        """For each picture the text of another one, drawn by InternVL-C's similarity, and which rows (B,) have one.
+
+        Matching is read in the same forward as the texts' features come from, so the drawing takes a pass of its own over
+        the texts, without queries and gradient.
+        """
+        images = in_chunks(self._pool, self.rows_per_chunk, tokens)
+        texts = in_chunks(self.get_text_features, self.rows_per_chunk, summarize.ids, summarize.mask)
+        similarities = scaled_similarities(images, unit(texts), self._scale())
+        is_other_text = (positive.ids[:, None] != positive.ids).any(dim=-1)
+        drawn, has_negative = draw_hard_negatives(similarities, is_other_text & may_be_drawn)
+        return positive[drawn], has_negative
+
+    def _check_reads_pictures(self, name: str) -> None:
+        if not self.config.has_queries:
+            raise ValueError(
+                f"{name} needs the queries of QLLaMA, but `num_query_token` is 0. To go on from stage 1, load its folder with "
+                "`from_pretrained(folder, num_query_token=96)`."
+            )
+
+
+__all__ = ["InternVLTrainingModel", "Texts", "drop_patches", "is_frozen"]

@@ -1,0 +1,118 @@
+"""Looking through dialogue data before a run: file, line and reason of every row that cannot be trained on."""
+
+import argparse
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoProcessor
+
+from ..image_loading_internvl import read_image
+from ..image_processing_internvl import InternVLImageProcessor
+from .dialogues import DialogueEncoder, read_dialogue
+from .json_rows import JsonRows, Row
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A row that cannot be trained on."""
+
+    file: Path
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {' '.join(self.reason.split())}"
+
+
+def find_faults(
+    rows: JsonRows, images: str | Path | None = None, encoder: DialogueEncoder | None = None
+) -> Iterator[Fault]:
+    """Reads every row and every picture of a file.
+
+    Args:
+        rows: The file.
+        images: Folder of the pictures; None takes the file's own.
+        encoder: Encodes each row too, so that rows that are too long for a model are found.
+
+    Yields:
+        A fault for each row that has one, in the order of the file.
+    """
+    images = rows.path.parent if images is None else images
+    for index in range(len(rows)):
+        try:
+            row = rows.read(index)
+            if encoder is None:
+                _read_pictures(row, images)
+            else:
+                encoder(row, images)
+        except ValueError as error:
+            yield Fault(rows.path, rows.line(index), str(error))
+
+
+def _read_pictures(row: Row, images: str | Path) -> None:
+    for message in read_dialogue(row, images):
+        for part in message["content"]:
+            if part["type"] == "image":
+                source = part["image"]
+                name = f"The picture `{source}`" if isinstance(source, str) and len(source) <= 200 else "A picture"
+                read_image(source, name, InternVLImageProcessor.max_image_pixels)
+
+
+def add_command(commands: Any) -> None:
+    """Adds `validate` to the sub-commands of a command line."""
+    parser = commands.add_parser("validate", help="file, line and reason of each row that cannot be trained on")
+    parser.add_argument("data", metavar="DATA", nargs="+", help="dialogue files: a JSON array or JSON lines")
+    parser.add_argument("--images", metavar="DIR", help="folder of the pictures (default: the folder of each file)")
+    parser.add_argument("--model", metavar="DIR", help="encode the rows with this model's processor too")
+    parser.add_argument(
+        "--max-length",
+        metavar="N",
+        type=int,
+        help="with --model: most tokens of a row (default: its tokenizer's limit)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, tell: Callable[[str], None]) -> int:
+    """Runs `validate`.
+
+    Args:
+        options: Arguments of the command line.
+        tell: Takes the lines to show.
+
+    Returns:
+        Exit code: 0, or 1 where a row is bad or there is none.
+
+    Raises:
+        OSError: If a file cannot be opened.
+        ValueError: If an argument is impossible.
+    """
+    encoder = _encoder(options)
+    num_rows, bad = 0, Counter[str]()
+    for name in options.data:
+        rows = JsonRows(name)
+        num_rows += len(rows)
+        for fault in find_faults(rows, options.images, encoder):
+            tell(str(fault))
+            bad[name] += 1
+        if not len(rows):
+            tell(f"{name}:1: There is no row in this file.")
+            bad[name] += 1
+    files = f"{len(options.data)} file{'s' if len(options.data) > 1 else ''}"
+    tell(f"{num_rows} rows in {files}, {bad.total() or 'none'} bad.")
+    return 1 if bad else 0
+
+
+def _encoder(options: argparse.Namespace) -> DialogueEncoder | None:
+    if options.model is None:
+        if options.max_length is not None:
+            raise ValueError("`--max-length` counts tokens, for which `--model` must be given.")
+        return None
+    processor = AutoProcessor.from_pretrained(options.model)
+    return DialogueEncoder(processor, options.max_length or processor.tokenizer.model_max_length)
+
+
+__all__ = ["Fault", "find_faults"]
