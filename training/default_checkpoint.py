@@ -9,6 +9,7 @@ resumes from the last saved step after a stop, and the same seed sees the same d
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
@@ -17,7 +18,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..configuration_internvl import InternVLChatConfig
@@ -26,7 +35,7 @@ from ..image_processing_internvl import InternVLImageProcessor
 from ..modeling_internvl_chat import InternVLChatForConditionalGeneration
 from ..processing_internvl import InternVLProcessor
 from .muon import MuonWithAdamW, muon_groups
-from .scenes import LAYOUTS, TILE_SIZE, Scene, choose_questions, draw_scene, questions_about, sample_scene
+from .scenes import LAYOUTS, TILE_SIZE, Layout, Scene, choose_questions, draw_scene, questions_about, sample_scene
 from .token_labels import TokenReader, token_labels
 from .tokenizer import build_tokenizer, tokenizer_corpus
 
@@ -159,7 +168,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> InternVLChatForConditiona
 
 
 @torch.no_grad()
-def prepare_embeddings(model: InternVLChatForConditionalGeneration) -> None:
+def prepare_embeddings(model: PreTrainedModel) -> None:
     """Start the patch embedding so that places can be told apart at once and blank paper does not drown all else.
 
     Positions start as waves over rows and columns instead of noise. Paper is a large constant in every patch: the bias
@@ -190,6 +199,8 @@ class SceneBatches(Dataset):
         seed: The run's seed.
     """
 
+    table: Mapping[str, Layout] = LAYOUTS  # where the names of a batch's layouts are looked up
+
     def __init__(self, name: str, phase: Phase, seed: int) -> None:
         self.name = name
         self.phase = phase
@@ -205,7 +216,7 @@ class SceneBatches(Dataset):
         scenes = []
         for layout in rng.choices(list(batch.layouts), weights=list(batch.layouts.values()), k=batch.pictures):
             own_rng = Random(rng.getrandbits(64))
-            scenes.append((sample_scene(own_rng, LAYOUTS[layout], "train"), own_rng))
+            scenes.append((sample_scene(own_rng, self.table[layout], "train"), own_rng))
         return scenes
 
 
@@ -283,6 +294,7 @@ def run_phase(
     folder: Path,
     resume: bool,
     use_bf16: bool,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, float]]:
     """Train `model` for one phase.
 
@@ -293,6 +305,7 @@ def run_phase(
         folder: Where Trainer keeps the phase's checkpoints.
         resume: Go on from the last of them, if there is one.
         use_bf16: Compute in bfloat16; weights stay in float32.
+        callbacks: Trainer's.
 
     Returns:
         Trainer's log.
@@ -303,6 +316,7 @@ def run_phase(
         train_dataset=data,
         data_collator=only_item,
         optimizers=(MuonWithAdamW(groups, lr=data.phase.muon_lr), None),
+        callbacks=list(callbacks),
     )
     trainer.train(resume_from_checkpoint=resume and any(folder.glob("checkpoint-*")))
     return trainer.state.log_history
@@ -313,7 +327,7 @@ def learn_to_see(
     processor: InternVLProcessor,
     recipe: Recipe,
     folder: Path,
-    **how: bool,
+    **how: Any,
 ) -> list[dict[str, float]]:
     """First phase: the vision tower and the connector of `model`, in place; see `run_phase`."""
     phase = recipe.seeing
@@ -330,7 +344,7 @@ def learn_to_answer(
     processor: InternVLProcessor,
     recipe: Recipe,
     folder: Path,
-    **how: bool,
+    **how: Any,
 ) -> list[dict[str, float]]:
     """Second phase: connector and decoder of `model`, in place; see `run_phase`."""
     phase = recipe.answering
@@ -358,20 +372,30 @@ def train(recipe: Recipe, output: Path, resume: bool = False, use_bf16: bool = T
     log: dict[str, Any] = {"recipe": asdict(recipe)}
     for name, learn in (("seeing", learn_to_see), ("answering", learn_to_answer)):
         log[name] = learn(model, processor, recipe, output / "trainer" / name, resume=resume, use_bf16=use_bf16)
+    write_run(model, processor, log, output)
+
+
+def write_run(model: PreTrainedModel, processor: InternVLProcessor, log: dict[str, Any], output: Path) -> None:
+    """Write a trained model, its processor and the log of its training to `output`."""
     model.set_attn_implementation("sdpa")
     model.save_pretrained(output)
     processor.save_pretrained(output)
     (output / "training_log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
 
 
-def main() -> None:
-    """Train the default checkpoint from the command line."""
-    parser = argparse.ArgumentParser(description="Train the default checkpoint from nothing.")
+def parse_arguments(description: str) -> argparse.Namespace:
+    """Return the command line of a script that trains one checkpoint from its own recipe."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--resume", action="store_true", help="go on from the last saved step in the folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fp32", action="store_true", help="for CPUs without fast bfloat16")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train the default checkpoint from the command line."""
+    arguments = parse_arguments("Train the default checkpoint from nothing.")
     train(replace(Recipe(), seed=arguments.seed), arguments.output, arguments.resume, not arguments.fp32)
 
 

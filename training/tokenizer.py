@@ -5,12 +5,14 @@ from collections.abc import Iterable, Iterator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from .captions import CAPTION_PROMPTS, LANGUAGES, PAIR_LAYOUTS, caption
 from .scenes import COLOURS, LAYOUTS, PLACES, SHAPES, WORDS, caption_of, questions_about, sample_scene, scene_generator
 
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
 VOCABULARY_SIZE = 768
+MULTILINGUAL_VOCABULARY_SIZE = 1280
 
 
 def tokenizer_corpus(num_scenes: int = 2000, seed: int = 0) -> Iterator[str]:
@@ -26,6 +28,19 @@ def tokenizer_corpus(num_scenes: int = 2000, seed: int = 0) -> Iterator[str]:
         yield caption_of(scene)
         for question in questions_about(scene, rng):
             yield f"{question.text}\n{question.answer}\n"
+
+
+def caption_corpus(num_scenes: int = 1000, seed: int = 0) -> Iterator[str]:
+    """Yield captions of training scenes in every language, in the form that contrastive and generative prompts have."""
+    for word in WORDS:
+        yield from [f" {word}"] * 50  # one token
+    layouts = list(PAIR_LAYOUTS.values())
+    for index in range(num_scenes):
+        rng = scene_generator("train", seed, index)
+        scene = sample_scene(rng, layouts[index % len(layouts)], "train")
+        yield from ["summarize:", *CAPTION_PROMPTS.values()]
+        for language in LANGUAGES:
+            yield caption(scene, language, rng)
 
 
 def build_tokenizer(corpus: Iterable[str], vocabulary_size: int = VOCABULARY_SIZE) -> PreTrainedTokenizerFast:

@@ -1,0 +1,158 @@
+"""What a stage trains: the parts of a model by name, the groups an optimizer gets of them, and LoRA targets per part.
+
+The names of the parameters say which part they belong to, the same in all model classes, before and after PEFT has put
+adapters in. Whatever can scale or shift a layer as a whole does not decay: norms, biases, layer scales, the temperature;
+nor do queries, positions and the class token, which are inputs and no weights.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+# The first pattern that matches the beginning of a name says its part.
+PARTS = {
+    "vision": r"vision_model\.",
+    "pooling": r"clip_projector\.",  # InternVL-C's
+    "text_projection": r"text_projection$",
+    "temperature": r"logit_(scale|bias)$",
+    "queries": r"query_tokens$|qllama\..*\bcross_attn\.",
+    "query_heads": r"(clip_projector2|itm_head)\.",  # InternVL-G's, and matching
+    "language_head": r"qllama\.lm_head\.",
+    "qllama": r"qllama\.",  # the LLaMA that QLLaMA is made of
+    "projector": r"mlp[12]\.",
+    "language": r"language_model\.",  # the decoder of a chat model
+}
+LORA_PARTS = ("vision", "qllama", "language")
+_NEVER_DECAYED = ("query_tokens", "position_embedding", "class_embedding")
+# What PEFT, FSDP and torch.compile put into names.
+_WRAPPERS = re.compile(r"^base_model\.model\.|\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+_VISION_BLOCK = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.")
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter or module belongs to.
+
+    Args:
+        name: From the model's root, also where PEFT, FSDP or torch.compile has wrapped it.
+
+    Raises:
+        ValueError: If it belongs to none.
+    """
+    name = _plain(name)
+    for part, pattern in PARTS.items():
+        if re.match(pattern, name):
+            return part
+    raise ValueError(f"`{name}` belongs to none of the parts {', '.join(PARTS)}.")
+
+
+def _plain(name: str) -> str:
+    return _WRAPPERS.sub("", name)
+
+
+def train_parts(model: nn.Module, parts: Collection[str], adapted: Collection[str] = ()) -> None:
+    """Trains these parts of a model and freezes all others.
+
+    Args:
+        model: Any model of the package.
+        parts: Names in `PARTS`.
+        adapted: Parts that were given LoRA adapters: of these only the adapters are trained.
+
+    Raises:
+        ValueError: If the model has no such part.
+    """
+    present = {part_of(name) for name, _ in model.named_parameters()}
+    if missing := sorted({*parts, *adapted} - present):
+        raise ValueError(f"There is no part {', '.join(missing)} to train in this model, it has {', '.join(present)}.")
+    for name, parameter in model.named_parameters():
+        part = part_of(name)
+        parameter.requires_grad_(part in parts and (part not in adapted or "lora_" in name))
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay is for this parameter: matrices and kernels, word embeddings too."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps flat pieces
+    return len(shape) > 1 and not name.endswith(_NEVER_DECAYED)
+
+
+def vision_depth(name: str, num_layers: int) -> int:
+    """How many layers stand above this parameter in the vision tower; 0 for its last block, and outside of it.
+
+    Args:
+        name: Of the parameter.
+        num_layers: Blocks of the tower. The embeddings count as one layer below the first.
+    """
+    if part_of(name) != "vision":
+        return 0
+    block = _VISION_BLOCK.match(_plain(name))
+    return num_layers - 1 - int(block[1]) if block else num_layers
+
+
+def parameter_groups(
+    model: PreTrainedModel, rates: Mapping[str, float], weight_decay: float = 0.0, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer: one per learning rate, part, and decay or none.
+
+    Args:
+        model: With its frozen parameters marked, see `train_parts`.
+        rates: Learning rate of each part that is trained.
+        weight_decay: Of what decays, see `decays`.
+        layer_decay: Each layer of the vision tower learns slower than the one above it by this factor.
+
+    Returns:
+        Groups with `params`, `lr` and `weight_decay`, and `part` to find them by, in the order of the model.
+
+    Raises:
+        ValueError: If a parameter is to be trained that has no rate.
+    """
+    num_layers = model.config.vision_config.num_hidden_layers
+    groups: dict[tuple, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part = part_of(name)
+        if part not in rates:
+            raise ValueError(f"`{name}` is to be trained, but `rates` has none for `{part}`: {dict(rates)}.")
+        rate = rates[part] * layer_decay ** vision_depth(name, num_layers)
+        decay = weight_decay if decays(name, parameter) else 0.0
+        group = groups.setdefault((part, rate, decay), {"params": [], "lr": rate, "weight_decay": decay, "part": part})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def lora_targets(model: PreTrainedModel, parts: Collection[str] = LORA_PARTS) -> list[str]:
+    """Names for `LoraConfig(target_modules=...)`: the linear layers of some parts, output layers left out.
+
+    Args:
+        model: Any model of the package.
+        parts: Names in `PARTS`; those that the model lacks are passed over.
+
+    Returns:
+        Full names, which no other layer ends in.
+
+    Raises:
+        ValueError: If a part is unknown, or nothing is found.
+    """
+    if unknown := sorted(set(parts) - set(PARTS)):
+        raise ValueError(f"`parts` must be among {', '.join(PARTS)}, got {', '.join(unknown)}.")
+    head = model.get_output_embeddings()
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = [name for name, layer in layers if layer is not head and part_of(f"{name}.weight") in parts]
+    if not names:
+        raise ValueError(f"This model has no linear layer in {', '.join(parts) or 'no part'}.")
+    return names
+
+
+__all__ = [
+    "LORA_PARTS",
+    "PARTS",
+    "decays",
+    "lora_targets",
+    "parameter_groups",
+    "part_of",
+    "train_parts",
+    "vision_depth",
+]

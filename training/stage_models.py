@@ -1,0 +1,302 @@
+"""The model and the processor that each stage starts from: nothing, a LLaMA, a decoder, or the folder of the stage before.
+
+Weights keep the dtype they are stored in, but for the parts that the recipe trains: these are float32. Where a folder
+holds narrower weights, frozen parts stay narrow, and the recipe must compute under autocast (`use_bf16`).
+"""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..configuration_internvl import InternVLChatConfig, InternVLConfig
+from ..conversation_internvl import (
+    IMAGE_CONTEXT_TOKEN,
+    IMAGE_END_TOKEN,
+    IMAGE_START_TOKEN,
+    get_conversation_template,
+)
+from ..image_processing_internvl import InternVLImageProcessor
+from ..modeling_internvl import InternVLModel
+from ..modeling_internvl_chat import InternVLChatForConditionalGeneration
+from ..processing_internvl import InternVLProcessor
+from .parameter_groups import part_of
+from .pretraining import (
+    InternVLForContrastiveTraining,
+    InternVLForGenerativeTraining,
+    InternVLForRetrievalTraining,
+)
+from .recipes import ContrastiveRecipe, DialogueRecipe, GenerativeRecipe, Recipe, RetrievalRecipe
+
+
+Folder = str | Path
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def trained_in_float32(model: Model, recipe: Recipe) -> Model:
+    """The model with the parts that the recipe trains in float32, in place."""
+    parts = {part for phase in recipe.phases for part in phase.rates}
+    for name, parameter in model.named_parameters():
+        if part_of(name) in parts:
+            parameter.data = parameter.data.float()
+    return model
+
+
+# -------------------------------------------------------------------------------------------------------- the processor
+def pair_processor(recipe: ContrastiveRecipe, tokenizer: PreTrainedTokenizerBase) -> InternVLProcessor:
+    """The processor of stage 1, as the finished model needs it: pictures of the last phase's size."""
+    side = recipe.phases[-1].image_size
+    image_processor = InternVLImageProcessor(size={"height": side, "width": side}, resize_mode="squash")
+    return InternVLProcessor(image_processor, tokenizer, mode="contrastive", max_text_length=recipe.max_text_length)
+
+
+def processor_of(source: Folder, recipe: GenerativeRecipe | RetrievalRecipe) -> InternVLProcessor:
+    """The processor in a folder, with the recipe's sizes."""
+    processor = InternVLProcessor.from_pretrained(source)
+    side = recipe.phases[-1].image_size
+    processor.image_processor.size = {"height": side, "width": side}
+    processor.max_text_length = recipe.max_text_length
+    return processor
+
+
+def chat_processor(
+    recipe: DialogueRecipe, decoder: Folder, patch_size: int, num_queries: int = 0
+) -> InternVLProcessor:
+    """The processor of stage 3: the decoder's tokenizer with the image tokens and the recipe's template.
+
+    Args:
+        recipe: The recipe.
+        decoder: Folder of the decoder.
+        patch_size: Of the vision tower.
+        num_queries: Image tokens of a tile that come from QLLaMA.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(decoder)
+    known = tokenizer.get_vocab()
+    image_tokens = (IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_CONTEXT_TOKEN)
+    tokenizer.add_tokens([token for token in image_tokens if token not in known], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    side = recipe.phases[-1].image_size
+    image_processor = InternVLImageProcessor(
+        size={"height": side, "width": side}, min_num=1, max_num=recipe.max_tiles, use_thumbnail=recipe.max_tiles > 1
+    )
+    num_tokens = num_queries + int(side // patch_size * recipe.downsample_ratio) ** 2
+    template = get_conversation_template(recipe.template).to_jinja()
+    return InternVLProcessor(image_processor, tokenizer, image_seq_length=num_tokens, chat_template=template)
+
+
+# --------------------------------------------------------------------------------------------------- stages 1 and 2
+def _config_of(source: Folder, recipe: Recipe) -> InternVLConfig:
+    config = InternVLConfig.from_pretrained(source)
+    config.vision_config.drop_path_rate = recipe.drop_path_rate
+    config.force_image_size = recipe.phases[-1].image_size
+    return config
+
+
+def _read_llama(folder: Folder, num_tokens: int) -> LlamaForCausalLM:
+    llama = LlamaForCausalLM.from_pretrained(folder)
+    if llama.config.vocab_size != num_tokens:
+        llama.resize_token_embeddings(num_tokens)  # new words start around the mean of the others
+    return llama
+
+
+def _copy_weights(module: nn.Module, weights: dict[str, torch.Tensor], source: Folder) -> None:
+    """Loads weights that must be there for everything but what stage 2 adds."""
+    try:
+        found = module.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"The weights of {source} do not fit this model: {error}") from error
+    missing = [name for name in found.missing_keys if ".cross_attn." not in name]
+    if missing or found.unexpected_keys:
+        raise ValueError(
+            f"The weights of {source} do not fit this model: {missing} are missing, {found.unexpected_keys} are too many."
+        )
+
+
+def contrastive_model(
+    recipe: ContrastiveRecipe,
+    tokenizer: PreTrainedTokenizerBase,
+    source: Folder | None = None,
+    llama: Folder | None = None,
+) -> InternVLForContrastiveTraining:
+    """The model of stage 1.
+
+    Args:
+        recipe: The recipe.
+        tokenizer: Whose vocabulary the text encoder gets.
+        source: Folder of an InternVL-C to go on from; None starts from nothing.
+        llama: Folder of a LLaMA that the text encoder starts from, in place of the recipe's `text_config`.
+
+    Raises:
+        ValueError: If both folders are given, or the LLaMA does not fit.
+    """
+    settings: dict[str, Any] = {
+        "objective": recipe.objective,
+        "rows_per_chunk": recipe.rows_at_a_time,
+        "max_logit_scale": recipe.max_logit_scale,
+    }
+    if source is not None:
+        if llama is not None:
+            raise ValueError(f"The text encoder starts from {source} or from {llama}; give one of them.")
+        config = _config_of(source, recipe)
+        model = InternVLForContrastiveTraining.from_pretrained(source, config=config, **settings)
+        return trained_in_float32(model, recipe)
+    start = None if llama is None else _read_llama(llama, len(tokenizer))
+    text_config = dict(recipe.text_config if start is None else start.config.to_dict())
+    for key in ("model_type", "architectures", "auto_map"):
+        text_config.pop(key, None)
+    text_config.update(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id or 0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=False,
+    )
+    config = InternVLConfig(
+        vision_config={**recipe.vision_config, "drop_path_rate": recipe.drop_path_rate},
+        qllama_config=text_config,
+        num_query_token=0,
+        force_image_size=recipe.phases[-1].image_size,
+        **recipe.model_config,
+    )
+    model = InternVLForContrastiveTraining(config, **settings)
+    if start is not None:
+        _copy_weights(model.qllama.model, start.model.state_dict(), str(llama))
+    return trained_in_float32(model, recipe)
+
+
+def generative_model(
+    recipe: GenerativeRecipe, source: Folder, prefix_lengths: dict[str, int], llama: Folder | None = None
+) -> InternVLForGenerativeTraining:
+    """The model of stage 2: InternViT and LLaMA of stage 1, with queries, cross-attention and heads that start from nothing.
+
+    Args:
+        recipe: The recipe.
+        source: Folder of stage 1, or of a stage 2 to go on from.
+        prefix_lengths: As from `GenerativeCollator.prefix_lengths`.
+        llama: Folder of the LLaMA whose language head is taken; None starts it from nothing.
+    """
+    config = _config_of(source, recipe)
+    if not config.has_queries:
+        config.num_query_token = recipe.num_query_token
+        config.qllama_config.cross_attention_frequency = recipe.cross_attention_frequency
+    settings: dict[str, Any] = {
+        "rows_per_chunk": recipe.rows_at_a_time,
+        "max_logit_scale": recipe.max_logit_scale,
+        **prefix_lengths,
+    }
+    model = InternVLForGenerativeTraining.from_pretrained(source, config=config, **settings)
+    if llama is not None:
+        head = _read_llama(llama, config.qllama_config.vocab_size).lm_head
+        _copy_weights(model.qllama.lm_head, head.state_dict(), llama)
+    return trained_in_float32(model, recipe)
+
+
+def retrieval_model(recipe: RetrievalRecipe, source: Folder) -> InternVLForRetrievalTraining:
+    """The model of retrieval fine-tuning, from the folder of stage 2."""
+    settings: dict[str, Any] = {"rows_per_chunk": recipe.rows_at_a_time, "max_logit_scale": recipe.max_logit_scale}
+    model = InternVLForRetrievalTraining.from_pretrained(source, config=_config_of(source, recipe), **settings)
+    return trained_in_float32(model, recipe)
+
+
+# -------------------------------------------------------------------------------------------------------------- stage 3
+def chat_model(
+    recipe: DialogueRecipe, source: Folder, decoder: Folder
+) -> tuple[InternVLChatForConditionalGeneration, InternVLProcessor]:
+    """The model of stage 3 and its processor.
+
+    The simple configuration takes stage 2's vision tower, the full one its QLLaMA and queries too; the decoder comes from
+    a folder of its own, the MLPs start from nothing.
+
+    Args:
+        recipe: The recipe.
+        source: Folder of stage 2, or of stage 1 for the simple configuration.
+        decoder: Folder of any causal language model, with its tokenizer.
+
+    Raises:
+        ValueError: If the full configuration is wanted of a model without queries.
+    """
+    base = InternVLModel.from_pretrained(source)
+    is_full = recipe.connector != "patches"
+    if is_full and not base.config.has_queries:
+        raise ValueError(
+            f"`connector` {recipe.connector!r} needs the queries of stage 2, but {source} has none. Run stage 2 first, or "
+            "take the connector 'patches'."
+        )
+    side, vision_config = recipe.phases[-1].image_size, base.config.vision_config
+    if vision_config.image_size != side:
+        base.vision_model.resize_pos_embeddings(vision_config.image_size, side, vision_config.patch_size)
+    num_queries = base.config.num_query_token if is_full else 0
+    processor = chat_processor(recipe, decoder, vision_config.patch_size, num_queries)
+    language = AutoModelForCausalLM.from_pretrained(decoder)
+    if language.get_input_embeddings().num_embeddings < len(processor.tokenizer):
+        language.resize_token_embeddings(len(processor.tokenizer))
+    model = InternVLChatForConditionalGeneration(_chat_config(recipe, base, language, processor))
+    _fill_chat(model, base, language, str(source), str(decoder))
+    ends = get_conversation_template(recipe.template).end_token_ids(processor.tokenizer)
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=processor.tokenizer.pad_token_id)
+    return trained_in_float32(model, recipe), processor
+
+
+def _chat_config(
+    recipe: DialogueRecipe, base: InternVLModel, language: PreTrainedModel, processor: InternVLProcessor
+) -> InternVLChatConfig:
+    vision_config = {**base.config.vision_config.to_dict(), "drop_path_rate": recipe.drop_path_rate}
+    return InternVLChatConfig(
+        vision_config=vision_config,
+        text_config=language.config.to_dict(),
+        qllama_config=None if recipe.connector == "patches" else base.config.qllama_config.to_dict(),
+        connector=recipe.connector,
+        downsample_ratio=recipe.downsample_ratio,
+        ps_version="v2",
+        template=recipe.template,
+        force_image_size=recipe.phases[-1].image_size,
+        dynamic_image_size=recipe.max_tiles > 1,
+        use_thumbnail=recipe.max_tiles > 1,
+        min_dynamic_patch=1,
+        max_dynamic_patch=recipe.max_tiles,
+        image_token_id=processor.image_token_id,
+        tie_word_embeddings=language.config.tie_word_embeddings,
+    )
+
+
+def _fill_chat(
+    model: InternVLChatForConditionalGeneration,
+    base: InternVLModel,
+    language: PreTrainedModel,
+    source: str,
+    decoder: str,
+) -> None:
+    """Weights of the parts, in the dtypes they are stored in."""
+    parts: list[tuple[nn.Module, nn.Module, str]] = [
+        (model.vision_model, base.vision_model, source),
+        (model.language_model, language, decoder),
+    ]
+    if model.qllama is not None:
+        base.qllama.model.embed_tokens = None  # a chat model gives QLLaMA no text
+        parts.append((model.qllama, base.qllama.model, source))
+        model.query_tokens.data = base.query_tokens.data.clone()
+    for module, start, name in parts:
+        module.to(next(start.parameters()).dtype)
+        _copy_weights(module, start.state_dict(), name)
+
+
+__all__ = [
+    "chat_model",
+    "chat_processor",
+    "contrastive_model",
+    "generative_model",
+    "pair_processor",
+    "processor_of",
+    "retrieval_model",
+    "trained_in_float32",
+]
