@@ -35,7 +35,7 @@ style: $(READY)
 	$(PYTHON) -m ruff format .
 
 bench: $(READY)
-	$(PYTHON) -m benchmarks.vision_forward
+	$(PYTHON) -m benchmarks
 
 # Needs 40 GB of disk and some minutes.
 bench-conversion: $(READY)

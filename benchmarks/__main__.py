@@ -1,0 +1,63 @@
+"""All benchmarks, one table: `python -m benchmarks [TOPIC ...] [--rounds 15] [--device cpu]`.
+
+Every topic is a module here with a function `rows(options)`. Each writes `benchmarks/results/TOPIC-DEVICE.json`: the calibration of its
+run, the versions, and its rows. `benchmarks.conversion` needs 40 GB of disk and runs only when named.
+"""
+
+import argparse
+import importlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .harness import Options, Row, matrix_rate, versions
+
+
+RESULTS = Path(__file__).resolve().parent / "results"
+TOPICS = ("vision",)
+
+
+def measure(topic: str, options: Options) -> list[Row]:
+    """The rows of a topic, written to its file as well."""
+    rows = importlib.import_module(f"benchmarks.{topic}").rows(options)
+    calibration = matrix_rate(options.device)
+    found = list(tqdm(rows, desc=topic, unit="row", leave=False))
+    RESULTS.mkdir(exist_ok=True)
+    content = {"calibration": calibration, **versions(), "rows": [{**asdict(row), "met": row.is_met} for row in found]}
+    path = RESULTS / f"{topic}-{options.device}.json"
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The rows as a table in Markdown."""
+    lines = ["| row | ratio | middle half | target | reached |", "|---|---|---|---|---|"]
+    for row in rows:
+        if row.ratio is None:
+            lines.append(f"| {row.name} | - | - | - | skipped: {row.skipped} |")
+            continue
+        spread = f"{row.spread[0]:.2f} to {row.spread[1]:.2f}" if row.spread else "-"
+        sign = "<=" if row.is_lower_better else ">="
+        target = "-" if row.target is None else f"{sign} {row.target:g}"
+        reached = {None: "reported", True: "yes", False: "no"}[row.is_met]
+        lines.append(f"| {row.name} | {row.ratio:.3g} | {spread} | {target} | {reached} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure the topics named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("topics", nargs="*", help=f"of {', '.join(TOPICS)}; all of these unless named")
+    parser.add_argument("--rounds", type=int, default=Options.rounds)
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    options = Options(arguments.device, arguments.rounds)
+    found = [row for topic in arguments.topics or TOPICS for row in measure(topic, options)]
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
