@@ -146,15 +146,13 @@ def plan_conversion(
     has_text = layout.result.kind != "vision" and (tokenizer is not None or has_tokenizer(folder))
     tokenizer_folder = folder if has_text else None
     records = read_records(opened)
-    asked: list[Edit] = []
     sizes = {"image_size": image_size, "patch_size": patch_size}
     sizes = {**layout.wanted_sizes(opened), **{key: size for key, size in sizes.items() if size is not None}}
-    if sizes:
-        asked.append(resize_tower(**sizes))
-    if drop_unused_blocks:
-        asked.append(drop_blocks_above)
-    if layout.lacks_image_token:
-        asked.append(adding_image_token(tokenizer_folder, image_token_id, layout.build_config))
+    asked = [resize_tower(**sizes)] if sizes else []
+    asked += [drop_blocks_above] if drop_unused_blocks else []
+    asked += (
+        [adding_image_token(tokenizer_folder, image_token_id, layout.build_config)] if layout.lacks_image_token else []
+    )
     draft, translation = _draft(opened, layout, [*asked, *_decoder_edits(to, llama_decoder, records), *edits])
     tensors, same = _compared(opened, layout, draft, translation, dtype)
     settings = draft.settings
@@ -162,8 +160,7 @@ def plan_conversion(
     settings["auto_map"] = layout.result.auto_map
     # Parts that were frozen in training may outnumber what was trained, and must not decide.
     settings["dtype"] = name_dtypes([opened.dtype]) if opened.dtype and dtype == "auto" else _main_dtype(tensors)
-    if image_token_id is not None:
-        settings["image_token_id"] = image_token_id
+    settings |= {} if image_token_id is None else {"image_token_id": image_token_id}
     content = Content(
         source=opened,
         layout=layout,

@@ -113,51 +113,76 @@ def write_zero(
     buffers = {
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in (buffers or {}).items()
     }
-    trained = {name: tensor for group in groups for name, tensor in group.items()}
-    everything = {**{name: tensor.to(dtype) for name, tensor in trained.items()}, **frozen}
-    everything |= {name: everything[first] for name, first in (shared or {}).items()}
     prefix = "bf16_" if dtype == torch.bfloat16 else ""
     stretches = cut_by_stretch(groups, processes, gap, strip)
     with classes_of_deepspeed() as classes:
         for rank in range(processes):
             if stage == 3 or rank == 0:
-                empty = {name: torch.zeros(0, dtype=dtype) for name in everything}
-                parts = {name: cut_by_part(tensor, processes)[rank] for name, tensor in frozen.items()}
-                model = {
-                    "module": {**(empty if stage == 3 else everything), **buffers},
-                    "buffer_names": list(buffers),
-                    "param_shapes": [{name: tensor.shape for name, tensor in group.items()} for group in groups],
-                    # Stage 1 keeps no record of frozen parameters.
-                    "frozen_param_shapes": {name: tensor.shape for name, tensor in frozen.items()}
-                    if stage > 1
-                    else None,
-                    "frozen_param_fragments": (parts if stage == 3 else frozen) if stage > 1 else None,
-                    "shared_params": shared or {},
-                    "lr_scheduler": {"last_epoch": 7},
-                    "dp_world_size": processes,
-                    "mp_world_size": 1,
-                }
+                model = model_states(groups, frozen, buffers, shared or {}, stage, rank, processes, dtype)
                 name = f"zero_pp_rank_{rank}_mp_rank_00" if stage == 3 else "mp_rank_00"
                 torch.save(model, place / f"{name}_model_states.pt")
+            scaler = "LossScaler" if dtype == torch.bfloat16 else "DynamicLossScaler"
             optimizer = {
                 "zero_stage": filled(classes, "ZeroStageEnum", value=stage),
-                "loss_scaler": filled(
-                    classes, "LossScaler" if dtype == torch.bfloat16 else "DynamicLossScaler", cur_scale=1.0
-                ),
+                "loss_scaler": filled(classes, scaler, cur_scale=1.0),
                 "base_optimizer_state": {"state": {0: {"exp_avg": torch.full((50,), 9.0)}}},
                 **(extra or {}),
             }
             if stage == 3:
-                flat = torch.cat([cut_by_part(tensor, processes)[rank] for tensor in trained.values()])
-                optimizer |= {"partition_count": processes, "fp32_flat_groups": list(flat.tensor_split(flat_groups))}
+                optimizer |= parts_of_a_process(groups, rank, processes, flat_groups)
             else:
-                optimizer |= {
-                    "partition_count": [processes] * len(groups),
-                    "single_partition_of_fp32_groups": stretches[rank],
-                    "param_slice_mappings": [{name: filled(classes, "fragment_address", numel=3)} for name in trained],
-                }
-                if gap:
-                    optimizer["param_alignment_paddings"] = [[gap] * len(group) for group in groups]
+                slices = {name: filled(classes, "fragment_address", numel=3) for group in groups for name in group}
+                optimizer |= stretches_of_a_process(groups, stretches[rank], processes, gap, slices)
             content = {"optimizer_state_dict": optimizer, "ds_version": "0.0"}
             torch.save(content, place / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
     return place
+
+
+def model_states(
+    groups: list[Tensors],
+    frozen: Tensors,
+    buffers: Tensors,
+    shared: dict[str, str],
+    stage: int,
+    rank: int,
+    processes: int,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """What lies beside the optimizer: the weights in the training's dtype, which in stage 3 are left to the optimizer's files."""
+    everything = {name: tensor.to(dtype) for group in groups for name, tensor in group.items()} | frozen
+    everything |= {name: everything[first] for name, first in shared.items()}
+    fragments = frozen
+    if stage == 3:
+        everything = {name: torch.zeros(0, dtype=dtype) for name in everything}
+        fragments = {name: cut_by_part(tensor, processes)[rank] for name, tensor in frozen.items()}
+    return {
+        "module": {**everything, **buffers},
+        "buffer_names": list(buffers),
+        "param_shapes": [{name: tensor.shape for name, tensor in group.items()} for group in groups],
+        # Stage 1 keeps no record of frozen parameters.
+        "frozen_param_shapes": {name: tensor.shape for name, tensor in frozen.items()} if stage > 1 else None,
+        "frozen_param_fragments": fragments if stage > 1 else None,
+        "shared_params": shared,
+        "lr_scheduler": {"last_epoch": 7},
+        "dp_world_size": processes,
+        "mp_world_size": 1,
+    }
+
+
+def parts_of_a_process(groups: list[Tensors], rank: int, processes: int, flat_groups: int) -> dict[str, Any]:
+    """Stage 3: the master weights."""
+    flat = torch.cat([cut_by_part(tensor, processes)[rank] for group in groups for tensor in group.values()])
+    return {"partition_count": processes, "fp32_flat_groups": list(flat.tensor_split(flat_groups))}
+
+
+def stretches_of_a_process(
+    groups: list[Tensors], stretches: list[torch.Tensor], processes: int, gap: int, slices: dict[str, Any]
+) -> dict[str, Any]:
+    """Stages 1 and 2: the master weights."""
+    padding = {"param_alignment_paddings": [[gap] * len(group) for group in groups]} if gap else {}
+    return {
+        "partition_count": [processes] * len(groups),
+        "single_partition_of_fp32_groups": stretches,
+        "param_slice_mappings": [slices],
+        **padding,
+    }
