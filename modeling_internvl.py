@@ -80,6 +80,8 @@ class InternVLPreTrainedModel(HubModelMixin, PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    # Learned by the sigmoid loss of stage 1, which alone uses it.
+    _keys_to_ignore_on_load_unexpected = [r"^logit_bias$"]
     _modules_kept_unquantized = (
         "vision_model",
         "clip_projector",
@@ -272,16 +274,19 @@ class InternVLModel(InternVLPreTrainedModel):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Scores (B, 2) that picture i and text i do not (0) or do (1) belong together: mean of the head over the queries.
+        """Scores (B, 2) that a picture and a text do not (0) or do (1) belong together: mean of the head over the queries.
 
         Args:
-            pixel_values: (B, 3, height, width).
-            input_ids: (B, L).
+            pixel_values: (P, 3, height, width).
+            input_ids: (B, L), as many texts for each picture as for any other: the first B / P go with the first picture.
             attention_mask: (B, L), derived from `pad_token_id` when absent.
+
+        Raises:
+            ValueError: B is no multiple of P, or a row without a single real token.
         """
         self._check_has_queries("`get_matching_logits`")
         tokens = self.vision_model(pixel_values, return_dict=True).last_hidden_state
-        query_embeds = self.query_tokens.expand(tokens.shape[0], -1, -1)
+        query_embeds = self.query_tokens.expand(input_ids.shape[0], -1, -1)
         outputs = self.qllama.model(
             input_ids=input_ids,
             attention_mask=self._text_mask(input_ids, attention_mask),

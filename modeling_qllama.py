@@ -1,22 +1,14 @@
 """QLLaMA, the language middleware of InternVL (paper section 3.2): a LLaMA that reads learned queries in front of the text and looks
 at the picture through cross-attention.
 
-Does: the five visibility patterns below in one model, also mixed within a batch; rotary positions over queries then text; captioning
-with a KV cache. Does not: own the queries (`query_tokens` belongs to the model around it); rotary scaling.
+Does: the five visibility patterns of visibility_qllama in one model, also mixed within a batch or within a row; rotary positions over
+queries then text; captioning with a KV cache. Does not: own the queries (`query_tokens` belongs to the model around it); rotary
+scaling.
 
-Visibility, queries first (Q), then text (T); padding is never seen:
-
-| pattern       | Q sees Q | Q sees T | T sees Q | T sees T |
-|---------------|----------|----------|----------|----------|
-| "image"       | all      | -        | -        | -        |
-| "text"        | -        | -        | -        | causal   |
-| "matching"    | all      | all      | all      | all      |
-| "contrastive" | all      | no       | no       | causal   |
-| "generation"  | all      | no       | all      | causal   |
-
-Cross-attention acts on the queries only, in the prefill only: a cached step holds no query. Rotary angles are computed per call in
-fp32, so there is no buffer that loading could leave uninitialised. Shape letters as in modeling_internvit; parameter names are those
-of the published checkpoints.
+Cross-attention acts on the queries only, in the prefill only: a cached step holds no query. Its keys and values are computed once per
+picture, however many rows, readings or beams look at it. Rotary angles are computed per call in fp32, so there is no buffer that
+loading could leave uninitialised. Shape letters as in modeling_internvit, P pictures; parameter names are those of the published
+checkpoints.
 """
 
 import copy
@@ -40,9 +32,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_internvl import QLlamaConfig
 from .layers_internvl import InternVLRMSNorm, eager_attention_forward
-
-
-VISIBILITIES = ("image", "text", "matching", "contrastive", "generation")
+from .visibility_qllama import VISIBILITIES, Readings, mask_functions, rows_of, text_positions
 
 
 def rotary_angles(position_ids: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,12 +48,6 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return x * cos[:, None].to(x.dtype) + turned * sin[:, None].to(x.dtype)
-
-
-def text_positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Positions (B, T) that count real tokens only; padding gets 1, as published (its value never matters)."""
-    positions = attention_mask.long().cumsum(-1) - 1
-    return positions.masked_fill(attention_mask == 0, 1)
 
 
 def kernel_for_blocks(implementation: str) -> str:
@@ -143,17 +127,25 @@ class QLlamaCrossAttention(nn.Module):
     def forward(
         self, queries: torch.Tensor, vision_hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, M, D) queries and (B, N, D_vision) picture -> (B, M, D) and weights (B, H, M, N)."""
+        """(B, M, D) queries and (P, N, D_vision) pictures -> (B, M, D) and weights (B, H, M, N).
+
+        B is a multiple of P; rows that share a picture stand next to each other.
+        """
         picture = self.norm2(vision_hidden_states.to(queries.dtype))
-        query, key, value = (
-            rearrange(x, "b l (h k) -> b h l k", k=self.head_dim)
-            for x in (self.q_proj(self.norm1(queries)), self.k_proj(picture), self.v_proj(picture))
+        key, value = (
+            rearrange(x, "p n (h k) -> p h n k", k=self.head_dim) for x in (self.k_proj(picture), self.v_proj(picture))
         )
+        # The rows of a picture look at it as one long row, so its keys and values are neither computed again nor copied.
+        query = self.q_proj(self.norm1(queries))
+        query = rearrange(query, "(p r) m (h k) -> p h (r m) k", p=len(picture), k=self.head_dim)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         output, weights = attention(self, query, key, value, None, dropout=0.0, scaling=self.scaling, **kwargs)
-        return self.o_proj(output.flatten(2).contiguous()), weights
+        output = rearrange(output, "p (r m) h k -> (p r) m (h k)", m=queries.shape[1])
+        if weights is not None:
+            weights = rearrange(weights, "p h (r m) n -> (p r) h m n", m=queries.shape[1])
+        return self.o_proj(output), weights
 
 
 class QLlamaMLP(nn.Module):
@@ -257,7 +249,7 @@ class QLlamaModel(QLlamaPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         query_embeds: torch.Tensor | None = None,
         vision_hidden_states: torch.Tensor | None = None,
-        visibility: str | Sequence[str] | None = None,
+        visibility: str | Sequence[str] | Readings | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
@@ -272,27 +264,30 @@ class QLlamaModel(QLlamaPreTrainedModel):
             past_key_values: Cache of a "generation" or "text" prefill.
             inputs_embeds: (B, L, D) in place of `input_ids`.
             query_embeds: (B, M, D) learned queries, in the prefill.
-            vision_hidden_states: (B, N, D_vision) picture features for the cross-attention.
-            visibility: One of the patterns of the module docstring, or one per row of the batch. Default: "generation" with
-                queries and text, "image" with queries alone, "text" otherwise.
+            vision_hidden_states: (P, N, D_vision) picture features for the cross-attention, B a multiple of P: the first B / P rows
+                read the first picture.
+            visibility: One of `VISIBILITIES`, or one per row of the batch, or `Readings` that share each row. Default:
+                "generation" with queries and text, "image" with queries alone, "text" otherwise.
             use_cache: Whether to return a cache.
 
         Returns:
             `last_hidden_state` (B, M + L, D), `past_key_values`.
 
         Raises:
-            ValueError: Neither text nor queries, both kinds of text, or an unknown or unfitting `visibility`.
+            ValueError: Neither text nor queries, both kinds of text, an unknown or unfitting `visibility`, or pictures that do not
+                fit the rows.
         """
         hidden_states, num_queries = self._embed(input_ids, inputs_embeds, query_embeds)
-        patterns = self._patterns(visibility, num_queries, hidden_states.shape)
+        self._check_pictures(vision_hidden_states, len(hidden_states))
+        rows = rows_of(visibility, num_queries, *hidden_states.shape[:2])
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         attention_mask = self._over_queries(attention_mask, num_queries, hidden_states)
         if position_ids is None:
-            position_ids = self._default_positions(attention_mask, past_key_values, hidden_states)
+            position_ids = self._default_positions(attention_mask, past_key_values, hidden_states, rows[0])
         angles = rotary_angles(position_ids, self.config.head_dim, self.config.rope_parameters["rope_theta"])
-        is_causal = any(pattern not in ("image", "matching") for pattern in patterns)
-        mask = self._mask(hidden_states, attention_mask, past_key_values, position_ids, patterns, num_queries)
+        is_causal = not {pattern for readings in rows for pattern in readings.patterns} <= {"image", "matching"}
+        mask = self._mask(hidden_states, attention_mask, past_key_values, position_ids, rows)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -324,21 +319,12 @@ class QLlamaModel(QLlamaPreTrainedModel):
         return torch.cat([query_embeds, inputs_embeds], dim=1), query_embeds.shape[1]
 
     @staticmethod
-    def _patterns(visibility: str | Sequence[str] | None, num_queries: int, shape: torch.Size) -> list[str]:
-        """One pattern for the whole batch (a list of one) or one per row."""
-        has_text = shape[1] > num_queries
-        if visibility is None:
-            visibility = "text" if not num_queries else "generation" if has_text else "image"
-        patterns = [visibility] if isinstance(visibility, str) else list(visibility)
-        if unknown := sorted(set(patterns) - set(VISIBILITIES)):
-            raise ValueError(f"`visibility` must be among {list(VISIBILITIES)}, got {unknown}.")
-        if len(patterns) not in (1, shape[0]):
-            raise ValueError(f"`visibility` must name one pattern, or one per row ({shape[0]}), got {len(patterns)}.")
-        if has_text and "image" in patterns:
-            raise ValueError('`visibility` "image" takes queries alone, but text was given.')
-        if num_queries and "text" in patterns:
-            raise ValueError('`visibility` "text" takes text alone, but queries were given.')
-        return patterns
+    def _check_pictures(vision_hidden_states: torch.Tensor | None, batch: int) -> None:
+        if vision_hidden_states is not None and batch % len(vision_hidden_states):
+            raise ValueError(
+                f"Every picture needs as many rows as any other, got {batch} rows for {len(vision_hidden_states)} pictures in "
+                "`vision_hidden_states`."
+            )
 
     @staticmethod
     def _over_queries(
@@ -353,9 +339,15 @@ class QLlamaModel(QLlamaPreTrainedModel):
 
     @staticmethod
     def _default_positions(
-        attention_mask: torch.Tensor | None, past_key_values: Cache | None, hidden_states: torch.Tensor
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        hidden_states: torch.Tensor,
+        readings: Readings,
     ) -> torch.Tensor:
         length = hidden_states.shape[1]
+        if len(readings.patterns) > 1:
+            is_real = hidden_states.new_ones(hidden_states.shape[:2]) if attention_mask is None else attention_mask
+            return readings.position_ids(is_real)
         if attention_mask is not None and attention_mask.ndim == 2:
             return text_positions(attention_mask)[:, -length:]
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -367,11 +359,11 @@ class QLlamaModel(QLlamaPreTrainedModel):
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None,
         position_ids: torch.Tensor,
-        patterns: list[str],
-        num_queries: int,
+        rows: list[Readings],
     ) -> torch.Tensor | None:
         """The mask for the attention kernel in use, built from causal by adding and taking away."""
-        if set(patterns) == {"image"} or (set(patterns) == {"matching"} and attention_mask is None):
+        patterns = {readings.patterns for readings in rows}
+        if patterns == {("image",)} or (patterns == {("matching",)} and attention_mask is None):
             return None
         arguments = {
             "config": self.config,
@@ -379,18 +371,9 @@ class QLlamaModel(QLlamaPreTrainedModel):
             "attention_mask": attention_mask,
             "past_key_values": past_key_values,
         }
-        if set(patterns) == {"text"} or not num_queries:
+        if patterns == {("text",)} or not rows[0].num_queries:
             return create_causal_mask(position_ids=position_ids, **arguments)
-        device = hidden_states.device
-        rows = torch.tensor([VISIBILITIES.index(p) for p in patterns], device=device).expand(hidden_states.shape[0])
-        is_matching, is_contrastive = rows == VISIBILITIES.index("matching"), rows == VISIBILITIES.index("contrastive")
-
-        def also_visible(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-            return ((q < num_queries) & (k < num_queries)) | is_matching[b]
-
-        def still_visible(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-            return ~(is_contrastive[b] & (q >= num_queries) & (k < num_queries))
-
+        also_visible, still_visible = mask_functions(rows, len(hidden_states), hidden_states.device)
         arguments["config"] = copy.copy(self.config)
         arguments["config"]._attn_implementation = kernel_for_blocks(self.config._attn_implementation)
         return create_causal_mask(or_mask_function=also_visible, and_mask_function=still_visible, **arguments)
@@ -409,7 +392,8 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
     """QLLaMA with its language head; generates captions.
 
     To generate after queries, pass `query_embeds` (B, M, D), `vision_hidden_states`, and `input_ids` and `attention_mask` that start
-    with M placeholders (of any id, mask 1): so the lengths that `generate` counts are those of the cache.
+    with M placeholders (of any id, mask 1): so the lengths that `generate` counts are those of the cache. Beams and several captions
+    of a picture share its keys and values.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -431,7 +415,7 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         query_embeds: torch.Tensor | None = None,
         vision_hidden_states: torch.Tensor | None = None,
-        visibility: str | Sequence[str] | None = None,
+        visibility: str | Sequence[str] | Readings | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -483,6 +467,13 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
             model_inputs["query_embeds"] = query_embeds
             model_inputs["vision_hidden_states"] = vision_hidden_states
         return model_inputs
+
+    def _expand_inputs_for_generation(
+        self, *args: Any, vision_hidden_states: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """As in transformers, but without a copy of the picture for every beam."""
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(*args, **kwargs)
+        return input_ids, model_kwargs | {"vision_hidden_states": vision_hidden_states}
 
     @staticmethod
     def create_masks_for_generate(

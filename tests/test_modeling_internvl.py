@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
 from internvl.configuration_internvl import InternVLConfig
@@ -123,6 +123,32 @@ def test_matching_sees_picture_and_text_and_no_padding(model):
         )
     assert (model.get_matching_logits(pictures.flip(0), ids) - scores).abs().max() > 1e-3
     assert (model.get_matching_logits(pictures, (ids + 1) % 80) - scores).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_texts_of_one_picture_share_its_keys_and_values(model):
+    pictures, ids = tiny.pixels(2), tiny.text_ids(6)
+    rows = []
+    hook = model.qllama.model.layers[0].cross_attn.k_proj.register_forward_hook(
+        lambda m, given, _: rows.append(len(given[0]))
+    )
+    together = model.get_matching_logits(pictures, ids)
+    copied = model.get_matching_logits(pictures.repeat_interleave(3, dim=0), ids)
+    model.generate(pixel_values=pictures, num_beams=3, num_return_sequences=2, max_new_tokens=3, do_sample=False)
+    hook.remove()
+    assert rows == [2, 6, 2]
+    torch.testing.assert_close(together, copied, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="got 5 rows for 2 pictures"):
+        model.get_matching_logits(pictures, ids[:5])
+
+
+def test_a_checkpoint_of_the_sigmoid_loss_loads_without_a_word_about_its_bias(c_alone, tmp_path):
+    c_alone.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    for name, expected in (("logit_bias", set()), ("logit_bias_of_another", {"logit_bias_of_another"})):
+        save_file({**c_alone.state_dict(), name: torch.tensor(-10.0)}, file, metadata={"format": "pt"})
+        _, info = InternVLModel.from_pretrained(tmp_path, output_loading_info=True)
+        assert set(info["unexpected_keys"]) == expected
 
 
 def test_captions_hold_no_prompt_and_batch_equals_single(model):

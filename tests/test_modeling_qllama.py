@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from transformers import GenerationMixin
+
+from internvl.visibility_qllama import Readings
 
 from . import reference, tiny
 
@@ -73,6 +76,77 @@ def test_patterns_mixed_within_a_batch_equal_one_by_one():
     assert not torch.allclose(together[0], together[2])
 
 
+READINGS = {
+    "stage 2": ("matching", "contrastive", "generation"),
+    "retrieval": ("matching", "matching", "contrastive"),
+    "pictures without text": ("generation", "image", "matching"),
+    "no text is seen": ("contrastive", "generation"),
+}
+
+
+@pytest.mark.parametrize("with_mask", [True, False])
+@pytest.mark.parametrize("name", READINGS)
+@torch.no_grad()
+def test_readings_that_share_a_row_equal_readings_in_rows_of_their_own(name, with_mask):
+    model, patterns = tiny.qllama_model(), READINGS[name]
+    queries, picture, _ = inputs(3)
+    texts = [tiny.text_ids(3, 0 if pattern == "image" else 4 + i, seed=i) for i, pattern in enumerate(patterns)]
+    masks = [torch.ones_like(ids) for ids in texts]
+    if with_mask:
+        for mask in masks:
+            mask[1, :2], mask[2, -2:] = 0, 0
+    shared = Readings(patterns, tuple(ids.shape[1] for ids in texts), Q)
+    num_matching = patterns.count("matching")
+    assert shared.num_copies == num_matching + 1  # queries that see no text stand there once
+    together = model.model(
+        input_ids=torch.cat(texts, dim=1),
+        attention_mask=torch.cat(masks, dim=1) if with_mask else None,
+        query_embeds=queries.repeat(1, shared.num_copies, 1),
+        vision_hidden_states=picture,
+        visibility=shared,
+    ).last_hidden_state
+    for pattern, ids, mask, found in zip(patterns, texts, masks, shared.split(together), strict=True):
+        alone = model.model(
+            input_ids=None if pattern == "image" else ids,
+            attention_mask=mask if with_mask and pattern != "image" else None,
+            query_embeds=queries,
+            vision_hidden_states=picture,
+            visibility=pattern,
+        ).last_hidden_state
+        torch.testing.assert_close(found[0], alone[:, :Q], atol=1e-5, rtol=1e-5)
+        kept = mask.bool()
+        torch.testing.assert_close(found[1][kept], alone[:, Q:][kept], atol=1e-5, rtol=1e-5)
+
+
+def rows_projected(model) -> list[int]:
+    """Fills up with the rows whose keys the first cross-attention computes."""
+    rows: list[int] = []
+    model.layers[0].cross_attn.k_proj.register_forward_hook(lambda module, given, _: rows.append(len(given[0])))
+    return rows
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_rows_that_share_a_picture_equal_rows_with_a_copy_each_gradients_too(attention):
+    model = tiny.qllama_model()
+    model.set_attn_implementation(attention)
+    assert model.config._attn_implementation == attention
+    queries, picture, ids = inputs(6)
+    rows, found = rows_projected(model.model), []
+    for pictures in (picture[:2], picture[:2].repeat_interleave(3, dim=0)):
+        model.zero_grad()
+        outputs = model.model(
+            input_ids=ids, query_embeds=queries, vision_hidden_states=pictures, output_attentions=attention == "eager"
+        )
+        outputs.last_hidden_state.square().sum().backward()
+        weights = outputs.get("cross_attentions", ())
+        assert [tuple(w.shape) for w in weights] == [(6, 4, Q, 6)] * 2 * (attention == "eager")
+        found.append([outputs.last_hidden_state.detach(), *weights])
+        found[-1] += [p.grad.clone() for p in model.model.parameters() if p.grad is not None]
+    assert rows == [2, 6]
+    for shared, copied in zip(*found, strict=True):
+        torch.testing.assert_close(shared, copied, atol=1e-4, rtol=1e-5)
+
+
 @torch.no_grad()
 def test_contrastive_text_does_not_feel_the_picture_and_queries_do_not_feel_the_text():
     model = tiny.qllama_model()
@@ -132,6 +206,19 @@ def test_cross_attention_is_computed_in_the_prefill_only():
     model.model.layers[0].cross_attn.k_proj.register_forward_hook(lambda *_: calls.append(1))
     captions(model)
     assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}, {"cache_implementation": "static"}]
+)
+def test_beams_share_the_keys_and_values_of_their_picture(settings, monkeypatch):
+    model = tiny.qllama_model()
+    rows, beams = rows_projected(model.model), settings.get("num_beams", 1)
+    found = captions(model, **settings)
+    assert rows == [3]
+    monkeypatch.setattr(type(model), "_expand_inputs_for_generation", GenerationMixin._expand_inputs_for_generation)
+    assert torch.equal(captions(model, **settings), found)
+    assert rows == [3, 3 * beams]  # what the expansion of transformers would compute
 
 
 def test_cross_attention_sits_in_every_nth_layer():
@@ -199,6 +286,14 @@ def test_flash_and_flex_leave_block_patterns_to_sdpa_and_keep_the_rest():
         ({"input_ids": torch.ones(2, 3).long(), "visibility": ["text"] * 3}, r"one per row \(2\), got 3"),
         ({"input_ids": torch.ones(2, 3).long(), "inputs_embeds": torch.ones(2, 3, 24)}, "only one of"),
         ({"query_embeds": torch.ones(2, 5, 24), "visibility": "text"}, "takes text alone"),
+        (
+            {"query_embeds": torch.ones(3, 5, 24), "vision_hidden_states": torch.ones(2, 6, 32)},
+            "got 3 rows for 2 pictures",
+        ),
+        (
+            {"query_embeds": torch.ones(2, 5, 24), "visibility": Readings(("image", "matching"), (0, 0), 5)},
+            "describes 10 queries and 0 text positions, got 5 and 0: give 2 copies",
+        ),
     ],
 )
 def test_unfitting_input_is_refused(arguments, message):

@@ -17,7 +17,7 @@ from internvl.training.pretraining import (
     InternVLForGenerativeTraining,
     InternVLForRetrievalTraining,
 )
-from internvl.training.training_model import drop_patches
+from internvl.training.training_model import drop_patches, patch_contrast
 
 from . import tiny, two_processes
 from .training_models import generative_batch, golden_inputs, golden_model, notes, retrieval_batch, tensors, tiny_model
@@ -59,11 +59,16 @@ def test_two_processes_have_the_losses_and_gradients_of_the_published_code(tag, 
 
 def test_stage_2_is_one_forward_of_each_tower_and_equals_three_separate_passes():
     model, inputs = tiny_model(InternVLForGenerativeTraining), generative_batch(5)
-    calls = []
+    calls, shapes = [], []
     for tower in (model.vision_model, model.qllama.model):
         tower.register_forward_hook(lambda module, *_: calls.append(type(module).__name__))
+    cross_attention = model.qllama.model.layers[0].cross_attn
+    for side in (cross_attention.q_proj, cross_attention.k_proj):
+        side.register_forward_hook(lambda module, given, _: shapes.append(tuple(given[0].shape[:2])))
     found = model(**inputs)
     assert sorted(calls) == ["InternVisionModel", "QLlamaModel"]
+    # Keys of every picture once; its 5 queries once for matching and once for the two losses whose queries see no text.
+    assert sorted(shapes) == [(5, 5 + 5), (5, 17)]
 
     pictures = inputs["pixel_values"]
     scores = [
@@ -166,6 +171,31 @@ def test_without_negatives_other_texts_of_the_batch_are_drawn(name, monkeypatch)
     else:
         itm = F.cross_entropy(torch.cat([wrong, right]), torch.tensor([0, 0, -100, 0, 0] + [1] * 5))
     torch.testing.assert_close(found.loss_itm, itm, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["stage 2", "retrieval"])
+def test_drawn_negatives_give_the_losses_and_gradients_of_the_same_ones_given(name, monkeypatch):
+    """Where they are drawn the texts' features come from a pass of their own, and the pictures are read without these texts."""
+    cls, _, batch = STAGES[name]
+    model, inputs, drawn = tiny_model(cls), batch(), torch.tensor([3, 4, 4, 0, 1])
+    monkeypatch.setattr(
+        "internvl.training.training_model.draw_hard_negatives", lambda *_: (drawn, torch.ones(5, dtype=torch.bool))
+    )
+    given = inputs | {f"negative_{key}": inputs[f"positive_{key}"][drawn] for key in ("input_ids", "attention_mask")}
+    lengths, found = [], []
+    model.qllama.model.layers[0].register_forward_hook(lambda m, args, _: lengths.append(args[0].shape[1]))
+    for case in (given, {key: value for key, value in inputs.items() if not key.startswith("negative")}):
+        model.zero_grad()
+        outputs = model(**case)
+        outputs.loss.backward()
+        found.append({"loss": outputs.loss.detach()} | two_processes.gradients(model))
+    longest = inputs["summarize_input_ids"].shape[1]
+    assert lengths == [lengths[0], longest, lengths[0] - longest]
+    assert found[0].keys() == found[1].keys()
+    for key, value in found[0].items():
+        torch.testing.assert_close(
+            found[1][key], value, atol=1e-5, rtol=1e-4, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 def contrastive_batch(batch: int = 5, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -272,9 +302,10 @@ def test_a_saved_folder_is_an_internvl_model(name, tmp_path):
     loaded, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded).__name__ == "InternVLModel"
     assert not info["missing_keys"]
-    assert set(info["unexpected_keys"]) <= {"logit_bias"}
+    assert not info["unexpected_keys"]
+    assert loaded.logit_scale.ndim == 0  # in training a vector of one element
     for key, value in loaded.state_dict().items():
-        assert torch.equal(value, model.state_dict()[key])
+        assert torch.equal(value, model.state_dict()[key].reshape(value.shape))
 
 
 def test_stage_2_starts_from_a_folder_of_stage_1(tmp_path):
@@ -337,6 +368,47 @@ def test_every_patch_is_left_out_as_often_as_any_other():
     tokens = torch.arange(11.0)[None, :, None].expand(4000, -1, 1)
     counts = torch.bincount(drop_patches(tokens, 0.7).flatten().long(), minlength=11) / 4000
     torch.testing.assert_close(counts, torch.tensor([1.0] + [0.3] * 10), atol=0.05, rtol=0)
+
+
+def test_the_plainest_patches_are_left_out_and_equals_by_chance():
+    tokens = torch.arange(11.0)[None, :, None].expand(4000, -1, 1)
+    contrast = torch.tensor([0.0, 3.0, 0.0, 1.0, 0.0, 0.0, 2.0, 0.0, 0.0, 0.0]).expand(4000, -1)
+    counts = torch.bincount(drop_patches(tokens, 0.5, contrast).flatten().long(), minlength=11) / 4000
+    expected = [1.0] + [1.0 if value else 2 / 7 for value in contrast[0]]
+    torch.testing.assert_close(counts, torch.tensor(expected), atol=0.05, rtol=0)
+
+
+def test_contrast_is_the_range_of_a_patch_in_its_widest_channel():
+    pixels = torch.zeros(1, 3, 4, 6)
+    pixels[0, 1, 3, 2] = 5.0  # second row of patches, second column
+    pixels[0, 2, 2, 2] = -3.0
+    assert patch_contrast(pixels, 2).tolist() == [[0, 0, 0, 0, 5, 0]]
+
+
+def test_dropping_plain_patches_reads_the_others_alone():
+    """Pictures that differ in dropped patches only, by less than the kept ones contrast, have one embedding."""
+    model = tiny_model(InternVLForContrastiveTraining, dropped_patches=0.5, drops_plain_patches=True).train()
+    size, patch = model.config.vision_config.image_size, model.config.vision_config.patch_size
+    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    per_side = size // patch
+    is_plain = torch.arange(per_side**2) % 2 == 1
+    scale = torch.where(is_plain, 1e-3, 1.0).view(per_side, per_side)
+    pixels = pixels * scale.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
+    other = pixels + 0.5 * (scale < 1).float().repeat_interleave(patch, 0).repeat_interleave(patch, 1)
+    embeds = [model(pixel_values=p, input_ids=tiny.text_ids(1)).image_embeds for p in (pixels, other)]
+    torch.testing.assert_close(embeds[0], embeds[1], atol=1e-5, rtol=1e-5)
+    whole = model.eval()(pixel_values=other, input_ids=tiny.text_ids(1)).image_embeds
+    assert (whole - embeds[1]).abs().max() > 1e-3
+
+
+def test_several_texts_for_each_picture_have_the_mean_of_their_losses():
+    model = tiny_model(InternVLForContrastiveTraining)
+    pixels, texts = tiny.pixels(3), tiny.text_ids(6)
+    both = model(pixel_values=pixels, input_ids=texts)
+    parts = [model(pixel_values=pixels, input_ids=part).loss for part in texts.split(3)]
+    torch.testing.assert_close(both.loss, torch.stack(parts).mean())
+    assert parts[0] != parts[1]
+    assert both.text_embeds.shape[0] == 6
 
 
 @pytest.mark.parametrize("name", ["softmax", "stage 2", "retrieval", "captions"])
@@ -407,7 +479,7 @@ def test_the_scale_of_the_similarities_is_capped():
         (lambda: tiny_model(InternVLForCaptionTraining, 0), "Caption fine-tuning needs the queries"),
         (
             lambda: tiny_model(InternVLForContrastiveTraining)(tiny.pixels(2), tiny.text_ids(3)),
-            "must be pairs, got 2 and 3",
+            "must be pairs, or have as many texts for each picture, got 2 pictures and 3 texts",
         ),
     ],
 )

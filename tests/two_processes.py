@@ -7,10 +7,12 @@ Run as a module of its own, so that the processes it spawns can import it under 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -26,7 +28,15 @@ def run(job: str, folder: Path) -> list[dict]:
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
-def goldens(rank: int, folder: Path) -> dict:
+def sharded_blocks(model: torch.nn.Module) -> torch.nn.Module:
+    """FSDP2 by the blocks that the model names, in place."""
+    for module in model.modules():
+        if type(module).__name__ in model._no_split_modules:
+            fully_shard(module)
+    return fully_shard(model)
+
+
+def goldens(rank: int, folder: Path, wrap: Callable = lambda model: model) -> dict:
     """Losses and gradients of the recorded batches, with and without gradient caching."""
     from .training_models import golden_inputs, golden_model
 
@@ -34,14 +44,19 @@ def goldens(rank: int, folder: Path) -> dict:
     for tag in ("stage2", "retrieval"):
         for rows_per_chunk in (None, 2):
             model = golden_model(tag, rows_per_chunk=rows_per_chunk)
-            outputs = model(**golden_inputs("internvl_14b_training_ws2", f"{tag}.rank{rank}"))
+            wrapped = wrap(model)
+            outputs = wrapped(**golden_inputs("internvl_14b_training_ws2", f"{tag}.rank{rank}"))
             outputs.loss.backward()
             losses = {name: value.detach() for name, value in outputs.items()}
             found[tag, rows_per_chunk] = losses | gradients(model)
     return found
 
 
-def contrastive(rank: int, folder: Path) -> dict:
+def replicated(model: torch.nn.Module) -> torch.nn.Module:
+    return DistributedDataParallel(model, find_unused_parameters=True)
+
+
+def contrastive(rank: int, folder: Path, wrap: Callable = replicated) -> dict:
     """Stage 1 under DDP, chunk by chunk, each rank with its half of the batch."""
     from internvl.training.pretraining import InternVLForContrastiveTraining
 
@@ -51,18 +66,21 @@ def contrastive(rank: int, folder: Path) -> dict:
     found = {}
     for objective in ("softmax", "sigmoid"):
         model = tiny_model(InternVLForContrastiveTraining, objective=objective, rows_per_chunk=2)
-        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
         half = slice(rank * 3, rank * 3 + 3)
+        wrapped = wrap(model)  # DDP must outlive the backward pass
         outputs = wrapped(pixel_values=tiny.pixels(6)[half], input_ids=tiny.text_ids(6)[half])
         outputs.loss.backward()
         found[objective] = {"loss": outputs.loss.detach()} | gradients(model)
     return found
 
 
+def sharded(rank: int, folder: Path) -> dict:
+    """Both of them under FSDP2, which has averaged the gradients."""
+    return {"goldens": goldens(rank, folder, sharded_blocks), "contrastive": contrastive(rank, folder, sharded_blocks)}
+
+
 def text_only_rank(rank: int, folder: Path) -> dict:
     """A training step of both chat models, sharded and not, while the second rank's batch holds no picture."""
-    from torch.distributed.fsdp import fully_shard
-
     from . import tiny
 
     found = {}
@@ -104,13 +122,22 @@ def load_in_tensor_parallel(folder: Path) -> dict:
     return found
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """What FSDP2 has spread over the ranks."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """A rank's own share, whether or not the release of transformers wraps it in a `DTensor`."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {f"grad.{name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    """In the shapes of files."""
+    from internvl.training.saving import SCALARS
+
+    found = {f"grad.{name}": whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {name: grad.reshape([]) if name.endswith(SCALARS) else grad for name, grad in found.items()}
 
 
 def _process(rank: int, job: str, folder: str) -> None:

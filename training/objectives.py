@@ -53,7 +53,8 @@ def unit(features: torch.Tensor) -> torch.Tensor:
 def scaled_similarities(rows: torch.Tensor, columns: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """(R, E) and (C, E) -> (R, C) in fp32 or wider: at a scale of 100, bf16 would round similarities to halves."""
     with torch.autocast(rows.device.type, enabled=False):
-        return _wide(scale) * (_wide(rows) @ _wide(columns).T)
+        # The factor goes to the rows: for its gradient, the product would have to be kept.
+        return (_wide(scale) * _wide(rows)) @ _wide(columns).T
 
 
 class _CappedExp(torch.autograd.Function):
@@ -197,7 +198,7 @@ def sigmoid_loss(
 
     def loss_of(texts: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         logits = scaled_similarities(image_embeds, texts, scale) + _wide(bias)
-        sign = torch.where(own_columns[:, None] == columns, 1, -1)
+        sign = torch.where(own_columns[:, None] == columns, 1.0, -1.0)  # integers would be twice as wide
         return -F.logsigmoid(sign * logits).sum()[None]
 
     columns = torch.arange(len(all_texts), device=image_embeds.device)

@@ -8,8 +8,8 @@ What is trained is up to the caller (`requires_grad_`). A vision tower without a
 own dtype and without stochastic depth. Frozen layers of QLLaMA keep their dtype too; where it is not that of the trained ones,
 train under autocast (`bf16=True` of `Trainer`).
 
-Stage 2 and retrieval read each picture three times with QLLaMA, once per text, in one forward of each tower. Shape letters as in
-modeling_internvit.
+Stage 2 and retrieval read each picture three times with QLLaMA, once per text, in one forward of each tower and one row per
+picture. Shape letters as in modeling_internvit.
 """
 
 from dataclasses import dataclass
@@ -47,12 +47,14 @@ class TrainingOutput(ModelOutput):
     Args:
         loss: Their sum, to be minimised.
         loss_itc: Contrastive part, without gradient, for logs.
+        loss_itc_tower: That of InternVL-C's pictures, where stage 2 has it, likewise.
         loss_itm: Matching part, likewise.
         loss_itg: Generative part, likewise.
     """
 
     loss: torch.Tensor | None = None
     loss_itc: torch.Tensor | None = None
+    loss_itc_tower: torch.Tensor | None = None
     loss_itm: torch.Tensor | None = None
     loss_itg: torch.Tensor | None = None
 
@@ -66,6 +68,7 @@ class InternVLForContrastiveTraining(InternVLTrainingModel):
         config: The configuration.
         objective: "softmax" or "sigmoid"; the latter learns a bias (`logit_bias`) that other uses ignore.
         dropped_patches: Share of the patches left out in training (stage 1 begins with half of them).
+        drops_plain_patches: Leave out the plainest patches instead of any: for pictures that are mostly blank.
         **settings: As for `InternVLTrainingModel`.
 
     Raises:
@@ -73,7 +76,12 @@ class InternVLForContrastiveTraining(InternVLTrainingModel):
     """
 
     def __init__(
-        self, config: InternVLConfig, objective: str = "softmax", dropped_patches: float = 0.0, **settings: Any
+        self,
+        config: InternVLConfig,
+        objective: str = "softmax",
+        dropped_patches: float = 0.0,
+        drops_plain_patches: bool = False,
+        **settings: Any,
     ) -> None:
         if objective not in OBJECTIVES:
             raise ValueError(f"`objective` must be one of {list(OBJECTIVES)}, got {objective!r}.")
@@ -82,7 +90,8 @@ class InternVLForContrastiveTraining(InternVLTrainingModel):
         super().__init__(config, **settings)
         self.objective = objective
         self.dropped_patches = dropped_patches
-        self.logit_bias: Any = nn.Parameter(torch.empty([])) if objective == "sigmoid" else None
+        self.drops_plain_patches = drops_plain_patches
+        self.logit_bias: Any = nn.Parameter(torch.empty_like(self.logit_scale)) if objective == "sigmoid" else None
         self._init_sigmoid()
 
     @torch.no_grad()
@@ -110,28 +119,34 @@ class InternVLForContrastiveTraining(InternVLTrainingModel):
 
         Args:
             pixel_values: (B, 3, height, width).
-            input_ids: (B, L), texts with the prefix `summarize:` and an end token.
-            attention_mask: (B, L), derived from `pad_token_id` when absent.
+            input_ids: (B, L), texts with the prefix `summarize:` and an end token. (k*B, L) are k texts for each picture, the first
+                of all pictures before the second; the loss is the mean of k, each over one text per picture.
+            attention_mask: As `input_ids`, derived from `pad_token_id` when absent.
             return_loss: False leaves out the loss.
 
         Returns:
-            `loss`, `image_embeds` and `text_embeds` (B, E), unit length.
+            `loss`, `image_embeds` (B, E) and `text_embeds` (k*B, E), unit length.
 
         Raises:
-            ValueError: Pictures and texts differ in number.
+            ValueError: The texts are no multiple of the pictures.
         """
-        if len(pixel_values) != len(input_ids):
+        if not len(input_ids) or len(input_ids) % len(pixel_values):
             raise ValueError(
-                f"`pixel_values` and `input_ids` must be pairs, got {len(pixel_values)} and {len(input_ids)}."
+                "`pixel_values` and `input_ids` must be pairs, or have as many texts for each picture, got "
+                f"{len(pixel_values)} pictures and {len(input_ids)} texts."
             )
         image_embeds = in_chunks(self._image_embeds, self.rows_per_chunk, pixel_values)
         text_embeds = in_chunks(self.get_text_features, self.rows_per_chunk, input_ids, attention_mask)
         text_embeds = unit(text_embeds)
-        loss = self._loss(image_embeds, text_embeds) if return_loss else None
+        loss = None
+        if return_loss:
+            losses = [self._loss(image_embeds, texts) for texts in text_embeds.split(len(image_embeds))]
+            loss = torch.stack(losses).mean()
         return InternVLOutput(loss=loss, image_embeds=image_embeds, text_embeds=text_embeds)
 
     def _image_embeds(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self._pool(self._vision_tokens(pixel_values, self.dropped_patches if self.training else 0.0))
+        dropped_patches = self.dropped_patches if self.training else 0.0
+        return self._pool(self._vision_tokens(pixel_values, dropped_patches, self.drops_plain_patches))
 
     def _loss(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
         gather, rank = current_gather()
@@ -151,6 +166,8 @@ class InternVLForGenerativeTraining(InternVLTrainingModel):
         config: The configuration.
         matching_prefix_length: Tokens of a matching text without a caption (`len(tokenizer("").input_ids)`).
         summarize_prefix_length: Tokens of a contrastive text without a caption (`len(tokenizer("summarize:").input_ids)`).
+        contrast_tower: Contrast the texts with InternVL-C's pictures too, for runs that train the LLaMA: texts would move away
+            from these otherwise.
         **settings: As for `InternVLTrainingModel`.
     """
 
@@ -159,10 +176,12 @@ class InternVLForGenerativeTraining(InternVLTrainingModel):
         config: InternVLConfig,
         matching_prefix_length: int = 0,
         summarize_prefix_length: int = 0,
+        contrast_tower: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__(config, **settings)
         self._check_reads_pictures("Stage 2")
+        self.contrast_tower = contrast_tower
         self.matching_prefix_length = matching_prefix_length
         self.summarize_prefix_length = summarize_prefix_length
 
@@ -200,16 +219,19 @@ class InternVLForGenerativeTraining(InternVLTrainingModel):
         positive = self._texts(positive_input_ids, positive_attention_mask)
         summarize = self._texts(summarize_input_ids, summarize_attention_mask)
         caption = self._texts(input_ids, attention_mask)
-        tokens = in_chunks(self._vision_tokens, self.rows_per_chunk, pixel_values)
+        tokens, text_embeds = in_chunks(self._vision_tokens, self.rows_per_chunk, pixel_values), None
         if negative_input_ids is None:
             is_text = ~positive.is_empty(self.matching_prefix_length)
-            negative, has_negative = self._draw_negatives(tokens, positive, summarize, is_text)
+            # The texts' features are needed first, to draw by, so the pictures are read without these texts.
+            text_embeds = self._text_embeds(summarize)
+            negative, has_negative = self._draw_negatives(tokens, positive, text_embeds, is_text)
         else:
             negative = self._texts(negative_input_ids, negative_attention_mask)
             has_negative = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
         matching, matching_labels = self._matching_rows(positive, negative, has_negative)
         inputs = (
             tokens,
+            text_embeds,
             matching.ids,
             matching.mask,
             summarize.ids,
@@ -221,18 +243,25 @@ class InternVLForGenerativeTraining(InternVLTrainingModel):
         num_labels = (labels[:, 1:] != IGNORED).sum().clamp(min=1)
         encode = partial(self._encode, num_labels=num_labels)
         image_embeds, text_embeds, logits, parts = in_chunks(encode, self.rows_per_chunk, *inputs)
-        itc = info_nce_loss(
+        itc = self._contrast(image_embeds, text_embeds, summarize)
+        itm, itg = matching_loss(logits, matching_labels), parts.sum()
+        loss, of_tower = itm + itc + itg, None
+        if self.contrast_tower:
+            of_tower = self._contrast(in_chunks(self._pool, self.rows_per_chunk, tokens), text_embeds, summarize)
+            loss, of_tower = loss + of_tower, of_tower.detach()
+        return TrainingOutput(
+            loss=loss, loss_itc=itc.detach(), loss_itc_tower=of_tower, loss_itm=itm.detach(), loss_itg=itg.detach()
+        )
+
+    def _contrast(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, texts: Texts) -> torch.Tensor:
+        return info_nce_loss(
             image_embeds,
             text_embeds,
             self._scale(),
             *current_gather(),
             label_smoothing=self.config.label_smoothing,
-            is_ignored=summarize.is_empty(self.summarize_prefix_length),
+            is_ignored=texts.is_empty(self.summarize_prefix_length),
             rows_per_chunk=self.rows_per_chunk,
-        )
-        itm, itg = matching_loss(logits, matching_labels), parts.sum()
-        return TrainingOutput(
-            loss=itm + itc + itg, loss_itc=itc.detach(), loss_itm=itm.detach(), loss_itg=itg.detach()
         )
 
     def _matching_rows(
@@ -248,6 +277,7 @@ class InternVLForGenerativeTraining(InternVLTrainingModel):
     def _encode(
         self,
         tokens: torch.Tensor,
+        text_embeds: torch.Tensor | None,
         matching_ids: torch.Tensor,
         matching_mask: torch.Tensor,
         summarize_ids: torch.Tensor,
@@ -261,11 +291,11 @@ class InternVLForGenerativeTraining(InternVLTrainingModel):
         matching, contrastive, generation = self._read(
             tokens,
             ("matching", Texts(matching_ids, matching_mask)),
-            ("contrastive", Texts(summarize_ids, summarize_mask)),
+            self._contrastive_reading(Texts(summarize_ids, summarize_mask), text_embeds),
             ("generation", Texts(caption_ids, caption_mask)),
         )
-        image_embeds, text_embeds = self._contrastive_embeds(*contrastive, summarize_mask)
-        itg = generation_loss(generation[1][:, : labels.shape[1]], labels, self.qllama.lm_head, num_labels)
+        image_embeds, text_embeds = self._contrastive_embeds(*contrastive, summarize_mask, text_embeds)
+        itg = generation_loss(generation[1], labels, self.qllama.lm_head, num_labels)
         return image_embeds, text_embeds, self._matching_logits(matching[0]), itg[None]
 
 
@@ -313,16 +343,17 @@ class InternVLForRetrievalTraining(InternVLTrainingModel):
         image_ids = image_ids.flatten()
         positive = self._texts(positive_input_ids, positive_attention_mask)
         summarize = self._texts(summarize_input_ids, summarize_attention_mask)
-        tokens = in_chunks(self._vision_tokens, self.rows_per_chunk, pixel_values)
+        tokens, text_embeds = in_chunks(self._vision_tokens, self.rows_per_chunk, pixel_values), None
         negative_labels = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
         if negative_input_ids is None:
             is_other_picture = image_ids[:, None] != image_ids
-            negative, has_negative = self._draw_negatives(tokens, positive, summarize, is_other_picture)
+            text_embeds = self._text_embeds(summarize)
+            negative, has_negative = self._draw_negatives(tokens, positive, text_embeds, is_other_picture)
             negative_labels = negative_labels.masked_fill(~has_negative, IGNORED)
         else:
             negative = self._texts(negative_input_ids, negative_attention_mask)
-        inputs = (tokens, negative.ids, negative.mask, positive.ids, positive.mask, summarize.ids, summarize.mask)
-        embeds = in_chunks(self._encode, self.rows_per_chunk, *inputs)
+        texts = (negative.ids, negative.mask, positive.ids, positive.mask, summarize.ids, summarize.mask)
+        embeds = in_chunks(self._encode, self.rows_per_chunk, tokens, text_embeds, *texts)
         *negative_and_positive, image_embeds, pooled_embeds, text_embeds = embeds
         gather, _ = current_gather()
         scale, chunk = self._scale(), self.rows_per_chunk
@@ -335,6 +366,7 @@ class InternVLForRetrievalTraining(InternVLTrainingModel):
     def _encode(
         self,
         tokens: torch.Tensor,
+        text_embeds: torch.Tensor | None,
         negative_ids: torch.Tensor,
         negative_mask: torch.Tensor,
         positive_ids: torch.Tensor,
@@ -347,9 +379,9 @@ class InternVLForRetrievalTraining(InternVLTrainingModel):
             tokens,
             ("matching", Texts(negative_ids, negative_mask)),
             ("matching", Texts(positive_ids, positive_mask)),
-            ("contrastive", Texts(summarize_ids, summarize_mask)),
+            self._contrastive_reading(Texts(summarize_ids, summarize_mask), text_embeds),
         )
-        image_embeds, text_embeds = self._contrastive_embeds(*contrastive, summarize_mask)
+        image_embeds, text_embeds = self._contrastive_embeds(*contrastive, summarize_mask, text_embeds)
         logits = (self._matching_logits(negative[0]), self._matching_logits(positive[0]))
         return *logits, image_embeds, self._pool(tokens), text_embeds
 
@@ -402,7 +434,7 @@ class InternVLForCaptionTraining(InternVLTrainingModel):
     ) -> torch.Tensor:
         """The rows' share of the loss (1,)."""
         ((_, text),) = self._read(self._vision_tokens(pixel_values), ("generation", Texts(ids, mask)))
-        return generation_loss(text[:, : labels.shape[1]], labels, self.qllama.lm_head, num_labels)[None]
+        return generation_loss(text, labels, self.qllama.lm_head, num_labels)[None]
 
 
 __all__ = [

@@ -1,21 +1,22 @@
-"""What the training models of stages 1 and 2 share: texts to read pictures with, frozen parts, features, saving.
+"""What the training models of stages 1 and 2 share: texts to read pictures with, frozen parts, features.
 
 The stages themselves are in pretraining. Shape letters as in modeling_internvit.
 """
 
-import copy
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 from ..configuration_internvl import InternVLConfig
-from ..modeling_internvl import InternVLModel, last_token_states
+from ..modeling_internvl import last_token_states
+from ..visibility_qllama import Readings
 from .gradient_cache import in_chunks
 from .objectives import capped_scale, draw_hard_negatives, scaled_similarities, unit
+from .saving import SavedAsInternVLModel
 
 
 @dataclass(frozen=True)
@@ -46,21 +47,31 @@ class Texts:
         return Texts(torch.cat(ids), torch.cat(mask))
 
 
-def drop_patches(tokens: torch.Tensor, share: float) -> torch.Tensor:
-    """Leaves out a random share of each picture's patches (FLIP, https://arxiv.org/abs/2212.00794); the class token stays.
+def drop_patches(tokens: torch.Tensor, share: float, contrast: torch.Tensor | None = None) -> torch.Tensor:
+    """Leaves out a share of each picture's patches, by chance (FLIP, https://arxiv.org/abs/2212.00794) or the plainest ones.
 
     Args:
-        tokens: (B, N, D), embedded with their positions.
+        tokens: (B, N, D), embedded with their positions; the class token stays.
         share: Of the patches, in [0, 1).
+        contrast: (B, N - 1), of which the highest stay; among equals, as blank patches are, chance decides.
 
     Returns:
-        (B, 1 + kept patches, D), in a random order, which attention without positions of its own does not see.
+        (B, 1 + kept patches, D), in an order of its own, which attention without positions of its own does not see.
     """
     num_patches = tokens.shape[1] - 1
     num_kept = max(1, round(num_patches * (1 - share)))
-    kept = torch.rand(len(tokens), num_patches, device=tokens.device).argsort(dim=1)[:, :num_kept] + 1
+    kept = torch.rand(len(tokens), num_patches, device=tokens.device).argsort(dim=1)
+    if contrast is not None:
+        kept = kept.gather(1, contrast.gather(1, kept).argsort(dim=1, descending=True, stable=True))
+    kept = kept[:, :num_kept] + 1
     patches = tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2]))
     return torch.cat([tokens[:, :1], patches], dim=1)
+
+
+def patch_contrast(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """(B, 3, height, width) -> (B, patches): how far the pixels of each patch differ, in the channel where they differ most."""
+    patches = rearrange(pixel_values, "b c (i p) (j q) -> b (i j) c (p q)", p=patch_size, q=patch_size)
+    return (patches.amax(dim=-1) - patches.amin(dim=-1)).amax(dim=-1)
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -68,7 +79,7 @@ def is_frozen(module: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in module.parameters())
 
 
-class InternVLTrainingModel(InternVLModel):
+class InternVLTrainingModel(SavedAsInternVLModel):
     """What the training models share.
 
     Args:
@@ -79,7 +90,6 @@ class InternVLTrainingModel(InternVLModel):
 
     # A contrastive loss is no sum over samples: `Trainer` averages it over accumulation steps and processes.
     accepts_loss_kwargs = False
-    _keys_to_ignore_on_load_unexpected = ["logit_bias"]  # noqa: RUF012  (transformers wants a list)
 
     def __init__(
         self, config: InternVLConfig, rows_per_chunk: int | None = None, max_logit_scale: float = 100.0
@@ -95,24 +105,22 @@ class InternVLTrainingModel(InternVLModel):
             self.vision_model.eval()
         return self
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Saves an `InternVLModel`: its class name and its code are written, for use without this package."""
-        plain = copy.copy(self)
-        plain.__class__ = InternVLModel  # shares the parameters, and lacks only the methods of training
-        plain.save_pretrained(save_directory, *args, **kwargs)
-
     def _scale(self) -> torch.Tensor:
         return capped_scale(self.logit_scale, self.max_logit_scale)
 
     def _texts(self, ids: torch.Tensor, mask: torch.Tensor | None) -> Texts:
         return Texts(ids, self._text_mask(ids, mask))
 
-    def _vision_tokens(self, pixel_values: torch.Tensor, dropped_patches: float = 0.0) -> torch.Tensor:
+    def _vision_tokens(
+        self, pixel_values: torch.Tensor, dropped_patches: float = 0.0, drops_plain_patches: bool = False
+    ) -> torch.Tensor:
         """(B, 3, height, width) -> (B, N, D)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(self.vision_model)):
             if not dropped_patches:
                 return self.vision_model(pixel_values, return_dict=True).last_hidden_state
-            embeds = drop_patches(self.vision_model.embeddings(pixel_values), dropped_patches)
+            patch_size = self.config.vision_config.patch_size
+            contrast = patch_contrast(pixel_values, patch_size) if drops_plain_patches else None
+            embeds = drop_patches(self.vision_model.embeddings(pixel_values), dropped_patches, contrast)
             return self.vision_model(pixel_embeds=embeds, return_dict=True).last_hidden_state
 
     def _pool(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -120,33 +128,47 @@ class InternVLTrainingModel(InternVLModel):
         return unit(self.clip_projector(tokens.to(self.clip_projector.norm1_q.weight.dtype)))
 
     def _read(self, tokens: torch.Tensor, *readings: tuple[str, Texts]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """One forward of QLLaMA that reads every picture once per visibility pattern.
+        """One forward of QLLaMA that reads every picture once per visibility pattern, all readings of a picture in one row.
+
+        So the picture's keys and values are computed once, and queries that see no text once for all such readings.
 
         Args:
             tokens: (B, N, D_vision).
             *readings: A pattern and the texts (B, L) it reads the pictures with.
 
         Returns:
-            Per reading the hidden states of the queries (B, M, D) and of the text (B, longest L, D).
+            Per reading the hidden states of the queries (B, M, D) and of the text (B, L, D).
         """
-        texts = Texts.concatenate([part for _, part in readings])
+        patterns, texts = zip(*readings, strict=True)
+        lengths = tuple(part.ids.shape[1] for part in texts)
+        shared = Readings(patterns, lengths, self.query_tokens.shape[1])
         hidden_states = self.qllama.model(
-            input_ids=texts.ids,
-            attention_mask=texts.mask,
-            query_embeds=self.query_tokens.expand(len(texts.ids), -1, -1),
-            vision_hidden_states=torch.cat([tokens] * len(readings)),
-            visibility=[pattern for pattern, part in readings for _ in part.ids],
+            input_ids=torch.cat([part.ids for part in texts], dim=1),
+            attention_mask=torch.cat([part.mask for part in texts], dim=1),
+            query_embeds=self.query_tokens.repeat(1, shared.num_copies, 1).expand(len(tokens), -1, -1),
+            vision_hidden_states=tokens,
+            visibility=shared,
             use_cache=False,
             return_dict=True,
         ).last_hidden_state
-        num_queries = self.query_tokens.shape[1]
-        return [(rows[:, :num_queries], rows[:, num_queries:]) for rows in hidden_states.chunk(len(readings))]
+        return shared.split(hidden_states)
+
+    def _text_embeds(self, texts: Texts) -> torch.Tensor:
+        """Unit vectors (B, E) of texts that are read without a picture."""
+        return unit(in_chunks(self.get_text_features, self.rows_per_chunk, texts.ids, texts.mask))
+
+    @staticmethod
+    def _contrastive_reading(texts: Texts, text_embeds: torch.Tensor | None) -> tuple[str, Texts]:
+        """The reading that the contrastive loss needs: of the queries alone where the texts' features are known."""
+        return ("contrastive", texts) if text_embeds is None else ("image", texts[:, :0])
 
     def _contrastive_embeds(
-        self, queries: torch.Tensor, text: torch.Tensor, mask: torch.Tensor
+        self, queries: torch.Tensor, text: torch.Tensor, mask: torch.Tensor, text_embeds: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Unit vectors (B, E) of the reading "contrastive"."""
-        return unit(self.clip_projector2(queries)), unit(last_token_states(text, mask) @ self.text_projection)
+        """Unit vectors (B, E) of pictures and texts from what `_contrastive_reading` gave, or the known ones of the texts."""
+        if text_embeds is None:
+            text_embeds = unit(last_token_states(text, mask) @ self.text_projection)
+        return unit(self.clip_projector2(queries)), text_embeds
 
     def _matching_logits(self, queries: torch.Tensor) -> torch.Tensor:
         """(B, 2) of the reading "matching": the mean over the queries."""
@@ -154,16 +176,11 @@ class InternVLTrainingModel(InternVLModel):
 
     @torch.no_grad()
     def _draw_negatives(
-        self, tokens: torch.Tensor, positive: Texts, summarize: Texts, may_be_drawn: torch.Tensor
+        self, tokens: torch.Tensor, positive: Texts, text_embeds: torch.Tensor, may_be_drawn: torch.Tensor
     ) -> tuple[Texts, torch.Tensor]:
-        """For each picture the text of another one, drawn by InternVL-C's similarity, and which rows (B,) have one.
-
-        Matching is read in the same forward as the texts' features come from, so the drawing takes a pass of its own over
-        the texts, without queries and gradient.
-        """
+        """For each picture the text of another one, drawn by InternVL-C's similarity, and which rows (B,) have one."""
         images = in_chunks(self._pool, self.rows_per_chunk, tokens)
-        texts = in_chunks(self.get_text_features, self.rows_per_chunk, summarize.ids, summarize.mask)
-        similarities = scaled_similarities(images, unit(texts), self._scale())
+        similarities = scaled_similarities(images, text_embeds, self._scale())
         is_other_text = (positive.ids[:, None] != positive.ids).any(dim=-1)
         drawn, has_negative = draw_hard_negatives(similarities, is_other_text & may_be_drawn)
         return positive[drawn], has_negative
@@ -176,4 +193,4 @@ class InternVLTrainingModel(InternVLModel):
             )
 
 
-__all__ = ["InternVLTrainingModel", "Texts", "drop_patches", "is_frozen"]
+__all__ = ["InternVLTrainingModel", "Texts", "drop_patches", "is_frozen", "patch_contrast"]
