@@ -34,7 +34,15 @@ style: $(READY)
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-bench: $(READY)
+# Peers to compare with are packages of their own.
+ifdef READY
+BENCH := .venv/bench
+endif
+.venv/bench: .venv/ready
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	touch $@
+
+bench: $(BENCH) $(READY)
 	$(PYTHON) -m benchmarks
 
 # Needs 40 GB of disk and some minutes.

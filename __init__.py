@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoModelForSemanticSegmentation,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
@@ -51,6 +52,7 @@ def _register() -> None:
         InternVLChatConfig: {
             AutoModel: InternVLChatForConditionalGeneration,
             AutoModelForImageTextToText: InternVLChatForConditionalGeneration,
+            AutoModelForMultimodalLM: InternVLChatForConditionalGeneration,
             AutoModelForCausalLM: InternVLChatForConditionalGeneration,
         },
         InternLM2Config: {AutoModelForCausalLM: InternLM2ForCausalLM},

@@ -16,6 +16,7 @@ from transformers.utils.versions import require_version
 require_version("transformers>=5.12,<6", "The InternVL package is tested on transformers 5.12.0 to 5.23.0.")
 
 from transformers.backbone_utils import BackboneConfigMixin  # noqa: E402  (absent before the supported range)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES  # noqa: E402
 
 from .configuration_internlm2 import InternLM2Config  # noqa: E402
 
@@ -228,7 +229,7 @@ class InternVLConfig(PretrainedConfig):
         qllama_config: QLLaMA configuration or its dictionary; also reached as `text_config`.
         clip_embed_dim: Width of the joint embedding.
         attn_pool_num_heads: Heads of both attention poolings.
-        label_smoothing: Of the contrastive and matching losses in training.
+        label_smoothing: Of the contrastive loss in training.
         max_txt_len: Text length of generative training.
         force_image_size: Size of the pictures the model is used with; None takes `vision_config.image_size`.
         num_query_token, cross_attention_frequency: Shorthands that override the values inside `qllama_config`.
@@ -392,5 +393,8 @@ class InternVLChatConfig(PretrainedConfig):
         queries = self.qllama_config.num_query_token if self.connector != "patches" else 0
         return {"patches": patches, "queries": queries, "queries_and_patches": queries + patches}[self.connector]
 
+
+# `transformers serve` chooses by these names how to load and to prompt a model, before its code is loaded.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[InternVLChatConfig.model_type] = "InternVLChatForConditionalGeneration"
 
 __all__ = ["InternLM2Config", "InternVLChatConfig", "InternVLConfig", "InternViTConfig", "QLlamaConfig"]

@@ -1,9 +1,15 @@
 """What every model class of the package adds to loading and saving: published arguments in, self-contained folders out."""
 
+import copy
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import is_flash_attn_2_available, logging
 
 
@@ -17,7 +23,8 @@ class HubModelMixin(_PreTrained):
     """Loading with published arguments, saving with code; list it before `PreTrainedModel`.
 
     `_auto_class` makes transformers copy the code into a saved folder. `_modules_kept_unquantized` holds full dotted paths:
-    quantising the vision tower, the projector, the queries or a head costs more accuracy than it saves memory.
+    quantising the vision tower, the projector, the queries or a head costs more accuracy than it saves memory. It stands in
+    every `quantization_config` that names no modules of its own to leave alone.
     """
 
     _auto_class: str | None = "AutoModel"
@@ -54,8 +61,10 @@ class HubModelMixin(_PreTrained):
                 load_in_4bit=load_in_4bit,
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_compute_dtype="bfloat16",
-                llm_int8_skip_modules=list(cls._modules_kept_unquantized),
             )
+        if kwargs.get("quantization_config") is not None:
+            kept = cls._modules_kept_unquantized
+            kwargs["quantization_config"] = _with_default_skip_list(kwargs["quantization_config"], kept)
         return super().from_pretrained(*args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
@@ -64,7 +73,62 @@ class HubModelMixin(_PreTrained):
         Whatever repository the model came from, the saved `auto_map` names the files beside it.
         """
         self.config.auto_map = dict(type(self.config).hub_auto_map)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        _restore_scales_for_bitsandbytes(self)
+        with _readable_by_torchao(getattr(self, "hf_quantizer", None)):
+            super().save_pretrained(save_directory, *args, **kwargs)
+
+
+# What the configurations of transformers' quantisers call the modules to leave alone.
+_SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert")
+
+
+def _with_default_skip_list(config: Any, kept: tuple[str, ...]) -> Any:
+    """The configuration itself if it says what to leave alone (an empty list does too), else a copy that leaves `kept` alone."""
+    if isinstance(config, dict):
+        config = AutoQuantizationConfig.from_dict(config)
+    for name in _SKIP_LISTS:
+        if hasattr(config, name) and getattr(config, name) is None:
+            config = copy.deepcopy(config)
+            setattr(config, name, list(kept))
+    return config
+
+
+def _restore_scales_for_bitsandbytes(model: nn.Module) -> None:
+    """Brings 4-bit scales back into the order they are saved in.
+
+    On a CPU with bf16 instructions bitsandbytes reorders weights and scales in the first forward. When it saves, it reorders the
+    weights back, but the scales only with double quantisation: the saved model, and this one from then on, would answer nonsense.
+    """
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False) and not state.original_nested:
+            state.absmax = state.absmax.T.reshape(-1).float()
+
+
+@contextmanager
+def _readable_by_torchao(quantizer: Any) -> Iterator[None]:
+    """Saves a torchao model so that it loads again.
+
+    torchao lists all tensors in the header of the file and splits each name at a dot when it reads them back, which fails
+    on parameters of the model itself (`query_tokens`, `logit_scale`). These are plain tensors: the list can do without them.
+    """
+    if quantizer is None:
+        yield
+        return
+    collect = quantizer.get_state_dict_and_metadata
+
+    def collect_dotted(model: PreTrainedModel) -> tuple[Any, dict[str, str]]:
+        state, metadata = collect(model)
+        if "tensor_names" in metadata:
+            names = [name for name in json.loads(metadata["tensor_names"]) if "." in name]
+            metadata = {**metadata, "tensor_names": json.dumps(names)}
+        return state, metadata
+
+    quantizer.get_state_dict_and_metadata = collect_dotted
+    try:
+        yield
+    finally:
+        del quantizer.get_state_dict_and_metadata
 
 
 def _attention_for(use_flash_attn: bool) -> str:

@@ -4,21 +4,35 @@
 Every failure is a ValueError that names the picture. The number of pixels is looked up in the header before anything is
 decoded. Pillow's process-wide limits are neither read nor changed; they hold besides ours.
 
-Not covered: refusing private hosts. Addresses are fetched as given, with limits on size and time only.
+Addresses are fetched with limits on size and time, by http and https only, and only from hosts at public addresses:
+a server that lets clients name addresses must not hand them pictures of its own network. Set the environment variable
+INTERNVL_ALLOW_PRIVATE_HOSTS=1 to fetch from private hosts too. Where a proxy is configured, it decides.
 """
 
 import base64
 import binascii
+import ipaddress
 import os
+import socket
 import struct
 import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.client import HTTPException
+from functools import partial
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from io import BytesIO
 from typing import Any
-from urllib.request import Request, urlopen
+from urllib.request import (
+    AbstractHTTPHandler,
+    HTTPDefaultErrorHandler,
+    HTTPErrorProcessor,
+    HTTPRedirectHandler,
+    OpenerDirector,
+    ProxyHandler,
+    Request,
+    UnknownHandler,
+)
 
 import numpy as np
 import torch
@@ -44,6 +58,7 @@ DECODER_ERRORS = (
 )
 DOWNLOAD_SECONDS = 60
 DOWNLOAD_BYTES = 2**28
+PRIVATE_HOSTS = "INTERNVL_ALLOW_PRIVATE_HOSTS"
 
 ImageSource = str | os.PathLike | bytes | bytearray | memoryview | Image.Image | np.ndarray | torch.Tensor
 NestedImages = ImageSource | list[Any] | tuple[Any, ...]
@@ -70,13 +85,74 @@ def check_image_size(width: int, height: int, name: str, max_image_pixels: int) 
         )
 
 
+def _connect_in_public(address: tuple[str, int], *arguments: Any) -> socket.socket:
+    """`socket.create_connection` that refuses hosts with any address of a private network.
+
+    It connects to what it checked, so that a name server cannot answer otherwise the second time.
+    """
+    host, port = address
+    found = dict.fromkeys(info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    for place in found:
+        if not ipaddress.ip_address(place).is_global:
+            raise OSError(f"{host} is at {place}, which is not public; {PRIVATE_HOSTS}=1 allows private hosts")
+    failure = OSError(f"{host} has no address")
+    for place in found:
+        try:
+            return socket.create_connection((str(place), port), *arguments)
+        except OSError as error:
+            failure = error
+    raise failure
+
+
+def _connection(kind: type[HTTPConnection], is_public: bool, host: str, **settings: Any) -> HTTPConnection:
+    connection = kind(host, **settings)
+    if is_public:
+        connection._create_connection = _connect_in_public  # type: ignore[attr-defined]
+    return connection
+
+
+class _Handler(AbstractHTTPHandler):
+    """Opens each address, and each that one redirects to, at public hosts."""
+
+    http_request = https_request = AbstractHTTPHandler.do_request_
+
+    def _open(self, kind: type[HTTPConnection], request: Request) -> HTTPResponse:
+        is_proxied = request.has_proxy() or getattr(request, "_tunnel_host", None)
+        is_public = not is_proxied and os.environ.get(PRIVATE_HOSTS) != "1"
+        return self.do_open(partial(_connection, kind, is_public), request)
+
+    def http_open(self, request: Request) -> HTTPResponse:
+        """Called by urllib for http."""
+        return self._open(HTTPConnection, request)
+
+    def https_open(self, request: Request) -> HTTPResponse:
+        """Called by urllib for https."""
+        return self._open(HTTPSConnection, request)
+
+
+def _opener() -> OpenerDirector:
+    """What urllib's own opener does for http and https; that one would also follow redirects to ftp."""
+    opener = OpenerDirector()
+    for handler in (
+        ProxyHandler,
+        UnknownHandler,
+        HTTPDefaultErrorHandler,
+        HTTPRedirectHandler,
+        HTTPErrorProcessor,
+        _Handler,
+    ):
+        opener.add_handler(handler())
+    return opener
+
+
 def _download(url: str, name: str) -> bytes:
     """Body of an http(s) address, within DOWNLOAD_BYTES and DOWNLOAD_SECONDS."""
     deadline = time.monotonic() + DOWNLOAD_SECONDS
     body = bytearray()
     try:
         # Some hosts refuse the default agent of urllib.
-        with urlopen(Request(url, headers={"User-Agent": "transformers"}), timeout=DOWNLOAD_SECONDS) as response:
+        request = Request(url, headers={"User-Agent": "transformers"})
+        with _opener().open(request, timeout=DOWNLOAD_SECONDS) as response:
             while chunk := response.read(2**16):
                 body += chunk
                 if len(body) > DOWNLOAD_BYTES or time.monotonic() > deadline:
@@ -226,6 +302,13 @@ def _deep_to_grey(image: Image.Image, name: str) -> Image.Image:
     return Image.fromarray(_to_8_bit(array, name))
 
 
+def load_image(image: Image.Image, name: str, max_image_pixels: int) -> None:
+    """Decodes a file that the caller opened, if that was not done yet; the number of pixels is checked first."""
+    check_image_size(*image.size, name, max_image_pixels)
+    with _decoding(name):
+        image.load()
+
+
 def to_pil(
     source: Image.Image | np.ndarray | torch.Tensor,
     name: str,
@@ -235,9 +318,7 @@ def to_pil(
 ) -> Image.Image:
     """8-bit RGB image of a decoded picture; without `do_convert_rgb`, grey and RGBA pictures stay what they are."""
     image = source if isinstance(source, Image.Image) else _array_to_pil(source, input_data_format, name)
-    check_image_size(*image.size, name, max_image_pixels)
-    with _decoding(name):
-        image.load()  # a file that the caller opened is decoded here
+    load_image(image, name, max_image_pixels)
     if image.mode.startswith("I") or image.mode == "F":
         image = _deep_to_grey(image, name)
     if image.mode == "RGB" or (image.mode in ("L", "RGBA") and not do_convert_rgb):
@@ -251,6 +332,7 @@ __all__ = [
     "NestedImages",
     "check_image_size",
     "flatten_images",
+    "load_image",
     "name_images",
     "read_image",
     "read_nested_images",

@@ -4,16 +4,19 @@
 A picture becomes one or more square tiles, by one of four ways (`resize_mode`): "tiles" is the dynamic tiling of
 InternVL-Chat, "squash" the plain resize of retrieval, "crop" the shortest-side resize and centre crop of
 classification, "pad" the pad-to-square of the LLaVA code base. All work is done by Pillow, so that the 8-bit pixels
-are those of the published code byte for byte; torchvision is neither needed nor used.
+are those of the published code byte for byte; torchvision is neither needed nor used. The pictures of one call share
+as many threads as PyTorch uses within an operation (`torch.set_num_threads`, `OMP_NUM_THREADS`; 1 in DataLoader workers).
 
-Not covered: videos (give the frames as pictures), and fetching from hosts one has reason to distrust (addresses are
-fetched as given, with limits on size and time only).
+Not covered: videos (give the frames as pictures).
 
 Shapes: T tiles of the whole call, C channels, H and W pixels.
 """
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -30,6 +33,7 @@ from .image_loading_internvl import (
     NestedImages,
     check_image_size,
     flatten_images,
+    load_image,
     name_images,
     read_image,
     read_nested_images,
@@ -119,11 +123,31 @@ def choose_grid(width: int, height: int, min_num: int, max_num: int, tile_size: 
     return best
 
 
+# ---------------------------------------------------------------------------------------------------- threads
+def _in_threads(work: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
+    """`work` of the first of all arguments, of the second and so on, in order; the first error in order is raised."""
+    threads = min(torch.get_num_threads(), len(arguments[0]))
+    if threads < 2:
+        return list(map(work, *arguments))
+    # Pillow and NumPy let other threads run while they compute. A pool kept for later calls would not survive a fork.
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, *arguments))
+
+
+def _loading_locks(sources: list[ImageSource]) -> list[Lock]:
+    """The same lock for PIL images that are one object, or share an open file, whose position moves as they load."""
+    locks: dict[int, Lock] = defaultdict(Lock)
+    return [locks[id(getattr(source, "fp", None) or source)] for source in sources]
+
+
 # ---------------------------------------------------------------------------------------------------- resizing
 def _pixels(image: Image.Image) -> np.ndarray:
-    """(H, W, C)"""
-    pixels = np.asarray(image)
-    return pixels[..., None] if pixels.ndim == 2 else pixels
+    """(C, H, W)"""
+    bands = image.getbands()
+    pixels = np.empty((len(bands), image.height, image.width), dtype=np.uint8)
+    for plane, band in zip(pixels, bands, strict=True):
+        plane[...] = np.frombuffer(image.tobytes("raw", band), dtype=np.uint8).reshape(plane.shape)
+    return pixels
 
 
 def _cut_into_tiles(
@@ -133,7 +157,7 @@ def _cut_into_tiles(
     columns, rows = grid
     canvas = _pixels(image.resize((columns * side, rows * side), resample))
     tiles = [
-        canvas[row * side : (row + 1) * side, column * side : (column + 1) * side]
+        canvas[:, row * side : (row + 1) * side, column * side : (column + 1) * side]
         for row in range(rows)
         for column in range(columns)
     ]
@@ -171,7 +195,7 @@ def _pad_to_square(image: Image.Image, background: tuple[int, ...], name: str, m
 def _fit(
     image: Image.Image, name: str, limits: tuple[int, int, bool], settings: Mapping[str, Any]
 ) -> list[np.ndarray]:
-    """Tiles of one picture, each (H, W, C), as `resize_mode` asks."""
+    """Tiles of one picture, each (C, H, W), as `resize_mode` asks."""
     mode, size, resample, max_pixels = (
         settings[key] for key in ("resize_mode", "size", "resample", "max_image_pixels")
     )
@@ -193,19 +217,21 @@ def _fit(
 def _to_float(
     tiles: list[np.ndarray], divisors: list[float], settings: Mapping[str, Any]
 ) -> list[np.ndarray] | np.ndarray:
-    """Scales and normalises tiles, (H, W, C) each, in one (T, C, H, W) array, or in a list where sizes differ."""
+    """Scales and normalises tiles, (C, H, W) each, in one (T, C, H, W) array, or in a list where sizes differ."""
     if len({tile.shape for tile in tiles}) > 1:
-        return [_to_float([tile], [divisor], settings)[0] for tile, divisor in zip(tiles, divisors, strict=True)]
-    height, width, channels = tiles[0].shape
-    output = np.empty((len(tiles), channels, height, width), dtype=np.float32)
-    mean, std = (_per_channel(settings[key], key, channels) for key in ("image_mean", "image_std"))
-    # The three float32 steps of torchvision's ToTensor and Normalize, in place; fusing two of them changes last bits.
-    for plane, tile, divisor in zip(output, tiles, divisors, strict=True):
-        plane[...] = tile.transpose(2, 0, 1)  # (C, H, W)
-        plane /= np.float32(divisor)
+        return _in_threads(lambda tile, divisor: _to_float([tile], [divisor], settings)[0], tiles, divisors)
+    output = np.empty((len(tiles), *tiles[0].shape), dtype=np.float32)
+    mean, std = (_per_channel(settings[key], key, len(tiles[0])) for key in ("image_mean", "image_std"))
+
+    def fill(values: np.ndarray, tile: np.ndarray, divisor: float) -> None:
+        # The three float32 steps of torchvision's ToTensor and Normalize, in place; fusing two of them changes last bits.
+        values[...] = tile
+        values /= np.float32(divisor)
         if settings["do_normalize"]:
-            plane -= mean
-            plane /= std
+            values -= mean
+            values /= std
+
+    _in_threads(fill, list(output), tiles, divisors)
     return output
 
 
@@ -329,6 +355,8 @@ class InternVLImageProcessor(PilBackend):
     - Floats (PIL mode "F", arrays, tensors) must be in [0, 1]; they are rounded to 8 bits, and `do_rescale` has no
       effect on arrays and tensors of this kind, because they are scaled already.
     - Animations: the first frame of files, the current frame of PIL images.
+    - Addresses of private networks (also behind a name or a redirect) raise a ValueError, unless the environment variable
+      INTERNVL_ALLOW_PRIVATE_HOSTS is 1.
     - Broken, empty or truncated data, EPS files and pictures of more than `max_image_pixels` (looked up before
       anything is decoded) raise a ValueError with the position of the picture and its path or address.
 
@@ -435,7 +463,7 @@ class InternVLImageProcessor(PilBackend):
         return {**kwargs, "do_center_crop": mode == "crop", "size": size, "crop_size": crop_size}
 
     def _prepare_image_like_inputs(self, images: NestedImages, *args: Any, **kwargs: Any) -> list[ImageSource]:
-        """Flat list of pictures; each is decoded only when its turn comes, so that one is in memory at a time."""
+        """Flat list of pictures; each is decoded only when its turn comes, so that few are in memory at a time."""
         return flatten_images(images)
 
     def _preprocess(
@@ -445,17 +473,25 @@ class InternVLImageProcessor(PilBackend):
         if not images:
             raise ValueError("`images` holds no picture. Give at least one.")
         limits, max_pixels = _tile_limits(len(images), settings), settings["max_image_pixels"]
-        divisor = 1 / settings["rescale_factor"] if settings["do_rescale"] else 1.0
-        tiles, divisors, num_patches = [], [], []
-        for source, name, limit in zip(images, name_images(images), limits, strict=True):
+
+        def prepare(source: ImageSource, name: str, limit: tuple[int, int, bool], loading: Lock) -> list[np.ndarray]:
             picture = read_image(source, name, max_pixels)
-            is_scaled = isinstance(picture, (np.ndarray, torch.Tensor)) and "float" in str(picture.dtype)
+            if isinstance(source, Image.Image):
+                with loading:
+                    load_image(source, name, max_pixels)
             image = to_pil(picture, name, max_pixels, settings["do_convert_rgb"], settings["input_data_format"])
-            found = _fit(image, name, limit, settings)
-            tiles += found
-            divisors += [255.0 if is_scaled else divisor] * len(found)
-            num_patches.append(len(found))
-        pixel_values = _to_float(tiles, divisors, settings)
+            return _fit(image, name, limit, settings)
+
+        found = _in_threads(prepare, images, name_images(images), limits, _loading_locks(images))
+        num_patches = [len(tiles) for tiles in found]
+        divisor = 1 / settings["rescale_factor"] if settings["do_rescale"] else 1.0
+        divisors = [
+            255.0 if isinstance(source, (np.ndarray, torch.Tensor)) and "float" in str(source.dtype) else divisor
+            for source in images
+        ]
+        pixel_values = _to_float(
+            [tile for tiles in found for tile in tiles], np.repeat(divisors, num_patches).tolist(), settings
+        )
         if return_tensors is None:
             pixel_values = list(pixel_values)
         return BatchFeature(

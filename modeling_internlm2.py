@@ -54,9 +54,11 @@ class InternLM2Attention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         groups = self.num_key_value_groups
         packed = rearrange(self.wqkv(hidden_states), "b l (h g k) -> b h g l k", g=groups + 2, k=self.head_dim)
-        query = packed[:, :, :groups].flatten(1, 2)  # (B, H, L, K)
-        key, value = packed[:, :, groups], packed[:, :, groups + 1]  # (B, H / groups, L, K)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        cos, sin = (x.unsqueeze(1) for x in position_embeddings)  # (B, 1, L, K)
+        # Rotated before the heads are flattened: that writes the queries densely, so that flattening copies nothing.
+        query, key = apply_rotary_pos_emb(packed[:, :, :groups], packed[:, :, groups : groups + 1], cos, sin)
+        query, key = query.flatten(1, 2), key.flatten(1, 2)  # (B, H, L, K), (B, H / groups, L, K)
+        value = packed[:, :, groups + 1]
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -66,7 +68,7 @@ class InternLM2Attention(nn.Module):
         output, weights = attention(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        return self.wo(output.flatten(2).contiguous()), weights
+        return self.wo(output.flatten(2)), weights
 
 
 class InternLM2MLP(nn.Module):

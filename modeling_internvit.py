@@ -86,7 +86,38 @@ def tokens_to_map(tokens: torch.Tensor, height: int) -> torch.Tensor:
     return rearrange(tokens[:, 1:], "b (h w) d -> b d h w", h=height).contiguous()
 
 
-NORMS: dict[str, Callable[..., nn.Module]] = {"rms_norm": InternVLRMSNorm, "layer_norm": nn.LayerNorm}
+def within_range(hidden_states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`hidden_states` in `dtype`; what its range does not hold becomes its largest number, not infinity."""
+    if hidden_states.dtype == dtype:
+        return hidden_states
+    limit = torch.finfo(dtype).max
+    return hidden_states.clamp(-limit, limit).to(dtype)
+
+
+def end_branch(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The linear layer that ends a branch, (B, N, D) -> (B, N, D'); of an fp16 input the output is fp32.
+
+    Layer scale makes a branch small only after this layer, whose own output leaves the range of fp16 first: at its initial 0.1, when
+    the stream reaches 6,550. So there the layer reads a sixteenth of its input, and a token of zeros that tells its bias: whatever
+    stands for the layer (an adapter, a shard, offloaded weights) is called as it is.
+    """
+    if hidden_states.dtype != torch.float16:
+        return linear(hidden_states)
+    outputs = linear(F.pad(hidden_states, (0, 0, 0, 1)) / 16).float()
+    bias = outputs[:, -1:]
+    return 16 * (outputs[:, :-1] - bias) + bias
+
+
+class InternViTLayerNorm(nn.LayerNorm):
+    """Layer norm that can read the fp32 stream of an fp16 model."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states.dtype != torch.float32:
+            return super().forward(hidden_states)
+        return F.layer_norm(hidden_states, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+
+
+NORMS: dict[str, Callable[..., nn.Module]] = {"rms_norm": InternVLRMSNorm, "layer_norm": InternViTLayerNorm}
 
 
 class InternViTDropPath(nn.Module):
@@ -181,7 +212,7 @@ class InternViTAttention(nn.Module):
             dropout=self.attention_dropout if self.training else 0.0,
             **kwargs,
         )
-        return self.proj_drop(self.proj(output.flatten(2))), weights
+        return self.proj_drop(end_branch(self.proj, output.flatten(2))), weights
 
 
 class InternViTMLP(nn.Module):
@@ -194,7 +225,7 @@ class InternViTMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.act(self.fc1(hidden_states)))
+        return end_branch(self.fc2, self.act(self.fc1(hidden_states)))
 
 
 class InternViTLayer(GradientCheckpointingLayer):
@@ -212,14 +243,19 @@ class InternViTLayer(GradientCheckpointingLayer):
         self.drop_path2 = InternViTDropPath(drop_path_rate)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        attended, _ = self.attn(self.norm1(hidden_states).to(hidden_states.dtype), **kwargs)
-        hidden_states = hidden_states + self.drop_path1(attended * self.ls1)
-        transformed = self.mlp(self.norm2(hidden_states).to(hidden_states.dtype))
-        return hidden_states + self.drop_path2(transformed * self.ls2)
+        dtype = self.ls1.dtype  # that of `hidden_states`, but for an fp16 model, whose stream is fp32
+        # Scale and sum in one pass over memory; a name for a branch would keep it while the next one is computed.
+        hidden_states = torch.addcmul(
+            hidden_states, self.drop_path1(self.attn(self.norm1(hidden_states).to(dtype), **kwargs)[0]), self.ls1
+        )
+        return torch.addcmul(hidden_states, self.drop_path2(self.mlp(self.norm2(hidden_states).to(dtype))), self.ls2)
 
 
 class InternViTEncoder(nn.Module):
-    """The stack of blocks; any contiguous part of it can be run."""
+    """The stack of blocks; any contiguous part of it can be run.
+
+    In fp16 the stream between the blocks is fp32: it grows from block to block, and a few channels of a large tower leave the range of fp16.
+    """
 
     def __init__(self, config: InternViTConfig) -> None:
         super().__init__()
@@ -235,9 +271,12 @@ class InternViTEncoder(nn.Module):
         stop: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        dtype = hidden_states.dtype
+        if dtype == torch.float16:
+            hidden_states = hidden_states.float()
         for layer in self.layers[start:stop]:
             hidden_states = layer(hidden_states, **kwargs)
-        return hidden_states
+        return within_range(hidden_states, dtype)
 
 
 class InternViTPreTrainedModel(HubModelMixin, PreTrainedModel):
@@ -302,7 +341,7 @@ class InternVisionModel(InternViTPreTrainedModel):
 
         Returns:
             `last_hidden_state` (B, N, D), `pooler_output` (B, D): the class token; `hidden_states` when asked for: the
-            embeddings and the output of every block that was run, each (B, N, D).
+            embeddings and the output of every block that was run, each (B, N, D), of an fp16 model in fp32.
 
         Raises:
             ValueError: Not exactly one input, or a shape that does not fit.
@@ -380,7 +419,8 @@ class InternViTBackbone(BackboneMixin, InternViTPreTrainedModel):
             self.up1, self.up2, self.up3, self.up4 = feature_pyramid(config)
         self.post_init()
 
-    @can_return_tuple
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
         pixel_values: torch.Tensor,
@@ -395,23 +435,24 @@ class InternViTBackbone(BackboneMixin, InternViTPreTrainedModel):
 
         Returns:
             `feature_maps`: one (B, D, height / patch, width / patch) per stage, without the class token; with a feature pyramid
-            the sides are 4, 2, 1 and 1/2 times that, an odd side halved downwards.
+            the sides are 4, 2, 1 and 1/2 times that, an odd side halved downwards. When asked for, `hidden_states`, of all blocks, and
+            `attentions` (B, H, N, N), of the blocks that were run.
         """
-        return_hidden_states = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
-        hidden_states = [self.embeddings(pixel_values)]
-        depth = self.config.num_hidden_layers if return_hidden_states else max(self.config.out_indices_from_front)
+        tokens = self.embeddings(pixel_values)
+        stages = [tokens.float() if tokens.dtype == torch.float16 else tokens]  # as the encoder's stream
+        is_deep = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        depth = self.config.num_hidden_layers if is_deep else max(self.config.out_indices_from_front)
         for index in range(depth):
-            hidden_states.append(self.encoder(hidden_states[-1], start=index, stop=index + 1, **kwargs))
+            stages.append(self.encoder(stages[-1], start=index, stop=index + 1, **kwargs))
         height = pixel_values.shape[-2] // self.config.patch_size
         feature_maps = tuple(
-            tokens_to_map(hidden_states[index], height) for index in self.config.out_indices_from_front
+            tokens_to_map(within_range(stages[index], tokens.dtype), height)
+            for index in self.config.out_indices_from_front
         )
         if self.config.feature_pyramid is not None:
             pyramid = (self.up1, self.up2, self.up3, self.up4)
             feature_maps = tuple(layers(level) for layers, level in zip(pyramid, feature_maps, strict=True))
-        return BackboneOutput(
-            feature_maps=feature_maps, hidden_states=tuple(hidden_states) if return_hidden_states else None
-        )
+        return BackboneOutput(feature_maps=feature_maps)
 
 
 class InternViTForImageClassification(InternViTPreTrainedModel):

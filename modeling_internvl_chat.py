@@ -8,13 +8,15 @@ A tile becomes `config.num_image_token` features, which take the place of as man
 modeling_internvit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -51,6 +53,14 @@ from .modeling_qllama import QLlamaModel
 
 logger = logging.get_logger(__name__)
 
+IGNORED_LABEL = -100
+PLACEHOLDERS_HINT = (
+    "The number of image placeholders in the text differs from that of the image features. Pass the tiles of every picture in the text, "
+    "in order, and do not truncate the text. Run it on the CPU to see the numbers."
+)
+# Most that one token takes in a vision block without gradients, in numbers of the model's dtype; tests measure it.
+ATTENTION_WIDTHS, MLP_WIDTHS, EAGER_SCORES = 12, 5, 5
+TILES_HINT = "`num_patches` does not sum to the number of tiles in `pixel_values`."
 NO_IMAGE_TOKEN = (
     "`config.image_token_id` is not set, so pictures have no place in the text. Set it to the id of "
     f"`{IMAGE_CONTEXT_TOKEN}` in the tokenizer, or convert the checkpoint with `--image-token-id`."
@@ -79,12 +89,49 @@ def build_projector(input_size: int, output_size: int, projector_type: str) -> n
     return nn.Sequential(*norm, nn.Linear(input_size, output_size), nn.GELU(), nn.Linear(output_size, output_size))
 
 
-def weighted_loss(logits: torch.Tensor, labels: torch.Tensor, loss_weight: torch.Tensor | Sequence) -> torch.Tensor:
-    """Next-token loss of logits (B, L, V), as the mean weighted by `loss_weight` (B, L) at the label positions."""
-    weight = torch.as_tensor(loss_weight, dtype=torch.float32, device=logits.device)[:, 1:].flatten()
-    shifted = labels[:, 1:].flatten().to(logits.device)
-    losses = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), shifted, reduction="none")
-    return (losses * weight).sum() / weight.sum()
+def next_along(values: torch.Tensor, last: float) -> torch.Tensor:
+    """What each position predicts: (B, L) one step to the left, with `last` at the end."""
+    return nn.functional.pad(values[:, 1:], (0, 1), value=last)
+
+
+def weighted_loss(
+    logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor, total_weight: torch.Tensor
+) -> torch.Tensor:
+    """Loss of logits (P, V) for `targets` (P,), -100 ignored: the sum weighted by `weight` (P,), over `total_weight`."""
+    losses = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    return (losses * weight).sum() / total_weight
+
+
+def _joined(parts: Sequence) -> Any:
+    """One tensor, tuple of tensors or output of all tiles from those of the chunks."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat(parts)  # type: ignore[arg-type]
+    if isinstance(parts[0], BaseModelOutputWithPooling):
+        return BaseModelOutputWithPooling(**{name: _joined([part[name] for part in parts]) for name in parts[0]})
+    return tuple(_joined(layer) for layer in zip(*parts, strict=True))
+
+
+def require(condition: torch.Tensor, hint: str, message: Callable[[], str]) -> None:
+    """Stops unless `condition`, a single boolean, holds.
+
+    On a CPU by a `ValueError` with `message()`. On a GPU the host would have to wait for all that is queued to read it, so there, and
+    in compiled code, the device asserts it and prints `hint` (ROCm has no such assertions).
+
+    Args:
+        condition: ().
+        hint: What was expected and what to do, less than 256 characters, without numbers of the batch.
+        message: The same with numbers; may read tensors.
+
+    Raises:
+        ValueError: It does not hold.
+    """
+    device = condition.device.type
+    if torch.compiler.is_compiling() or device == "meta" or (device == "cuda" and torch.version.hip is None):
+        torch._assert_async(condition, hint)
+    elif not condition:
+        raise ValueError(message())
 
 
 def build_decoder(config: Any, has_head: bool) -> PreTrainedModel:
@@ -186,8 +233,13 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
 
     Loads any chat checkpoint (decoders whose head is called `lm_head` or `output`, and the rest `model`) and saves under the same
     names.
+
+    `vision_chunk_bytes` bounds the memory of the vision tower's activations without gradients (1 GiB is 12 tiles of 448 px through
+    InternViT-6B in bfloat16, more than a GPU needs to be busy); it may be set on a model. With gradients, and in a group of
+    processes, all tiles go through the tower at once.
     """
 
+    vision_chunk_bytes: int = 2**30
     _keys_to_ignore_on_load_unexpected: list[str] | None = [r"^language_model\.(lm_head|output)\."]
     _has_language_head = False
 
@@ -248,20 +300,54 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
         """Features of tiles in the width of the decoder.
 
         Args:
-            pixel_values: (tiles, 3, height, width).
+            pixel_values: (tiles, 3, height, width). Without gradients, more tiles than `tiles_per_chunk` are encoded chunk by chunk.
 
         Returns:
             `pooler_output` (tiles, num_image_token, D); `last_hidden_state` (tiles, N, D_vision): the output of the last vision
             block that was run. Blocks above `select_layer` are run only for the queries.
         """
+        return _joined([self._encode_chunk(tiles, **kwargs) for tiles in self._chunks(pixel_values)])
+
+    def extract_feature(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Published name: features (tiles, num_image_token, D) of tiles (tiles, 3, height, width). Of the vision tower, only a chunk's
+        output is ever kept."""
+        return _joined([self._encode_chunk(tiles).pooler_output for tiles in self._chunks(pixel_values)])
+
+    def _chunks(self, pixel_values: torch.Tensor) -> Sequence[torch.Tensor]:
+        # With gradients every activation is kept anyway. Processes that share sharded weights must call the tower equally often.
+        in_a_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if in_a_group or torch.is_grad_enabled() or pixel_values.ndim != 4:
+            return [pixel_values]  # of a wrong rank: the tower says so
+        return pixel_values.split(self.tiles_per_chunk(*pixel_values.shape[-2:]))
+
+    def tiles_per_chunk(self, height: int, width: int) -> int:
+        """Tiles of `height` x `width` pixels whose activations in the vision tower take at most `vision_chunk_bytes`; at least one."""
+        vision = self.config.vision_config
+        num_tokens = 1 + (height // vision.patch_size) * (width // vision.patch_size)
+        per_token = max(
+            ATTENTION_WIDTHS * vision.hidden_size, MLP_WIDTHS * vision.hidden_size + 2 * vision.intermediate_size
+        )
+        if vision._attn_implementation == "eager":
+            per_token += EAGER_SCORES * vision.num_attention_heads * num_tokens
+        dtype = self.vision_model.embeddings.position_embedding.dtype
+        if dtype == torch.float16:
+            per_token += per_token // 2  # part of the tower then computes in fp32
+        return max(1, self.vision_chunk_bytes // (num_tokens * per_token * dtype.itemsize))
+
+    def _encode_chunk(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
         depth, kept = self.config.vision_config.num_hidden_layers, self.config.num_vision_layers
         if self.config.connector == "queries":
             kept = depth
-        vision = self.vision_model(pixel_values, num_layers=kept, return_dict=True, **kwargs)
-        tokens = vision.last_hidden_state
+        # Checkpointing makes transformers ask for gradients of every part's embeddings, which a frozen tower would then compute.
+        is_trained = pixel_values.requires_grad or any(x.requires_grad for x in self.vision_model.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
+            vision = self.vision_model(pixel_values, num_layers=kept, return_dict=True, **kwargs)
+            tokens = vision.last_hidden_state
+            last = None if self.qllama is None else self.vision_model.encoder(tokens, start=kept)
         features = []
-        if self.qllama is not None:
-            last = self.vision_model.encoder(tokens, start=kept)
+        if last is not None:
             queries = self.qllama(
                 query_embeds=self.query_tokens.expand(len(last), -1, -1),
                 vision_hidden_states=last,
@@ -272,12 +358,12 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
         if self.mlp1 is not None:
             patches = pixel_shuffle(tokens[:, 1:], self.config.downsample_ratio, self.config.ps_version)
             features.append(self.mlp1(patches))
-        vision.pooler_output = torch.cat([x.to(features[0].device) for x in features], dim=1)
+        # The cat of a single tensor would copy it.
+        device = features[0].device
+        vision.pooler_output = (
+            features[0] if len(features) == 1 else torch.cat([x.to(device) for x in features], dim=1)
+        )
         return vision
-
-    def extract_feature(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Published name: features (tiles, num_image_token, D) of tiles (tiles, 3, height, width)."""
-        return self.get_image_features(pixel_values, return_dict=True).pooler_output
 
     @can_return_tuple
     def forward(
@@ -339,10 +425,9 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
             return None
         if self.config.image_token_id is None:
             raise ValueError(NO_IMAGE_TOKEN)
-        if num_patches is not None and int(torch.as_tensor(num_patches).sum()) != len(pixel_values):
-            raise ValueError(
-                f"`num_patches` sums to {int(torch.as_tensor(num_patches).sum())}, got {len(pixel_values)} tiles."
-            )
+        if num_patches is not None:
+            total, given = torch.as_tensor(num_patches).sum(), len(pixel_values)
+            require(total == given, TILES_HINT, lambda: f"`num_patches` sums to {int(total)}, got {given} tiles.")
         if image_flags is not None:
             if image_flags.numel() != len(pixel_values):
                 raise ValueError(f"`image_flags` has {image_flags.numel()} entries for {len(pixel_values)} tiles.")
@@ -363,9 +448,13 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        if features is None and image_embeds is None and inputs_embeds.shape[1] == 1:
+            return inputs_embeds  # a decoding step: `generate` never emits a placeholder
         is_image = self._image_positions(input_ids, inputs_embeds)
-        if features is None:
-            features = self._from_image_embeds(image_embeds, is_image)
+        if features is None and image_embeds is not None:
+            if self.config.image_token_id is None:
+                raise ValueError(NO_IMAGE_TOKEN)
+            return self._place_rows(inputs_embeds, is_image, image_embeds)
         return self._place(inputs_embeds, is_image, features)
 
     def _features_of_nothing(self) -> torch.Tensor:
@@ -387,33 +476,47 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
             return torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
         if input_ids is not None:
             return input_ids == self.config.image_token_id
-        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        # Filled there: a tensor made from a number would be copied there, and the host would wait for it.
+        token = torch.full((), self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(dim=-1)
-
-    @staticmethod
-    def _from_image_embeds(image_embeds: torch.Tensor | None, is_image: torch.Tensor) -> torch.Tensor | None:
-        """Drops the padding of `image_embeds`: (B, M, D) -> (placeholders, D)."""
-        if image_embeds is None:
-            return None
-        count = is_image.sum(dim=1, keepdim=True).to(image_embeds.device)
-        return image_embeds[torch.arange(image_embeds.shape[1], device=image_embeds.device) < count]
 
     def _place(
         self, inputs_embeds: torch.Tensor, is_image: torch.Tensor, features: torch.Tensor | None
     ) -> torch.Tensor:
-        """Puts the features, in order, where the placeholders are."""
-        if features is None and is_image.shape[1] == 1:
-            return inputs_embeds  # a decoding step: `generate` never emits a placeholder
-        num_features = 0 if features is None else features.shape[:-1].numel()
-        if not torch.compiler.is_compiling() and int(is_image.sum()) != num_features:
-            raise ValueError(self._mismatch(is_image, num_features))
+        """Puts the features (tiles, num_image_token, D), in order, where the placeholders are.
+
+        Neither this nor its backward reads a value on the host, as indexing by a mask and `masked_scatter` do."""
+        count = 0 if features is None else features.shape[:-1].numel()
+        require(
+            is_image.sum() == count, PLACEHOLDERS_HINT, lambda: self._mismatch(is_image.sum(dim=1).tolist(), count)
+        )
         if features is None:
             return inputs_embeds
-        features = features.to(inputs_embeds.device, inputs_embeds.dtype)
-        return inputs_embeds.masked_scatter(is_image.unsqueeze(-1).to(inputs_embeds.device), features)
+        positions = is_image.flatten().int().argsort(descending=True, stable=True)[:count].to(inputs_embeds.device)
+        features = features.flatten(0, 1).to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds.flatten(0, 1).index_copy(0, positions, features).view_as(inputs_embeds)
 
-    def _mismatch(self, is_image: torch.Tensor, num_features: int) -> str:
-        found, per_tile = is_image.sum(dim=1).tolist(), self.num_image_token
+    def _place_rows(
+        self, inputs_embeds: torch.Tensor, is_image: torch.Tensor, image_embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """Puts the features (B, M, D) of each row, in order, where its placeholders are; the rest of the M is padding."""
+        most = image_embeds.shape[1]
+        order = is_image.cumsum(dim=1) - 1
+        require(
+            (order[:, -1] < most).all(),
+            PLACEHOLDERS_HINT,
+            lambda: self._mismatch(is_image.sum(dim=1).tolist(), int(is_image.sum(dim=1).clamp(max=most).sum())),
+        )
+        if not most:
+            return inputs_embeds
+        image_embeds = image_embeds.to(inputs_embeds.device, inputs_embeds.dtype)
+        index = order.clamp(min=0, max=most - 1).unsqueeze(-1).to(inputs_embeds.device)
+        placed = image_embeds.gather(1, index.expand(-1, -1, image_embeds.shape[-1]))
+        return torch.where(is_image.unsqueeze(-1).to(inputs_embeds.device), placed, inputs_embeds)
+
+    def _mismatch(self, found: list[int], num_features: int) -> str:
+        """Says what is wrong with `found` placeholders per sample."""
+        per_tile = self.num_image_token
         broken = [i for i, count in enumerate(found) if count % per_tile]
         sample = (
             f"Sample {broken[0]} has {found[broken[0]]} placeholders, which is no multiple of {per_tile}: was it truncated?"
@@ -483,8 +586,10 @@ class InternVLChatForConditionalGeneration(InternVLChatBaseModel, GenerationMixi
             position_ids: As in every decoder of transformers.
             past_key_values: Cache of earlier positions.
             inputs_embeds: (B, L, D) in place of `input_ids`.
-            labels: (B, L), -100 ignored.
-            image_flags: (tiles,) or (tiles, 1); tiles with 0 are dummies and are left out (published training code).
+            labels: (B, L), -100 ignored. In a training step, logits are then computed only for the positions that predict a label,
+                and are (positions, V).
+            image_flags: (tiles,) or (tiles, 1); tiles with 0 are dummies and are left out (published training code). Read on the
+                host: leave it out where no tile is a dummy.
             image_embeds: (B, most placeholders of a row, D), features encoded before, in place of `pixel_values`.
             loss_weight: (B, L) weights of the label positions; the loss is then their weighted mean.
             logits_to_keep: Number of last positions (or their indices) to compute logits for; 0 means all.
@@ -495,22 +600,26 @@ class InternVLChatForConditionalGeneration(InternVLChatBaseModel, GenerationMixi
         Raises:
             ValueError: Placeholders and features differ in number, or an argument is missing.
         """
+        # First, while nothing of this step is queued: it reads the labels on the host.
+        wants_all = not isinstance(logits_to_keep, int) or logits_to_keep != 0 or "shift_labels" in kwargs
+        positions = None if wants_all else self._positions_with_labels(labels)
         features = self._encode_pictures(pixel_values, image_flags, num_patches, image_embeds)
         inputs_embeds = self._embed(input_ids, inputs_embeds, features, image_embeds)
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            logits_to_keep=logits_to_keep,
-            return_dict=True,
-            **self._with_own_choice(kwargs),
-        )
+        with nullcontext() if positions is None else self._head_reads_only(positions):
+            outputs = self.language_model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                logits_to_keep=logits_to_keep,
+                return_dict=True,
+                **self._with_own_choice(kwargs),
+            )
         if self.config.mask_image_token_logit:
             outputs.logits[..., self.config.image_token_id] = torch.finfo(outputs.logits.dtype).min
         loss = None
         if labels is not None:
-            loss = self._loss(outputs, labels, loss_weight, **kwargs)
+            loss = self._loss(outputs, labels, loss_weight, positions, **kwargs)
         return InternVLChatOutput(
             loss=loss,
             logits=outputs.logits,
@@ -522,18 +631,48 @@ class InternVLChatForConditionalGeneration(InternVLChatBaseModel, GenerationMixi
             aux_loss=getattr(outputs, "aux_loss", None),
         )
 
+    def _positions_with_labels(self, labels: torch.Tensor | None) -> torch.Tensor | None:
+        """Positions (P,) of all B x L that predict a label, in a training step; None elsewhere, where callers want all logits."""
+        if labels is None or not (self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return None
+        return (next_along(labels, IGNORED_LABEL).flatten() != IGNORED_LABEL).nonzero().flatten()
+
+    @contextmanager
+    def _head_reads_only(self, positions: torch.Tensor) -> Iterator[None]:
+        """The decoder computes logits (P, V) of these positions (P,) alone.
+
+        A hook, because `logits_to_keep` of decoders takes the same positions of every row, and what a decoder does with its logits
+        (scaling, capping, a loss of its experts) should still happen."""
+
+        def select(_: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            return (args[0].flatten(0, 1).index_select(0, positions.to(args[0].device)),)
+
+        handle = self.get_output_embeddings().register_forward_pre_hook(select)
+        try:
+            yield
+        finally:
+            handle.remove()
+
     def _loss(
         self,
         outputs: CausalLMOutputWithPast,
         labels: torch.Tensor,
         loss_weight: torch.Tensor | Sequence | None,
+        positions: torch.Tensor | None,
         **kwargs: Any,
     ) -> torch.Tensor:
+        logits, chosen = outputs.logits, slice(None) if positions is None else positions
+        targets = next_along(labels, IGNORED_LABEL).flatten()[chosen].to(logits.device)
         if loss_weight is None:
             vocab_size = self.config.text_config.vocab_size
-            loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocab_size, **kwargs)
+            if positions is not None:
+                kwargs["shift_labels"] = targets
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         else:
-            loss = weighted_loss(outputs.logits, labels, loss_weight)
+            weight = next_along(torch.as_tensor(loss_weight, dtype=torch.float32, device=labels.device), 0.0).flatten()
+            loss = weighted_loss(
+                logits.flatten(0, -2), targets, weight[chosen].to(logits.device), weight.sum().to(logits.device)
+            )
         aux_loss = getattr(outputs, "aux_loss", None)
         if aux_loss is None:
             return loss
@@ -600,32 +739,29 @@ class InternVLChatForConditionalGeneration(InternVLChatBaseModel, GenerationMixi
         image_flags: torch.Tensor | None,
         num_patches: torch.Tensor | None,
         past_key_values: Cache | None,
-    ) -> torch.Tensor:
-        """Features of the tiles that the cache does not cover: (B, most new placeholders of a row, D), padded with zeros."""
+    ) -> torch.Tensor | None:
+        """Features of the tiles that the cache does not cover: (B, most new placeholders of a row, D), padded with zeros.
+
+        Reads on the host how many placeholders each row has, once and before any work is queued."""
         if self.config.image_token_id is None:
             raise ValueError(NO_IMAGE_TOKEN)
         is_image = input_ids == self.config.image_token_id
         cached_length = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        counts = torch.stack([is_image.sum(dim=1), is_image[:, :cached_length].sum(dim=1)])
+        found, cached = counts.tolist()
         if cached_length:
-            tiles = is_image.sum(dim=1) // self.num_image_token
-            cached = is_image[:, :cached_length].sum(dim=1) // self.num_image_token
-            if int(tiles.sum()) == len(pixel_values):
-                is_new = [i >= c for t, c in zip(tiles.tolist(), cached.tolist(), strict=True) for i in range(t)]
+            tiles, old = ([count // self.num_image_token for count in row] for row in (found, cached))
+            if sum(tiles) == len(pixel_values):
+                is_new = [i >= known for all_, known in zip(tiles, old, strict=True) for i in range(all_)]
                 pixel_values, num_patches = pixel_values[torch.tensor(is_new, device=pixel_values.device)], None
-            is_image = is_image[:, cached_length:]
+        new = [all_ - known for all_, known in zip(found, cached, strict=True)]
         features = self._encode_tiles(pixel_values, image_flags, num_patches) if len(pixel_values) else None
         num_features = 0 if features is None else features.shape[:-1].numel()
-        if int(is_image.sum()) != num_features:
-            raise ValueError(self._mismatch(is_image, num_features))
-        counts = is_image.sum(dim=1)
-        width = self.config.text_config.hidden_size
-        # Not on `self.device`: that is "meta" where the vision tower is offloaded.
-        like = input_ids.new_empty(0, dtype=self.dtype) if features is None else features
-        embeds = like.new_zeros(len(counts), int(counts.max()), width)
-        if features is not None:
-            filled = torch.arange(embeds.shape[1], device=embeds.device) < counts[:, None].to(embeds.device)
-            embeds[filled] = features.flatten(0, 1)
-        return embeds
+        if sum(new) != num_features:
+            raise ValueError(self._mismatch(new, num_features))
+        if features is None:
+            return None
+        return pad_sequence(features.flatten(0, 1).split(new), batch_first=True)
 
     # Published helpers; signatures as published.
 

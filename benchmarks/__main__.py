@@ -12,18 +12,19 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
+from transformers.utils import logging
 
 from .harness import Options, Row, matrix_rate, versions
 
 
 RESULTS = Path(__file__).resolve().parent / "results"
-TOPICS = ("vision",)
+TOPICS = ("vision", "chat", "loading", "full_size", "pictures", "qllama", "quantizers", "contrastive")
 
 
 def measure(topic: str, options: Options) -> list[Row]:
     """The rows of a topic, written to its file as well."""
-    rows = importlib.import_module(f"benchmarks.{topic}").rows(options)
-    calibration = matrix_rate(options.device)
+    rows = importlib.import_module(f".{topic}", __package__).rows(options)
+    calibration = matrix_rate(options)
     found = list(tqdm(rows, desc=topic, unit="row", leave=False))
     RESULTS.mkdir(exist_ok=True)
     content = {"calibration": calibration, **versions(), "rows": [{**asdict(row), "met": row.is_met} for row in found]}
@@ -52,8 +53,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("topics", nargs="*", help=f"of {', '.join(TOPICS)}; all of these unless named")
     parser.add_argument("--rounds", type=int, default=Options.rounds)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     arguments = parser.parse_args()
+    logging.disable_progress_bar()  # of loading and saving; that of the rows stays
     options = Options(arguments.device, arguments.rounds)
     found = [row for topic in arguments.topics or TOPICS for row in measure(topic, options)]
     print(table(found))

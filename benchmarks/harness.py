@@ -4,17 +4,24 @@ The machine may be noisy, so seconds mean little alone: two calls take turns in 
 round, and a row holds the ratio of their medians with the middle half of the ratios of the single rounds.
 """
 
+import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch.utils.flop_counter import FlopCounterMode
+
+
+PRODUCT_SIZES = {"cpu": 2048, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,15 @@ class Options:
 
     device: str = "cpu"
     rounds: int = 15
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What models compute in on the device."""
+        return torch.float32 if self.device == "cpu" else torch.bfloat16
+
+    def at_most(self, rounds: int) -> "Options":
+        """The same with fewer rounds, for calls that take long."""
+        return replace(self, rounds=min(rounds, self.rounds))
 
 
 @dataclass(frozen=True)
@@ -92,38 +108,104 @@ def speed_row(
     **details: Any,
 ) -> Row:
     """How many times as fast as `peer` our call is: the peer's median time over ours, above 1 where ours is faster."""
-    seconds = take_turns({"ours": ours, "peer": peer}, options, warmups)
-    ratios = [b / a for a, b in zip(seconds["ours"], seconds["peer"], strict=True)]
-    medians = {key: statistics.median(values) for key, values in seconds.items()}
+    return row_of(name, take_turns({"ours": ours, "peer": peer}, options, warmups), target=target, **details)
+
+
+def row_of(
+    name: str,
+    seconds: dict[str, list[float]],
+    ours: str = "ours",
+    peer: str = "peer",
+    target: float | None = None,
+    scale: float = 1.0,
+    is_lower_better: bool = False,
+    **details: Any,
+) -> Row:
+    """A row of two of the calls that took turns: `scale` times the time of the one named `peer` over that of the one named `ours`."""
+    pairs = list(zip(seconds[ours], seconds[peer], strict=True))
+    medians = {call: statistics.median(seconds[call]) for call in (ours, peer)}
     return Row(
         name,
-        ratio=medians["peer"] / medians["ours"],
+        ratio=scale * medians[peer] / medians[ours],
         target=target,
-        spread=middle_half(ratios),
-        details={**details, "median_seconds": medians, "rounds": options.rounds},
+        is_lower_better=is_lower_better,
+        spread=middle_half([scale * b / a for a, b in pairs]),
+        details={**details, "median_seconds": medians, "rounds": len(pairs)},
     )
+
+
+def share_row(
+    name: str, seconds: dict[str, list[float]], call: str, flops: int, target: float | None = None, **details: Any
+) -> Row:
+    """Which share of the matrix rate a call reached; `matrix_product` took its turns as "product"."""
+    scale = flops / product_flops(details["device"])
+    return row_of(name, seconds, call, "product", target, scale, flops=flops, **details)
 
 
 def middle_half(values: list[float]) -> tuple[float, float]:
     """The first and third quartile."""
     if len(values) < 2:
         return values[0], values[0]
-    low, _, high = statistics.quantiles(values, n=4)
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, high
 
 
-def matrix_rate(device: str = "cpu", dtype: torch.dtype = torch.float32, size: int = 2048, rounds: int = 10) -> dict:
-    """The calibration of a run: FLOP/s of a square matrix product, as median and middle half; a wide spread means a noisy machine."""
-    size = size if device == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = take_turns({"product": lambda: a @ b}, Options(device, rounds))["product"]
-    rates = [2 * size**3 / elapsed for elapsed in seconds]
-    return {"flops_per_second": statistics.median(rates), "middle_half": middle_half(rates), "dtype": str(dtype)}
+def matrix_product(options: Options) -> Callable[[], torch.Tensor]:
+    """A square matrix product, the measure of what the machine can do."""
+    size = PRODUCT_SIZES[options.device]
+    a, b = (torch.randn(size, size, device=options.device, dtype=options.dtype) for _ in range(2))
+    return lambda: a @ b
+
+
+def product_flops(device: str) -> int:
+    """Of `matrix_product`."""
+    return 2 * PRODUCT_SIZES[device] ** 3
+
+
+def matrix_rate(options: Options) -> dict[str, Any]:
+    """The calibration of a run: FLOP/s of `matrix_product`, as median and middle half; a wide spread means a noisy machine."""
+    seconds = take_turns({"product": matrix_product(options)}, options.at_most(10))["product"]
+    rates = [product_flops(options.device) / elapsed for elapsed in seconds]
+    return {
+        "flops_per_second": statistics.median(rates),
+        "middle_half": middle_half(rates),
+        "dtype": str(options.dtype),
+    }
+
+
+def flops_of(call: Callable[[], Any]) -> int:
+    """FLOPs of the products, convolutions and attention in a call, from shapes alone: with model and inputs on the meta device."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call()
+    return counter.get_total_flops()
+
+
+def require_equal(ours: torch.Tensor, peer: torch.Tensor) -> float:
+    """The largest difference, relative to the largest element, beside which 1e-6 counts as 0; there is nothing to compare in calls that give different results."""
+    difference = ((ours.float() - peer.float()).abs().max() / (peer.float().abs().max() + 1e-6)).item()
+    tolerance = 1e-3 if ours.dtype == torch.float32 else 0.05
+    if ours.shape != peer.shape or not difference <= tolerance:
+        raise SystemExit(f"The two results differ by {difference}: nothing to compare.")
+    return difference
+
+
+def no_compiler(device: str) -> str | None:
+    """Why `torch.compile` cannot work here; None where it can."""
+    names = ("g++", "clang++", "c++") if device == "cpu" else ("gcc", "clang", "cc")
+    return (
+        None
+        if any(map(shutil.which, names))
+        else f"torch.compile needs a compiler: none of {', '.join(names)} is here"
+    )
 
 
 def in_fresh_process(module: str, *arguments: str) -> str:
-    """The standard output of `python -m module arguments`: peak memory of a process can only be read in one that did nothing else."""
-    done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=False)
+    """The standard output of `python -m module arguments`: peak memory of a process can only be read in one that did nothing else.
+
+    Every tensor has a mapping of its own there (glibc), so that resident memory is what tensors hold and not what the allocator kept.
+    """
+    command, settings = [sys.executable, "-m", module, *arguments], {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"`python -m {module}` failed:\n{done.stderr}")
     return done.stdout
@@ -132,6 +214,11 @@ def in_fresh_process(module: str, *arguments: str) -> str:
 def peak_memory() -> int:
     """Bytes of resident memory that this process held at its most (Linux)."""
     return _status_bytes("VmHWM")
+
+
+def reset_peak_memory() -> None:
+    """Lets `peak_memory` start again from what is resident now (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def resident_memory() -> int:

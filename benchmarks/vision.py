@@ -1,78 +1,186 @@
-"""InternViT against the vision tower in transformers (`InternVLVisionModel`): same weights, same pictures.
+"""InternViT against transformers' own tower, plain and compiled, and against what the machine can do; features of an inner block.
 
-The width of InternViT-300M (1024, LayerNorm) at 448 px, with few blocks so that a laptop finishes.
+The width of InternViT-300M (1024, LayerNorm) at 448 px with few blocks, so that a laptop finishes; features with a narrow tower that has
+as many blocks as that one.
 """
 
-from collections.abc import Iterator
+import argparse
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
-from transformers import InternVLVisionConfig, InternVLVisionModel
 
 from internvl import InternVisionModel, InternViTConfig
 
-from .harness import Options, Row, speed_row
+from .harness import (
+    Options,
+    Row,
+    flops_of,
+    in_fresh_process,
+    matrix_product,
+    no_compiler,
+    peak_memory,
+    require_equal,
+    reset_peak_memory,
+    resident_memory,
+    row_of,
+    share_row,
+    speed_row,
+    take_turns,
+)
+from .native import build_pair
 
 
-NUM_LAYERS = 6
-BATCHES = (1, 8)
+BATCHES = {1: 15, 8: 5}  # tiles, and the most rounds
 SIZES = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
+    "num_hidden_layers": 4,
     "num_attention_heads": 16,
     "image_size": 448,
     "patch_size": 14,
 }
+# Of the decoder, which has no part in this.
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+}
+FEATURE_SIZES = {
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 6,
+    "image_size": 448,
+    "patch_size": 14,
+}
+FEATURE_LAYER = -4
+FEATURE_TILES = 8
 
 
-def build_models(num_layers: int, device: str) -> tuple[InternVisionModel, InternVLVisionModel]:
-    """Ours and transformers' own with the same weights."""
-    ours = InternVisionModel(
-        InternViTConfig(
-            **SIZES, num_hidden_layers=num_layers, norm_type="layer_norm", qk_normalization=False, qkv_bias=True
-        )
+def pixels(batch: int, size: int, options: Options) -> torch.Tensor:
+    """Tiles (batch, 3, size, size) of noise."""
+    return torch.randn(batch, 3, size, size, device=options.device, dtype=options.dtype)
+
+
+def compiled(model: torch.nn.Module, tiles: torch.Tensor) -> Callable:
+    """The forward of these tiles as one graph with its weights frozen in; to be made without gradients.
+
+    Freezing is a setting of the moment of the first call: as an option of `torch.compile` it has no effect (torch 2.13)."""
+    call = torch.compile(model, fullgraph=True, dynamic=False)
+    with torch._inductor.config.patch(freezing=True):
+        call(tiles)
+    return partial(call, tiles)
+
+
+def forward_rows(options: Options) -> Iterator[Row]:
+    """Both towers, and ours compiled, for one tile and for eight."""
+    chat, native_chat = build_pair(SIZES, TEXT, options)
+    ours, native = chat.vision_model, native_chat.model.vision_tower
+    with torch.device("meta"):
+        shapes = InternVisionModel(ours.config)
+    missing = no_compiler(options.device)
+    for batch, rounds in BATCHES.items():
+        tiles = pixels(batch, SIZES["image_size"], options)
+        flops = flops_of(partial(shapes, tiles.to("meta", torch.float32)))
+        calls = {"eager": partial(ours, tiles), "native": partial(native, tiles), "product": matrix_product(options)}
+        if not missing:
+            torch.compiler.reset()  # each shape anew
+            calls["compiled"] = compiled(ours, tiles)
+        wanted = native(tiles).last_hidden_state
+        difference = {
+            name: require_equal(call().last_hidden_state, wanted) for name, call in calls.items() if name != "product"
+        }
+        seconds = take_turns(calls, options.at_most(rounds), warmups=1)
+        shape = f"vision forward, 300M shape, {batch} tile(s)"
+        for name, against_native, of_rate in (("eager", 1.0, 0.75), ("compiled", 1.1, 0.85)):
+            titles = f"{shape}: {name} against native eager", f"{shape}: {name}, share of the matrix rate"
+            if name not in calls:
+                yield from (Row(title, skipped=missing) for title in titles)
+                continue
+            details = {"largest_difference": difference[name], "device": options.device}
+            yield row_of(titles[0], seconds, name, "native", against_native, **details)
+            yield share_row(titles[1], seconds, name, flops, of_rate, **details)
+
+
+def feature_tower(options: Options) -> InternVisionModel:
+    """A tower with as many blocks as InternViT-300M has."""
+    torch.manual_seed(0)
+    config = InternViTConfig(**FEATURE_SIZES, norm_type="layer_norm", qk_normalization=False, qkv_bias=True)
+    return InternVisionModel(config).eval().to(options.device, options.dtype)
+
+
+def features_at_layer(tower: InternVisionModel, tiles: torch.Tensor) -> torch.Tensor:
+    """Only the blocks below the layer are run."""
+    depth = tower.config.num_hidden_layers
+    return tower(tiles, num_layers=depth + 1 + FEATURE_LAYER).last_hidden_state
+
+
+def features_of_all_layers(tower: InternVisionModel, tiles: torch.Tensor) -> torch.Tensor:
+    """All blocks are run and all hidden states kept, as in the published code."""
+    return tower(tiles, output_hidden_states=True).hidden_states[FEATURE_LAYER]
+
+
+WAYS = {"ours": features_at_layer, "peer": features_of_all_layers}
+
+
+def feature_rows(options: Options) -> Iterator[Row]:
+    """Time and memory of the features that a chat model reads."""
+    tower, tiles = feature_tower(options), pixels(FEATURE_TILES, FEATURE_SIZES["image_size"], options)
+    require_equal(features_at_layer(tower, tiles), features_of_all_layers(tower, tiles))
+    depth = FEATURE_SIZES["num_hidden_layers"]
+    name = f"vision features, hidden state {FEATURE_LAYER} of {depth} blocks, against running and keeping all"
+    calls = {way: partial(call, tower, tiles) for way, call in WAYS.items()}
+    # Embedding the pixels is in both.
+    yield speed_row(
+        f"{name}: speed", calls["ours"], calls["peer"], options, target=depth / (depth + 1 + FEATURE_LAYER)
     )
-    native = InternVLVisionModel(InternVLVisionConfig(**SIZES, num_hidden_layers=num_layers, attention_bias=True))
-    native.load_state_dict(to_native(ours.state_dict()))
-    return ours.eval().to(device), native.eval().to(device)
+    if options.device == "cpu":
+        memory = {way: int(in_fresh_process(__name__, way)) for way in WAYS}
+    else:
+        memory = {way: accelerator_memory(call) for way, call in calls.items()}
+    yield Row(
+        f"{name}: activation memory",
+        ratio=memory["ours"] / memory["peer"],
+        target=0.4,
+        is_lower_better=True,
+        details={"bytes": memory, "measured": "growth of resident memory" if options.device == "cpu" else "allocator"},
+    )
 
 
-def to_native(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our weights under transformers' names; q, k and v are one matrix here and three there."""
-    renamed = {}
-    names = {
-        "embeddings.class_embedding": "embeddings.cls_token",
-        "embeddings.patch_embedding": "embeddings.patch_embeddings.projection",
-        "embeddings.position_embedding": "embeddings.position_embeddings",
-        "encoder.layers": "encoder.layer",
-        "attn.proj": "attention.projection_layer",
-        "norm1": "layernorm_before",
-        "norm2": "layernorm_after",
-        "ls1": "lambda_1",
-        "ls2": "lambda_2",
-    }
-    for name, tensor in state.items():
-        for ours, theirs in names.items():
-            name = name.replace(ours, theirs)
-        if ".attn.qkv." not in name:
-            renamed[name] = tensor
-            continue
-        for part, piece in zip("qkv", tensor.chunk(3), strict=True):
-            renamed[name.replace("attn.qkv", f"attention.{part}_proj")] = piece
-    return renamed
+def accelerator_memory(call: Callable[[], Any]) -> int:
+    """Bytes that a call allocates at its most."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@torch.no_grad()
+def host_memory(way: str) -> int:
+    """Bytes by which a call lets this process grow at its most, in its first forward but one: libraries have then made their buffers."""
+    options = Options()
+    tower, size = feature_tower(options), FEATURE_SIZES["image_size"]
+    tower(pixels(1, size, options), num_layers=1)
+    tiles = pixels(FEATURE_TILES, size, options)
+    reset_peak_memory()
+    before = resident_memory()
+    WAYS[way](tower, tiles)
+    return peak_memory() - before
 
 
 @torch.no_grad()
 def rows(options: Options) -> Iterator[Row]:
-    """Both towers, eager, for one tile and for eight."""
-    torch.manual_seed(0)
-    ours, native = build_models(NUM_LAYERS, options.device)
-    for batch in BATCHES:
-        pixels = torch.randn(batch, 3, SIZES["image_size"], SIZES["image_size"], device=options.device)
-        difference = (ours(pixels).last_hidden_state - native(pixels).last_hidden_state).abs().max().item()
-        if difference > 1e-3:
-            raise SystemExit(f"The two models differ by {difference}: nothing to compare.")
-        name = f"vision forward, 300M shape, {batch} tile(s), against native"
-        yield speed_row(
-            name, partial(ours, pixels), partial(native, pixels), options, target=1.0, largest_difference=difference
-        )
+    """The forward, then features."""
+    yield from forward_rows(options)
+    yield from feature_rows(options)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Activation memory of one way to get features, in bytes.")
+    parser.add_argument("way", choices=WAYS)
+    print(host_memory(parser.parse_args().way))

@@ -7,13 +7,15 @@ import io
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from PIL import Image, ImageFile, PngImagePlugin
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessor
 
-from internvl.image_processing_internvl import InternVLImageProcessor, choose_grid
+from internvl.image_processing_internvl import InternVLImageProcessor, _fit, choose_grid
 
 
 GOLDEN = Path(__file__).parent / "golden" / "tiling"
@@ -177,6 +179,139 @@ def test_a_batch_equals_its_pictures_one_by_one(processor):
     assert torch.equal(batch["pixel_values"], torch.cat([output["pixel_values"] for output in alone]))
     assert batch["num_patches"].tolist() == [int(output["num_patches"]) for output in alone]
     assert len(batch["pixel_values"]) == sum(batch["num_patches"])
+
+
+# ------------------------------------------------------------------------------------------------ threads
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of PyTorch's threads, and afterwards what it was."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def threads_of_pictures(monkeypatch) -> list[int]:
+    """The thread in which each picture is resized; as many as there should be meet before any of them goes on."""
+    threads: list[int] = []
+    meeting = threading.Barrier(min(torch.get_num_threads(), 4))
+
+    def fit(*arguments):
+        threads.append(threading.get_ident())
+        meeting.wait(timeout=20)
+        return _fit(*arguments)
+
+    monkeypatch.setattr("internvl.image_processing_internvl._fit", fit)
+    return threads
+
+
+def mixed_pictures() -> list[Any]:
+    """Four pictures of several kinds and sizes, the slowest first."""
+    grey, small = picture(900, 500).convert("L"), picture(30, 20, 2)
+    return [grey, np.asarray(picture(16, 64, 1)) / 255, encoded(small), small.convert("RGBA")]
+
+
+@pytest.mark.parametrize("settings", [{}, {"resize_mode": "crop"}, {"do_resize": False}, {"max_num": [1, 2, 3, 4]}])
+@pytest.mark.parametrize("count", [2, 4, 9])
+def test_pixels_and_their_order_do_not_depend_on_the_number_of_threads(
+    processor, settings, count, set_threads, request
+):
+    set_threads(1)
+    expected = processor(mixed_pictures(), **settings)
+    set_threads(count)
+    threads = request.getfixturevalue("threads_of_pictures")
+    found = processor(mixed_pictures(), **settings)
+    assert len(set(threads)) == min(count, 4), "that many threads took part"
+    assert threading.get_ident() not in threads
+    assert found["num_patches"] == expected["num_patches"]
+    for tile, other in zip(found["pixel_values"], expected["pixel_values"], strict=True):
+        np.testing.assert_array_equal(tile, other)
+
+
+def test_no_threads_are_started_for_one_picture_of_one_tile_or_where_torch_has_one_thread(
+    processor, set_threads, monkeypatch
+):
+    def start(*arguments):
+        raise AssertionError("threads were started")
+
+    monkeypatch.setattr("internvl.image_processing_internvl.ThreadPoolExecutor", start)
+    set_threads(1)
+    assert processor([WIDE] * 4)["num_patches"] == [5] * 4
+    set_threads(4)
+    assert processor(WIDE, max_num=1)["num_patches"] == [1]
+    with pytest.raises(AssertionError, match="threads were started"):
+        processor([WIDE] * 4)
+
+
+class Prepared(torch.utils.data.Dataset):
+    """What the processor makes of the same pictures, and in how many threads of its own."""
+
+    def __init__(self, processor: InternVLImageProcessor, threads: list[int]) -> None:
+        self.processor, self.threads = processor, threads
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        self.threads.clear()
+        output = self.processor(mixed_pictures(), return_tensors="pt")
+        own = threading.get_ident()
+        return {**output, "others": torch.tensor(sum(thread != own for thread in self.threads))}
+
+
+def test_a_forked_worker_of_a_data_loader_starts_no_threads(processor, set_threads, monkeypatch):
+    threads: list[int] = []
+
+    def fit(*arguments):
+        threads.append(threading.get_ident())
+        return _fit(*arguments)
+
+    monkeypatch.setattr("internvl.image_processing_internvl._fit", fit)
+    set_threads(4)
+    data = Prepared(processor, threads)
+    here = data[0]
+    assert here["others"] == 4
+    for batch in torch.utils.data.DataLoader(data, batch_size=None, num_workers=1, multiprocessing_context="fork"):
+        assert batch["others"] == 0
+        assert torch.equal(batch["pixel_values"], here["pixel_values"])
+
+
+def test_the_first_broken_picture_is_named_whichever_thread_meets_it(processor, set_threads):
+    set_threads(4)
+    half = encoded(picture(64, 64))[:400]
+    for _ in range(5):
+        with pytest.raises(ValueError, match="Image 2 of 6 "):
+            processor([picture(700, 500), half, WIDE, b"", WIDE, half])
+
+
+def test_pictures_that_share_an_open_file_are_loaded_one_after_the_other(
+    processor, set_threads, tmp_path, monkeypatch
+):
+    """One object given twice, and two objects on one handle; files of their own are loaded at the same time."""
+    path, loading, most = tmp_path / "picture.png", [], []
+    path.write_bytes(encoded(picture(200, 100)))
+    load = PngImagePlugin.PngImageFile.load_prepare
+
+    def slowly(self):
+        loading.append(self)
+        time.sleep(0.05)
+        most.append(len(loading))
+        load(self)
+        loading.pop()
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load_prepare", slowly)
+    expected = processor(picture(200, 100), return_tensors="pt")["pixel_values"].repeat(4, 1, 1, 1)
+    set_threads(4)
+    with open(path, "rb") as handle:
+        once, first, second = Image.open(path), Image.open(handle), Image.open(handle)
+        same = processor([once] * 4, return_tensors="pt")["pixel_values"]
+        shared = processor([first, second] * 2, return_tensors="pt")["pixel_values"]
+    assert len(most) == 3
+    assert max(most) == 1
+    own = processor([Image.open(path) for _ in range(4)], return_tensors="pt")["pixel_values"]
+    assert max(most) > 1, "four files at the same time"
+    for found in (same, shared, own):
+        assert torch.equal(found, expected)
 
 
 def test_without_return_tensors_the_outputs_are_lists(processor):
@@ -568,13 +703,18 @@ def test_damaged_files_of_many_formats_raise_value_errors_only(processor):
 
 # ------------------------------------------------------------------------------------------------ addresses
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves `pages`, all else is missing."""
+    """Serves `pages`, turns `moves` to other addresses; all else is missing."""
 
     pages: ClassVar[dict[str, bytes]] = {}
+    moves: ClassVar[dict[str, str]] = {}
+    hosts: ClassVar[list[str]] = []
 
     def do_GET(self):
-        body = self.pages.get(self.path)
-        self.send_response(404 if body is None else 200)
+        self.hosts.append(self.headers["Host"])
+        body, moved = self.pages.get(self.path), self.moves.get(self.path)
+        self.send_response(302 if moved else 404 if body is None else 200)
+        if moved:
+            self.send_header("Location", moved)
         self.end_headers()
         self.wfile.write(body or b"")
 
@@ -588,7 +728,13 @@ def address() -> Iterator[str]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
+    home = f"http://127.0.0.1:{server.server_port}"
+    Handler.moves = {
+        "/moved.png": "/good.png",
+        "/inwards.png": f"{home}/good.png",
+        "/files.png": "ftp://pictures.test/",
+    }
+    yield home
     server.shutdown()
     server.server_close()
     thread.join()
@@ -596,27 +742,96 @@ def address() -> Iterator[str]:
 
 @pytest.fixture
 def no_proxy(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost,pictures.test")
+    monkeypatch.delenv("INTERNVL_ALLOW_PRIVATE_HOSTS", raising=False)
 
 
-@pytest.mark.usefixtures("no_proxy")
+@pytest.fixture
+def private_hosts(no_proxy, monkeypatch):
+    monkeypatch.setenv("INTERNVL_ALLOW_PRIVATE_HOSTS", "1")
+
+
+@pytest.mark.usefixtures("private_hosts")
 def test_addresses_are_fetched(processor, address):
     fetched = bytes_of_tiles(processor, f"{address}/good.png")
     np.testing.assert_array_equal(fetched, bytes_of_tiles(processor, picture(50, 30)))
 
 
-@pytest.mark.usefixtures("no_proxy")
+@pytest.mark.usefixtures("private_hosts")
 @pytest.mark.parametrize("page", ["bomb.png", "empty.png", "missing.png"])
 def test_bad_addresses_are_named(processor, address, page):
     with pytest.raises(ValueError, match=f"Image 2 of 2 .*127.0.0.1.*{page}"):
         processor([WIDE, f"{address}/{page}"])
 
 
-@pytest.mark.usefixtures("no_proxy")
+@pytest.mark.usefixtures("private_hosts")
 def test_downloads_are_limited_in_size(processor, address, monkeypatch):
     monkeypatch.setattr("internvl.image_loading_internvl.DOWNLOAD_BYTES", 100)
     with pytest.raises(ValueError, match="more than 100 bytes"):
         processor(f"{address}/good.png")
+
+
+@pytest.fixture
+def public_name(address, monkeypatch, no_proxy) -> str:
+    """The server's address by a name that resolves to a public address, from which connections are turned to it."""
+    resolve, connect = socket.getaddrinfo, socket.create_connection
+
+    def fake_resolve(host, port, *arguments, **settings):
+        return resolve("8.8.8.8" if host == "pictures.test" else host, port, *arguments, **settings)
+
+    def fake_connect(place, *arguments):
+        return connect(("127.0.0.1" if place[0] == "8.8.8.8" else place[0], place[1]), *arguments)
+
+    monkeypatch.setattr(socket, "getaddrinfo", fake_resolve)
+    monkeypatch.setattr(socket, "create_connection", fake_connect)
+    return address.replace("127.0.0.1", "pictures.test")
+
+
+@pytest.mark.usefixtures("no_proxy")
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "localhost", "127.1", "127.0.0.%31", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0"]
+)
+def test_private_hosts_are_refused_before_a_connection_is_made(processor, address, host):
+    Handler.hosts.clear()
+    with pytest.raises(
+        ValueError, match=r"Image 2 of 2 .* which is not public; INTERNVL_ALLOW_PRIVATE_HOSTS=1 allows"
+    ):
+        processor([WIDE, address.replace("127.0.0.1", host) + "/good.png"])
+    assert Handler.hosts == []
+
+
+HOSTS = ["10.0.0.1", "172.16.5.4", "192.168.1.1", "169.254.169.254", "100.64.0.1", "[fd00::1]"]
+
+
+@pytest.mark.usefixtures("no_proxy")
+@pytest.mark.parametrize("address_inside", [*(f"http://{host}" for host in HOSTS), "https://10.0.0.1"])
+def test_private_ranges_are_refused_by_both_protocols(processor, address_inside):
+    with pytest.raises(ValueError, match="which is not public"):
+        processor(f"{address_inside}/picture.png")
+
+
+def test_public_hosts_and_their_redirects_are_fetched_but_not_inwards_nor_by_ftp(processor, public_name):
+    Handler.hosts.clear()
+    for page in ("good.png", "moved.png"):
+        np.testing.assert_array_equal(
+            bytes_of_tiles(processor, f"{public_name}/{page}"), bytes_of_tiles(processor, picture(50, 30))
+        )
+    assert len(Handler.hosts) == 3
+    with pytest.raises(ValueError, match=r"127\.0\.0\.1 is at 127\.0\.0\.1, which is not public"):
+        processor(f"{public_name}/inwards.png")
+    with pytest.raises(ValueError, match="ftp"):
+        processor(f"{public_name}/files.png")
+    assert len(Handler.hosts) == 5
+    assert all(host.startswith("pictures.test") for host in Handler.hosts)
+
+
+def test_a_proxy_decides_for_itself(processor, address, monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", address)
+    Handler.pages["http://10.0.0.1/good.png"] = Handler.pages["/good.png"]
+    fetched = bytes_of_tiles(processor, "http://10.0.0.1/good.png")
+    np.testing.assert_array_equal(fetched, bytes_of_tiles(processor, picture(50, 30)))
 
 
 # ------------------------------------------------------------------------------------------------ saving and loading

@@ -49,6 +49,24 @@ def test_running_part_of_the_blocks_gives_the_inner_hidden_state():
 
 
 @torch.no_grad()
+def test_backbone_returns_the_attentions_and_hidden_states_of_the_tower():
+    tower = tiny.vision_model()
+    backbone = InternViTBackbone(tiny.vision_config(out_indices=[0, 2])).eval()
+    backbone.load_state_dict(tower.state_dict())
+    for model in (tower, backbone):
+        model.set_attn_implementation("eager")
+    expected = tower(tiny.pixels(), output_attentions=True, output_hidden_states=True)
+    outputs = backbone(tiny.pixels(), output_attentions=True, output_hidden_states=True)
+    assert len(outputs.attentions) == 3
+    assert len(outputs.hidden_states) == 4
+    found = [*outputs.attentions, *outputs.hidden_states]
+    assert all(map(torch.equal, found, [*expected.attentions, *expected.hidden_states]))
+    short = backbone(tiny.pixels(), output_attentions=True)  # of the two blocks that the last map needs
+    assert len(short.attentions) == 2
+    assert short.hidden_states is None
+
+
+@torch.no_grad()
 def test_backbone_returns_the_named_maps_and_skips_the_blocks_above():
     model = tiny.vision_model()
     backbone = InternViTBackbone(tiny.vision_config(out_features=["stem", "stage2"])).eval()

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -224,12 +227,16 @@ def test_a_broken_placeholder_count_names_the_sample_and_both_counts():
     cut[2, (cut[2] == tiny.IMAGE_TOKEN_ID).nonzero()[-1]] = 5
     with pytest.raises(ValueError, match="Sample 2 has 15 placeholders, which is no multiple of 4: was it truncated"):
         model(**{**inputs, "input_ids": cut})
+    with pytest.raises(ValueError, match="24 image placeholders but 20 image features"):
+        model(input_ids=inputs["input_ids"], image_embeds=torch.zeros(3, 12, 40))
 
 
 def test_pictures_without_a_known_placeholder_id_are_refused():
     model = tiny.chat_model(image_token_id=None)
     with pytest.raises(ValueError, match=r"`config\.image_token_id` is not set"):
         model(input_ids=tiny.text_ids(), pixel_values=tiny.pixels())
+    with pytest.raises(ValueError, match=r"`config\.image_token_id` is not set"):
+        model(input_ids=tiny.text_ids(), image_embeds=torch.zeros(3, 4, 40))
     model.img_context_token_id = tiny.IMAGE_TOKEN_ID
     assert model.config.image_token_id == tiny.IMAGE_TOKEN_ID
 
@@ -353,6 +360,56 @@ def test_use_flash_attn_falls_back_with_one_warning(tmp_path):
     wanted = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
     assert again.language_model.config._attn_implementation == again.vision_model.config._attn_implementation == wanted
     assert type(model).from_pretrained(tmp_path, use_flash_attn=False).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@torch.no_grad()
+def test_flash_attention_is_what_every_part_runs_when_asked_for(version, monkeypatch, tmp_path):
+    """A stand-in of the kernel, under the name that the kernel has in transformers' registry; without a kernel it is refused."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name, ran = f"flash_attention_{version}", set()
+
+    def stand_in(module, query, key, value, attention_mask, **kwargs):
+        assert attention_mask is None  # nothing is padded here, and flash kernels know no other mask
+        ran.add(module)
+        return sdpa_attention_forward(module, query, key, value, None, **kwargs)
+
+    model = tiny.chat_model("internlm2", "queries_and_patches")
+    rows = tiny.chat_rows(model, [[2]])
+    inputs = {"input_ids": rows[0][None], "pixel_values": tiny.pixels(2)}
+    expected = model(**inputs).logits
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, name, stand_in)
+    model.config._attn_implementation = name  # the setter of the model looks for an installed package
+    torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
+    assert ran == {module for module in model.modules() if hasattr(module, "scaling") and hasattr(module, "config")}
+    if not torch.cuda.is_available():
+        model.save_pretrained(tmp_path)
+        with pytest.raises(ImportError, match=f"FlashAttention{version}"):
+            type(model).from_pretrained(tmp_path, attn_implementation=name)
+
+
+SERVE = """
+import sys
+from transformers.cli.serving.model_manager import ModelManager
+manager = ModelManager(trust_remote_code=True, device="cpu")
+model, processor = manager.load_model_and_processor(sys.argv[1] + "@main")
+assert type(model).__module__.startswith("transformers_modules."), type(model)
+print(manager.get_model_modality(model, processor).value)
+"""
+
+
+@pytest.mark.slow  # imports everything in a process of its own
+def test_transformers_serve_takes_a_folder_with_its_code_for_a_model_of_pictures_and_text(root, tmp_path):
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", SERVE, str(root)], cwd=tmp_path, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "MULTIMODAL"
 
 
 def test_load_in_4bit_keeps_everything_but_the_decoder_in_full_precision(tmp_path):

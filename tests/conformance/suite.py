@@ -186,11 +186,7 @@ def configuration() -> type:
 def backbone() -> type:
     from tests.test_backbone_common import BackboneTesterMixin
 
-    attributes = {
-        "all_model_classes": (load_class(spec.BACKBONE),),
-        "config_class": Config,
-        **getattr(spec, "BACKBONE_ATTRS", {}),
-    }
+    attributes = {"all_model_classes": (load_class(spec.BACKBONE),), "config_class": Config}
     return make_case("Backbone", BackboneTesterMixin, **attributes)
 
 

@@ -53,6 +53,5 @@ def check_embeddings(self: unittest.TestCase) -> None:
 
 
 MODEL_ATTRS = {"test_resize_embeddings": False, "test_model_get_set_embeddings": check_embeddings}
-BACKBONE_ATTRS = {"has_attentions": False}  # it gives feature maps; attentions come from the tower
 CONFIGURATION = {"hidden_size": 32, "num_attention_heads": 4}
 SKIPS = {**MACHINE, **NO_SUCH_PART, **NO_TEXT, **NOT_COMPOSITE}

@@ -1,0 +1,155 @@
+"""Chat against transformers' own InternVL: the first token, each token after, and a conversation about pictures.
+
+A decoder of the shape of Qwen2-0.5B with a smaller vocabulary (0.4 B parameters) behind a small tower. The conversation takes an eighth
+of the blocks of InternViT-300M and of that decoder, and of its vocabulary, so that the parts take the same shares of the time.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from transformers import DynamicCache, InternVLForConditionalGeneration
+
+from internvl import InternVLChatForConditionalGeneration
+
+from .harness import Options, Row, require_equal, speed_row
+from .native import IMAGE_TOKEN_ID, build_pair
+
+
+VISION = {
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 448,
+    "patch_size": 14,
+}
+TEXT = {
+    "vocab_size": 32768,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+}
+PROMPT = 64  # tokens of text
+NEW_TOKENS = 16
+TURNS = 5
+QUESTION = 24  # tokens
+TILES = (6, 6)
+CONVERSATION_VISION = {
+    **VISION,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 16,
+}
+CONVERSATION_TEXT = {**TEXT, "vocab_size": 18992, "num_hidden_layers": 3}
+
+Chat = InternVLChatForConditionalGeneration | InternVLForConditionalGeneration
+
+
+def random_ids(length: int, vocab_size: int, seed: int, device: str) -> torch.Tensor:
+    """Text (1, length) without placeholders."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(IMAGE_TOKEN_ID + 1, vocab_size, (1, length), generator=generator).to(device)
+
+
+def prompt_of(tiles: int, length: int, model: Chat, per_tile: int) -> torch.Tensor:
+    """Placeholders of some tiles, then text."""
+    text = random_ids(length, model.config.text_config.vocab_size, 1, model.device)
+    return torch.cat([torch.full_like(text[:, :1], IMAGE_TOKEN_ID).expand(-1, tiles * per_tile), text], dim=1)
+
+
+def pixels_for(model: Chat, tiles: int) -> torch.Tensor:
+    """Tiles of noise."""
+    size = VISION["image_size"]
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(tiles, 3, size, size, generator=generator).to(model.device, model.dtype)
+
+
+def first_token(model: Chat, ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Logits of the last position, after a picture and a prompt were read into a cache."""
+    return model(input_ids=ids, pixel_values=pixel_values, use_cache=True, logits_to_keep=1).logits
+
+
+def read_prompt(model: Chat, ids: torch.Tensor, pixel_values: torch.Tensor) -> DynamicCache:
+    """What a decoding step starts from."""
+    return model(input_ids=ids, pixel_values=pixel_values, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def decode(model: Chat, cache: DynamicCache, tokens: torch.Tensor) -> torch.Tensor:
+    """Reads `tokens` (1, L) one by one, as generation does; logits of the last. The cache is afterwards as before."""
+    for token in tokens.split(1, dim=1):
+        logits = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    cache.crop(-tokens.shape[1])
+    return logits
+
+
+def token_rows(options: Options) -> Iterator[Row]:
+    """The first token, those after, and both as `generate` gives them."""
+    ours, native = build_pair(VISION, TEXT, options)
+    ids, pixel_values = prompt_of(1, PROMPT, ours, ours.num_image_token), pixels_for(ours, 1)
+    calls = {way: partial(first_token, model, ids, pixel_values) for way, model in (("ours", ours), ("peer", native))}
+    difference = require_equal(calls["ours"](), calls["peer"]())
+    decoder = f"{sum(p.numel() for p in ours.language_model.parameters()) / 1e9:.1f} B decoder"
+    name = f"prefill of one tile and {PROMPT} tokens, {decoder}, against native"
+    yield speed_row(name, **calls, options=options, target=1.0, warmups=1, largest_difference=difference)
+
+    tokens = random_ids(NEW_TOKENS, TEXT["vocab_size"], 3, options.device)
+    calls = {
+        way: partial(decode, model, read_prompt(model, ids, pixel_values), tokens)
+        for way, model in (("ours", ours), ("peer", native))
+    }
+    difference = require_equal(calls["ours"](), calls["peer"]())
+    name = f"decode of {NEW_TOKENS} tokens, {decoder}, against native"
+    yield speed_row(name, **calls, options=options, target=1.0, warmups=1, largest_difference=difference)
+
+    calls = {
+        way: partial(model.generate, ids, pixel_values=pixel_values, max_new_tokens=NEW_TOKENS, do_sample=False)
+        for way, model in (("ours", ours), ("peer", native))
+    }
+    if not torch.equal(calls["ours"](), calls["peer"]()):
+        raise SystemExit("The two models generate different tokens: nothing to compare.")
+    name = f"`generate` of {NEW_TOKENS} tokens after one tile, {decoder}, against native"
+    yield speed_row(name, **calls, options=options, target=1.0, warmups=0)
+
+
+def converse(model: Chat, pixel_values: torch.Tensor, opening: torch.Tensor, keeps_cache: bool) -> torch.Tensor:
+    """All ids of a conversation; with `keeps_cache` each turn starts from the cache of the last, without pictures."""
+    vocab_size, ids = model.config.text_config.vocab_size, opening
+    cache = DynamicCache(config=model.config.text_config) if keeps_cache else None
+    for turn in range(TURNS):
+        if turn:
+            ids = torch.cat([ids, random_ids(QUESTION, vocab_size, 10 + turn, ids.device)], dim=1)
+        pictures = {} if keeps_cache and turn else {"pixel_values": pixel_values}
+        settings = {"past_key_values": cache} if keeps_cache else {}
+        ids = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            **pictures,
+            **settings,
+        )
+    return ids
+
+
+def conversation_row(options: Options) -> Row:
+    """Ours keeps the cache between turns, native reads and encodes everything again."""
+    ours, native = build_pair(CONVERSATION_VISION, CONVERSATION_TEXT, options)
+    tiles = sum(TILES)
+    opening, pixel_values = prompt_of(tiles, QUESTION, ours, ours.num_image_token), pixels_for(ours, tiles)
+    keep = partial(converse, ours, pixel_values, opening, True)
+    read_again = partial(converse, native, pixel_values, opening, False)
+    if not torch.equal(keep(), read_again()):
+        raise SystemExit("The two conversations differ: nothing to compare.")
+    name = f"conversation of {TURNS} turns about {len(TILES)} pictures of {TILES[0]} tiles, against native reading all again"
+    return speed_row(name, keep, read_again, options.at_most(2), target=4.0, warmups=0)
+
+
+@torch.no_grad()
+def rows(options: Options) -> Iterator[Row]:
+    """Tokens, then the conversation."""
+    yield from token_rows(options)
+    yield conversation_row(options)

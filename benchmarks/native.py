@@ -1,0 +1,58 @@
+"""Chat models with random weights, and the same weights in transformers' own class by this package's conversion."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import InternVLForConditionalGeneration
+
+from internvl import InternVLChatConfig, InternVLChatForConditionalGeneration
+from internvl.conversion import convert
+
+from .harness import Options
+
+
+IMAGE_TOKEN_ID = 3
+
+
+def build_chat(
+    vision: dict[str, Any], text: dict[str, Any], options: Options, **settings: Any
+) -> InternVLChatForConditionalGeneration:
+    """A chat model of which only the sizes are given: a tower of the flavour that native has too, and a Qwen2 decoder.
+
+    Generation never ends before the number of tokens that is asked for.
+    """
+    torch.manual_seed(0)
+    config = InternVLChatConfig(
+        vision_config={"norm_type": "layer_norm", "qk_normalization": False, "qkv_bias": True, **vision},
+        text_config={"model_type": "qwen2", "tie_word_embeddings": True, **text},
+        image_token_id=IMAGE_TOKEN_ID,
+        ps_version="v2",
+        select_layer=-1,
+        **settings,
+    )
+    with torch.device(options.device):
+        model = InternVLChatForConditionalGeneration._from_config(config, dtype=options.dtype).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def native_of(model: InternVLChatForConditionalGeneration) -> InternVLForConditionalGeneration:
+    """transformers' own model with the same weights, type and device."""
+    with tempfile.TemporaryDirectory() as folder:
+        own, native = Path(folder) / "own", Path(folder) / "native"
+        model.save_pretrained(own)
+        convert(own, native, to="native", show_progress=False)
+        peer = InternVLForConditionalGeneration.from_pretrained(native, dtype=model.dtype, device_map=model.device)
+    peer.generation_config = model.generation_config
+    return peer.eval()
+
+
+def build_pair(
+    vision: dict[str, Any], text: dict[str, Any], options: Options
+) -> tuple[InternVLChatForConditionalGeneration, InternVLForConditionalGeneration]:
+    """Ours and transformers' own."""
+    ours = build_chat(vision, text, options)
+    return ours, native_of(ours)

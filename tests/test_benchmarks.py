@@ -1,0 +1,270 @@
+"""The benchmarks: what a row says, what is counted and refused, and that every topic runs, at tiny sizes.
+
+No time is checked here: figures of a tiny run mean nothing.
+"""
+
+import dataclasses
+import importlib
+import json
+import time
+
+import pytest
+import torch
+
+from internvl.benchmarks import __main__ as command
+from internvl.benchmarks import full_size, harness, vision
+from internvl.benchmarks.harness import Options, Row
+
+from . import tiny
+
+
+VISION = {key: value for key, value in tiny.VISION.items() if key != "initializer_factor"}
+TEXT = {
+    "vocab_size": 99,
+    "hidden_size": 40,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+# Constants of a topic that set how much it does.
+TINY = {
+    "vision": {
+        "SIZES": VISION,
+        "FEATURE_SIZES": {**VISION, "num_hidden_layers": 4},
+        "BATCHES": {1: 2},
+        "FEATURE_TILES": 2,
+    },
+    "chat": {
+        "VISION": VISION,
+        "TEXT": TEXT,
+        "CONVERSATION_VISION": VISION,
+        "CONVERSATION_TEXT": TEXT,
+        "NEW_TOKENS": 3,
+        "QUESTION": 4,
+        "PROMPT": 5,
+        "TURNS": 2,
+        "TILES": (2, 1),
+    },
+    "loading": {"VISION": VISION, "TEXT": TEXT, "SHARD": "50KB"},
+}
+FULL_SIZE = full_size.Sizes(
+    vision=VISION,
+    qllama={**tiny.QLLAMA, "hidden_size": 32},  # a multiple of the heads of the pooling
+    decoder={key: value for key, value in TEXT.items() if key != "num_key_value_heads"},
+    tiles=2,
+    prompt=5,
+    tokens=3,
+    copied_bytes=4096,
+)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Small sizes for a topic, and a compiler that is not there unless asked for: generating code takes long."""
+
+    def use(topic: str, compiles: bool = False):
+        monkeypatch.setitem(harness.PRODUCT_SIZES, "cpu", 64)
+        module = importlib.import_module(f"internvl.benchmarks.{topic}")
+        for name, value in TINY.get(topic, {}).items():
+            assert hasattr(module, name)
+            monkeypatch.setattr(module, name, value)
+        if not compiles and hasattr(module, "no_compiler"):
+            monkeypatch.setattr(module, "no_compiler", lambda device: "no compiler")
+        return module
+
+    return use
+
+
+# ---------------------------------------------------------------------------------------------------------------- a row
+@pytest.mark.parametrize(
+    ("ratio", "target", "is_lower_better", "is_met"),
+    [
+        (1.1, 1.0, False, True),
+        (1.0, 1.0, False, True),
+        (0.9, 1.0, False, False),
+        (0.9, 1.0, True, True),
+        (1.0, 1.0, True, True),
+        (1.1, 1.0, True, False),
+        (1.1, None, False, None),
+        (None, 1.0, False, None),
+    ],
+)
+def test_a_target_is_a_bound_from_the_side_that_the_row_names(ratio, target, is_lower_better, is_met):
+    assert Row("row", ratio=ratio, target=target, is_lower_better=is_lower_better).is_met is is_met
+
+
+def test_a_ratio_is_the_median_of_the_peer_over_that_of_ours_with_the_middle_half_of_the_rounds():
+    row = harness.row_of("row", {"ours": [1.0, 2.0, 4.0], "peer": [2.0, 6.0, 20.0]}, target=3.5, note="kept")
+    assert row.ratio == 3.0
+    assert row.spread == (2.5, 4.0)  # of 2, 3 and 5
+    assert row.is_met is False
+    assert row.details == {"note": "kept", "median_seconds": {"ours": 2.0, "peer": 6.0}, "rounds": 3}
+
+
+def test_one_round_is_its_own_middle_half():
+    assert harness.middle_half([2.0]) == (2.0, 2.0)
+
+
+def test_a_share_is_that_of_the_rate_of_the_matrix_product(monkeypatch):
+    monkeypatch.setitem(harness.PRODUCT_SIZES, "cpu", 10)  # 2000 FLOPs
+    seconds = {"call": [4.0, 4.0], "product": [1.0, 1.0]}
+    row = harness.share_row("row", seconds, "call", 6000, 0.7, device="cpu")
+    assert row.ratio == 0.75
+    assert row.is_met
+
+
+def test_calls_take_turns_and_the_one_that_goes_first_changes():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in ("a", "b")}
+    seconds = harness.take_turns(calls, Options(rounds=2), warmups=1)
+    assert "".join(order) == "baabba"  # the first round is not counted
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_long_calls_take_at_most_the_rounds_that_were_asked_for():
+    assert Options(rounds=9).at_most(5).rounds == 5
+    assert Options(rounds=3).at_most(5).rounds == 3
+
+
+def test_seconds_are_those_of_the_call():
+    assert harness.seconds_of(lambda: time.sleep(0.02)) >= 0.02
+
+
+def test_results_that_differ_are_not_compared():
+    ours = torch.ones(3)
+    assert harness.require_equal(ours, ours) == 0.0
+    assert harness.require_equal(torch.zeros(3), torch.zeros(3)) == 0.0
+    for other in (ours + 0.01, ours * float("nan"), torch.ones(1)):
+        with pytest.raises(SystemExit, match="nothing to compare"):
+            harness.require_equal(ours, other)
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setattr(harness.shutil, "which", lambda name: None)
+    assert "g++" in harness.no_compiler("cpu")
+    monkeypatch.setattr(harness.shutil, "which", lambda name: f"/bin/{name}")
+    assert harness.no_compiler("cpu") is None
+
+
+def test_the_flops_of_the_tower_are_those_of_its_shapes():
+    model = full_size.shapes_of(vision.InternVisionModel, tiny.vision_config())
+    found = harness.flops_of(lambda: model(torch.zeros(2, 3, 56, 56, device="meta")))
+    width, inner, tokens, depth = 32, 48, 17, 3
+    block = 2 * tokens * width * (4 * width + 2 * inner) + 2 * 2 * tokens * tokens * width
+    patches = 2 * 16 * width * 3 * 14 * 14
+    assert found == 2 * (depth * block + patches)
+
+
+def test_a_fresh_process_that_fails_says_why():
+    with pytest.raises(RuntimeError, match="No module named"):
+        harness.in_fresh_process("module_that_is_absent")
+
+
+def test_memory_that_was_given_back_counts_for_the_peak_until_it_is_reset():
+    harness.reset_peak_memory()
+    before = harness.resident_memory()
+    del (held := [torch.ones(2**22)])[:]  # 16 MB
+    assert not held
+    assert harness.peak_memory() - before > 8 * 2**20
+    harness.reset_peak_memory()
+    assert harness.peak_memory() - harness.resident_memory() < 8 * 2**20
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
+def test_the_table_names_the_target_and_whether_it_is_reached():
+    rows = [
+        Row("fast", ratio=2.0, target=1.5, spread=(1.75, 2.25)),
+        Row("large", ratio=2.0, target=1.5, is_lower_better=True),
+        Row("reported", ratio=0.1234),
+        Row("absent", skipped="no device"),
+    ]
+    assert command.table(rows).splitlines()[2:] == [
+        "| fast | 2 | 1.75 to 2.25 | >= 1.5 | yes |",
+        "| large | 2 | - | <= 1.5 | no |",
+        "| reported | 0.123 | - | - | reported |",
+        "| absent | - | - | - | skipped: no device |",
+    ]
+
+
+def test_a_topic_is_written_with_its_calibration_and_its_rows(monkeypatch, tmp_path, small):
+    small("full_size")
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    rows = command.measure("full_size", Options(rounds=2))
+    content = json.loads((tmp_path / "full_size-cpu.json").read_text())
+    assert content["calibration"]["flops_per_second"] > 0
+    assert len(content["calibration"]["middle_half"]) == 2
+    assert content["torch"] == torch.__version__
+    assert [row["name"] for row in content["rows"]] == [row.name for row in rows]
+    assert all(row["skipped"] and row["met"] is None for row in content["rows"])
+
+
+# ----------------------------------------------------------------------------------------------------------- the topics
+@pytest.mark.parametrize("topic", command.TOPICS)
+def test_every_topic_has_rows(topic):
+    module = importlib.import_module(f"internvl.benchmarks.{topic}")
+    assert callable(module.rows)
+    assert module.__doc__
+
+
+def check_rows(rows: list[Row], skipped: int = 0) -> None:
+    names = [row.name for row in rows]
+    assert len(set(names)) == len(names)
+    assert sum(row.skipped is not None for row in rows) == skipped
+    for row in rows:
+        assert (row.ratio is None) == (row.skipped is not None)
+        json.dumps(dataclasses.asdict(row))
+
+
+def test_the_chat_rows_run(small):
+    rows = list(small("chat").rows(Options(rounds=2)))
+    assert len(rows) == 4
+    check_rows(rows)
+
+
+def test_the_vision_rows_run_and_compiled_ones_are_skipped_without_a_compiler(small, monkeypatch):
+    module = small("vision")
+    # The fresh process would have the usual sizes: both ways are measured here.
+    monkeypatch.setattr(module, "in_fresh_process", lambda name, way: str(1 + abs(module.host_memory(way))))
+    rows = list(module.rows(Options(rounds=2)))
+    assert len(rows) == 6
+    check_rows(rows, skipped=2)
+
+
+@pytest.mark.slow
+def test_the_compiled_vision_rows_run(small):
+    rows = list(torch.no_grad()(small("vision", compiles=True).forward_rows)(Options(rounds=2)))
+    assert len(rows) == 4
+    check_rows(rows)
+
+
+@pytest.mark.slow  # a process of its own loads the model
+def test_the_loading_rows_run(small):
+    rows = list(small("loading").rows(Options(rounds=2)))
+    assert len(rows) == 2
+    check_rows(rows)
+
+
+def test_the_full_size_rows_run_at_another_size(small):
+    rows = list(small("full_size").rows(Options(rounds=2), FULL_SIZE))
+    assert len(rows) == 6
+    check_rows(rows, skipped=2)
+
+
+@pytest.mark.slow
+def test_the_compiled_full_size_rows_run_at_another_size(small):
+    rows = list(small("full_size", compiles=True).rows(Options(rounds=2), FULL_SIZE))
+    check_rows(rows)
+
+
+@torch.no_grad()
+def test_decoding_for_the_bandwidth_gives_the_tokens_of_generation(small):
+    module = small("full_size")
+    model = tiny.chat_model("llama")
+    tokens = torch.arange(5)[None] % 99
+    expected = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=4, do_sample=False)
+    assert torch.equal(module.decoding(model, model, 16, dataclasses.replace(FULL_SIZE, tokens=3))(), expected[:, -1:])
+
+
+def test_without_an_accelerator_the_released_sizes_are_skipped():
+    check_rows(list(full_size.rows(Options())), skipped=len(full_size.PARTS))
