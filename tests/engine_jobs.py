@@ -1,7 +1,7 @@
 """Training runs for the tests of engines: `python -m tests.engine_jobs JOB FOLDER`, alone or under `accelerate launch`.
 
 Every process writes what it found to FOLDER/JOB-rank0.pt, FOLDER/JOB-rank1.pt. A run is stock `Trainer`, on dialogues with the
-chat model or on a stream of pairs with stage 1's.
+chat model or on pairs with those of stages 1 and 2.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,9 +23,13 @@ from internvl.conversation_internvl import get_conversation_template
 from internvl.image_processing_internvl import InternVLImageProcessor
 from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
 from internvl.processing_internvl import InternVLProcessor
+from internvl.training import stages
+from internvl.training.collators import GenerativeCollator
 from internvl.training.dialogues import DialogueCollator, DialogueDataset, DialogueEncoder
 from internvl.training.pairs import PairCollator, PairStream, stream_loader
-from internvl.training.pretraining import InternVLForContrastiveTraining
+from internvl.training.parameter_groups import train_parts
+from internvl.training.pretraining import InternVLForContrastiveTraining, InternVLForGenerativeTraining
+from internvl.training.recipes import stage1, stage2, stage2_small
 
 from . import tiny
 from .fixtures_dialogues import llava
@@ -35,6 +40,10 @@ from .training_models import tiny_model
 
 ROOT = Path(__file__).parents[1]
 CONNECTORS = ("patches", "queries_and_patches")
+PAIR_STAGES = {
+    "stage 1": (InternVLForContrastiveTraining, 0, stage1),
+    "stage 2": (InternVLForGenerativeTraining, 5, stage2),
+}
 STEPS = 5
 STOPPED_AFTER = 3
 SAVED_AFTER = 2
@@ -89,6 +98,11 @@ def make_processor(connector: str = "patches") -> InternVLProcessor:
     )
 
 
+def pair_processor() -> InternVLProcessor:
+    images = InternVLImageProcessor(size={"height": 56, "width": 56}, resize_mode="squash")
+    return InternVLProcessor(images, make_tokenizer(), mode="contrastive", max_text_length=16)
+
+
 def write_dialogues(folder: Path) -> Path:
     """Rows for batches of four: in the second batch only the first half, the first process's, has pictures; unequal tiles."""
     make_image(56, 56, seed=1).save(folder / "a.png")
@@ -115,9 +129,11 @@ def write_data(folder: Path) -> None:
     write_pairs(folder)
     for connector in CONNECTORS:
         make_chat_model(connector).save_pretrained(folder / connector)
-    model = tiny_model(InternVLForContrastiveTraining, num_query_token=0)
-    model.resize_token_embeddings(len(make_tokenizer()), mean_resizing=False)
-    tiny.randomize(model).save_pretrained(folder / "stage 1 start")
+    for stage, (model_class, num_query_token, _) in PAIR_STAGES.items():
+        model = tiny_model(model_class, num_query_token)
+        model.resize_token_embeddings(len(make_tokenizer()), mean_resizing=False)
+        tiny.randomize(model).save_pretrained(folder / f"{stage} start")
+        pair_processor().save_pretrained(folder / f"{stage} start")
 
 
 def make_chat_model(connector: str = "patches") -> InternVLChatForConditionalGeneration:
@@ -137,9 +153,12 @@ def arguments_for(folder: Path, batch: int, **settings) -> TrainingArguments:
         "logging_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_steps": SAVED_AFTER,
         "lr_scheduler_type": "cosine", "warmup_steps": 2, "remove_unused_columns": False, "save_strategy": "no",
     }  # fmt: skip
-    arguments = TrainingArguments(str(folder), **{**defaults, **settings})
+    return with_fsdp_on_cpu(TrainingArguments(str(folder), **{**defaults, **settings}))
+
+
+def with_fsdp_on_cpu(arguments: TrainingArguments) -> TrainingArguments:
+    """Accelerate has FSDP for cards only, PyTorch has it for the CPU as well."""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        # accelerate has FSDP for cards only, PyTorch has it for the CPU as well.
         PartialState().distributed_type = DistributedType.MULTI_GPU
     return arguments
 
@@ -163,17 +182,63 @@ class StreamTrainer(Trainer):
         return stream_loader(self.train_dataset, self.data_collator, self.args)
 
 
-def pair_trainer(folder: Path, name: str, **settings):
-    """Stage 1 on the pairs of `write_pairs`, half of the patches dropped."""
+def pair_model(folder: Path, stage: str, **settings):
+    """What stage 1 or 2 starts from, with the parts frozen that its recipe does not train."""
+    model_class, _, recipe = PAIR_STAGES[stage]
+    model = model_class.from_pretrained(folder / f"{stage} start", **settings)
+    train_parts(model, recipe().phases[0].rates)
+    return model
+
+
+def stream_trainer(folder: Path, name: str, stage: str, **settings):
+    """Stage 1, half of the patches dropped, or stage 2, negatives drawn at random, on the pairs of `write_pairs`."""
     arguments = arguments_for(folder / name, 4, **settings)
-    images = InternVLImageProcessor(size={"height": 56, "width": 56}, resize_mode="squash")
-    processor = InternVLProcessor(images, make_tokenizer(), mode="contrastive", max_text_length=16)
-    model = InternVLForContrastiveTraining.from_pretrained(folder / "stage 1 start", dropped_patches=0.5)
+    processor = pair_processor()
+    if stage == "stage 1":
+        collator, settings = PairCollator(processor, padding="max_length"), {"dropped_patches": 0.5}
+    else:
+        collator = GenerativeCollator(processor, 40)
+        settings = collator.prefix_lengths()
     stream = PairStream(
         str(folder / "*.tar"), rank=arguments.process_index, world_size=arguments.world_size, shuffle_buffer=5
     )
-    collator = PairCollator(processor, padding="max_length")
+    model = pair_model(folder, stage, rows_per_chunk=1, **settings)
     return StreamTrainer(model, arguments, data_collator=collator, train_dataset=stream)
+
+
+def pair_rows(stage: str) -> list[dict[str, torch.Tensor]]:
+    """Rows of model inputs for batches of four in which two processes do what one does with all four.
+
+    In each process the first half of the rows has the negatives of matching; all texts are as long, so that the mean over the labels
+    is the mean of the processes' means.
+    """
+    count = 4 * STEPS
+    lengths = {"": 7} if stage == "stage 1" else {"": 7, "positive_": 6, "negative_": 9, "summarize_": 8}
+    inputs = {"pixel_values": tiny.pixels(count)}
+    inputs |= {f"{name}input_ids": tiny.text_ids(count, length, seed=length) for name, length in lengths.items()}
+    if stage == "stage 2":
+        inputs["labels"] = inputs["input_ids"]
+    order = range(4) if int(os.environ.get("WORLD_SIZE", "1")) == 2 else (0, 2, 1, 3)
+    return [
+        {name: rows[4 * step + place] for name, rows in inputs.items()} for step in range(STEPS) for place in order
+    ]
+
+
+def pair_trainer(folder: Path, name: str, stage: str, **settings):
+    """Stage 1 or 2 on `pair_rows`, nothing random."""
+    arguments = arguments_for(folder / name, 4, **settings)
+    return Trainer(pair_model(folder, stage), arguments, train_dataset=pair_rows(stage))
+
+
+def adapted_stage(folder: Path) -> None:
+    """The command of stage 2 with adapters in LLaMA, to the folder `adapted`."""
+    make = stages.training_arguments
+    stages.training_arguments = lambda *settings: with_fsdp_on_cpu(make(*settings))
+    phase = replace(stage2_small().phases[0], steps=3, image_size=56, warmup_steps=1, batch_size=4)
+    recipe = replace(stage2_small(), phases=(phase,), logging_steps=1, max_text_length=40)
+    run = stages.Run(folder / "adapted", lora_rank=2, lora_parts=("qllama",))
+    shards = sorted(str(path) for path in folder.glob("*.tar"))
+    stages.run_stage2(stages.with_lora(recipe, run.lora_parts, 1e-2), shards, run, folder / "stage 2 start")
 
 
 def result_of(trainer: Trainer) -> dict:
@@ -186,17 +251,23 @@ def result_of(trainer: Trainer) -> dict:
 # ---------------------------------------------------------------------------------------------------------------- jobs
 STAGES = {
     "stage 3": (chat_trainer, {"drop_path_rate": 0.3}),
-    "stage 1": (pair_trainer, {}),
+    "stage 2": (stream_trainer, {"stage": "stage 2"}),
+    "stage 1": (stream_trainer, {"stage": "stage 1"}),
+}
+PARITY = {
+    **{connector: (chat_trainer, {"connector": connector}) for connector in CONNECTORS},
+    # Adam would make much of gradients that are zero but for rounding, those of key biases.
+    **{stage: (pair_trainer, {"stage": stage, "optim": "sgd", "learning_rate": 0.1}) for stage in PAIR_STAGES},
 }
 
 
 def parity(folder: Path) -> dict:
-    """Both chat models, without anything random, in the order of the file."""
+    """Every model without anything random, in the order of the file."""
     found = {}
-    for connector in CONNECTORS:
-        trainer = chat_trainer(folder, f"parity {connector}", connector, train_sampling_strategy="sequential")
+    for name, (make, settings) in PARITY.items():
+        trainer = make(folder, f"parity {name}", train_sampling_strategy="sequential", **settings)
         trainer.train()
-        found[connector] = {"wrapper": type(trainer.model_wrapped).__name__, **result_of(trainer)}
+        found[name] = {"wrapper": type(trainer.model_wrapped).__name__, **result_of(trainer)}
     return found
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 from internvl.modeling_internvl import InternVLModel
-from internvl.training.captions import PAIR_LAYOUTS
+from internvl.training.captions import LANGUAGES, PAIR_LAYOUTS
 from internvl.training.default_checkpoint import Batch
 from internvl.training.scenes import draw_scene, sample_scene, scene_generator
 from internvl.training.stage1_default import (
@@ -23,12 +23,10 @@ from internvl.training.tokenizer import build_tokenizer, caption_corpus
 
 
 def tiny_recipe(**changes) -> Stage1Recipe:
-    batches = (Batch(1.0, 6, {"one_shape": 1, "one_digit": 1, "few": 1}),)
+    batches = (Batch(1.0, 4, {"one_shape": 1, "one_digit": 1, "few": 1}),)
     phases = {
-        "small": PairPhase(
-            steps=4, batches=batches, warmup_steps=1, save_steps=1, picture_size=112, dropped_patches=0.5
-        ),
-        "whole": PairPhase(steps=1, batches=batches, warmup_steps=1, picture_size=224),
+        "objects": PairPhase(steps=4, batches=batches, warmup_steps=1, save_steps=1, dropped_patches=15 / 16),
+        "whole": PairPhase(steps=1, batches=batches, warmup_steps=1),
     }
     return Stage1Recipe(phases, curve_steps=1, curve_pictures=8, **changes)
 
@@ -45,32 +43,47 @@ def finished_run(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("size", [448, 112])
-def test_pictures_are_those_of_the_processor(processor, size):
+def test_pictures_are_those_of_the_processor(processor):
     pictures = [
         draw_scene(sample_scene(scene_generator("train", 0, index), PAIR_LAYOUTS["mixed"], "train"))
         for index in range(3)
     ]
-    expected = processor(images=pictures, size={"height": size, "width": size}, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(pixels_of(pictures, size), expected)
+    expected = processor(images=pictures, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixels_of(pictures), expected)
 
 
 def test_batches_repeat_by_seed_and_differ_by_phase_and_step(processor):
-    phase = tiny_recipe().phases["small"]
-    first, again = (PairBatches("small", phase, 0, processor)[1] for _ in range(2))
+    phase = tiny_recipe().phases["objects"]
+    first, again = (PairBatches("objects", phase, 0, processor)[1] for _ in range(2))
     assert all(torch.equal(first[key], again[key]) for key in first)
-    assert first["pixel_values"].shape == (6, 3, 112, 112)
-    assert len(first["input_ids"]) == 6
+    assert first["pixel_values"].shape == (4, 3, 448, 448)
     for other in (
-        PairBatches("small", phase, 0, processor)[2],
+        PairBatches("objects", phase, 0, processor)[2],
         PairBatches("whole", phase, 0, processor)[1],
-        PairBatches("small", phase, 1, processor)[1],
+        PairBatches("objects", phase, 1, processor)[1],
     ):
         assert not torch.equal(first["pixel_values"], other["pixel_values"])
 
 
+def test_every_picture_has_a_caption_in_each_language(processor):
+    batches = PairBatches("objects", tiny_recipe().phases["objects"], 0, processor)
+    texts = processor.tokenizer.batch_decode(batches[1]["input_ids"], skip_special_tokens=True)
+    assert len(texts) == len(LANGUAGES) * 4
+    scenes = batches.scenes(1)
+    for language, start in zip(LANGUAGES, range(0, len(texts), 4), strict=True):
+        for text, (scene, _) in zip(texts[start : start + 4], scenes, strict=True):
+            (item, *_) = scene.objects
+            words = LANGUAGES[language]
+            names = (
+                [*words.shapes, *words.feminine]
+                if item.kind == "shape"
+                else [*words.digits, *"0123456789", *words.numerals]
+            )
+            assert any(name in text for name in names), (language, text)
+
+
 def test_every_caption_ends_with_the_end_token_and_has_the_prefix(processor):
-    batch = PairBatches("small", tiny_recipe().phases["small"], 0, processor)[0]
+    batch = PairBatches("objects", tiny_recipe().phases["objects"], 0, processor)[0]
     for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
         text = ids[: int(mask.sum())]
         assert text[-1] == processor.tokenizer.eos_token_id
@@ -91,8 +104,8 @@ def test_a_run_leaves_a_model_of_stage_1_that_stage_2_starts_from(finished_run):
 
 def test_the_log_holds_losses_and_the_zero_shot_curve_of_each_phase(finished_run):
     log = json.loads((finished_run / "training_log.json").read_text(encoding="utf-8"))
-    assert set(log) == {"recipe", "small", "whole"}
-    curve = [row for row in log["small"] if "zero_shot_digit" in row]
+    assert set(log) == {"recipe", "objects", "whole"}
+    curve = [row for row in log["objects"] if "zero_shot_digit" in row]
     assert [row["step"] for row in curve] == [1, 2, 3, 4]
     assert all(0 <= row[f"zero_shot_{kind}"] <= 1 for row in curve for kind in ("digit", "shape", "colour"))
 
@@ -109,7 +122,7 @@ def test_the_same_seed_gives_the_same_weights_also_after_a_stop(finished_run, tm
     with pytest.raises(OSError, match="stopped"):
         train(tiny_recipe(), tmp_path, use_bf16=False)
     monkeypatch.undo()
-    saved = [path.name for path in (tmp_path / "trainer" / "small").glob("checkpoint-*")]
+    saved = [path.name for path in (tmp_path / "trainer" / "objects").glob("checkpoint-*")]
     assert saved
     assert "checkpoint-4" not in saved
     train(tiny_recipe(), tmp_path, resume=True, use_bf16=False)
@@ -118,9 +131,8 @@ def test_the_same_seed_gives_the_same_weights_also_after_a_stop(finished_run, tm
         assert torch.equal(value, expected[name]), name
 
 
-def test_the_recipe_goes_from_small_half_pictures_to_whole_ones():
-    phases = list(stage1().phases.values())
-    assert [phase.picture_size for phase in phases] == sorted(phase.picture_size for phase in phases)
-    assert phases[0].dropped_patches == 0.5
-    assert phases[-1].dropped_patches == 0.0
-    assert all(batch.pictures >= 128 for phase in phases for batch in phase.batches)
+def test_the_recipe_goes_from_few_patches_to_whole_pictures():
+    shares = [phase.dropped_patches for phase in stage1().phases.values()]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] > 0.5
+    assert shares[-1] == 0.0

@@ -314,6 +314,60 @@ def test_full_recipes_run_with_their_ways_of_saving_memory(shards, dialogues, la
         assert {value.dtype for value in weights(folder).values()} == {torch.float32}
 
 
+@pytest.mark.slow
+def test_small_recipes_run_at_their_own_sizes(shards, dialogues, language, tmp_path):
+    """One step of each phase, on few pairs; models, pictures and texts are the recipes'."""
+
+    def step_of(recipe):
+        recipe = with_steps(recipe, 1)
+        return replace(recipe, phases=tuple(replace(phase, batch_size=4) for phase in recipe.phases))
+
+    folders = {name: tmp_path / name for name in ("stage1", "stage2", "retrieval", "patches", "queries_and_patches")}
+    model = run_stage1(step_of(stage1_small()), shards, Run(folders["stage1"]), language["llama"])
+    assert (model.config.vision_config.hidden_size, model.config.vision_config.num_hidden_layers) == (192, 6)
+    run_stage2(step_of(stage2_small()), shards, Run(folders["stage2"]), folders["stage1"])
+    run_retrieval(step_of(retrieval_small()), shards, Run(folders["retrieval"]), folders["stage2"])
+    for connector in ("patches", "queries_and_patches"):
+        source, decoder = folders["stage2"], language["decoder"]
+        run_stage3(step_of(stage3_small(connector)), dialogues, Run(folders[connector]), source, decoder)
+    sides = {"stage1": 112, "stage2": 112, "retrieval": 168, "patches": 112, "queries_and_patches": 112}
+    for name, folder in folders.items():
+        log = json.loads((folder / "training_log.json").read_text())
+        # A single step is not logged under "loss": the log of the whole phase has its mean.
+        found = [
+            entry["train_loss"]
+            for phase in log["recipe"]["phases"]
+            for entry in log[phase["name"]]
+            if "train_loss" in entry
+        ]
+        assert len(found) == len(log["recipe"]["phases"])
+        assert all(map(math.isfinite, found)), name
+        assert AutoProcessor.from_pretrained(folder).image_processor.size["height"] == sides[name]
+
+
+@pytest.mark.parametrize("freeze_language", [False, True], ids=["tower frozen", "decoder frozen"])
+def test_checkpointing_does_not_send_gradients_through_a_frozen_tower(
+    freeze_language, second, dialogues, language, tmp_path, monkeypatch
+):
+    seen = []
+    original = stages.StageTrainer.training_step
+
+    def watched(self, model, *args, **kwargs):
+        hook = model.vision_model.register_forward_hook(
+            lambda *call: seen.append(call[2].last_hidden_state.requires_grad)
+        )
+        loss = original(self, model, *args, **kwargs)
+        hook.remove()
+        return loss
+
+    monkeypatch.setattr(stages.StageTrainer, "training_step", watched)
+    recipe = shrunk(stage3(freeze_language=freeze_language), steps=1, rows_at_a_time=4, use_bf16=False)
+    assert recipe.gradient_checkpointing
+    run_stage3(recipe, dialogues, Run(tmp_path), second, language["decoder"])
+    assert set(seen[:2]) == {False}  # the MLP alone, in two rounds
+    assert set(seen[2:]) == {freeze_language}
+
+
 @pytest.mark.parametrize("part", ["qllama", "vision"])
 def test_lora_trains_adapters_in_place_of_a_part_and_merges_them(part, first, shards, tmp_path):
     recipe = with_lora(STAGE2, [part], 1e-2)

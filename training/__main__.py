@@ -3,11 +3,11 @@
 import argparse
 import sys
 
-from . import funnel, stages, validation
+from . import costs, funnel, stages, validation
 
 
 # Each has `add_command`, which adds sub-commands whose `run(options, tell)` returns the exit code.
-COMMANDS = (validation, funnel, stages)
+COMMANDS = (validation, funnel, stages, costs)
 
 
 def build_parser() -> argparse.ArgumentParser:

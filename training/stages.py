@@ -4,8 +4,8 @@ A stage writes to its folder the finished model with its code and processor, whi
 `training_log.json`, with LoRA the `adapter`, and in `trainer/PHASE` what a stopped run goes on from: the same command with
 `--resume` gives the weights of an unbroken run. On several processes start the same command with `accelerate launch`.
 
-Not covered: LoRA where weights are in pieces (FSDP, ZeRO-3), since adapters are merged at the end. To go on, a stream is
-read again up to where it was.
+Not covered: LoRA under ZeRO-3, where no process could merge the adapters at the end. To go on, a stream is read again up to
+where it was.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from ..conversation_internvl import list_conversation_templates
 from ..processing_internvl import InternVLProcessor
@@ -77,6 +77,15 @@ class Run:
     funnel_stage: int | None = None
 
 
+class FrozenPartsWithoutGradient(TrainerCallback):
+    """Where transformers checkpoints activations, it makes the embeddings of every part require gradients, of the vision tower too:
+    a frozen tower would be computed again, and backward. Only reentrant checkpoints need that, and the recipes use none."""
+
+    def on_train_begin(self, *_: Any, model: PreTrainedModel, **__: Any) -> None:
+        """Takes those hooks away, which are put in just before."""
+        model.disable_input_require_grads()
+
+
 class StageTrainer(Trainer):
     """`Trainer` with the learning rates of a recipe, which reads streams as they are.
 
@@ -91,6 +100,7 @@ class StageTrainer(Trainer):
         self.recipe = recipe
         self.phase = phase
         self.optimizer: torch.optim.Optimizer | None
+        self.add_callback(FrozenPartsWithoutGradient)
 
     def get_train_dataloader(self) -> DataLoader:
         """As in `Trainer`, but a stream is not shared out a second time."""
@@ -216,8 +226,11 @@ def train(
         trainer.train(resume_from_checkpoint=is_resumed or None)
         log[phase.name] = trainer.state.log_history
     if adapters is not None:
+        # Where weights are in pieces, all processes put them together, and each merges its pieces.
+        whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         if trainer.is_world_process_zero():
-            adapters.save_pretrained(run.output / "adapter")
+            named = {f"base_model.model.{name}": value for name, value in whole.items()}
+            adapters.save_pretrained(run.output / "adapter", state_dict=named)
         adapters.merge_and_unload()
     trainer.save_model(str(run.output))
     if trainer.is_world_process_zero():
