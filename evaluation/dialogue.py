@@ -137,29 +137,50 @@ def answer_questions(
     return answers
 
 
+def ask(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    asked: Sequence[HeldOutQuestion],
+    batch_size: int = 8,
+    **image_settings: Any,
+) -> dict[str, Any]:
+    """Ask held-out questions.
+
+    Args:
+        model: A chat model.
+        processor: Its processor.
+        asked: The questions.
+        batch_size: Pictures per call.
+        **image_settings: As for `answer_questions`.
+
+    Returns:
+        "questions" (how many), "accuracy", and "by_kind" (see `accuracy_by_kind`).
+    """
+    questions = [item.question for item in asked]
+    items = [(item.picture, item.question.text) for item in asked]
+    answers = answer_questions(model, processor, items, batch_size, **image_settings)
+    right = sum(is_right(answer, question.answer) for question, answer in zip(questions, answers, strict=True))
+    return {
+        "questions": len(asked),
+        "accuracy": right / len(asked) if asked else 0.0,
+        "by_kind": accuracy_by_kind(questions, answers),
+    }
+
+
 def evaluate_dialogue(
     model: PreTrainedModel, processor: ProcessorMixin, count: int = 500, seed: int = 0, batch_size: int = 8
 ) -> dict[str, Any]:
     """Ask `count` held-out questions.
 
     Returns:
-        "questions", "accuracy", "by_kind" (see `accuracy_by_kind`), and "small_text_one_tile": the same questions
-        about small text with every picture shown as one tile.
+        What `ask` gives, and "small_text_one_tile": the same questions about small text with every picture shown as one
+        tile.
     """
     asked = held_out_questions(count, seed)
-    questions = [item.question for item in asked]
-    answers = answer_questions(model, processor, [(item.picture, item.question.text) for item in asked], batch_size)
     small = [item for item in asked if item.question.kind == SMALL_TEXT]
-    blurred = answer_questions(
-        model, processor, [(item.picture, item.question.text) for item in small], batch_size, max_num=1
-    )
-    right = sum(is_right(answer, question.answer) for question, answer in zip(questions, answers, strict=True))
-    return {
-        "questions": len(asked),
-        "accuracy": right / len(asked) if asked else 0.0,
-        "by_kind": accuracy_by_kind(questions, answers),
-        "small_text_one_tile": accuracy_by_kind([item.question for item in small], blurred).get(SMALL_TEXT),
-    }
+    report = ask(model, processor, asked, batch_size)
+    blurred = ask(model, processor, small, batch_size, max_num=1)
+    return {**report, "small_text_one_tile": blurred["by_kind"].get(SMALL_TEXT)}
 
 
 def main() -> None:

@@ -4,8 +4,8 @@ Every text has a fixed length, so that batches of all processes have one shape. 
 
 - `positive_*`, the caption for matching, with an end token;
 - `summarize_*`, the caption with the prefix `summarize:` and an end token, for the contrastive loss;
-- `input_ids` and `labels`, the caption with a prompt such as `English caption:` and an end token, for generation: the
-  caption and its end are learned, the prompt and padding are not.
+- `input_ids` and `labels`, the caption with a prompt such as `English caption:` (the pair's own `prompt`, or the processor's)
+  and an end token, for generation: the caption and its end are learned, the prompt and padding are not.
 """
 
 import hashlib
@@ -26,6 +26,12 @@ def picture_number(picture: Image.Image) -> int:
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
+def _length_of_start(row: list[int], start: list[int]) -> int:
+    """How many tokens a row begins with that `start` begins with."""
+    pairs = zip(row, start, strict=False)
+    return next((i for i, (found, wanted) in enumerate(pairs) if found != wanted), len(start))
+
+
 class GenerativeCollator:
     """Pairs to inputs of `InternVLForGenerativeTraining`.
 
@@ -42,8 +48,7 @@ class GenerativeCollator:
         self.processor = processor
         self.max_length = max_length
         self.settings = settings
-        self.prompt_ids = self._rows([processor.caption_prompt])[0]
-        longest = max(*self.prefix_lengths().values(), len(self.prompt_ids) + 1)
+        longest = max(*self.prefix_lengths().values(), len(self._rows([processor.caption_prompt])[0]) + 1)
         if max_length <= longest:
             raise ValueError(
                 f"`max_length` must be above {longest}, which prefixes and end token take, got {max_length}."
@@ -80,16 +85,13 @@ class GenerativeCollator:
 
     def _generation(self, pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         # The prompt is tokenized with its caption, as one text; what both begin with is the prompt.
-        rows = self._rows([f"{self.processor.caption_prompt} {pair['text']}" for pair in pairs])
+        prompts = [pair.get("prompt", self.processor.caption_prompt) for pair in pairs]
+        rows = self._rows([f"{prompt} {pair['text']}" for prompt, pair in zip(prompts, pairs, strict=True)])
         ids, mask = self._padded(rows)
         labels = ids.masked_fill(mask == 0, IGNORED)
-        for row, label in zip(rows, labels, strict=True):
-            label[: self._length_of_prompt(row)] = IGNORED
+        for row, prompt_ids, label in zip(rows, self._rows(prompts), labels, strict=True):
+            label[: _length_of_start(row, prompt_ids)] = IGNORED
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-    def _length_of_prompt(self, row: list[int]) -> int:
-        pairs = zip(row, self.prompt_ids, strict=False)
-        return next((i for i, (found, wanted) in enumerate(pairs) if found != wanted), len(self.prompt_ids))
 
     def _rows(self, texts: list[str]) -> list[list[int]]:
         """Ids without an end token, whatever the tokenizer adds."""

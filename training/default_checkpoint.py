@@ -40,6 +40,7 @@ from .token_labels import TokenReader, token_labels
 from .tokenizer import build_tokenizer, tokenizer_corpus
 
 
+LOG_FILE = "training_log.json"  # written last, so a folder that has it is finished
 TEMPLATE = "internvl"
 PATCH_SIZE = 28
 DOWNSAMPLE_RATIO = 0.5
@@ -105,17 +106,26 @@ class Recipe:
     seed: int = 0
 
 
-def build_processor(tokenizer: PreTrainedTokenizerFast) -> InternVLProcessor:
-    """Return the checkpoint's processor: tiles of 448 px, at most six and a thumbnail."""
+def build_processor(tokenizer: PreTrainedTokenizerFast, num_queries: int = 0) -> InternVLProcessor:
+    """Return the checkpoint's processor: tiles of 448 px, at most six and a thumbnail; `num_queries` are QLLaMA's per tile."""
     image_processor = InternVLImageProcessor(
         size={"height": TILE_SIZE, "width": TILE_SIZE}, min_num=1, max_num=MAX_TILES, use_thumbnail=True
     )
     template = get_conversation_template(TEMPLATE).to_jinja()
-    return InternVLProcessor(image_processor, tokenizer, chat_template=template, image_seq_length=TOKENS_PER_TILE)
+    return InternVLProcessor(
+        image_processor, tokenizer, chat_template=template, image_seq_length=num_queries + TOKENS_PER_TILE
+    )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> InternVLChatForConditionalGeneration:
-    """Return the untrained model; weights start larger than in large models, since its layers are narrow."""
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, qllama_config: dict[str, Any] | None = None
+) -> InternVLChatForConditionalGeneration:
+    """Return the untrained model; weights start larger than in large models, since its layers are narrow.
+
+    Args:
+        tokenizer: Of the decoder.
+        qllama_config: Of the QLLaMA of the full configuration; None makes the simple one.
+    """
     vision_config = {
         "hidden_size": 192,
         "num_hidden_layers": 5,
@@ -145,6 +155,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> InternVLChatForConditiona
     config = InternVLChatConfig(
         vision_config=vision_config,
         text_config=text_config,
+        qllama_config=qllama_config,
+        connector="patches" if qllama_config is None else "queries_and_patches",
         downsample_ratio=DOWNSAMPLE_RATIO,
         ps_version="v2",
         template=TEMPLATE,
@@ -239,8 +251,10 @@ class SeeingBatches(SceneBatches):
 class AnsweringBatches(SceneBatches):
     """Conversations about pictures; only the answers carry labels."""
 
-    def __init__(self, phase: Phase, seed: int, processor: InternVLProcessor, turns: int) -> None:
-        super().__init__("answering", phase, seed)
+    def __init__(
+        self, phase: Phase, seed: int, processor: InternVLProcessor, turns: int, name: str = "answering"
+    ) -> None:
+        super().__init__(name, phase, seed)
         self.processor = processor
         self.turns = turns
 
@@ -380,17 +394,22 @@ def write_run(model: PreTrainedModel, processor: InternVLProcessor, log: dict[st
     model.set_attn_implementation("sdpa")
     model.save_pretrained(output)
     processor.save_pretrained(output)
-    (output / "training_log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+    (output / LOG_FILE).write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
 
 
-def parse_arguments(description: str) -> argparse.Namespace:
-    """Return the command line of a script that trains one checkpoint from its own recipe."""
+def command_line(description: str) -> argparse.ArgumentParser:
+    """Return the command line that scripts share which train by a recipe of their own."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--resume", action="store_true", help="go on from the last saved step in the folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fp32", action="store_true", help="for CPUs without fast bfloat16")
-    return parser.parse_args()
+    return parser
+
+
+def parse_arguments(description: str) -> argparse.Namespace:
+    """Return the arguments of a script that needs no others."""
+    return command_line(description).parse_args()
 
 
 def main() -> None:

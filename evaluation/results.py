@@ -1,0 +1,294 @@
+"""The results page of a default run: `python -m internvl.evaluation.results RUN_DIR [--output DIR] [--ablation FILE] [--resume]`.
+
+RUN_DIR is what `python -m internvl.training.default_run` wrote. Every evaluation is run on the stages it is about and leaves
+`parts/PART.json`; of these are made `results.json`, `results.md` (tables) and the plots. Stages that are not there are left out.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from ..training.captions import LANGUAGES
+from ..training.scenes import QUESTION_KINDS
+from .captioning import evaluate_captioning
+from .dialogue import ask, held_out_questions
+from .linear_probe import evaluate_linear_probe
+from .plots import mean_and_deviation, plot_all
+from .retrieval import CUTS, evaluate_retrieval
+from .zero_shot import CLASSES, evaluate_zero_shot
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured.
+
+    Args:
+        probe_pictures: Pictures of each kind that the linear probe is fitted on.
+        pictures: Held-out pictures of each kind, for the probe and for zero-shot classification.
+        pairs: Held-out pairs of retrieval.
+        captions: Held-out pictures to describe.
+        questions: Held-out questions.
+    """
+
+    probe_pictures: int = 1500
+    pictures: int = 500
+    pairs: int = 500
+    captions: int = 200
+    questions: int = 500
+
+
+def evaluate_tiles(model: PreTrainedModel, processor: ProcessorMixin, questions: int) -> dict[str, Any]:
+    """The same held-out questions "with_tiles" and with each picture as "one_tile", as from `ask`."""
+    asked = held_out_questions(questions)
+    return {"with_tiles": ask(model, processor, asked), "one_tile": ask(model, processor, asked, max_num=1)}
+
+
+def evaluate_chat(folder: Path, questions: int) -> dict[str, Any]:
+    """Held-out questions with tiles, put to the chat model in a folder; as from `ask`."""
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    return ask(model, AutoProcessor.from_pretrained(folder), held_out_questions(questions))
+
+
+@dataclass(frozen=True)
+class Part:
+    """An evaluation of one stage.
+
+    Args:
+        name: Of the evaluation.
+        stage: Folder in the run.
+        evaluate: Takes model, processor and sizes.
+    """
+
+    name: str
+    stage: str
+    evaluate: Callable[[PreTrainedModel, ProcessorMixin, Sizes], dict[str, Any]]
+
+
+def _probe(model: PreTrainedModel, processor: ProcessorMixin, sizes: Sizes) -> dict[str, Any]:
+    return evaluate_linear_probe(model, processor, sizes.probe_pictures, sizes.pictures)
+
+
+def _zero_shot(model: PreTrainedModel, processor: ProcessorMixin, sizes: Sizes) -> dict[str, Any]:
+    return evaluate_zero_shot(model, processor, sizes.pictures)
+
+
+def _retrieval(model: PreTrainedModel, processor: ProcessorMixin, sizes: Sizes) -> dict[str, Any]:
+    return evaluate_retrieval(model, processor, sizes.pairs)
+
+
+def _captioning(model: PreTrainedModel, processor: ProcessorMixin, sizes: Sizes) -> dict[str, Any]:
+    return evaluate_captioning(model, processor, sizes.captions)
+
+
+def _dialogue(model: PreTrainedModel, processor: ProcessorMixin, sizes: Sizes) -> dict[str, Any]:
+    return evaluate_tiles(model, processor, sizes.questions)
+
+
+CHATS = ("full", "simple")
+PARTS = (
+    *(Part("linear_probe", stage, _probe) for stage in ("stage1", *CHATS)),  # stage 2 leaves the tower as it is
+    *(
+        Part(name, stage, run)
+        for name, run in (("zero_shot", _zero_shot), ("retrieval", _retrieval))
+        for stage in ("stage1", "stage2")
+    ),
+    Part("captioning", "stage2", _captioning),
+    *(Part("dialogue", stage, _dialogue) for stage in CHATS),
+)
+
+
+def evaluate_run(
+    run: Path, output: Path, sizes: Sizes | None = None, resume: bool = False, ablation: Path | None = None
+) -> dict[str, Any]:
+    """Evaluates every stage of a run that is there and writes the page.
+
+    Args:
+        run: Its folder.
+        output: Of the results.
+        sizes: How much is measured.
+        resume: Keep evaluations that are done.
+        ablation: Report of `training.ablation`.
+
+    Returns:
+        The reports by evaluation and stage, and under "ablation" that of the ablation.
+    """
+    (output / "parts").mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {}
+    for part in PARTS:
+        if not (run / part.stage / "config.json").exists():
+            continue
+        file = output / "parts" / f"{part.name}_{part.stage}.json"
+        if not (resume and file.exists()):
+            _write(file, _evaluate(part, run / part.stage, sizes or Sizes()))
+        results.setdefault(part.name, {})[part.stage] = json.loads(file.read_text(encoding="utf-8"))
+    if ablation is not None:
+        results["ablation"] = json.loads(ablation.read_text(encoding="utf-8"))
+    _write(output / "results.json", results)
+    (output / "results.md").write_text("\n".join(tables(results)) + "\n", encoding="utf-8")
+    plot_all(results, run, output)
+    return results
+
+
+def _evaluate(part: Part, folder: Path, sizes: Sizes) -> dict[str, Any]:
+    auto_class: Any = AutoModelForImageTextToText if part.stage in CHATS else AutoModel
+    return part.evaluate(auto_class.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder), sizes)
+
+
+def _write(file: Path, report: dict[str, Any]) -> None:
+    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------- the tables
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table under its title."""
+    lines = [list(head), ["---"] * len(head), *map(list, rows)]
+    return [f"**{title}**", "", *(f"| {' | '.join(cells)} |" for cells in lines), ""]
+
+
+def tables(results: dict[str, Any]) -> list[str]:
+    """Lines of the page, one table for each evaluation that there is."""
+    lines: list[str] = []
+    for name, make in _TABLES.items():
+        if name in results:
+            lines += make(results[name])
+    return lines
+
+
+def _probe_table(report: dict[str, Any]) -> list[str]:
+    rows = [["chance", *(_percent(next(iter(report.values()))["chance"][kind]) for kind in CLASSES)]]
+    rows += [
+        [f"tower of {stage}", *(_percent(part["accuracy"][kind]) for kind in CLASSES)]
+        for stage, part in report.items()
+    ]
+    return table("Linear probe of frozen InternViT features", ["", *CLASSES], rows)
+
+
+def _by_language(languages: dict[str, list[float]]) -> Iterator[tuple[str, list[float]]]:
+    """The values of each language, and of their mean first."""
+    yield "mean", [mean(values) for values in zip(*languages.values(), strict=True)]
+    yield from languages.items()
+
+
+def _zero_shot_table(report: dict[str, Any]) -> list[str]:
+    rows = [
+        [f"{mode}, {stage}", language, *map(_percent, values)]
+        for stage, part in report.items()
+        for mode, languages in part["accuracy"].items()
+        for language, values in _by_language(
+            {language: [kinds[kind] for kind in CLASSES] for language, kinds in languages.items()}
+        )
+    ]
+    chance = next(iter(report.values()))["chance"]
+    rows.insert(0, ["chance", "", *(_percent(chance[kind]) for kind in CLASSES)])
+    return table("Zero-shot classification", ["", "prompts", *CLASSES], rows)
+
+
+_WAYS = ("image_to_text", "text_to_image")
+
+
+def _retrieval_table(report: dict[str, Any]) -> list[str]:
+    rows = [
+        [f"{mode}, {stage}", language, *map(_percent, values)]
+        for stage, part in report.items()
+        for mode, languages in part["recall"].items()
+        for language, values in _by_language(
+            {
+                language: [ways[way][f"R@{cut}"] for way in _WAYS for cut in CUTS]
+                for language, ways in languages.items()
+            }
+        )
+    ]
+    head = [f"{way.replace('_', ' ')} R@{cut}" for way in _WAYS for cut in CUTS]
+    pairs = next(iter(report.values()))["pairs"]
+    return table(f"Retrieval among {pairs} pairs", ["", "captions", *head], rows)
+
+
+def _captioning_table(report: dict[str, Any]) -> list[str]:
+    (part,) = report.values()
+    rows = [
+        [
+            language,
+            f"{part[language]['cider']:.2f}",
+            *(_percent(part[language][name]) for name in ("precision", "recall", "exact")),
+        ]
+        for language in LANGUAGES
+    ]
+    head = [
+        "captions",
+        "CIDEr (best: 10)",
+        "facts said that are right",
+        "facts that are said",
+        "all facts and no other",
+    ]
+    return table(f"Captions of {part['pictures']} pictures", head, rows)
+
+
+def _dialogue_table(report: dict[str, Any]) -> list[str]:
+    rows = [
+        [f"{stage}, {tiles.replace('_', ' ')}", *(_accuracies(part[tiles]))]
+        for tiles in ("with_tiles", "one_tile")
+        for stage, part in report.items()
+    ]
+    kinds = next(iter(report.values()))["with_tiles"]["by_kind"]
+    rows.append(
+        ["always the commonest answer", *(_percent(kind["most_common_answer"]) for kind in kinds.values()), ""]
+    )
+    asked = next(iter(report.values()))["with_tiles"]["questions"]
+    return table(f"Dialogue, {asked} questions", ["", *(kind.replace("_", " ") for kind in kinds), "all"], rows)
+
+
+def _accuracies(report: dict[str, Any]) -> list[str]:
+    return [*(_percent(kind["accuracy"]) for kind in report["by_kind"].values()), _percent(report["accuracy"])]
+
+
+def _ablation_table(report: dict[str, Any]) -> list[str]:
+    kinds = [kind for kind in QUESTION_KINDS if kind in next(iter(next(iter(report.values())).values()))["by_kind"]]
+    rows = []
+    for variant, seeds in report.items():
+        cells = [[part["by_kind"][kind]["accuracy"] for part in seeds.values()] for kind in kinds]
+        cells.append([part["accuracy"] for part in seeds.values()])
+        rows.append(
+            [
+                variant,
+                *("{:.1f} \u00b1 {:.1f} %".format(*(100 * x for x in mean_and_deviation(cell))) for cell in cells),
+            ]
+        )
+    seeds_used = len(next(iter(report.values())))
+    head = ["", *(kind.replace("_", " ") for kind in kinds), "all"]
+    return table(f"Ablation, full chat, {seeds_used} seeds (mean and standard deviation)", head, rows)
+
+
+_TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "linear_probe": _probe_table,
+    "zero_shot": _zero_shot_table,
+    "retrieval": _retrieval_table,
+    "captioning": _captioning_table,
+    "dialogue": _dialogue_table,
+    "ablation": _ablation_table,
+}
+
+
+def main() -> None:
+    """Evaluate a run from the command line."""
+    parser = argparse.ArgumentParser(description="The results page of a default run.")
+    parser.add_argument("run", type=Path, help="folder that `python -m internvl.training.default_run` wrote")
+    parser.add_argument("--output", type=Path, help="folder of the results (default: RUN/results)")
+    parser.add_argument("--ablation", type=Path, help="report of `python -m internvl.training.ablation`")
+    parser.add_argument("--resume", action="store_true", help="keep evaluations that are done")
+    arguments = parser.parse_args()
+    output = arguments.output or arguments.run / "results"
+    evaluate_run(arguments.run, output, resume=arguments.resume, ablation=arguments.ablation)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The results page: every stage is evaluated, tables and figures hold what was measured."""
+
+import json
+import shutil
+from functools import partial
+
+import pytest
+from matplotlib.container import BarContainer
+from PIL import Image
+
+from internvl.evaluation import captioning, results, zero_shot
+from internvl.evaluation.plots import mean_and_deviation, plot_ablation, plot_all, plot_stage1, series
+from internvl.evaluation.results import Sizes, evaluate_run, tables
+from internvl.training import captions
+
+
+TINY = Sizes(probe_pictures=20, pictures=5, pairs=4, captions=2, questions=7)
+
+
+def dialogue(share: float) -> dict:
+    kinds = {kind: {"accuracy": share, "most_common_answer": 0.2} for kind in ("colour", "count")}
+    return {"questions": 20, "accuracy": share, "by_kind": kinds}
+
+
+ABLATION = {
+    "all stages": {"0": dialogue(0.9), "1": dialogue(0.7)},
+    "without stage 1": {"0": dialogue(0.5), "1": dialogue(0.5)},
+}
+
+
+@pytest.fixture(scope="module")
+def page(finished_default_run, tmp_path_factory):
+    """The folder of results of a tiny run."""
+    folder = tmp_path_factory.mktemp("results")
+    (folder / "ablation.json").write_text(json.dumps(ABLATION))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(captioning, "describe", partial(captioning.describe, max_new_tokens=3))  # it has learned no end
+        patch.setattr(zero_shot, "prompts", lambda *which: captions.prompts(*which)[:1])
+        evaluate_run(finished_default_run, folder, TINY, ablation=folder / "ablation.json")
+    return folder
+
+
+def test_every_stage_is_evaluated(page):
+    report = json.loads((page / "results.json").read_text(encoding="utf-8"))
+    assert {name: set(stages) for name, stages in report.items() if name != "ablation"} == {
+        "linear_probe": {"stage1", "full", "simple"},
+        "zero_shot": {"stage1", "stage2"},
+        "retrieval": {"stage1", "stage2"},
+        "captioning": {"stage2"},
+        "dialogue": {"full", "simple"},
+    }
+    assert set(report["retrieval"]["stage2"]["recall"]) == {"InternVL-C", "InternVL-G"}
+    assert report["dialogue"]["full"]["one_tile"]["questions"] == 7
+    assert report["ablation"] == ABLATION
+
+
+def test_every_figure_is_a_picture_with_something_on_it(page):
+    for name in ("stage1", "stage2", "stage3", "dialogue", "ablation"):
+        with Image.open(page / f"{name}.png") as picture:
+            assert min(picture.size) > 300
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
+
+
+def test_the_tables_hold_what_was_measured(page):
+    report = json.loads((page / "results.json").read_text(encoding="utf-8"))
+    report["zero_shot"]["stage2"]["accuracy"]["InternVL-G"]["ja"]["digit"] = 0.4321
+    text = "\n".join(tables(report))
+    assert "| InternVL-G, stage2 | ja | 43.2 % |" in text
+    assert text.count("**") == 2 * 6
+    assert "| all stages | 80.0 \u00b1 14.1 % |" in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) == 6 * 2 + 4 + (1 + 3 * 6) + 3 * 6 + 5 + 5 + 2
+
+
+def test_what_is_done_is_kept_on_resume_and_measured_again_otherwise(
+    page, finished_default_run, tmp_path, monkeypatch
+):
+    shutil.copytree(page, tmp_path / "page")
+    measured = []
+    monkeypatch.setattr(results, "_evaluate", lambda part, folder, sizes: measured.append(part) or {"new": True})
+    monkeypatch.setattr(results, "plot_all", lambda *args: [])
+    (tmp_path / "page" / "parts" / "captioning_stage2.json").unlink()
+    monkeypatch.setattr(results, "tables", lambda report: [])
+    report = evaluate_run(finished_default_run, tmp_path / "page", TINY, resume=True)
+    assert [(part.name, part.stage) for part in measured] == [("captioning", "stage2")]
+    assert report["captioning"]["stage2"] == {"new": True}
+    evaluate_run(finished_default_run, tmp_path / "page", TINY)
+    assert len(measured) == 1 + len(results.PARTS)
+
+
+def test_a_run_of_stage_1_alone_has_a_page_of_its_own(tmp_path):
+    (tmp_path / "stage1").mkdir()
+    log = {"recipe": {}, "small": [{"step": 50, "loss": 2.0}, {"step": 60, "zero_shot_digit": 0.5}]}
+    (tmp_path / "stage1" / "training_log.json").write_text(json.dumps(log))
+    assert evaluate_run(tmp_path, tmp_path / "page", TINY) == {}
+    assert [path.name for path in plot_all({}, tmp_path, tmp_path / "page")] == ["stage1.png"]
+
+
+def test_a_curve_goes_on_over_the_phases():
+    log = {
+        "recipe": {"steps": 3},
+        "first": [{"step": 50, "loss": 2.0}, {"step": 60, "train_runtime": 1.0}],
+        "second": [{"step": 10, "loss": 1.0}, {"step": 20, "loss": 0.5}],
+    }
+    assert series(log, "loss") == ([50, 70, 80], [2.0, 1.0, 0.5])
+    assert series(log, "loss", ("second",)) == ([10, 20], [1.0, 0.5])
+    (axes, _) = plot_stage1(log).axes
+    assert axes.lines[0].get_xydata().tolist() == [[50, 2.0], [70, 1.0], [80, 0.5]]
+
+
+def test_error_bars_are_standard_deviations_over_seeds():
+    assert mean_and_deviation([0.9, 0.7]) == pytest.approx((0.8, 0.1414), abs=1e-4)
+    assert mean_and_deviation([0.5]) == (0.5, 0.0)
+    (axes,) = plot_ablation(ABLATION).axes
+    varied, constant = [container for container in axes.containers if isinstance(container, BarContainer)]
+    assert [bar.get_height() for bar in varied] == pytest.approx([0.8] * 3)
+    assert constant.errorbar is None
+    (lines,) = varied.errorbar.lines[2]
+    assert [ends[:, 1].tolist() for ends in lines.get_segments()] == [pytest.approx([0.6586, 0.9414], abs=1e-4)] * 3

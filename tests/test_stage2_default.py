@@ -1,0 +1,146 @@
+"""Stage 2 of the default checkpoint: captions in five languages, what each phase trains, and what its folder holds."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor
+
+from internvl.evaluation.captioning import describe
+from internvl.modeling_internvl import InternVLModel
+from internvl.processing_internvl import InternVLProcessor
+from internvl.training.captions import CAPTION_PROMPTS
+from internvl.training.collators import GenerativeCollator
+from internvl.training.objectives import info_nce_loss, unit
+from internvl.training.parameter_groups import part_of
+from internvl.training.scenes import TILE_SIZE, draw_scene
+from internvl.training.stage2_default import ALL_BUT_TOWER, NEW_PARTS, CaptionBatches, pair_of, start_from, train
+
+from .fixtures_default_run import few_scenes_and_one_thread, tiny_run
+
+
+RECIPE = tiny_run().stage2
+
+
+@pytest.fixture(scope="module")
+def collator(finished_default_run):
+    processor = InternVLProcessor.from_pretrained(finished_default_run / "stage1")
+    return GenerativeCollator(processor, RECIPE.max_text_length)
+
+
+@pytest.fixture(scope="module")
+def batches(collator):
+    return CaptionBatches("stage2/queries", RECIPE.phases["queries"], 0, collator)
+
+
+def weights_of(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def changed_parts(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    """Parts of which a weight differs; what only one of them has counts too."""
+    return {
+        part_of(name)
+        for name in before.keys() | after.keys()
+        if name not in before or name not in after or not torch.equal(before[name], after[name])
+    }
+
+
+def test_what_is_learned_is_the_caption_after_the_prompt_of_its_language(batches, collator):
+    pairs, batch = [pair_of(scene, rng) for scene, rng in batches.scenes(1)], batches[1]
+    assert len({pair["prompt"] for pair in pairs}) > 1
+    tokenizer = collator.processor.tokenizer
+    for pair, ids, mask, labels in zip(
+        pairs, batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True
+    ):
+        assert pair["prompt"] in CAPTION_PROMPTS.values()
+        assert tokenizer.decode(ids[mask == 1]) == f"{pair['prompt']} {pair['text']}{tokenizer.eos_token}"
+        assert tokenizer.decode(labels[labels >= 0]) == f" {pair['text']}{tokenizer.eos_token}"
+
+
+def test_batches_repeat_and_no_column_is_all_padding(batches):
+    batch, again = batches[1], batches[1]
+    assert all(torch.equal(batch[key], again[key]) for key in batch)
+    assert not torch.equal(batch["pixel_values"], batches[0]["pixel_values"])
+    assert batch["pixel_values"].shape[1:] == (3, TILE_SIZE, TILE_SIZE)
+    masks = [value for key, value in batch.items() if key.endswith("attention_mask")]
+    assert len(masks) == 3
+    assert all(mask.any(dim=0).all() for mask in masks)
+    assert batch["labels"].shape == batch["input_ids"].shape
+
+
+def test_with_the_llama_the_texts_are_contrasted_with_internvl_c_too(finished_default_run, batches, collator):
+    model = start_from(finished_default_run / "stage2", RECIPE, collator).eval()
+    batch = batches[0]
+    with torch.no_grad():
+        without = model(**batch)
+        model.contrast_tower = True
+        found = model(**batch)
+        images = unit(model.get_image_features(batch["pixel_values"]))
+        texts = unit(model.get_text_features(batch["summarize_input_ids"], batch["summarize_attention_mask"]))
+        expected = info_nce_loss(images, texts, model.logit_scale.exp())
+    assert without.loss_itc_tower is None
+    torch.testing.assert_close(found.loss_itc_tower, expected, atol=1e-5, rtol=1e-5)
+    parts = found.loss_itc + found.loss_itm + found.loss_itg + expected  # negatives are drawn anew in each call
+    torch.testing.assert_close(found.loss, parts, atol=1e-5, rtol=1e-5)
+
+
+def test_the_first_phase_trains_what_is_new_and_nothing_else(finished_default_run, tmp_path):
+    recipe = replace(RECIPE, phases={"queries": RECIPE.phases["queries"]})
+    train(recipe, finished_default_run / "stage1", tmp_path / "trained", use_bf16=False)
+    train(replace(recipe, phases={}), finished_default_run / "stage1", tmp_path / "start", use_bf16=False)
+    stage1, start, trained = map(
+        weights_of, (finished_default_run / "stage1", tmp_path / "start", tmp_path / "trained")
+    )
+    assert changed_parts(stage1, start) == set(NEW_PARTS) - {"temperature"}  # new, and the rest is stage 1's
+    assert changed_parts(start, trained) == set(NEW_PARTS)
+
+
+def test_the_whole_run_trains_all_but_the_vision_tower(finished_default_run):
+    stage1, stage2 = (weights_of(finished_default_run / name) for name in ("stage1", "stage2"))
+    assert changed_parts(stage1, stage2) == set(ALL_BUT_TOWER)
+
+
+def test_a_stopped_run_resumes_to_the_same_weights(finished_default_run, tmp_path, monkeypatch):
+    original = CaptionBatches.__getitem__
+
+    def stop_at_the_last_batch(self, step):
+        if self.name == "stage2/queries_and_llama" and step == 2:
+            raise OSError("stopped")
+        return original(self, step)
+
+    stage1 = finished_default_run / "stage1"
+    with few_scenes_and_one_thread():
+        with monkeypatch.context() as patch:
+            patch.setattr(CaptionBatches, "__getitem__", stop_at_the_last_batch)
+            with pytest.raises(OSError, match="stopped"):
+                train(RECIPE, stage1, tmp_path, use_bf16=False)
+        assert list((tmp_path / "trainer" / "queries_and_llama").glob("checkpoint-*"))
+        assert not (tmp_path / "model.safetensors").exists()
+        train(RECIPE, stage1, tmp_path, resume=True, use_bf16=False)
+    assert changed_parts(weights_of(finished_default_run / "stage2"), weights_of(tmp_path)) == set()
+
+
+def test_the_folder_is_an_internvl_g_that_describes_pictures(finished_default_run, batches):
+    folder = finished_default_run / "stage2"
+    model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    assert type(model) is InternVLModel
+    assert model.config.num_query_token == RECIPE.num_query_token
+    pictures = [draw_scene(scene) for scene, _ in batches.scenes(0)][:2]
+    texts = describe(model, processor, pictures, "zh", max_new_tokens=4)
+    assert len(texts) == 2
+    embeds = model.get_image_features(
+        processor(images=pictures, return_tensors="pt")["pixel_values"], mode="InternVL-G"
+    )
+    assert embeds.shape == (2, model.config.clip_embed_dim)
+
+
+def test_the_log_holds_all_three_losses_and_the_retrieval_curve(finished_default_run):
+    log = json.loads((finished_default_run / "stage2" / "training_log.json").read_text(encoding="utf-8"))
+    assert set(log) == {"recipe", "queries", "queries_and_llama"}
+    assert all(log["queries"][-1][f"loss_{name}"] > 0 for name in ("itc", "itm", "itg"))
+    curve = [row for row in log["queries_and_llama"] if "recall_at_1_InternVL-G" in row]
+    assert [row["step"] for row in curve] == [2, 3]
+    assert all(0 <= row[f"recall_at_1_InternVL-{mode}"] <= 1 for row in curve for mode in "CG")

@@ -1,0 +1,202 @@
+"""Stage 3 of the default checkpoint: where both configurations start, what each phase trains, and the run of all stages."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from internvl.evaluation.dialogue import answer_questions
+from internvl.modeling_internvl import InternVLModel
+from internvl.training import default_run, stage3_default
+from internvl.training.ablation import VARIANTS, ablate
+from internvl.training.default_checkpoint import TOKENS_PER_TILE, AnsweringBatches
+from internvl.training.default_run import scaled
+from internvl.training.parameter_groups import part_of
+from internvl.training.scenes import LAYOUTS, draw_scene, sample_scene, scene_generator
+from internvl.training.stage3_default import FULL, SIMPLE, learn_to_answer, start_from, train
+from internvl.training.tokenizer import build_tokenizer, tokenizer_corpus
+
+from .fixtures_default_run import few_scenes_and_one_thread, tiny_run
+
+
+RECIPES = {recipe.connector: recipe for recipe in tiny_run().chats.values()}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer(tokenizer_corpus(num_scenes=20))
+
+
+def test_the_full_configuration_starts_from_stage_2_and_the_simple_one_from_its_tower(finished_default_run, tokenizer):
+    base = InternVLModel.from_pretrained(finished_default_run / "stage2")
+    full, simple = (start_from(finished_default_run / "stage2", tokenizer, name) for name in (FULL, SIMPLE))
+    for model in (full, simple):
+        for name, value in model.vision_model.state_dict().items():
+            assert torch.equal(value, base.vision_model.state_dict()[name]), name
+    assert torch.equal(full.query_tokens, base.query_tokens)
+    for name, value in full.qllama.state_dict().items():
+        assert torch.equal(value, base.qllama.model.state_dict()[name]), name
+    assert simple.qllama is None
+    assert (full.config.connector, simple.config.connector) == (FULL, SIMPLE)
+
+
+def test_the_full_configuration_of_a_stage_1_is_refused(finished_default_run, tokenizer):
+    assert start_from(finished_default_run / "stage1", tokenizer, SIMPLE).qllama is None
+    with pytest.raises(ValueError, match="needs the queries of stage 2"):
+        start_from(finished_default_run / "stage1", tokenizer, FULL)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("connecting", {"projector", "language"}),
+        ("answering", {"projector", "language", "queries", "qllama"}),
+    ],
+)
+def test_each_phase_trains_its_parts_and_nothing_else(finished_default_run, tokenizer, tmp_path, name, expected):
+    model = start_from(finished_default_run / "stage2", tokenizer, FULL)
+    processor = AutoProcessor.from_pretrained(finished_default_run / "full")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    recipe = replace(RECIPES[FULL], answering=RECIPES[FULL].connecting)  # one step of each
+    learn_to_answer(model, processor, recipe, name, tmp_path, resume=False, use_bf16=False)
+    changed = {part_of(key) for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == expected
+
+
+def test_seeing_changes_the_tower_and_leaving_it_out_keeps_it(finished_default_run, tmp_path):
+    recipe = RECIPES[SIMPLE]
+    idle = replace(recipe.seeing, steps=0)
+    with few_scenes_and_one_thread():
+        train(replace(recipe, seeing=idle, answering=idle), finished_default_run / "stage2", tmp_path, use_bf16=False)
+    start, blind, seeing = (
+        load_file(folder / "model.safetensors")
+        for folder in (finished_default_run / "stage2", tmp_path, finished_default_run / "simple")
+    )
+    name = "vision_model.encoder.layers.0.attn.qkv.weight"
+    assert torch.equal(blind[name], start[name])
+    assert not torch.equal(seeing[name], start[name])
+
+
+def test_a_stopped_run_resumes_to_the_same_weights(finished_default_run, tmp_path, monkeypatch):
+    original = AnsweringBatches.__getitem__
+
+    def stop_at_the_last_batch(self, step):
+        if self.name == "stage3/answering" and step == 2:
+            raise OSError("stopped")
+        return original(self, step)
+
+    with few_scenes_and_one_thread():
+        with monkeypatch.context() as patch:
+            patch.setattr(AnsweringBatches, "__getitem__", stop_at_the_last_batch)
+            with pytest.raises(OSError, match="stopped"):
+                train(RECIPES[FULL], finished_default_run / "stage2", tmp_path, use_bf16=False)
+        assert list((tmp_path / "trainer" / "answering").glob("checkpoint-*"))
+        assert not (tmp_path / "model.safetensors").exists()
+        train(RECIPES[FULL], finished_default_run / "stage2", tmp_path, resume=True, use_bf16=False)
+    expected = load_file(finished_default_run / "full" / "model.safetensors")
+    for name, value in load_file(tmp_path / "model.safetensors").items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize(("name", "queries"), [("full", 4), ("simple", 0)])
+def test_the_written_folder_loads_and_answers_about_tiled_pictures(finished_default_run, name, queries):
+    folder = finished_default_run / name
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    assert model.num_image_token == processor.image_seq_length == queries + TOKENS_PER_TILE
+    scene = sample_scene(scene_generator("held_out", 0, 0), LAYOUTS["few_tiles"], "held_out")
+    assert len(answer_questions(model.eval(), processor, [(draw_scene(scene), "What?")])) == 1
+
+
+# ----------------------------------------------------------------------------------------------------- all stages in turn
+def test_a_resumed_run_trains_only_what_is_not_finished(finished_default_run, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(finished_default_run, folder)
+    (folder / "full" / "training_log.json").unlink()
+    trained = []
+
+    def record(recipe, source, output, **how):
+        trained.append((recipe.connector, source.name, output.name, how["resume"]))
+
+    monkeypatch.setattr(stage3_default, "train", record)
+    default_run.train(tiny_run(), folder, resume=True)
+    assert trained == [(FULL, "stage2", "full", True)]
+
+
+def test_the_assembled_checkpoint_holds_every_model_of_the_run_and_is_small(finished_default_run, tmp_path):
+    default_run.assemble(finished_default_run, tmp_path)
+    parts = {
+        "": (
+            AutoModelForImageTextToText,
+            load_file(finished_default_run / "full" / "model.safetensors"),
+            torch.float32,
+        ),
+        "internvl_g": (AutoModel, load_file(finished_default_run / "stage2" / "model.safetensors"), torch.bfloat16),
+    }
+    for subfolder, (auto_class, expected, dtype) in parts.items():
+        state = auto_class.from_pretrained(tmp_path, subfolder=subfolder).state_dict()
+        assert all(torch.equal(state[name], value.to(dtype)) for name, value in expected.items())
+        assert AutoProcessor.from_pretrained(tmp_path, subfolder=subfolder).tokenizer is not None
+    tower = AutoModel.from_pretrained(tmp_path, subfolder="internvit")
+    pixels = AutoImageProcessor.from_pretrained(tmp_path, subfolder="internvit")(
+        draw_scene(sample_scene(scene_generator("held_out", 0, 0), LAYOUTS["mixed"], "held_out")), return_tensors="pt"
+    )
+    assert tower(**pixels).last_hidden_state.shape == (1, 1 + 4 * TOKENS_PER_TILE, tower.config.hidden_size)
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 60e6
+
+
+def test_a_scaled_run_has_its_share_of_every_phase():
+    run, small = default_run.default_run(), scaled(default_run.default_run(), 0.1)
+    phases = [(run.stage1.phases[name], phase) for name, phase in small.stage1.phases.items()]
+    phases += [(run.stage2.phases[name], phase) for name, phase in small.stage2.phases.items()]
+    for name, chat in small.chats.items():
+        phases += [
+            (getattr(run.chats[name], part), getattr(chat, part)) for part in ("seeing", "connecting", "answering")
+        ]
+    for full, part in phases:
+        assert part.steps == round(full.steps * 0.1) > 0
+        assert part.batches == full.batches
+        assert part.warmup_steps < part.steps
+
+
+@pytest.fixture
+def untrained_stages(monkeypatch):
+    """Stages that only write down what they were asked for; their reports are the list."""
+    asked = []
+
+    def train(recipe, *sources, output, **how):
+        output.mkdir(parents=True)
+        (output / "training_log.json").write_text("{}")
+        asked.append((recipe, [source.name for source in sources], output.name))
+
+    for module in (default_run.stage1_default, default_run.stage2_default, stage3_default):
+        monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr("internvl.training.ablation.evaluate_chat", lambda folder, questions: {"folder": folder.name})
+    return asked
+
+
+def test_the_ablation_leaves_stages_out_and_shares_the_rest(untrained_stages, tmp_path):
+    report = ablate(lambda seed: tiny_run(), tmp_path, seeds=1, questions=7)
+    assert [part["0"]["folder"] for part in report.values()] == [
+        "stage1_stage2_full", "no_stage1_stage2_full", "stage1_no_stage2_full",
+    ]  # fmt: skip
+    trained = {name: bool(recipe.phases) for recipe, _, name in untrained_stages if hasattr(recipe, "phases")}
+    assert trained == {
+        "stage1": True, "stage1_stage2": True, "no_stage1": False, "no_stage1_stage2": True, "stage1_no_stage2": False,
+    }  # fmt: skip
+    assert len(untrained_stages) == 8
+    assert [sources for _, sources, name in untrained_stages if name.endswith("full")] == [
+        ["stage1_stage2"], ["no_stage1_stage2"], ["stage1_no_stage2"],
+    ]  # fmt: skip
+
+
+def test_the_ablation_goes_on_where_it_stopped_and_refuses_a_folder_in_use(untrained_stages, tmp_path):
+    ablate(lambda seed: tiny_run(), tmp_path, seeds=1, questions=7)
+    untrained_stages.clear()
+    with pytest.raises(ValueError, match="go on with it by `--resume`"):
+        ablate(lambda seed: tiny_run(), tmp_path, seeds=2, questions=7)
+    report = ablate(lambda seed: tiny_run(), tmp_path, seeds=2, questions=7, resume=True)
+    assert len(untrained_stages) == 8
+    assert all(list(report[name]) == ["0", "1"] for name in VARIANTS)

@@ -1,0 +1,115 @@
+"""What each stage is worth: `python -m internvl.training.ablation --output DIR [--scale 0.1] [--seeds 3] [--resume]`.
+
+At a share of the default run's steps, the full chat model is trained three times per seed: after all stages, without stage 1
+(stage 2 starts from an untrained vision tower and LLaMA) and without stage 2 (stage 3 starts from stage 1's and untrained
+queries). Each answers the same held-out questions. `ablation.json` holds the reports by variant and seed; `python -m
+internvl.evaluation.results` draws them.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.results import evaluate_chat
+from . import stage1_default, stage2_default, stage3_default
+from .default_checkpoint import command_line
+from .default_run import DefaultRun, default_run, finish, scaled
+
+
+REPORT_FILE = "ablation.json"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Which stages a run has."""
+
+    has_stage1: bool = True
+    has_stage2: bool = True
+
+
+VARIANTS = {
+    "all stages": Variant(),
+    "without stage 1": Variant(has_stage1=False),
+    "without stage 2": Variant(has_stage2=False),
+}
+
+
+def train_variant(run: DefaultRun, variant: Variant, output: Path, **how: Any) -> Path:
+    """The folder of the full chat model, trained where it is not there yet; a stage left out still writes its untrained weights.
+
+    Args:
+        run: The recipes.
+        variant: Which of them are used.
+        output: Folder of the seed; variants share what they have in common.
+        **how: `resume` and `use_bf16`.
+    """
+    recipe1 = run.stage1 if variant.has_stage1 else replace(run.stage1, phases={})
+    recipe2 = run.stage2 if variant.has_stage2 else replace(run.stage2, phases={})
+    name1 = "stage1" if variant.has_stage1 else "no_stage1"
+    name2 = f"{name1}_{'stage2' if variant.has_stage2 else 'no_stage2'}"
+    stage1 = finish(output / name1, train=partial(stage1_default.train, recipe1), **how)
+    stage2 = finish(output / name2, train=partial(stage2_default.train, recipe2, stage1), **how)
+    return finish(output / f"{name2}_full", train=partial(stage3_default.train, run.chats["full"], stage2), **how)
+
+
+def ablate(
+    make_run: Callable[[int], DefaultRun],
+    output: Path,
+    seeds: int,
+    questions: int,
+    resume: bool = False,
+    use_bf16: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Trains and asks every variant with every seed.
+
+    Args:
+        make_run: Gives the recipes of a seed.
+        output: Folder of all.
+        seeds: How many.
+        questions: Held-out questions.
+        resume: Go on with what was stopped.
+        use_bf16: Compute in bfloat16.
+
+    Returns:
+        By variant and seed the report of `evaluate_chat`, which `output/ablation.json` holds too, after each of them.
+
+    Raises:
+        ValueError: The folder holds something, and `resume` is not wanted.
+    """
+    if not resume and output.exists() and any(output.iterdir()):
+        raise ValueError(f"`output` must be an empty folder, but {output} is not; go on with it by `--resume`.")
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / REPORT_FILE
+    report: dict[str, dict[str, Any]] = {name: {} for name in VARIANTS}
+    if file.exists():
+        report.update(json.loads(file.read_text(encoding="utf-8")))
+    for seed in range(seeds):
+        for name, variant in VARIANTS.items():
+            if str(seed) in report[name]:
+                continue
+            # Variants share folders, so the later ones resume those of the earlier.
+            folder = train_variant(make_run(seed), variant, output / f"seed_{seed}", resume=True, use_bf16=use_bf16)
+            report[name][str(seed)] = evaluate_chat(folder, questions)
+            file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def main() -> None:
+    """Run the ablation from the command line; `--seed` is the first of the seeds."""
+    parser = command_line("Train the default checkpoint without one stage or another, at a small scale.")
+    parser.add_argument("--scale", type=float, default=0.1, help="share of the default run's steps")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--questions", type=int, default=500)
+    arguments = parser.parse_args()
+
+    def make_run(number: int) -> DefaultRun:
+        return scaled(default_run(arguments.seed + number), arguments.scale)
+
+    ablate(make_run, arguments.output, arguments.seeds, arguments.questions, arguments.resume, not arguments.fp32)
+
+
+if __name__ == "__main__":
+    main()
