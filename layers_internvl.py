@@ -29,7 +29,8 @@ def eager_attention_forward(
     (B, N, H, K) and the weights (B, H, N, T).
     """
     groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if groups > 1:  # by one it would only copy
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     if query.dtype == torch.float16:
         query, key = query.float(), key.float()  # before it is scaled, the product may leave the range of fp16
     weights = query @ key.transpose(2, 3) * scaling

@@ -39,20 +39,26 @@ def build_chat(
     return model
 
 
-def native_of(model: InternVLChatForConditionalGeneration) -> InternVLForConditionalGeneration:
-    """transformers' own model with the same weights, type and device."""
+def load_pair(
+    model: InternVLChatForConditionalGeneration,
+) -> tuple[InternVLChatForConditionalGeneration, InternVLForConditionalGeneration]:
+    """The model and transformers' own with the same weights, type and device, both as users have them: loaded from files.
+
+    Memory that a file is mapped into is read at another speed than memory that was allocated.
+    """
+    how = {"dtype": model.dtype, "device_map": model.device}
     with tempfile.TemporaryDirectory() as folder:
         own, native = Path(folder) / "own", Path(folder) / "native"
         model.save_pretrained(own)
         convert(own, native, to="native", show_progress=False)
-        peer = InternVLForConditionalGeneration.from_pretrained(native, dtype=model.dtype, device_map=model.device)
-    peer.generation_config = model.generation_config
-    return peer.eval()
+        pair = type(model).from_pretrained(own, **how), InternVLForConditionalGeneration.from_pretrained(native, **how)
+    for loaded in pair:
+        loaded.generation_config = model.generation_config
+    return pair[0].eval(), pair[1].eval()
 
 
 def build_pair(
     vision: dict[str, Any], text: dict[str, Any], options: Options
 ) -> tuple[InternVLChatForConditionalGeneration, InternVLForConditionalGeneration]:
     """Ours and transformers' own."""
-    ours = build_chat(vision, text, options)
-    return ours, native_of(ours)
+    return load_pair(build_chat(vision, text, options))
