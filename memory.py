@@ -275,14 +275,14 @@ def vision_activation_bytes(config: InternViTConfig, tiles: int, image_size: int
     """The most memory the vision tower takes beside its weights while it encodes `tiles` together, without gradients.
 
     In units of one hidden state, T = tiles x tokens x D. The embeddings (1 T) are there throughout. A block is at its widest either
-    in the MLP, with the block's input, the attention's output, their sum, the normed sum (4 T) and the wide layer before and after
+    in the MLP, with the block's input, its sum with the attention's output, the normed sum (3 T) and the wide layer before and after
     its activation (2 T x ratio); or in the attention: the input and the normed input (2 T), the packed q, k, v (3 T), normed q and k
     (2 T), the output and its rearranged copy (2 T); with the q/k norm in half precision its fp32 copies (4 bytes each, two at a
     time) come to as much or more. This holds for kernels that do not write the weights of attention out (sdpa, flash). The pixels,
     in fp32, come on top.
     """
     hidden = tiles * (1 + (image_size // config.patch_size) ** 2) * config.hidden_size
-    mlp = (5 + 2 * config.intermediate_size / config.hidden_size) * element_size
+    mlp = (4 + 2 * config.intermediate_size / config.hidden_size) * element_size
     attention = 10 * element_size
     if config.qk_normalization:
         attention = max(attention, 7 * element_size + 2 * torch.float32.itemsize)
