@@ -1,5 +1,6 @@
 """What the log of a run holds beside Trainer's own entries: parts of a loss, and measurements as training goes on."""
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from typing import Any
 
@@ -37,7 +38,7 @@ class LossParts(TrainerCallback):
         self._hook.remove()
 
 
-class LearningCurve(TrainerCallback):
+class LearningCurve(TrainerCallback, ABC):
     """Adds a measurement to Trainer's log every so many steps, and after the last.
 
     Args:
@@ -47,9 +48,9 @@ class LearningCurve(TrainerCallback):
     def __init__(self, steps: int) -> None:
         self.steps = steps
 
+    @abstractmethod
     def measure(self, model: Any) -> dict[str, float]:
         """The values of a point; the model is in evaluation mode."""
-        raise NotImplementedError
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

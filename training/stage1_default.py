@@ -18,10 +18,6 @@ import torch
 from PIL import Image
 from transformers import (
     PreTrainedTokenizerFast,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
     set_seed,
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -41,6 +37,7 @@ from .default_checkpoint import (
     run_phase,
     write_run,
 )
+from .learning_curves import LearningCurve
 from .muon import muon_groups
 from .objectives import unit
 from .pretraining import InternVLForContrastiveTraining
@@ -159,7 +156,7 @@ class PairBatches(SceneBatches):
         return {"pixel_values": pixels_of([draw_scene(scene) for scene, _ in scenes]), **tokens}
 
 
-class ZeroShotCurve(TrainerCallback):
+class ZeroShotCurve(LearningCurve):
     """Adds the accuracy of zero-shot classification, with English prompts, to Trainer's log as training goes on.
 
     Args:
@@ -169,29 +166,23 @@ class ZeroShotCurve(TrainerCallback):
     """
 
     def __init__(self, processor: InternVLProcessor, steps: int, pictures: int) -> None:
+        super().__init__(steps)
         self.processor = processor
-        self.steps = steps
         self.pixels, self.labels = {}, {}
         for kind in CLASSES:
             items = labelled_pictures(kind, pictures, seed=1)
             self.pixels[kind] = pixels_of([item.picture for item in items])
             self.labels[kind] = [item.label for item in items]
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        """Adds a point where one is due."""
-        if state.global_step % self.steps and state.global_step != state.max_steps:
-            return
-        point: dict[str, float] = {"step": state.global_step}
-        model.eval()
+    def measure(self, model: Any) -> dict[str, float]:
+        """The accuracy by kind."""
+        point = {}
         for kind, pixels in self.pixels.items():
             with torch.inference_mode():
                 embeds = unit(model.get_image_features(pixels.to(model.device)).float())
             classes = class_embeddings(model, self.processor, kind, "en").to(embeds.device)
             point[f"zero_shot_{kind}"] = accuracy(embeds, classes, self.labels[kind])
-        model.train()
-        state.log_history.append(point)
+        return point
 
 
 def learn_pairs(
