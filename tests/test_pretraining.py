@@ -411,6 +411,26 @@ def test_several_texts_for_each_picture_have_the_mean_of_their_losses():
     assert both.text_embeds.shape[0] == 6
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_texts_in_groups_of_similar_length_have_the_features_and_gradients_of_all_together(side):
+    lengths = torch.tensor([9, 2, 7, 3, 8, 2])
+    columns = torch.arange(9)
+    mask = (columns < lengths[:, None]) if side == "right" else (columns >= 9 - lengths[:, None])
+    batch = {"pixel_values": tiny.pixels(6), "input_ids": tiny.text_ids(6, 9), "attention_mask": mask.long()}
+    seen, results = [], []
+    for groups in (1, 3, 100):
+        model = tiny_model(InternVLForContrastiveTraining, text_groups=groups)
+        model.qllama.model.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+        )
+        output = model(**batch)
+        output.loss.backward()
+        results.append((output.text_embeds, model.qllama.model.embed_tokens.weight.grad))
+    assert seen == [(6, 9), (2, 2), (2, 7), (2, 9), *((1, length) for length in sorted(lengths.tolist()))]
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["softmax", "stage 2", "retrieval", "captions"])
 def test_a_frozen_tower_runs_in_its_own_dtype_without_gradient_and_without_drop_path(name):
     cls, settings, batch = STAGES[name]
@@ -473,6 +493,7 @@ def test_the_scale_of_the_similarities_is_capped():
             lambda: tiny_model(InternVLForContrastiveTraining, objective="hinge"),
             "`objective` must be one of .*'hinge'",
         ),
+        (lambda: tiny_model(InternVLForContrastiveTraining, text_groups=0), "`text_groups` must be at least 1, got 0"),
         (lambda: tiny_model(InternVLForContrastiveTraining, dropped_patches=1.0), r"in \[0, 1\), got 1.0"),
         (lambda: tiny_model(InternVLForGenerativeTraining, 0), "Stage 2 needs the queries .* `num_query_token` is 0"),
         (lambda: tiny_model(InternVLForRetrievalTraining, 0), "Retrieval fine-tuning needs the queries"),

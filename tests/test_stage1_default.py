@@ -7,15 +7,13 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 from internvl.modeling_internvl import InternVLModel
-from internvl.training.captions import LANGUAGES, PAIR_LAYOUTS
+from internvl.training.captions import LANGUAGES
 from internvl.training.default_checkpoint import Batch
-from internvl.training.scenes import draw_scene, sample_scene, scene_generator
 from internvl.training.stage1_default import (
     PairBatches,
     PairPhase,
     Stage1Recipe,
     build_pair_processor,
-    pixels_of,
     stage1,
     train,
 )
@@ -41,15 +39,6 @@ def finished_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stage1")
     train(tiny_recipe(), folder, use_bf16=False)
     return folder
-
-
-def test_pictures_are_those_of_the_processor(processor):
-    pictures = [
-        draw_scene(sample_scene(scene_generator("train", 0, index), PAIR_LAYOUTS["mixed"], "train"))
-        for index in range(3)
-    ]
-    expected = processor(images=pictures, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(pixels_of(pictures), expected)
 
 
 def test_batches_repeat_by_seed_and_differ_by_phase_and_step(processor):

@@ -69,10 +69,12 @@ class InternVLForContrastiveTraining(InternVLTrainingModel):
         objective: "softmax" or "sigmoid"; the latter learns a bias (`logit_bias`) that other uses ignore.
         dropped_patches: Share of the patches left out in training (stage 1 begins with half of them).
         drops_plain_patches: Leave out the plainest patches instead of any: for pictures that are mostly blank.
+        text_groups: Encode the texts in so many groups of similar length, each without the padding that the longest text
+            of all would give it. More than one waits for the device once per group.
         **settings: As for `InternVLTrainingModel`.
 
     Raises:
-        ValueError: An unknown objective, or a share outside [0, 1).
+        ValueError: An unknown objective, a share outside [0, 1), or no group.
     """
 
     def __init__(
@@ -81,16 +83,20 @@ class InternVLForContrastiveTraining(InternVLTrainingModel):
         objective: str = "softmax",
         dropped_patches: float = 0.0,
         drops_plain_patches: bool = False,
+        text_groups: int = 1,
         **settings: Any,
     ) -> None:
         if objective not in OBJECTIVES:
             raise ValueError(f"`objective` must be one of {list(OBJECTIVES)}, got {objective!r}.")
         if not 0 <= dropped_patches < 1:
             raise ValueError(f"`dropped_patches` must be in [0, 1), got {dropped_patches}.")
+        if text_groups < 1:
+            raise ValueError(f"`text_groups` must be at least 1, got {text_groups}.")
         super().__init__(config, **settings)
         self.objective = objective
         self.dropped_patches = dropped_patches
         self.drops_plain_patches = drops_plain_patches
+        self.text_groups = text_groups
         self.logit_bias: Any = nn.Parameter(torch.empty_like(self.logit_scale)) if objective == "sigmoid" else None
         self._init_sigmoid()
 
@@ -136,8 +142,7 @@ class InternVLForContrastiveTraining(InternVLTrainingModel):
                 f"{len(pixel_values)} pictures and {len(input_ids)} texts."
             )
         image_embeds = in_chunks(self._image_embeds, self.rows_per_chunk, pixel_values)
-        text_embeds = in_chunks(self.get_text_features, self.rows_per_chunk, input_ids, attention_mask)
-        text_embeds = unit(text_embeds)
+        text_embeds = self._unit_text_embeds(self._texts(input_ids, attention_mask))
         loss = None
         if return_loss:
             losses = [self._loss(image_embeds, texts) for texts in text_embeds.split(len(image_embeds))]
@@ -147,6 +152,14 @@ class InternVLForContrastiveTraining(InternVLTrainingModel):
     def _image_embeds(self, pixel_values: torch.Tensor) -> torch.Tensor:
         dropped_patches = self.dropped_patches if self.training else 0.0
         return self._pool(self._vision_tokens(pixel_values, dropped_patches, self.drops_plain_patches))
+
+    def _unit_text_embeds(self, texts: Texts) -> torch.Tensor:
+        if self.text_groups == 1:
+            return unit(in_chunks(self.get_text_features, self.rows_per_chunk, texts.ids, texts.mask))
+        by_length = texts.mask.sum(dim=1).argsort()
+        groups = [texts[rows].trimmed() for rows in by_length.tensor_split(min(self.text_groups, len(by_length)))]
+        embeds = [in_chunks(self.get_text_features, self.rows_per_chunk, group.ids, group.mask) for group in groups]
+        return unit(torch.cat(embeds)[by_length.argsort()])
 
     def _loss(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
         gather, rank = current_gather()

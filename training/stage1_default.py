@@ -8,19 +8,16 @@ as it does later. The folder holds the `InternVLModel` without queries that stag
 the accuracy of zero-shot classification on held-out pictures as training went on.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from transformers import (
     PreTrainedTokenizerFast,
     set_seed,
 )
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..configuration_internvl import InternVLConfig
 from ..evaluation.zero_shot import CLASSES, accuracy, class_embeddings, labelled_pictures
@@ -43,6 +40,10 @@ from .objectives import unit
 from .pretraining import InternVLForContrastiveTraining
 from .scenes import TILE_SIZE, Layout, draw_scene
 from .tokenizer import MULTILINGUAL_VOCABULARY_SIZE, build_tokenizer, caption_corpus
+
+
+# Texts are a few words or many sentences: encoded together, four in five tokens would be padding.
+TEXT_GROUPS = 8
 
 
 @dataclass(frozen=True)
@@ -131,15 +132,6 @@ def build_pair_model(tokenizer: PreTrainedTokenizerFast, **settings: Any) -> Int
     return model
 
 
-def pixels_of(pictures: Sequence[Image.Image]) -> torch.Tensor:
-    """What the processor makes of RGB pictures of its own size, (B, 3, 448, 448), without its overhead."""
-    pixels = (
-        torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).float() / 255
-    )
-    mean, std = (torch.tensor(part)[:, None, None] for part in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    return (pixels - mean) / std
-
-
 class PairBatches(SceneBatches):
     """Pictures, and for each a caption in every language: all in one language, then all in the next."""
 
@@ -152,8 +144,8 @@ class PairBatches(SceneBatches):
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         scenes = self.scenes(step)
         texts = [caption(scene, language, rng) for language in LANGUAGES for scene, rng in scenes]
-        tokens = self.processor(text=texts, padding=True, return_tensors="pt")
-        return {"pixel_values": pixels_of([draw_scene(scene) for scene, _ in scenes]), **tokens}
+        pictures = [draw_scene(scene) for scene, _ in scenes]
+        return self.processor(images=pictures, text=texts, padding=True, return_tensors="pt")
 
 
 class ZeroShotCurve(LearningCurve):
@@ -171,7 +163,7 @@ class ZeroShotCurve(LearningCurve):
         self.pixels, self.labels = {}, {}
         for kind in CLASSES:
             items = labelled_pictures(kind, pictures, seed=1)
-            self.pixels[kind] = pixels_of([item.picture for item in items])
+            self.pixels[kind] = processor(images=[item.picture for item in items], return_tensors="pt")["pixel_values"]
             self.labels[kind] = [item.label for item in items]
 
     def measure(self, model: Any) -> dict[str, float]:
@@ -214,7 +206,7 @@ def train(recipe: Stage1Recipe, output: Path, resume: bool = False, use_bf16: bo
     set_seed(recipe.seed)
     tokenizer = build_tokenizer(caption_corpus(), MULTILINGUAL_VOCABULARY_SIZE)
     processor = build_pair_processor(tokenizer)
-    model = build_pair_model(tokenizer, drops_plain_patches=True)
+    model = build_pair_model(tokenizer, drops_plain_patches=True, text_groups=TEXT_GROUPS)
     model.set_attn_implementation("eager")  # as in default_checkpoint
     log: dict[str, Any] = {"recipe": asdict(recipe)}
     for name in recipe.phases:

@@ -38,6 +38,11 @@ class Texts:
         """(B,), whether nothing follows the prefix; `prefix_length` counts the tokens that every text has, end token too."""
         return self.mask.sum(dim=1) <= prefix_length
 
+    def trimmed(self) -> "Texts":
+        """Without the columns in which all texts are padding."""
+        columns = self.mask.any(dim=0)
+        return Texts(self.ids[:, columns], self.mask[:, columns])
+
     @staticmethod
     def concatenate(parts: list["Texts"]) -> "Texts":
         """One after the other, padded on the right to the longest."""
