@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from ..training.default_checkpoint import LOG_FILE
+from ..training.default_phases import LOG_FILE
 
 
 Log = Mapping[str, Any]

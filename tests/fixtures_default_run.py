@@ -10,7 +10,7 @@ import torch
 
 from internvl.training import stage1_default, stage3_default
 from internvl.training.captions import LANGUAGES
-from internvl.training.default_checkpoint import Batch, Phase
+from internvl.training.default_phases import Batch, Phase
 from internvl.training.default_run import DefaultRun, default_run
 from internvl.training.stage2_default import QueryPhase
 from internvl.training.tokenizer import caption_corpus, tokenizer_corpus

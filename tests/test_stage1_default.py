@@ -8,7 +8,7 @@ from transformers import AutoModel, AutoProcessor
 
 from internvl.modeling_internvl import InternVLModel
 from internvl.training.captions import LANGUAGES
-from internvl.training.default_checkpoint import Batch
+from internvl.training.default_phases import Batch
 from internvl.training.stage1_default import (
     PairBatches,
     PairPhase,

@@ -12,12 +12,21 @@ from internvl.evaluation.dialogue import answer_questions
 from internvl.modeling_internvl import InternVLModel
 from internvl.training import default_run, stage3_default
 from internvl.training.ablation import VARIANTS, ablate
-from internvl.training.default_checkpoint import TOKENS_PER_TILE, AnsweringBatches
+from internvl.training.default_phases import Batch
 from internvl.training.default_run import scaled
 from internvl.training.parameter_groups import part_of
 from internvl.training.scenes import LAYOUTS, draw_scene, sample_scene, scene_generator
-from internvl.training.stage3_default import FULL, SIMPLE, learn_to_answer, start_from, train
-from internvl.training.tokenizer import build_tokenizer, tokenizer_corpus
+from internvl.training.stage3_default import (
+    FULL,
+    SIMPLE,
+    TOKENS_PER_TILE,
+    AnsweringBatches,
+    build_processor,
+    learn_to_answer,
+    start_from,
+    train,
+)
+from internvl.training.tokenizer import SPECIAL_TOKENS, build_tokenizer, tokenizer_corpus
 
 from .fixtures_default_run import few_scenes_and_one_thread, tiny_run
 
@@ -108,6 +117,37 @@ def test_the_written_folder_loads_and_answers_about_tiled_pictures(finished_defa
     assert model.num_image_token == processor.image_seq_length == queries + TOKENS_PER_TILE
     scene = sample_scene(scene_generator("held_out", 0, 0), LAYOUTS["few_tiles"], "held_out")
     assert len(answer_questions(model.eval(), processor, [(draw_scene(scene), "What?")])) == 1
+    assert processor.image_processor.max_num == 6
+    assert model.generation_config.eos_token_id == [processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id]
+
+
+# ------------------------------------------------------------------------------------------------------------- its data
+def test_the_data_of_a_step_depends_on_the_seed_and_the_step_alone(tokenizer):
+    processor, phase = build_processor(tokenizer), RECIPES[SIMPLE].answering
+    first, second, other = (AnsweringBatches("answering", phase, seed, processor, 3) for seed in (0, 0, 1))
+    assert torch.equal(first[2]["pixel_values"], second[2]["pixel_values"])
+    assert torch.equal(first[2]["labels"], second[2]["labels"])
+    assert not torch.equal(first[2]["input_ids"], first[1]["input_ids"])
+    assert not torch.equal(first[2]["input_ids"], other[2]["input_ids"])
+
+
+def test_only_answers_and_their_end_are_learned(tokenizer):
+    phase = replace(RECIPES[SIMPLE].answering, batches=(Batch(1.0, 1, {"mixed": 1}),))
+    data = AnsweringBatches("answering", phase, 0, build_processor(tokenizer), 3)
+    ((scene, rng),) = data.scenes(0)
+    messages = data._conversation(scene, rng)
+    answers = [part["text"] for message in messages if message["role"] == "assistant" for part in message["content"]]
+    labels = data[0]["labels"][0]
+    learned = tokenizer.decode(labels[labels != -100])
+    assert learned == "".join(f"{answer}<|im_end|>" for answer in answers)
+
+
+def test_the_tokenizer_encodes_any_text_and_splits_numbers_into_digits(tokenizer):
+    for text in ("Where is the red circle?", "caf\u00e9 \u65e5\u672c 7", "  two  blanks\n"):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert tokenizer.tokenize("305") == ["3", "0", "5"]
+    for token in SPECIAL_TOKENS:
+        assert tokenizer.tokenize(token) == [token]
 
 
 # ----------------------------------------------------------------------------------------------------- all stages in turn

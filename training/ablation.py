@@ -15,7 +15,7 @@ from typing import Any
 
 from ..evaluation.results import evaluate_chat
 from . import stage1_default, stage2_default, stage3_default
-from .default_checkpoint import command_line
+from .default_phases import command_line
 from .default_run import DefaultRun, default_run, finish, scaled
 
 

@@ -19,7 +19,7 @@ from ..evaluation.results import Sizes, evaluate_run
 from ..modeling_internvl import InternVLModel
 from ..modeling_internvl_chat import InternVLChatForConditionalGeneration
 from . import stage1_default, stage2_default, stage3_default
-from .default_checkpoint import LOG_FILE, Phase, command_line
+from .default_phases import LOG_FILE, Phase, command_line
 from .stage1_default import Stage1Recipe
 from .stage2_default import Stage2Recipe
 from .stage3_default import CONNECTORS, Stage3Recipe

@@ -24,16 +24,8 @@ from ..evaluation.zero_shot import CLASSES, accuracy, class_embeddings, labelled
 from ..image_processing_internvl import InternVLImageProcessor
 from ..processing_internvl import InternVLProcessor
 from .captions import LANGUAGES, PAIR_LAYOUTS, caption
-from .default_checkpoint import (
-    PATCH_SIZE,
-    Batch,
-    Phase,
-    SceneBatches,
-    parse_arguments,
-    prepare_embeddings,
-    run_phase,
-    write_run,
-)
+from .default_phases import ATTENTION, Batch, Phase, SceneBatches, command_line, run_phase, write_run
+from .default_tower import VISION_CONFIG, prepare_embeddings
 from .learning_curves import LearningCurve
 from .muon import muon_groups
 from .objectives import unit
@@ -97,16 +89,6 @@ def build_pair_processor(tokenizer: PreTrainedTokenizerFast) -> InternVLProcesso
 
 def build_pair_model(tokenizer: PreTrainedTokenizerFast, **settings: Any) -> InternVLForContrastiveTraining:
     """Return the untrained model, with the default checkpoint's vision tower; `settings` are the training class's."""
-    vision_config = {
-        "hidden_size": 192,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 3,
-        "intermediate_size": 768,
-        "patch_size": PATCH_SIZE,
-        "image_size": TILE_SIZE,
-        "initializer_range": 0.05,
-        "initializer_factor": 1.0,
-    }
     qllama_config = {
         "vocab_size": len(tokenizer),
         "hidden_size": 192,
@@ -121,7 +103,7 @@ def build_pair_model(tokenizer: PreTrainedTokenizerFast, **settings: Any) -> Int
         "pad_token_id": tokenizer.pad_token_id,
     }
     config = InternVLConfig(
-        vision_config=vision_config,
+        vision_config=dict(VISION_CONFIG),
         qllama_config=qllama_config,
         clip_embed_dim=192,
         attn_pool_num_heads=3,
@@ -207,7 +189,7 @@ def train(recipe: Stage1Recipe, output: Path, resume: bool = False, use_bf16: bo
     tokenizer = build_tokenizer(caption_corpus(), MULTILINGUAL_VOCABULARY_SIZE)
     processor = build_pair_processor(tokenizer)
     model = build_pair_model(tokenizer, drops_plain_patches=True, text_groups=TEXT_GROUPS)
-    model.set_attn_implementation("eager")  # as in default_checkpoint
+    model.set_attn_implementation(ATTENTION)
     log: dict[str, Any] = {"recipe": asdict(recipe)}
     for name in recipe.phases:
         log[name] = learn_pairs(
@@ -218,7 +200,7 @@ def train(recipe: Stage1Recipe, output: Path, resume: bool = False, use_bf16: bo
 
 def main() -> None:
     """Train stage 1 from the command line."""
-    arguments = parse_arguments("Train stage 1 of the default checkpoint from nothing.")
+    arguments = command_line("Train stage 1 of the default checkpoint from nothing.").parse_args()
     train(replace(stage1(), seed=arguments.seed), arguments.output, arguments.resume, not arguments.fp32)
 
 

@@ -21,7 +21,7 @@ from ..evaluation.retrieval import held_out_scenes, recalls_both_ways
 from ..processing_internvl import InternVLProcessor
 from .captions import CAPTION_PROMPTS, LANGUAGES, PAIR_LAYOUTS, caption
 from .collators import GenerativeCollator
-from .default_checkpoint import Batch, Phase, SceneBatches, command_line, run_phase, write_run
+from .default_phases import ATTENTION, Batch, Phase, SceneBatches, command_line, run_phase, write_run
 from .learning_curves import LearningCurve, LossParts
 from .muon import muon_groups
 from .parameter_groups import train_parts
@@ -181,7 +181,7 @@ def train(recipe: Stage2Recipe, stage1: Path, output: Path, resume: bool = False
     processor = InternVLProcessor.from_pretrained(stage1)
     collator = GenerativeCollator(processor, recipe.max_text_length)
     model = start_from(stage1, recipe, collator)
-    model.set_attn_implementation("eager")  # as in default_checkpoint
+    model.set_attn_implementation(ATTENTION)
     log: dict[str, Any] = {"recipe": asdict(recipe)}
     for name in recipe.phases:
         log[name] = learn_queries(
