@@ -184,6 +184,7 @@ def test_the_assembled_checkpoint_holds_every_model_of_the_run_and_is_small(fini
         draw_scene(sample_scene(scene_generator("held_out", 0, 0), LAYOUTS["mixed"], "held_out")), return_tensors="pt"
     )
     assert tower(**pixels).last_hidden_state.shape == (1, 1 + 4 * TOKENS_PER_TILE, tower.config.hidden_size)
+    assert not list(tmp_path.glob("*/*.py"))
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 60e6
 
 

@@ -120,6 +120,8 @@ def assemble(run: Path, output: Path) -> None:
         part.save_pretrained(output / name)
         processor.image_processor.save_pretrained(output / name)
     processor.save_pretrained(output / "internvl_g")
+    for file in output.glob("*/*.py"):  # transformers takes the code of sub-folders from the top
+        file.replace(output / file.name)
 
 
 def main() -> None:
