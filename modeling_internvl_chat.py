@@ -10,6 +10,7 @@ modeling_internvit.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -548,6 +549,15 @@ class InternVLChatForConditionalGeneration(InternVLChatBaseModel, GenerationMixi
     def __init__(self, config: InternVLChatConfig) -> None:
         super().__init__(config)
         self.system_message = self.conv_template.default_system_message if self.conv_template else None
+
+    @property
+    def base_model(self) -> InternVLChatBaseModel:
+        """This model without its language head, over the same parts: trainers that project hidden states themselves (TRL) call it."""
+        view = copy(self)
+        view.__class__ = InternVLChatBaseModel
+        view.__dict__.pop("forward", None)  # one that was put over this class's own
+        view._modules = {**self._modules, "language_model": self.language_model.base_model}
+        return view
 
     @property
     def template(self) -> str | None:

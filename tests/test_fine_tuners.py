@@ -191,9 +191,6 @@ def test_batches_of_trl_train_adapters_under_stock_trainer(folder, tmp_path):
     assert_learns(trainer, tmp_path / "adapters")
 
 
-@pytest.mark.xfail(
-    raises=AttributeError, reason="TRL 1.16 asks `base_model` for hidden states; the chat model has logits"
-)
 def test_sft_trainer_trains_adapters(folder, tmp_path):
     trl = pytest.importorskip("trl", reason="TRL is optional: `pip install trl`")
     trainer = trl.SFTTrainer(

@@ -484,6 +484,19 @@ def test_the_headless_class_saves_the_published_names(tmp_path):
     assert not info["unexpected_keys"]
 
 
+@pytest.mark.parametrize("decoder", ["llama", "internlm2"])
+def test_its_base_model_gives_hidden_states_over_the_same_parameters(decoder):
+    model = tiny.chat_model(decoder)
+    model.forward = lambda **inputs: pytest.fail("what a trainer puts over forward is not the base model's")
+    base, inputs = model.base_model, tiny.chat_inputs(model)
+    states = base(**inputs).last_hidden_state
+    logits = type(model).forward(model, **inputs).logits
+    torch.testing.assert_close(model.get_output_embeddings()(states), logits)
+    states.sum().backward()
+    assert model.mlp1[1].weight.grad is not None
+    assert set(map(id, base.parameters())) < set(map(id, model.parameters()))
+
+
 def test_the_loss_holds_the_decoders_loss_of_uneven_experts():
     model = tiny.chat_model("qwen3_moe")
     inputs = tiny.chat_inputs(model)
