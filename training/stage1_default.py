@@ -71,11 +71,11 @@ class Stage1Recipe:
 def stage1() -> Stage1Recipe:
     """The default checkpoint's run."""
     singles = Batch(1.0, 64, {"one_shape": 2, "one_digit": 4, "few": 3})
-    scenes = Batch(1.0, 64, {"one_shape": 2, "one_digit": 4, "few": 3, "mixed": 2})
+    scenes = Batch(1.0, 64, {"one_shape": 1, "one_digit": 6, "few": 3, "mixed": 2})  # digits are the hardest
     return Stage1Recipe(
         {
             "objects": PairPhase(steps=1100, batches=(singles,), dropped_patches=13 / 16),
-            "half": PairPhase(steps=350, batches=(scenes,), muon_lr=4e-3, adamw_lr=1.3e-3, dropped_patches=0.5),
+            "half": PairPhase(steps=700, batches=(scenes,), muon_lr=4e-3, adamw_lr=1.3e-3, dropped_patches=0.5),
             "whole": PairPhase(steps=60, batches=(scenes,), muon_lr=2e-3, adamw_lr=7e-4),
         }
     )
