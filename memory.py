@@ -4,7 +4,7 @@ MODEL is a folder with a `config.json`, that file, the Hub name of a checkpoint 
 `SIZES`. Only the configuration is read; the model is built on the meta device, without a byte of weights.
 
 Does: parameters and bytes of each part in a given dtype; the key-value cache; the most memory the vision tower takes while it runs
-(`vision_activation_bytes` holds the formula); and, given what each device has, where `device_map` would put every module, by the code
+(`modeling_internvit.activation_bytes_per_token` holds the formula); and, given what each device has, where `device_map` would put every module, by the code
 that `from_pretrained` runs. Does not count: activations of the language models, workspace of kernels, what the allocator holds back,
 and the rest of the process (a CUDA context takes some 0.5 GiB per card).
 """
@@ -34,6 +34,7 @@ from .modeling_internvit import (
     InternViTBackbone,
     InternViTForImageClassification,
     InternViTForSemanticSegmentation,
+    activation_bytes_per_token,
 )
 from .modeling_internvl import InternVLModel
 from .modeling_internvl_chat import InternVLChatBaseModel, InternVLChatForConditionalGeneration
@@ -274,20 +275,11 @@ def cache_bytes_per_layer(text_config: PretrainedConfig, batch: int, length: int
 def vision_activation_bytes(config: InternViTConfig, tiles: int, image_size: int, element_size: int) -> int:
     """The most memory the vision tower takes beside its weights while it encodes `tiles` together, without gradients.
 
-    In units of one hidden state, T = tiles x tokens x D. The embeddings (1 T) are there throughout. A block is at its widest either
-    in the MLP, with the block's input, its sum with the attention's output, the normed sum (3 T) and the wide layer before and after
-    its activation (2 T x ratio); or in the attention: the input and the normed input (2 T), the packed q, k, v (3 T), normed q and k
-    (2 T), the output and its rearranged copy (2 T); with the q/k norm in half precision its fp32 copies (4 bytes each, two at a
-    time) come to as much or more. This holds for kernels that do not write the weights of attention out (sdpa, flash). The pixels,
-    in fp32, come on top.
+    Its tokens (`activation_bytes_per_token`), and the pixels in fp32.
     """
-    hidden = tiles * (1 + (image_size // config.patch_size) ** 2) * config.hidden_size
-    mlp = (4 + 2 * config.intermediate_size / config.hidden_size) * element_size
-    attention = 10 * element_size
-    if config.qk_normalization:
-        attention = max(attention, 7 * element_size + 2 * torch.float32.itemsize)
+    tokens = tiles * (1 + (image_size // config.patch_size) ** 2)
     pixels = tiles * config.num_channels * image_size**2 * torch.float32.itemsize
-    return int(hidden * max(mlp, attention)) + pixels
+    return tokens * activation_bytes_per_token(config, element_size) + pixels
 
 
 @dataclass

@@ -108,6 +108,24 @@ def end_branch(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     return 16 * (outputs[:, :-1] - bias) + bias
 
 
+def activation_bytes_per_token(config: InternViTConfig, element_size: int) -> int:
+    """The most memory that a token takes in the tower beside its weights, without gradients.
+
+    The embeddings (D numbers) are there throughout. A block is at its widest either in the MLP, with the block's input, its sum with
+    the attention's output, the normed sum (3 D), the wide layer (before and after its activation, unless that is in place) and, where
+    it is, the output (D); or in the attention: the input and the normed input (2 D), the packed q, k, v (3 D), the output and its
+    rearranged copy (2 D), and normed q and k (2 D) or, in half precision, the norm's fp32 copies (4 bytes each, two at a time); without
+    a norm, the kernel's buffers come to about as much in half precision. This holds for kernels that do not write the weights of attention out (sdpa, flash).
+    """
+    width, is_in_place = config.hidden_size, config.hidden_act == "gelu"
+    mlp = (5 * width + config.intermediate_size) if is_in_place else (4 * width + 2 * config.intermediate_size)
+    is_half = element_size < torch.float32.itemsize
+    attention = (10 if is_half or config.qk_normalization else 8) * width * element_size
+    if is_half and config.qk_normalization:
+        attention = max(attention, width * (7 * element_size + 2 * torch.float32.itemsize))
+    return max(mlp * element_size, attention)
+
+
 class InternViTLayerNorm(nn.LayerNorm):
     """Layer norm that can read the fp32 stream of an fp16 model."""
 
@@ -216,16 +234,20 @@ class InternViTAttention(nn.Module):
 
 
 class InternViTMLP(nn.Module):
-    """Two linear layers and an activation."""
+    """Two linear layers and an activation; GELU without gradients is computed in place, which halves what the wide layer takes."""
 
     def __init__(self, config: InternViTConfig) -> None:
         super().__init__()
         self.act = ACT2FN[config.hidden_act]
+        self.is_gelu = config.hidden_act == "gelu"
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return end_branch(self.fc2, self.act(self.fc1(hidden_states)))
+        hidden_states = self.fc1(hidden_states)
+        if self.is_gelu and not torch.is_grad_enabled():
+            return end_branch(self.fc2, torch.ops.aten.gelu_(hidden_states))
+        return end_branch(self.fc2, self.act(hidden_states))
 
 
 class InternViTLayer(GradientCheckpointingLayer):

@@ -48,7 +48,7 @@ from .conversation_internvl import (
 )
 from .hub_internvl import HubModelMixin
 from .modeling_internlm2 import InternLM2ForCausalLM, InternLM2Model
-from .modeling_internvit import InternVisionModel
+from .modeling_internvit import InternVisionModel, activation_bytes_per_token
 from .modeling_qllama import QLlamaModel
 
 
@@ -59,8 +59,8 @@ PLACEHOLDERS_HINT = (
     "The number of image placeholders in the text differs from that of the image features. Pass the tiles of every picture in the text, "
     "in order, and do not truncate the text. Run it on the CPU to see the numbers."
 )
-# Most that one token takes in a vision block without gradients, in numbers of the model's dtype; tests measure it.
-ATTENTION_WIDTHS, MLP_WIDTHS, EAGER_SCORES = 12, 5, 5
+# Scores of a token and a head that written-out attention has in memory at a time; tests measure it.
+EAGER_SCORES = 5
 TILES_HINT = "`num_patches` does not sum to the number of tiles in `pixel_values`."
 NO_IMAGE_TOKEN = (
     "`config.image_token_id` is not set, so pictures have no place in the text. Set it to the id of "
@@ -235,7 +235,7 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
     Loads any chat checkpoint (decoders whose head is called `lm_head` or `output`, and the rest `model`) and saves under the same
     names.
 
-    `vision_chunk_bytes` bounds the memory of the vision tower's activations without gradients (1 GiB is 12 tiles of 448 px through
+    `vision_chunk_bytes` bounds the memory of the vision tower's activations without gradients (1 GiB is 14 tiles of 448 px through
     InternViT-6B in bfloat16, more than a GPU needs to be busy); it may be set on a model. With gradients, and in a group of
     processes, all tiles go through the tower at once.
     """
@@ -325,15 +325,13 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
         """Tiles of `height` x `width` pixels whose activations in the vision tower take at most `vision_chunk_bytes`; at least one."""
         vision = self.config.vision_config
         num_tokens = 1 + (height // vision.patch_size) * (width // vision.patch_size)
-        per_token = max(
-            ATTENTION_WIDTHS * vision.hidden_size, MLP_WIDTHS * vision.hidden_size + 2 * vision.intermediate_size
-        )
-        if vision._attn_implementation == "eager":
-            per_token += EAGER_SCORES * vision.num_attention_heads * num_tokens
         dtype = self.vision_model.embeddings.position_embedding.dtype
+        per_token = activation_bytes_per_token(vision, dtype.itemsize)
+        if vision._attn_implementation == "eager":
+            per_token += EAGER_SCORES * vision.num_attention_heads * num_tokens * dtype.itemsize
         if dtype == torch.float16:
-            per_token += per_token // 2  # part of the tower then computes in fp32
-        return max(1, self.vision_chunk_bytes // (num_tokens * per_token * dtype.itemsize))
+            per_token *= 2  # the stream is fp32 then, and branches end on copies
+        return max(1, self.vision_chunk_bytes // (num_tokens * per_token))
 
     def _encode_chunk(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from internvl.modeling_internvit import InternViTBackbone, InternViTDropPath, resize_position_grid
+from internvl.configuration_internvl import InternViTConfig
+from internvl.modeling_internvit import InternViTBackbone, InternViTDropPath, InternViTMLP, resize_position_grid
 
 from . import reference, tiny
 
@@ -123,3 +124,17 @@ def test_unfitting_input_is_refused(arguments, message):
 def test_impossible_configuration_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny.vision_config(**changes)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh"])
+def test_without_gradients_gelu_is_computed_in_place_and_gives_the_same(activation):
+    mlp = InternViTMLP(InternViTConfig(**tiny.VISION, hidden_act=activation))
+    wide = []
+    mlp.fc1.register_forward_hook(lambda module, args, output: wide.append((output, output.clone())))
+    states = torch.randn(2, 5, mlp.fc1.in_features)
+    expected = mlp(states)
+    with torch.no_grad():
+        got = mlp(states)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert torch.equal(*wide[0])
+    assert torch.equal(*wide[1]) == (activation != "gelu")
