@@ -185,6 +185,7 @@ def test_the_assembled_checkpoint_holds_every_model_of_the_run_and_is_small(fini
     )
     assert tower(**pixels).last_hidden_state.shape == (1, 1 + 4 * TOKENS_PER_TILE, tower.config.hidden_size)
     assert not list(tmp_path.glob("*/*.py"))
+    assert {path.stem for path in (tmp_path / "training" / "logs").iterdir()} == {"stage1", "stage2", "full", "simple"}
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 60e6
 
 

@@ -5,6 +5,7 @@ what is published: in "checkpoint" the full chat model, in its sub-folders "inte
 With `--resume` what is finished is left as it is, and what was stopped goes on from its last saved step.
 """
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -106,7 +107,8 @@ def train(run: DefaultRun, output: Path, resume: bool = False, use_bf16: bool = 
 
 
 def assemble(run: Path, output: Path) -> None:
-    """Writes the full chat model, and in sub-folders the other models of the same run, which load by `subfolder=`.
+    """Writes what this repository holds of a run: the full chat model; in sub-folders the other models, which load by
+    `subfolder=`; the logs of the stages; the results, if there are any.
 
     Args:
         run: Folder of all stages.
@@ -122,6 +124,13 @@ def assemble(run: Path, output: Path) -> None:
     processor.save_pretrained(output / "internvl_g")
     for file in output.glob("*/*.py"):  # transformers takes the code of sub-folders from the top
         file.replace(output / file.name)
+    logs = output / "training" / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    for log in run.glob(f"*/{LOG_FILE}"):
+        shutil.copy(log, logs / f"{log.parent.name}.json")
+    if (run / "results").exists():
+        results = output / "evaluation" / "results"
+        shutil.copytree(run / "results", results, ignore=shutil.ignore_patterns("parts"), dirs_exist_ok=True)
 
 
 def main() -> None:
