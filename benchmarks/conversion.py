@@ -29,6 +29,8 @@ from internvl.conversion.output.shards import write_shards
 from internvl.conversion.sources.source import open_file
 from internvl.conversion.tensors import LazyTensor, TensorReader
 
+from .harness import peak_memory, reset_peak_memory, resident_memory
+
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TARGETS = {"conversion, peak memory over the largest shard": 1.5, "conversion, speed over copying": 0.7}
@@ -65,17 +67,12 @@ def flush(folder: Path) -> None:
 def time_and_memory(call: Callable[[], Any], target: Path) -> tuple[float, int]:
     """Seconds of a call that writes a folder, data on the disk, and bytes by which the peak of resident memory grew over what was
     resident before."""
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _status("VmRSS")
+    reset_peak_memory()
+    before = resident_memory()
     start = time.perf_counter()
     call()
     flush(target)
-    return time.perf_counter() - start, _status("VmHWM") - before
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) * 1024
+    return time.perf_counter() - start, peak_memory() - before
 
 
 def measure(folder: Path, num_layers: int, rounds: int, max_shard_size: str) -> dict[str, Any]:

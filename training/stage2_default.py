@@ -80,7 +80,7 @@ def stage2() -> Stage2Recipe:
     return Stage2Recipe(
         {
             "queries": QueryPhase(steps=200, batches=(scenes,), decay=0.0),
-            "queries_and_llama": QueryPhase(steps=1200, batches=(simple, crowded), muon_lr=3e-3, parts=ALL_BUT_TOWER),
+            "queries_and_llama": QueryPhase(steps=1000, batches=(simple, crowded), muon_lr=3e-3, parts=ALL_BUT_TOWER),
         }
     )
 
