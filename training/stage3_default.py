@@ -80,7 +80,7 @@ def stage3(connector: str) -> Stage3Recipe:
         connector,
         seeing=Phase(steps=2400, batches=(seeing,)),
         connecting=Phase(steps=500, batches=conversations, muon_lr=4e-3, decay=0.0),
-        answering=Phase(steps=3500, batches=conversations, muon_lr=4e-3),
+        answering=Phase(steps=2200, batches=conversations, muon_lr=4e-3),
     )
 
 
