@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import (
+    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -19,6 +20,10 @@ from transformers import (
 )
 
 import internvl
+from internvl.evaluation.captioning import evaluate_captioning
+from internvl.evaluation.features import embed_pictures
+from internvl.evaluation.zero_shot import CLASSES, accuracy, class_embeddings, labelled_pictures
+from internvl.training.captions import LANGUAGES
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +58,12 @@ def answer(model, processor, conversation: list[dict]) -> str:
     return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
+def run_without_the_package(script: str, *arguments: str, folder) -> subprocess.CompletedProcess[str]:
+    """Runs a script where `import internvl` is up to the script."""
+    command = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-B", "-c", script, *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
 def test_every_auto_class_gives_the_chat_model(root, model):
     for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
         assert isinstance(auto_class.from_pretrained(root), internvl.InternVLChatForConditionalGeneration)
@@ -62,9 +73,12 @@ def test_every_auto_class_gives_the_chat_model(root, model):
 
 def test_it_is_small_and_complete(root):
     names = ("config.json", "generation_config.json", "tokenizer.json", "processor_config.json", "chat_template.jinja")
-    files = [*(root / name for name in names), *root.glob("*.safetensors")]
-    assert all(file.exists() for file in files)
-    assert sum(file.stat().st_size for file in files) <= 40e6
+    parts = [root / name for name in names]
+    parts += [root / "internvl_g" / name for name in ("config.json", "tokenizer.json", "processor_config.json")]
+    parts += [root / "internvit" / name for name in ("config.json", "preprocessor_config.json")]
+    weights = [folder / "model.safetensors" for folder in (root, root / "internvl_g", root / "internvit")]
+    assert all(file.exists() for file in parts + weights)
+    assert sum(file.stat().st_size for file in parts + weights) <= 60e6
 
 
 def test_most_bundled_questions_are_answered_right(root, model, processor, questions):
@@ -125,13 +139,7 @@ def test_pipeline_answers_by_remote_code_without_the_package(root, model, proces
         "print(out[0]['generated_text'].strip())\n"
     )
     arguments = [str(root), json.dumps(messages(root, row))]
-    done = subprocess.run(
-        [sys.executable, "-P" if sys.version_info >= (3, 11) else "-B", "-c", script, *arguments],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_without_the_package(script, *arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip().splitlines()[-1] == answer(model, processor, messages(root, row))
 
@@ -176,11 +184,62 @@ def test_the_card_is_valid_and_its_first_command_comes_early(root):
     assert next(i for i, line in enumerate(lines, 1) if line.startswith("make ")) <= 30
 
 
-def test_the_snippet_of_the_card_runs_and_reads_the_digit(root, monkeypatch, capsys):
-    snippet = re.search(r"```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL).group(1)
+def test_the_snippets_of_the_card_run_and_are_right(root, monkeypatch, capsys):
+    snippets = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
+    assert len(snippets) == 2
     monkeypatch.chdir(root)
-    exec(compile(snippet, "README.md", "exec"), {})
-    assert capsys.readouterr().out == "4\n"
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), {})
+    digit, classified = capsys.readouterr().out.splitlines()
+    assert (digit, classified) == ("4", "a red star")
+
+
+# ---------------------------------------------------------------------------------------------- sub-folders of the same run
+@pytest.fixture(scope="module")
+def pair_model(root):
+    return AutoModel.from_pretrained(root, subfolder="internvl_g").eval()
+
+
+@pytest.fixture(scope="module")
+def pair_processor(root):
+    return AutoProcessor.from_pretrained(root, subfolder="internvl_g")
+
+
+@pytest.mark.parametrize("mode", ["InternVL-C", "InternVL-G"])
+def test_internvl_c_and_g_know_what_a_picture_shows(pair_model, pair_processor, mode):
+    for kind in CLASSES:
+        items = labelled_pictures(kind, 40)
+        pictures = embed_pictures(pair_model, pair_processor, [item.picture for item in items], mode)
+        classes = class_embeddings(pair_model, pair_processor, kind, "en")
+        assert accuracy(pictures, classes, [item.label for item in items]) >= 0.85, kind
+
+
+def test_internvl_g_describes_a_picture(pair_model, pair_processor):
+    report = evaluate_captioning(pair_model, pair_processor, pictures=10)
+    assert all(report[language]["cider"] >= 1 for language in LANGUAGES)  # of 10; captions of other pictures have 0.03
+
+
+def test_internvit_is_the_tower_of_internvl_c_and_g(root, pair_model):
+    tower = AutoModel.from_pretrained(root, subfolder="internvit")
+    assert isinstance(tower, internvl.InternVisionModel)
+    expected = pair_model.vision_model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in tower.state_dict().items())
+    assert AutoImageProcessor.from_pretrained(root, subfolder="internvit").size == {"height": 448, "width": 448}
+
+
+def test_sub_folders_load_by_remote_code_without_the_package(root, tmp_path):
+    script = (
+        "import sys\n"
+        "from transformers import AutoModel, AutoProcessor\n"
+        "settings = {'subfolder': 'internvl_g', 'trust_remote_code': True}\n"
+        "model = AutoModel.from_pretrained(sys.argv[1], **settings)\n"
+        "inputs = AutoProcessor.from_pretrained(sys.argv[1], **settings)(text=['a star'], return_tensors='pt')\n"
+        "assert 'internvl' not in sys.modules\n"
+        "print(type(model).__name__, *model.get_text_features(**inputs).shape)\n"
+    )
+    done = run_without_the_package(script, str(root), folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["InternVLModel", "1", "192"]
 
 
 def test_weights_are_finite(model):
