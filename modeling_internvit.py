@@ -115,7 +115,8 @@ def activation_bytes_per_token(config: InternViTConfig, element_size: int) -> in
     the attention's output, the normed sum (3 D), the wide layer (before and after its activation, unless that is in place) and, where
     it is, the output (D); or in the attention: the input and the normed input (2 D), the packed q, k, v (3 D), the output and its
     rearranged copy (2 D), and normed q and k (2 D) or, in half precision, the norm's fp32 copies (4 bytes each, two at a time); without
-    a norm, the kernel's buffers come to about as much in half precision. This holds for kernels that do not write the weights of attention out (sdpa, flash).
+    a norm, the kernel's buffers come to about as much in half precision. This holds for kernels that do not write the weights of
+    attention out (sdpa, flash).
     """
     width, is_in_place = config.hidden_size, config.hidden_act == "gelu"
     mlp = (5 * width + config.intermediate_size) if is_in_place else (4 * width + 2 * config.intermediate_size)

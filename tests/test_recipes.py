@@ -151,6 +151,21 @@ def test_a_batch_of_stage_2_holds_three_texts_of_one_length(processor):
     assert set(batch) <= set(inspect.signature(InternVLForGenerativeTraining.forward).parameters)
 
 
+def test_texts_may_be_padded_to_the_longest_of_the_batch(processor):
+    rows = pairs("a red bus", "a cat on a mat")
+    fixed, longest = (
+        GenerativeCollator(processor, 40)(rows),
+        GenerativeCollator(processor, 40, padding="longest")(rows),
+    )
+    for prefix in ("positive_", "summarize_", ""):
+        length = int(fixed[f"{prefix}attention_mask"].sum(dim=1).max())
+        assert length < 40
+        for name in (f"{prefix}input_ids", f"{prefix}attention_mask", *(["labels"] if not prefix else [])):
+            assert torch.equal(longest[name], fixed[name][:, :length]), name
+    with pytest.raises(ValueError, match=r"`padding` must be one of .* got 'shortest'"):
+        GenerativeCollator(processor, 40, padding="shortest")
+
+
 def test_the_caption_and_its_end_are_learned_alone(processor):
     batch = GenerativeCollator(processor, 40)(pairs("a red bus", "a cat"))
     for label, ids, wanted in zip(batch["labels"], batch["input_ids"], (" a red bus</s>", " a cat</s>"), strict=True):

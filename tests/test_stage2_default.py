@@ -27,7 +27,7 @@ RECIPE = tiny_run().stage2
 @pytest.fixture(scope="module")
 def collator(finished_default_run):
     processor = InternVLProcessor.from_pretrained(finished_default_run / "stage1")
-    return GenerativeCollator(processor, RECIPE.max_text_length)
+    return GenerativeCollator(processor, RECIPE.max_text_length, padding="longest")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Image-text pairs to the batches of stage 2 and of retrieval fine-tuning; stage 1's are those of `PairCollator`.
 
-Every text has a fixed length, so that batches of all processes have one shape. Each row of `PairStream` becomes:
+Every text has a fixed length, so that batches of all processes have one shape, unless asked otherwise. Each row of `PairStream` becomes:
 
 - `positive_*`, the caption for matching, with an end token;
 - `summarize_*`, the caption with the prefix `summarize:` and an end token, for the contrastive loss;
@@ -17,6 +17,9 @@ from PIL import Image
 
 from ..processing_internvl import InternVLProcessor
 from .objectives import IGNORED
+
+
+PADDINGS = ("max_length", "longest")
 
 
 def picture_number(picture: Image.Image) -> int:
@@ -37,16 +40,22 @@ class GenerativeCollator:
 
     Args:
         processor: Of the model.
-        max_length: Tokens of every text, prefix and end token included.
+        max_length: Tokens of every text at most, prefix and end token included.
+        padding: "max_length" (published) makes all texts that long, "longest" as long as the longest of their kind in the batch.
         **settings: Of the image processor, `size` for instance.
 
     Raises:
-        ValueError: If `max_length` leaves no room for a caption.
+        ValueError: An unknown `padding`, or if `max_length` leaves no room for a caption.
     """
 
-    def __init__(self, processor: InternVLProcessor, max_length: int = 80, **settings: Any) -> None:
+    def __init__(
+        self, processor: InternVLProcessor, max_length: int = 80, padding: str = "max_length", **settings: Any
+    ) -> None:
+        if padding not in PADDINGS:
+            raise ValueError(f"`padding` must be one of {list(PADDINGS)}, got {padding!r}.")
         self.processor = processor
         self.max_length = max_length
+        self.padding = padding
         self.settings = settings
         longest = max(*self.prefix_lengths().values(), len(self._rows([processor.caption_prompt])[0]) + 1)
         if max_length <= longest:
@@ -72,8 +81,8 @@ class GenerativeCollator:
 
     def _contrastive_and_matching(self, pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         images, texts = [pair["image"] for pair in pairs], [pair["text"] for pair in pairs]
-        settings = {"mode": "contrastive", "max_length": self.max_length, "return_tensors": "pt", **self.settings}
-        features = self.processor(images=images, text=texts, **settings)
+        settings = {"padding": self.padding, "max_length": self.max_length, "return_tensors": "pt", **self.settings}
+        features = self.processor(images=images, text=texts, mode="contrastive", **settings)
         positive_ids, positive_mask = self._padded(self._rows(texts))
         return {
             "pixel_values": features["pixel_values"],
@@ -100,10 +109,11 @@ class GenerativeCollator:
     def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids with an end token and masks (B, L), padded on the right; texts that are too long lose their end."""
         tokenizer = self.processor.tokenizer
-        ids = torch.full((len(rows), self.max_length), tokenizer.pad_token_id or 0)  # the model goes by the mask
+        rows = [[*row[: self.max_length - 1], tokenizer.eos_token_id] for row in rows]
+        length = max(map(len, rows)) if self.padding == "longest" else self.max_length
+        ids = torch.full((len(rows), length), tokenizer.pad_token_id or 0)  # the model goes by the mask
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
-            row = [*row[: self.max_length - 1], tokenizer.eos_token_id]
             ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
         return ids, mask
 

@@ -120,8 +120,8 @@ def assemble(run: Path, output: Path) -> None:
     processor = AutoProcessor.from_pretrained(run / "stage2")
     for name, part in (("internvl_g", model), ("internvit", model.vision_model)):
         part.save_pretrained(output / name)
-        processor.image_processor.save_pretrained(output / name)
     processor.save_pretrained(output / "internvl_g")
+    processor.image_processor.save_pretrained(output / "internvit")
     for file in output.glob("*/*.py"):  # transformers takes the code of sub-folders from the top
         file.replace(output / file.name)
     logs = output / "training" / "logs"

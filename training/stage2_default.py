@@ -92,16 +92,6 @@ def pair_of(scene: Scene, rng: Random) -> dict[str, Any]:
     return {"image": draw_scene(scene), "text": text, "prompt": CAPTION_PROMPTS[language]}
 
 
-def trimmed(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A batch of `GenerativeCollator` without the columns in which all texts are padding."""
-    short = dict(batch)
-    for name in ("positive_", "summarize_", ""):
-        length = int(batch[f"{name}attention_mask"].sum(dim=1).max())
-        keys = [f"{name}input_ids", f"{name}attention_mask"] + ["labels"] * (not name)
-        short |= {key: batch[key][:, :length] for key in keys}
-    return short
-
-
 class CaptionBatches(SceneBatches):
     """Pictures, each with a caption in a language of its own, as `InternVLForGenerativeTraining` takes them."""
 
@@ -112,7 +102,7 @@ class CaptionBatches(SceneBatches):
         self.collator = collator
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
-        return trimmed(self.collator([pair_of(scene, rng) for scene, rng in self.scenes(step)]))
+        return self.collator([pair_of(scene, rng) for scene, rng in self.scenes(step)])
 
 
 class RetrievalCurve(LearningCurve):
@@ -182,7 +172,7 @@ def train(recipe: Stage2Recipe, stage1: Path, output: Path, resume: bool = False
     """
     set_seed(recipe.seed)
     processor = InternVLProcessor.from_pretrained(stage1)
-    collator = GenerativeCollator(processor, recipe.max_text_length)
+    collator = GenerativeCollator(processor, recipe.max_text_length, padding="longest")
     model = start_from(stage1, recipe, collator)
     model.set_attn_implementation(ATTENTION)
     log: dict[str, Any] = {"recipe": asdict(recipe)}

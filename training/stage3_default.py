@@ -124,7 +124,7 @@ def build_model(
         vision_config=dict(VISION_CONFIG),
         text_config=text_config,
         qllama_config=qllama_config,
-        connector="patches" if qllama_config is None else "queries_and_patches",
+        connector=SIMPLE if qllama_config is None else FULL,
         downsample_ratio=DOWNSAMPLE_RATIO,
         ps_version="v2",
         template=TEMPLATE,
