@@ -29,6 +29,7 @@ from internvl.conversion.sources.source import open_source
 from internvl.modeling_internvl import InternVLModel
 from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
 
+from . import tiny
 from .fixtures_published import PREPROCESSOR, published, published_14b, published_chat, write_sentencepiece_tokenizer
 from .fixtures_text import make_image, make_tokenizer
 
@@ -313,6 +314,16 @@ def test_a_result_can_be_converted_again_to_the_same(kind, converted, tmp_path):
     )
     assert first.keys() == second.keys()
     assert [name for name in first if first[name] != second[name]] == []
+
+
+@pytest.mark.parametrize("connector", ["patches", "queries", "queries_and_patches"])
+def test_a_chat_model_of_this_package_is_a_source_whatever_its_decoder_reads(connector, tmp_path):
+    tiny.chat_model(connector=connector).save_pretrained(tmp_path / "own")
+    out = run(tmp_path / "own", tmp_path / "out")
+    assert config_of(out)["connector"] == connector
+    before, after = weights_of(tmp_path / "own"), weights_of(out)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_chat_defaults_of_the_earliest_releases(tmp_path):

@@ -240,6 +240,13 @@ HUB_LAYOUTS = (
         map_config=_map_chat,
     ),
     Layout(
+        name="InternVL-Chat that reads queries alone, layout of this package",
+        result=CHAT,
+        config_keys=("connector",),
+        tensor_names=("mlp2.0.weight", "query_tokens", "vision_model.embeddings.class_embedding"),
+        map_config=_map_chat,
+    ),
+    Layout(
         name="InternViT with a classification head, layout of this package",
         result=CLASSIFICATION,
         config_keys=("qk_normalization", "classifier_pooling"),
