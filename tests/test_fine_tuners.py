@@ -21,6 +21,7 @@ from . import engine_jobs
 from .engine_jobs import CONNECTORS
 
 
+NEEDS_TRL = "TRL needs Python 3.11"
 TARGETS = r"(vision_model|qllama|language_model)\..*\.(qkv|q_proj|v_proj|fc1|down_proj)"
 
 
@@ -151,15 +152,26 @@ def test_what_trainer_saves_loads_anywhere(folder, tmp_path):
     torch.testing.assert_close(torch.load(moved / "logits.pt"), expected)
 
 
+QUESTION = {"role": "user", "content": "What is shown?"}
+
+
+def pictures(folder) -> list[list[Image.Image]]:
+    """Of rows as TRL takes them: one, five, four and two tiles."""
+    return [[Image.open(folder / f"{name}.png") for name in names] for names in ("a", "ba", "b", "aa")]
+
+
 def conversations(folder) -> list[dict]:
-    """Rows as TRL takes them: one, five, four and two tiles."""
-    pictures = [["a"], ["b", "a"], ["b"], ["a", "a"]]
     rows = []
-    for number, names in enumerate(pictures):
+    for number, images in enumerate(pictures(folder)):
         answer = "A red bus on a street."[: 8 + number]
-        messages = [{"role": "user", "content": "What is shown?"}, {"role": "assistant", "content": answer}]
-        rows.append({"messages": messages, "images": [Image.open(folder / f"{name}.png") for name in names]})
+        rows.append({"messages": [QUESTION, {"role": "assistant", "content": answer}], "images": images})
     return rows
+
+
+def preferences(folder) -> list[dict]:
+    answers = {"chosen": "A red bus on a street.", "rejected": "A cat."}
+    said = {name: [{"role": "assistant", "content": text}] for name, text in answers.items()}
+    return [{"prompt": [QUESTION], **said, "images": images} for images in pictures(folder)]
 
 
 SETTINGS = {
@@ -179,7 +191,7 @@ def assert_learns(trainer: Trainer, folder) -> None:
 
 
 def test_batches_of_trl_train_adapters_under_stock_trainer(folder, tmp_path):
-    sft = pytest.importorskip("trl.trainer.sft_trainer", reason="TRL is optional: `pip install trl`")
+    sft = pytest.importorskip("trl.trainer.sft_trainer", reason=NEEDS_TRL)
     processor = engine_jobs.make_processor()
     trainer = Trainer(
         adapted(folder, "patches"),
@@ -191,13 +203,38 @@ def test_batches_of_trl_train_adapters_under_stock_trainer(folder, tmp_path):
     assert_learns(trainer, tmp_path / "adapters")
 
 
+def trl_parts(folder, rows: list[dict]) -> dict:
+    """What each of TRL's trainers takes."""
+    return {
+        "model": InternVLChatForConditionalGeneration.from_pretrained(folder / "patches"),
+        "train_dataset": datasets.Dataset.from_list(rows),
+        "processing_class": engine_jobs.make_processor(),
+        "peft_config": LoraConfig(r=4, target_modules=TARGETS),
+    }
+
+
 def test_sft_trainer_trains_adapters(folder, tmp_path):
-    trl = pytest.importorskip("trl", reason="TRL is optional: `pip install trl`")
-    trainer = trl.SFTTrainer(
-        InternVLChatForConditionalGeneration.from_pretrained(folder / "patches"),
-        trl.SFTConfig(str(tmp_path), max_length=None, bf16=False, **SETTINGS),
-        train_dataset=datasets.Dataset.from_list(conversations(folder)),
-        processing_class=engine_jobs.make_processor(),
-        peft_config=LoraConfig(r=4, target_modules=TARGETS),
+    trl = pytest.importorskip("trl", reason=NEEDS_TRL)
+    arguments = trl.SFTConfig(str(tmp_path), max_length=None, bf16=False, **SETTINGS)
+    assert_learns(trl.SFTTrainer(args=arguments, **trl_parts(folder, conversations(folder))), tmp_path / "adapters")
+
+
+def test_dpo_trainer_trains_adapters(folder, tmp_path):
+    trl = pytest.importorskip("trl", reason=NEEDS_TRL)
+    arguments = trl.DPOConfig(str(tmp_path), max_length=None, bf16=False, **SETTINGS)
+    assert_learns(trl.DPOTrainer(args=arguments, **trl_parts(folder, preferences(folder))), tmp_path / "adapters")
+
+
+def test_grpo_trainer_trains_adapters(folder, tmp_path):
+    trl = pytest.importorskip("trl", reason=NEEDS_TRL)
+    arguments = trl.GRPOConfig(str(tmp_path), max_completion_length=8, num_generations=2, bf16=False, **SETTINGS)
+    prompts = [{key: row[key] for key in ("prompt", "images")} for row in preferences(folder)]
+    trainer = trl.GRPOTrainer(
+        reward_funcs=lambda completions, **_: [float(len({*each[0]["content"]})) for each in completions],
+        args=arguments,
+        **trl_parts(folder, prompts),
     )
-    assert_learns(trainer, tmp_path / "adapters")
+    trainer.train()
+    # These matrices start at zero.
+    moved = {name for name, value in trainer.model.named_parameters() if "lora_B" in name and value.abs().max() > 0}
+    assert {name.split(".")[2] for name in moved} == {"vision_model", "language_model"}
