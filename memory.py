@@ -272,12 +272,14 @@ def cache_bytes_per_layer(text_config: PretrainedConfig, batch: int, length: int
     return 2 * batch * length * kv_heads * head_dim * element_size
 
 
-def vision_activation_bytes(config: InternViTConfig, tiles: int, image_size: int, element_size: int) -> int:
-    """The most memory the vision tower takes beside its weights while it encodes `tiles` together, without gradients.
+def vision_activation_bytes(
+    config: InternViTConfig, tiles: int, image_size: int, element_size: int, tiles_at_once: int | None = None
+) -> int:
+    """The most memory the vision tower takes beside its weights while it encodes `tiles`, without gradients.
 
-    Its tokens (`activation_bytes_per_token`), and the pixels in fp32.
+    The tokens of `tiles_at_once` of them (None: of all), by `activation_bytes_per_token`, and all pixels in fp32.
     """
-    tokens = tiles * (1 + (image_size // config.patch_size) ** 2)
+    tokens = (tiles_at_once or tiles) * (1 + (image_size // config.patch_size) ** 2)
     pixels = tiles * config.num_channels * image_size**2 * torch.float32.itemsize
     return tokens * activation_bytes_per_token(config, element_size) + pixels
 
@@ -369,6 +371,7 @@ class Report:
     tiles: int
     length: int
     kv_cache: int
+    tiles_at_once: int
     vision_activations: int
     device_map: str | None = None
     devices: list[DevicePlan] | None = None
@@ -429,10 +432,12 @@ def inspect_model(
     vision, text = vision_config_of(config), cached_text_config(config)
     per_layer = 0 if text is None else cache_bytes_per_layer(text, batch, length, element_size)
     layers = 0 if text is None else text.num_hidden_layers
-    activations = 0
+    activations, at_once = 0, batch * tiles
     if vision is not None and tiles:
         side = getattr(config, "force_image_size", None) or vision.image_size
-        activations = vision_activation_bytes(vision, batch * tiles, side, element_size)
+        if isinstance(meta_model, InternVLChatBaseModel):
+            at_once = min(at_once, meta_model.tiles_per_chunk(side, side))
+        activations = vision_activation_bytes(vision, batch * tiles, side, element_size, at_once)
     report = Report(
         model=str(model),
         model_class=type(meta_model).__name__,
@@ -442,6 +447,7 @@ def inspect_model(
         tiles=tiles,
         length=length,
         kv_cache=layers * per_layer,
+        tiles_at_once=at_once,
         vision_activations=activations,
     )
     if max_memory is not None:
@@ -514,8 +520,8 @@ def describe(report: Report) -> list[str]:
     if report.kv_cache:
         lines += [f"key-value cache, {report.batch} x {report.length} positions: {_amount(report.kv_cache)}"]
     if report.vision_activations:
-        tiles = report.batch * report.tiles
-        lines += [f"vision tower at work on {tiles} tile(s) at once, at most: {_amount(report.vision_activations)}"]
+        tiles = f"{report.batch * report.tiles} tile(s), {report.tiles_at_once} at once"
+        lines += [f"vision tower at work on {tiles}: at most {_amount(report.vision_activations)}"]
     return lines + (_describe_placement(report) if report.devices is not None else [])
 
 

@@ -18,7 +18,7 @@ from .harness import Options, Row, matrix_rate, versions
 
 
 RESULTS = Path(__file__).resolve().parent / "results"
-TOPICS = ("vision", "chat", "loading", "full_size", "pictures", "qllama", "quantizers", "contrastive")
+TOPICS = ("vision", "memory", "chat", "loading", "full_size", "pictures", "qllama", "quantizers", "contrastive")
 
 
 def measure(topic: str, options: Options) -> list[Row]:

@@ -21,7 +21,7 @@ from internvl.training.objectives import info_nce_loss, sigmoid_loss
 from internvl.training.pretraining import InternVLForContrastiveTraining
 from internvl.training.recipes import stage1_small
 
-from .harness import Options, Row, in_fresh_process, peak_memory, resident_memory, speed_row
+from .harness import Options, Row, in_fresh_process, memory_growth, speed_row
 
 
 WIDTH = 768  # of the embeddings of InternVL-C
@@ -163,15 +163,7 @@ def added_memory(case: str, batch: int, device: str) -> int:
     """Bytes that one step of a case needs at its most, beside weights and inputs. Runs a tiny step first, for what libraries load."""
     theirs = open_clip_losses()
     cases(device)[case](8, theirs)()
-    run = cases(device)[case](batch, theirs)
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    before = resident_memory()
-    run()
-    return peak_memory() - before
+    return memory_growth(cases(device)[case](batch, theirs), device)
 
 
 def memory_row(name: str, case: str, peer: str, batch: int, options: Options) -> Row:

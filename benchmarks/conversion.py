@@ -29,7 +29,7 @@ from internvl.conversion.output.shards import write_shards
 from internvl.conversion.sources.source import open_file
 from internvl.conversion.tensors import LazyTensor, TensorReader
 
-from .harness import peak_memory, reset_peak_memory, resident_memory
+from .harness import memory_growth
 
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -67,12 +67,9 @@ def flush(folder: Path) -> None:
 def time_and_memory(call: Callable[[], Any], target: Path) -> tuple[float, int]:
     """Seconds of a call that writes a folder, data on the disk, and bytes by which the peak of resident memory grew over what was
     resident before."""
-    reset_peak_memory()
-    before = resident_memory()
     start = time.perf_counter()
-    call()
-    flush(target)
-    return time.perf_counter() - start, peak_memory() - before
+    growth = memory_growth(lambda: (call(), flush(target)))
+    return time.perf_counter() - start, growth
 
 
 def measure(folder: Path, num_layers: int, rounds: int, max_shard_size: str) -> dict[str, Any]:

@@ -211,19 +211,18 @@ def in_fresh_process(module: str, *arguments: str) -> str:
     return done.stdout
 
 
-def peak_memory() -> int:
-    """Bytes of resident memory that this process held at its most (Linux)."""
-    return _status_bytes("VmHWM")
-
-
-def reset_peak_memory() -> None:
-    """Lets `peak_memory` start again from what is resident now (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def resident_memory() -> int:
-    """Bytes of resident memory that this process holds now (Linux)."""
-    return _status_bytes("VmRSS")
+def memory_growth(call: Callable[[], Any], device: str = "cpu") -> int:
+    """Bytes that a call holds at its most beyond what was held before it: of resident memory on the CPU (Linux), else by the
+    device's allocator."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts again from what is resident
+    before = _status_bytes("VmRSS")
+    call()
+    return _status_bytes("VmHWM") - before
 
 
 def _status_bytes(key: str) -> int:

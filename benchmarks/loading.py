@@ -19,9 +19,7 @@ from .harness import (
     Options,
     Row,
     in_fresh_process,
-    peak_memory,
-    reset_peak_memory,
-    resident_memory,
+    memory_growth,
     row_of,
     take_turns,
 )
@@ -75,10 +73,7 @@ def host_memory(folder: str, device: str) -> int:
     """Bytes by which loading lets this process grow at its most."""
     if device != "cpu":
         torch.zeros(1, device=device)  # its libraries are no weights
-    reset_peak_memory()
-    before = resident_memory()
-    load(folder, device)
-    return peak_memory() - before
+    return memory_growth(partial(load, folder, device))
 
 
 if __name__ == "__main__":

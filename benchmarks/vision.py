@@ -7,7 +7,6 @@ as many blocks as that one.
 import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -19,11 +18,9 @@ from .harness import (
     flops_of,
     in_fresh_process,
     matrix_product,
+    memory_growth,
     no_compiler,
-    peak_memory,
     require_equal,
-    reset_peak_memory,
-    resident_memory,
     row_of,
     share_row,
     speed_row,
@@ -142,7 +139,7 @@ def feature_rows(options: Options) -> Iterator[Row]:
     if options.device == "cpu":
         memory = {way: int(in_fresh_process(__name__, way)) for way in WAYS}
     else:
-        memory = {way: accelerator_memory(call) for way, call in calls.items()}
+        memory = {way: memory_growth(call, options.device) for way, call in calls.items()}
     yield Row(
         f"{name}: activation memory",
         ratio=memory["ours"] / memory["peer"],
@@ -152,14 +149,6 @@ def feature_rows(options: Options) -> Iterator[Row]:
     )
 
 
-def accelerator_memory(call: Callable[[], Any]) -> int:
-    """Bytes that a call allocates at its most."""
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    return torch.cuda.max_memory_allocated() - before
-
-
 @torch.no_grad()
 def host_memory(way: str) -> int:
     """Bytes by which a call lets this process grow at its most, in its first forward but one: libraries have then made their buffers."""
@@ -167,10 +156,7 @@ def host_memory(way: str) -> int:
     tower, size = feature_tower(options), FEATURE_SIZES["image_size"]
     tower(pixels(1, size, options), num_layers=1)
     tiles = pixels(FEATURE_TILES, size, options)
-    reset_peak_memory()
-    before = resident_memory()
-    WAYS[way](tower, tiles)
-    return peak_memory() - before
+    return memory_growth(partial(WAYS[way], tower, tiles))
 
 
 @torch.no_grad()

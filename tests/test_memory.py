@@ -173,6 +173,12 @@ def test_the_vision_tower_takes_what_is_said_within_a_twentieth(changes, dtype):
     assert measured / 1.05 <= said <= measured * 1.05, (said, measured, said / measured)
 
 
+def test_the_report_counts_the_tiles_that_are_encoded_at_once():
+    reports = [memory.inspect_model(name, tiles=12, batch=4) for name in ("internvl-chat-13b", "internvit-6b-448px")]
+    assert [report.tiles_at_once for report in reports] == [14, 48]
+    assert reports[0].vision_activations < reports[1].vision_activations / 3
+
+
 @pytest.mark.parametrize("device_map", ["auto", "balanced", "sequential"])
 @pytest.mark.parametrize(
     "name", ["InternVisionModel", "InternVLModel-G", "InternVLModel-C-alone", "chat-llama", "chat-full"]

@@ -1,0 +1,70 @@
+"""Peak memory of the tiles that a chat model reads, by rows, tiles and dtype, against what `python -m internvl.memory` says.
+
+The width of InternViT-300M at 448 px with few blocks: without gradients, blocks use the same memory one after the other.
+"""
+
+import argparse
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from internvl import InternVLChatForConditionalGeneration
+from internvl.memory import vision_activation_bytes
+
+from .harness import Options, Row, in_fresh_process, memory_growth
+from .native import build_chat
+from .vision import SIZES as VISION
+from .vision import TEXT
+
+
+DTYPES = ("float32", "bfloat16")
+PICTURES = ((1, 1), (1, 7), (1, 13), (4, 13))  # rows, and tiles of each
+
+
+def build(dtype: str, device: str) -> InternVLChatForConditionalGeneration:
+    """The model, with random weights."""
+    return build_chat(VISION, TEXT, Options(device)).to(getattr(torch, dtype))
+
+
+def said_bytes(model: InternVLChatForConditionalGeneration, tiles: int) -> int:
+    """What the package says that encoding so many tiles takes."""
+    side = VISION["image_size"]
+    at_once = min(tiles, model.tiles_per_chunk(side, side))
+    return vision_activation_bytes(model.config.vision_config, tiles, side, model.dtype.itemsize, at_once)
+
+
+@torch.no_grad()
+def taken_bytes(dtype: str, tiles: int, device: str) -> int:
+    """What encoding so many tiles takes, the pixels included."""
+    model, size = build(dtype, device), VISION["image_size"]
+
+    def encode(tiles: int) -> torch.Tensor:
+        return model.extract_feature(torch.randn(tiles, 3, size, size, device=device))
+
+    encode(1)  # libraries make their buffers
+    return memory_growth(partial(encode, tiles), device)
+
+
+def rows(options: Options) -> Iterator[Row]:
+    """One row for each dtype and number of tiles."""
+    for dtype in DTYPES:
+        model = build(dtype, options.device)
+        for batch, tiles in PICTURES:
+            said = said_bytes(model, batch * tiles)
+            taken = int(in_fresh_process(__name__, dtype, str(batch * tiles), options.device))
+            yield Row(
+                f"{batch} x {tiles} tile(s) of 448 px, 300M width, {dtype}: peak memory against what is said",
+                ratio=taken / said,
+                is_lower_better=True,
+                details={"bytes": taken, "said": said},
+            )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Memory that encoding tiles takes, in bytes.")
+    parser.add_argument("dtype", choices=DTYPES)
+    parser.add_argument("tiles", type=int)
+    parser.add_argument("device")
+    arguments = parser.parse_args()
+    print(taken_bytes(arguments.dtype, arguments.tiles, arguments.device))
