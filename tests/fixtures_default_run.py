@@ -8,9 +8,9 @@ from functools import partial
 import pytest
 import torch
 
-from internvl.training import stage1_default, stage3_default
+from internvl.training import default_phases, stage1_default, stage3_default
 from internvl.training.captions import LANGUAGES
-from internvl.training.default_phases import Batch, Phase
+from internvl.training.default_phases import Batch, Phase, SceneBatches
 from internvl.training.default_run import DefaultRun, default_run
 from internvl.training.stage2_default import QueryPhase
 from internvl.training.tokenizer import caption_corpus, tokenizer_corpus
@@ -57,3 +57,20 @@ def few_scenes_and_one_thread() -> Iterator[None]:
         patch.setattr(stage3_default, "tokenizer_corpus", partial(tokenizer_corpus, num_scenes=20))
         yield
     torch.set_num_threads(threads)
+
+
+@contextmanager
+def stopped_at(name: str, step: int) -> Iterator[None]:
+    """Training in this context must stop where the scenes of a phase's step are drawn, which is a little ahead of it."""
+    original = SceneBatches.scenes
+
+    def stop(self: SceneBatches, index: int):
+        if (self.name, index) == (name, step):
+            raise OSError("stopped")
+        return original(self, index)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SceneBatches, "scenes", stop)
+        patch.setattr(default_phases, "START_METHOD", "fork")  # a worker that is started anew would not know
+        with pytest.raises(OSError, match="stopped"):
+            yield

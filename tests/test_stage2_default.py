@@ -18,7 +18,7 @@ from internvl.training.parameter_groups import part_of
 from internvl.training.scenes import TILE_SIZE, draw_scene
 from internvl.training.stage2_default import ALL_BUT_TOWER, NEW_PARTS, CaptionBatches, pair_of, start_from, train
 
-from .fixtures_default_run import few_scenes_and_one_thread, tiny_run
+from .fixtures_default_run import few_scenes_and_one_thread, stopped_at, tiny_run
 
 
 RECIPE = tiny_run().stage2
@@ -103,20 +103,11 @@ def test_the_whole_run_trains_all_but_the_vision_tower(finished_default_run):
     assert changed_parts(stage1, stage2) == set(ALL_BUT_TOWER)
 
 
-def test_a_stopped_run_resumes_to_the_same_weights(finished_default_run, tmp_path, monkeypatch):
-    original = CaptionBatches.__getitem__
-
-    def stop_at_the_last_batch(self, step):
-        if self.name == "stage2/queries_and_llama" and step == 2:
-            raise OSError("stopped")
-        return original(self, step)
-
+def test_a_stopped_run_resumes_to_the_same_weights(finished_default_run, tmp_path):
     stage1 = finished_default_run / "stage1"
     with few_scenes_and_one_thread():
-        with monkeypatch.context() as patch:
-            patch.setattr(CaptionBatches, "__getitem__", stop_at_the_last_batch)
-            with pytest.raises(OSError, match="stopped"):
-                train(RECIPE, stage1, tmp_path, use_bf16=False)
+        with stopped_at("stage2/queries_and_llama", 2):
+            train(RECIPE, stage1, tmp_path, use_bf16=False)
         assert list((tmp_path / "trainer" / "queries_and_llama").glob("checkpoint-*"))
         assert not (tmp_path / "model.safetensors").exists()
         train(RECIPE, stage1, tmp_path, resume=True, use_bf16=False)

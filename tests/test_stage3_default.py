@@ -28,7 +28,7 @@ from internvl.training.stage3_default import (
 )
 from internvl.training.tokenizer import SPECIAL_TOKENS, build_tokenizer, tokenizer_corpus
 
-from .fixtures_default_run import few_scenes_and_one_thread, tiny_run
+from .fixtures_default_run import few_scenes_and_one_thread, stopped_at, tiny_run
 
 
 RECIPES = {recipe.connector: recipe for recipe in tiny_run().chats.values()}
@@ -89,19 +89,10 @@ def test_seeing_changes_the_tower_and_leaving_it_out_keeps_it(finished_default_r
     assert not torch.equal(seeing[name], start[name])
 
 
-def test_a_stopped_run_resumes_to_the_same_weights(finished_default_run, tmp_path, monkeypatch):
-    original = AnsweringBatches.__getitem__
-
-    def stop_at_the_last_batch(self, step):
-        if self.name == "stage3/answering" and step == 2:
-            raise OSError("stopped")
-        return original(self, step)
-
+def test_a_stopped_run_resumes_to_the_same_weights(finished_default_run, tmp_path):
     with few_scenes_and_one_thread():
-        with monkeypatch.context() as patch:
-            patch.setattr(AnsweringBatches, "__getitem__", stop_at_the_last_batch)
-            with pytest.raises(OSError, match="stopped"):
-                train(RECIPES[FULL], finished_default_run / "stage2", tmp_path, use_bf16=False)
+        with stopped_at("stage3/answering", 2):
+            train(RECIPES[FULL], finished_default_run / "stage2", tmp_path, use_bf16=False)
         assert list((tmp_path / "trainer" / "answering").glob("checkpoint-*"))
         assert not (tmp_path / "model.safetensors").exists()
         train(RECIPES[FULL], finished_default_run / "stage2", tmp_path, resume=True, use_bf16=False)
