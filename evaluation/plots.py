@@ -148,10 +148,15 @@ def plot_dialogue(report: Mapping[str, Any]) -> Any:
 
 
 def plot_ablation(report: Mapping[str, Any]) -> Any:
-    """Dialogue of the full configuration without one stage or another; error bars are standard deviations over seeds."""
+    """Dialogue of the full configuration, and retrieval, without one stage or another; error bars are standard deviations over seeds."""
     seeds = len(next(iter(report.values())))
-    figure, (axes,) = _figure(f"Stages left out: full chat, mean and deviation of {seeds} seeds", 1)
-    bars = {variant: _accuracies(list(reports.values())) for variant, reports in report.items()}
+    figure, (axes,) = _figure(f"Stages left out: mean and deviation of {seeds} seeds", 1)
+    bars = {}
+    for variant, reports in report.items():
+        bars[variant] = _accuracies(list(reports.values()))
+        for mode in next(iter(reports.values()))["recall_at_1"]:
+            recalls = [part["recall_at_1"][mode] for part in reports.values()]
+            bars[variant][f"R@1\n{mode}"] = mean_and_deviation(recalls)
     _draw_bars(axes, list(next(iter(bars.values()))), {name: list(kinds.values()) for name, kinds in bars.items()})
     return figure
 

@@ -55,6 +55,16 @@ def evaluate_chat(folder: Path, questions: int) -> dict[str, Any]:
     return ask(model, AutoProcessor.from_pretrained(folder), held_out_questions(questions))
 
 
+def mean_recalls(folder: Path, pairs: int) -> dict[str, float]:
+    """R@1 of the `InternVLModel` in a folder by mode, the mean of all languages and both ways."""
+    model = AutoModel.from_pretrained(folder).eval()
+    recall = evaluate_retrieval(model, AutoProcessor.from_pretrained(folder), pairs)["recall"]
+    return {
+        mode: mean(way["R@1"] for ways in languages.values() for way in ways.values())
+        for mode, languages in recall.items()
+    }
+
+
 @dataclass(frozen=True)
 class Part:
     """An evaluation of one stage.
@@ -91,6 +101,7 @@ def _dialogue(model: PreTrainedModel, processor: ProcessorMixin, sizes: Sizes) -
 
 
 CHATS = ("full", "simple")
+MODES = ("InternVL-C", "InternVL-G")
 PARTS = (
     *(Part("linear_probe", stage, _probe) for stage in ("stage1", *CHATS)),  # stage 2 leaves the tower as it is
     *(
@@ -257,6 +268,7 @@ def _ablation_table(report: dict[str, Any]) -> list[str]:
     for variant, seeds in report.items():
         cells = [[part["by_kind"][kind]["accuracy"] for part in seeds.values()] for kind in kinds]
         cells.append([part["accuracy"] for part in seeds.values()])
+        cells += [[part["recall_at_1"][mode] for part in seeds.values()] for mode in MODES]
         rows.append(
             [
                 variant,
@@ -264,8 +276,8 @@ def _ablation_table(report: dict[str, Any]) -> list[str]:
             ]
         )
     seeds_used = len(next(iter(report.values())))
-    head = ["", *(kind.replace("_", " ") for kind in kinds), "all"]
-    return table(f"Ablation, full chat, {seeds_used} seeds (mean and standard deviation)", head, rows)
+    head = ["", *(kind.replace("_", " ") for kind in kinds), "all", *(f"R@1 of {mode}" for mode in MODES)]
+    return table(f"Ablation: dialogue and retrieval, {seeds_used} seeds (mean and standard deviation)", head, rows)
 
 
 _TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {

@@ -10,7 +10,7 @@ from PIL import Image
 
 from internvl.evaluation import captioning, results, zero_shot
 from internvl.evaluation.plots import mean_and_deviation, plot_ablation, plot_all, plot_stage1, series
-from internvl.evaluation.results import Sizes, evaluate_run, tables
+from internvl.evaluation.results import MODES, Sizes, evaluate_run, tables
 from internvl.training import captions
 
 
@@ -19,7 +19,7 @@ TINY = Sizes(probe_pictures=20, pictures=5, pairs=4, captions=2, questions=7)
 
 def dialogue(share: float) -> dict:
     kinds = {kind: {"accuracy": share, "most_common_answer": 0.2} for kind in ("colour", "count")}
-    return {"questions": 20, "accuracy": share, "by_kind": kinds}
+    return {"questions": 20, "accuracy": share, "by_kind": kinds, "recall_at_1": dict.fromkeys(MODES, share)}
 
 
 ABLATION = {
@@ -113,7 +113,7 @@ def test_error_bars_are_standard_deviations_over_seeds():
     assert mean_and_deviation([0.5]) == (0.5, 0.0)
     (axes,) = plot_ablation(ABLATION).axes
     varied, constant = [container for container in axes.containers if isinstance(container, BarContainer)]
-    assert [bar.get_height() for bar in varied] == pytest.approx([0.8] * 3)
+    assert [bar.get_height() for bar in varied] == pytest.approx([0.8] * 5)
     assert constant.errorbar is None
     (lines,) = varied.errorbar.lines[2]
-    assert [ends[:, 1].tolist() for ends in lines.get_segments()] == [pytest.approx([0.6586, 0.9414], abs=1e-4)] * 3
+    assert [ends[:, 1].tolist() for ends in lines.get_segments()] == [pytest.approx([0.6586, 0.9414], abs=1e-4)] * 5

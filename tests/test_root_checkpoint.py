@@ -244,3 +244,23 @@ def test_sub_folders_load_by_remote_code_without_the_package(root, tmp_path):
 
 def test_weights_are_finite(model):
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_the_model_card_shows_what_was_measured(root):
+    card = (root / "README.md").read_text()
+    plots = re.findall(r"!\[.*?\]\((.*?)\)", card)
+    assert len(plots) == 5
+    assert all((root / plot).exists() for plot in plots)
+    measured = json.loads((root / "evaluation" / "results" / "results.json").read_text())
+    for stage, tiles in measured["dialogue"].items():
+        report = tiles["with_tiles"]
+        shares = [*(kind["accuracy"] for kind in report["by_kind"].values()), report["accuracy"]]
+        row = next(line for line in card.splitlines() if line.startswith(f"| {stage} |"))
+        assert re.findall(r"[\d.]+ %", row) == [f"{100 * share:.1f} %" for share in shares]
+    for variant, seeds in measured["ablation"].items():
+        row = next(line for line in card.splitlines() if line.startswith(f"| {variant} |"))
+        assert len(seeds) == 3
+        found = [float(number) for number in re.findall(r"([\d.]+) \u00b1", row)]
+        values = [[part["accuracy"] for part in seeds.values()]]
+        values += [[part["recall_at_1"][mode] for part in seeds.values()] for mode in ("InternVL-C", "InternVL-G")]
+        assert found == pytest.approx([100 * sum(value) / 3 for value in values], abs=0.051)

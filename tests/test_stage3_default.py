@@ -207,14 +207,16 @@ def untrained_stages(monkeypatch):
     for module in (default_run.stage1_default, default_run.stage2_default, stage3_default):
         monkeypatch.setattr(module, "train", train)
     monkeypatch.setattr("internvl.training.ablation.evaluate_chat", lambda folder, questions: {"folder": folder.name})
+    monkeypatch.setattr("internvl.training.ablation.mean_recalls", lambda folder, pairs: folder.name)
     return asked
 
 
 def test_the_ablation_leaves_stages_out_and_shares_the_rest(untrained_stages, tmp_path):
-    report = ablate(lambda seed: tiny_run(), tmp_path, seeds=1, questions=7)
+    report = ablate(lambda seed: tiny_run(), tmp_path, seeds=1, questions=7, pairs=7)
     assert [part["0"]["folder"] for part in report.values()] == [
         "stage1_stage2_full", "no_stage1_stage2_full", "stage1_no_stage2_full",
     ]  # fmt: skip
+    assert all(f"{part['0']['recall_at_1']}_full" == part["0"]["folder"] for part in report.values())
     trained = {name: bool(recipe.phases) for recipe, _, name in untrained_stages if hasattr(recipe, "phases")}
     assert trained == {
         "stage1": True, "stage1_stage2": True, "no_stage1": False, "no_stage1_stage2": True, "stage1_no_stage2": False,
@@ -226,10 +228,10 @@ def test_the_ablation_leaves_stages_out_and_shares_the_rest(untrained_stages, tm
 
 
 def test_the_ablation_goes_on_where_it_stopped_and_refuses_a_folder_in_use(untrained_stages, tmp_path):
-    ablate(lambda seed: tiny_run(), tmp_path, seeds=1, questions=7)
+    ablate(lambda seed: tiny_run(), tmp_path, seeds=1, questions=7, pairs=7)
     untrained_stages.clear()
     with pytest.raises(ValueError, match="go on with it by `--resume`"):
-        ablate(lambda seed: tiny_run(), tmp_path, seeds=2, questions=7)
-    report = ablate(lambda seed: tiny_run(), tmp_path, seeds=2, questions=7, resume=True)
+        ablate(lambda seed: tiny_run(), tmp_path, seeds=2, questions=7, pairs=7)
+    report = ablate(lambda seed: tiny_run(), tmp_path, seeds=2, questions=7, pairs=7, resume=True)
     assert len(untrained_stages) == 8
     assert all(list(report[name]) == ["0", "1"] for name in VARIANTS)

@@ -2,8 +2,8 @@
 
 At a share of the default run's steps, the full chat model is trained three times per seed: after all stages, without stage 1
 (stage 2 starts from an untrained vision tower and LLaMA) and without stage 2 (stage 3 starts from stage 1's and untrained
-queries). Each answers the same held-out questions. `ablation.json` holds the reports by variant and seed; `python -m
-internvl.evaluation.results` draws them.
+queries). Each answers the same held-out questions, and the InternVL-C and -G it comes from find the same held-out pairs.
+`ablation.json` holds the reports by variant and seed; `python -m internvl.evaluation.results` draws them.
 """
 
 import json
@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.results import evaluate_chat
+from ..evaluation.results import evaluate_chat, mean_recalls
 from . import stage1_default, stage2_default, stage3_default
 from .default_phases import command_line
 from .default_run import DefaultRun, default_run, finish, scaled
@@ -37,8 +37,9 @@ VARIANTS = {
 }
 
 
-def train_variant(run: DefaultRun, variant: Variant, output: Path, **how: Any) -> Path:
-    """The folder of the full chat model, trained where it is not there yet; a stage left out still writes its untrained weights.
+def train_variant(run: DefaultRun, variant: Variant, output: Path, **how: Any) -> tuple[Path, Path]:
+    """The folders of stage 2 and of the full chat model, trained where they are not there yet; a stage left out still writes its
+    untrained weights.
 
     Args:
         run: The recipes.
@@ -52,7 +53,8 @@ def train_variant(run: DefaultRun, variant: Variant, output: Path, **how: Any) -
     name2 = f"{name1}_{'stage2' if variant.has_stage2 else 'no_stage2'}"
     stage1 = finish(output / name1, train=partial(stage1_default.train, recipe1), **how)
     stage2 = finish(output / name2, train=partial(stage2_default.train, recipe2, stage1), **how)
-    return finish(output / f"{name2}_full", train=partial(stage3_default.train, run.chats["full"], stage2), **how)
+    chat = finish(output / f"{name2}_full", train=partial(stage3_default.train, run.chats["full"], stage2), **how)
+    return stage2, chat
 
 
 def ablate(
@@ -60,6 +62,7 @@ def ablate(
     output: Path,
     seeds: int,
     questions: int,
+    pairs: int,
     resume: bool = False,
     use_bf16: bool = True,
 ) -> dict[str, dict[str, Any]]:
@@ -70,11 +73,13 @@ def ablate(
         output: Folder of all.
         seeds: How many.
         questions: Held-out questions.
+        pairs: Held-out pairs of retrieval.
         resume: Go on with what was stopped.
         use_bf16: Compute in bfloat16.
 
     Returns:
-        By variant and seed the report of `evaluate_chat`, which `output/ablation.json` holds too, after each of them.
+        By variant and seed the report of `evaluate_chat`, and under "recall_at_1" that of `mean_recalls`; `output/ablation.json`
+        holds it too, after each of them.
 
     Raises:
         ValueError: The folder holds something, and `resume` is not wanted.
@@ -91,8 +96,11 @@ def ablate(
             if str(seed) in report[name]:
                 continue
             # Variants share folders, so the later ones resume those of the earlier.
-            folder = train_variant(make_run(seed), variant, output / f"seed_{seed}", resume=True, use_bf16=use_bf16)
-            report[name][str(seed)] = evaluate_chat(folder, questions)
+            stage2, chat = train_variant(
+                make_run(seed), variant, output / f"seed_{seed}", resume=True, use_bf16=use_bf16
+            )
+            recalls = mean_recalls(stage2, pairs)
+            report[name][str(seed)] = {**evaluate_chat(chat, questions), "recall_at_1": recalls}
             file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
 
@@ -103,12 +111,14 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=0.1, help="share of the default run's steps")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--questions", type=int, default=500)
+    parser.add_argument("--pairs", type=int, default=500)
     arguments = parser.parse_args()
 
     def make_run(number: int) -> DefaultRun:
         return scaled(default_run(arguments.seed + number), arguments.scale)
 
-    ablate(make_run, arguments.output, arguments.seeds, arguments.questions, arguments.resume, not arguments.fp32)
+    sizes = (arguments.seeds, arguments.questions, arguments.pairs)
+    ablate(make_run, arguments.output, *sizes, arguments.resume, not arguments.fp32)
 
 
 if __name__ == "__main__":
