@@ -4,13 +4,14 @@ The width of InternViT-300M at 448 px with few blocks: without gradients, blocks
 """
 
 import argparse
+import tempfile
 from collections.abc import Iterator
 from functools import partial
 
 import torch
 
 from internvl import InternVLChatForConditionalGeneration
-from internvl.memory import vision_activation_bytes
+from internvl.memory import inspect_model
 
 from .harness import Options, Row, in_fresh_process, memory_growth
 from .native import build_chat
@@ -25,13 +26,6 @@ PICTURES = ((1, 1), (1, 7), (1, 13), (4, 13))  # rows, and tiles of each
 def build(dtype: str, device: str) -> InternVLChatForConditionalGeneration:
     """The model, with random weights."""
     return build_chat(VISION, TEXT, Options(device)).to(getattr(torch, dtype))
-
-
-def said_bytes(model: InternVLChatForConditionalGeneration, tiles: int) -> int:
-    """What the package says that encoding so many tiles takes."""
-    side = VISION["image_size"]
-    at_once = min(tiles, model.tiles_per_chunk(side, side))
-    return vision_activation_bytes(model.config.vision_config, tiles, side, model.dtype.itemsize, at_once)
 
 
 @torch.no_grad()
@@ -49,9 +43,10 @@ def taken_bytes(dtype: str, tiles: int, device: str) -> int:
 def rows(options: Options) -> Iterator[Row]:
     """One row for each dtype and number of tiles."""
     for dtype in DTYPES:
-        model = build(dtype, options.device)
         for batch, tiles in PICTURES:
-            said = said_bytes(model, batch * tiles)
+            with tempfile.TemporaryDirectory() as folder:
+                build(dtype, "meta").config.save_pretrained(folder)
+                said = inspect_model(folder, dtype, tiles, batch).vision_activations
             taken = int(in_fresh_process(__name__, dtype, str(batch * tiles), options.device))
             yield Row(
                 f"{batch} x {tiles} tile(s) of 448 px, 300M width, {dtype}: peak memory against what is said",

@@ -10,7 +10,7 @@ from PIL import Image
 
 from internvl.evaluation import captioning, results, zero_shot
 from internvl.evaluation.plots import mean_and_deviation, plot_ablation, plot_all, plot_stage1, series
-from internvl.evaluation.results import MODES, Sizes, evaluate_run, tables
+from internvl.evaluation.results import MODES, Sizes, evaluate_run, mean_recalls, tables
 from internvl.training import captions
 
 
@@ -52,6 +52,15 @@ def test_every_stage_is_evaluated(page):
     assert set(report["retrieval"]["stage2"]["recall"]) == {"InternVL-C", "InternVL-G"}
     assert report["dialogue"]["full"]["one_tile"]["questions"] == 7
     assert report["ablation"] == ABLATION
+
+
+def test_recalls_of_the_ablation_are_means_of_all_languages_and_both_ways(page, finished_default_run):
+    recall = json.loads((page / "results.json").read_text(encoding="utf-8"))["retrieval"]["stage2"]["recall"]
+    found = mean_recalls(finished_default_run / "stage2", TINY.pairs)
+    assert set(found) == set(MODES) == set(recall)
+    for mode, languages in recall.items():
+        values = [ways[way]["R@1"] for ways in languages.values() for way in ("image_to_text", "text_to_image")]
+        assert found[mode] == pytest.approx(sum(values) / len(values))
 
 
 def test_every_figure_is_a_picture_with_something_on_it(page):

@@ -57,9 +57,8 @@ class SavedAsInternVLModel(InternVLModel):
     def _hold_scalars_as_vectors(self) -> None:
         for name in SCALARS:
             scalar = getattr(self, name, None)
-            if scalar is not None and not hasattr(
-                scalar, "ds_id"
-            ):  # DeepSpeed's are in pieces already, and may be scalars
+            # DeepSpeed has cut its own up by now, and takes scalars.
+            if scalar is not None and not hasattr(scalar, "ds_id"):
                 setattr(self, name, nn.Parameter(scalar.detach().reshape(1), scalar.requires_grad))
 
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
