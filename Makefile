@@ -34,12 +34,12 @@ style: $(READY)
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-# Peers to compare with are packages of their own.
+# open_clip alone, of which one file is read: with it would come a torchvision that need not be of this torch's build.
 ifdef READY
 BENCH := .venv/bench
 endif
 .venv/bench: .venv/ready
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps open_clip_torch
 	touch $@
 
 bench: $(BENCH) $(READY)

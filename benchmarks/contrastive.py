@@ -29,7 +29,7 @@ BATCHES = (1024, 4096)
 ROWS_AT_A_TIME = 256
 MODEL_BATCH = 64
 MODEL_ROWS_AT_A_TIME = 8
-MISSING = "open_clip is not installed: `pip install -e '.[bench]'`"
+MISSING = "open_clip is not installed: `pip install --no-deps open_clip_torch`"
 SCALE, BIAS = 14.3, -10.0
 
 Loss = Callable[..., torch.Tensor]
