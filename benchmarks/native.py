@@ -44,7 +44,8 @@ def load_pair(
 ) -> tuple[InternVLChatForConditionalGeneration, InternVLForConditionalGeneration]:
     """The model and transformers' own with the same weights, type and device, both as users have them: loaded from files.
 
-    Memory that a file is mapped into is read at another speed than memory that was allocated.
+    Memory that a file is mapped into is read at another speed than memory that was allocated, and one mapping at another than the
+    next: the decoders, of one class, share their weights.
     """
     how = {"dtype": model.dtype, "device_map": model.device}
     with tempfile.TemporaryDirectory() as folder:
@@ -52,6 +53,9 @@ def load_pair(
         model.save_pretrained(own)
         convert(own, native, to="native", show_progress=False)
         pair = type(model).from_pretrained(own, **how), InternVLForConditionalGeneration.from_pretrained(native, **how)
+    ours, native_model = pair
+    native_model.model.language_model.load_state_dict(ours.language_model.model.state_dict(), assign=True)
+    native_model.lm_head.load_state_dict(ours.language_model.lm_head.state_dict(), assign=True)
     for loaded in pair:
         loaded.generation_config = model.generation_config
     return pair[0].eval(), pair[1].eval()

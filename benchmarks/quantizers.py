@@ -22,7 +22,7 @@ from .harness import Options, Row, speed_row
 
 
 BUNDLED = Path(__file__).resolve().parents[1]
-NUM_QUESTIONS = 70
+NUM_QUESTIONS = 210
 MEMORY_TARGET = 0.4
 NEW_TOKENS = 8
 DECODER = {
