@@ -32,7 +32,7 @@ TINY = {
     "vision": {
         "SIZES": VISION,
         "FEATURE_SIZES": {**VISION, "num_hidden_layers": 4},
-        "BATCHES": {1: 2},
+        "BATCHES": {1: 2, 2: 2},
         "FEATURE_TILES": 2,
     },
     "chat": {
@@ -223,8 +223,8 @@ def test_the_vision_rows_run_and_compiled_ones_are_skipped_without_a_compiler(sm
     # The fresh process would have the usual sizes: both ways are measured here.
     monkeypatch.setattr(module, "in_fresh_process", lambda name, way: str(1 + abs(module.host_memory(way))))
     rows = list(module.rows(Options(rounds=2)))
-    assert len(rows) == 6
-    check_rows(rows, skipped=2)
+    assert len(rows) == 12
+    check_rows(rows, skipped=6)
 
 
 def test_the_memory_rows_run(small, monkeypatch):
@@ -242,7 +242,7 @@ def test_the_memory_rows_run(small, monkeypatch):
 @pytest.mark.slow
 def test_the_compiled_vision_rows_run(small):
     rows = list(torch.no_grad()(small("vision", compiles=True).forward_rows)(Options(rounds=2)))
-    assert len(rows) == 4
+    assert len(rows) == 10
     check_rows(rows)
 
 

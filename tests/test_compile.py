@@ -72,6 +72,18 @@ def test_generated_code_with_frozen_weights_gives_the_eager_features():
     assert not torch.allclose(model(pixels).last_hidden_state, expected, atol=1e-3)
 
 
+@torch.no_grad()
+def test_one_graph_serves_any_number_of_tiles_in_a_chat_model_that_encodes_them_one_by_one():
+    model, backend = tiny.chat_model(), counting()
+    pictures = [tiny.pixels(tiles) for tiles in (1, 3, 5)]
+    expected = [model.extract_feature(pixels) for pixels in pictures]
+    model.vision_chunk_bytes = 1
+    model.vision_model.compile(fullgraph=True, dynamic=False, backend=backend)
+    for pixels, features in zip(pictures, expected, strict=True):
+        torch.testing.assert_close(model.extract_feature(pixels), features, atol=1e-5, rtol=1e-5)
+    assert backend.graphs == 1
+
+
 def test_the_gradients_of_the_compiled_tower_are_the_eager_ones():
     model, pixels, backend = tiny.vision_model(), tiny.pixels(), counting("aot_eager")
     model(pixels).last_hidden_state.square().mean().backward()
