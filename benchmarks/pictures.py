@@ -119,7 +119,7 @@ def with_threads(count: int, call: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 def rows(options: Options) -> Iterator[Row]:
     """Decoded pictures, files, one thread, one picture, and the share of resizing. The work is the CPU's on every machine."""
-    options = Options("cpu", min(options.rounds, 7))
+    options = Options("cpu", options.rounds)
     processor = InternVLImageProcessor(max_num=MAX_TILES)
     pictures, threads = draw_pictures(SIZES), torch.get_num_threads()
     files = [as_jpeg(picture) for picture in pictures]
