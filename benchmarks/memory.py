@@ -43,9 +43,10 @@ def taken_bytes(dtype: str, tiles: int, device: str) -> int:
 def rows(options: Options) -> Iterator[Row]:
     """One row for each dtype and number of tiles."""
     for dtype in DTYPES:
+        config = build(dtype, "meta").config
         for batch, tiles in PICTURES:
             with tempfile.TemporaryDirectory() as folder:
-                build(dtype, "meta").config.save_pretrained(folder)
+                config.save_pretrained(folder)
                 said = inspect_model(folder, dtype, tiles, batch).vision_activations
             taken = int(in_fresh_process(__name__, dtype, str(batch * tiles), options.device))
             yield Row(

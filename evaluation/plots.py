@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from ..modeling_internvl import MODES
 from ..training.default_phases import LOG_FILE
 
 
@@ -96,7 +97,7 @@ def plot_stage2(log: Log) -> Any:
         "loss_itc_tower": "contrasting InternVL-C",
     }
     _draw_curves(left, log, losses, ylabel="loss", yscale="log")
-    _draw_curves(right, log, {f"recall_at_1_{mode}": f"{mode}, R@1" for mode in ("InternVL-C", "InternVL-G")})
+    _draw_curves(right, log, {f"recall_at_1_{mode}": f"{mode}, R@1" for mode in MODES})
     _draw_shares(right)
     return figure
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
+from ..modeling_internvl import MODES
 from ..training.captions import LANGUAGES
 from ..training.scenes import QUESTION_KINDS
 from .captioning import evaluate_captioning
@@ -101,7 +102,6 @@ def _dialogue(model: PreTrainedModel, processor: ProcessorMixin, sizes: Sizes) -
 
 
 CHATS = ("full", "simple")
-MODES = ("InternVL-C", "InternVL-G")
 PARTS = (
     *(Part("linear_probe", stage, _probe) for stage in ("stage1", *CHATS)),  # stage 2 leaves the tower as it is
     *(

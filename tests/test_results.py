@@ -10,7 +10,8 @@ from PIL import Image
 
 from internvl.evaluation import captioning, results, zero_shot
 from internvl.evaluation.plots import mean_and_deviation, plot_ablation, plot_all, plot_stage1, series
-from internvl.evaluation.results import MODES, Sizes, evaluate_run, mean_recalls, tables
+from internvl.evaluation.results import Sizes, evaluate_run, mean_recalls, tables
+from internvl.modeling_internvl import MODES
 from internvl.training import captions
 
 
