@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ..training.captions import CAPTION_PROMPTS, LANGUAGES, caption, language_of
 from ..training.scenes import COLOURS, NUMBERS, SHAPES, WORDS, Scene, SceneObject, draw_scene
-from .features import pixel_values_of, run_command
+from .features import batches, pixel_values_of, run_command
 from .retrieval import held_out_scenes
 
 
@@ -171,8 +171,7 @@ def describe(
     """
     texts: list[str] = []
     end, pad = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
-    for start in range(0, len(pictures), batch_size):
-        batch = pictures[start : start + batch_size]
+    for batch in batches(pictures, batch_size, f"describing ({language})"):
         prompt = processor(text=[CAPTION_PROMPTS[language]] * len(batch), mode="caption", return_tensors="pt")
         tokens = model.generate(
             pixel_values=pixel_values_of(model, processor, batch),

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from ..training.scenes import (
@@ -29,6 +28,7 @@ from ..training.scenes import (
     sample_scene,
     scene_generator,
 )
+from .features import batches
 
 
 SMALL_TEXT = "small_text"
@@ -120,8 +120,7 @@ def answer_questions(
         The answers, without special tokens.
     """
     answers: list[str] = []
-    for start in tqdm(range(0, len(items), batch_size), desc="answering", leave=False):
-        batch = items[start : start + batch_size]
+    for batch in batches(items, batch_size, "answering"):
         conversations = [
             [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": text}]}]
             for picture, text in batch

@@ -3,21 +3,34 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from ..modeling_internvl import MODES
 
 
+Item = TypeVar("Item")
+
+
 def modes_of(model: PreTrainedModel) -> tuple[str, ...]:
     """InternVL-C, and InternVL-G if the model has queries."""
     return MODES if model.config.has_queries else MODES[:1]
+
+
+def batches(items: Sequence[Item], batch_size: int, doing: str) -> Iterator[Sequence[Item]]:
+    """Yields `batch_size` items at a time; on a terminal, a progress bar says what is being done with them."""
+    with tqdm(total=len(items), desc=doing, leave=False, disable=None, delay=1) as progress:
+        for start in range(0, len(items), batch_size):
+            batch = items[start : start + batch_size]
+            yield batch
+            progress.update(len(batch))
 
 
 @torch.inference_mode()
@@ -38,8 +51,8 @@ def embed_pictures(
         batch_size: Pictures per call.
     """
     rows = []
-    for start in range(0, len(pictures), batch_size):
-        pixels = pixel_values_of(model, processor, pictures[start : start + batch_size])
+    for batch in batches(pictures, batch_size, "embedding pictures"):
+        pixels = pixel_values_of(model, processor, batch)
         rows.append(F.normalize(model.get_image_features(pixels, mode=mode).float(), dim=-1).cpu())
     return torch.cat(rows)
 
@@ -65,10 +78,8 @@ def embed_texts(
         batch_size: Texts per call.
     """
     rows = []
-    for start in range(0, len(texts), batch_size):
-        inputs = processor(
-            text=list(texts[start : start + batch_size]), mode="contrastive", padding=True, return_tensors="pt"
-        ).to(model.device)
+    for batch in batches(texts, batch_size, "embedding texts"):
+        inputs = processor(text=list(batch), mode="contrastive", padding=True, return_tensors="pt").to(model.device)
         features = model.get_text_features(inputs["input_ids"], inputs["attention_mask"])
         rows.append(F.normalize(features.float(), dim=-1).cpu())
     return torch.cat(rows)
@@ -99,4 +110,4 @@ def run_command(description: str, evaluate: Callable[..., dict[str, Any]], **num
     sys.stdout.write(text + "\n")
 
 
-__all__ = ["embed_pictures", "embed_texts", "modes_of", "pixel_values_of", "run_command"]
+__all__ = ["batches", "embed_pictures", "embed_texts", "modes_of", "pixel_values_of", "run_command"]

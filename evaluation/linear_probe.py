@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..training.digits import Split
-from .features import pixel_values_of, run_command
+from .features import batches, pixel_values_of, run_command
 from .zero_shot import CLASSES, labelled_pictures
 
 
@@ -45,8 +45,8 @@ def vision_features(
     """Class token and mean of the patches (pictures, 2 D), of each picture as one tile."""
     tower = getattr(model, "vision_model", model)
     rows = []
-    for start in range(0, len(pictures), batch_size):
-        pixels = pixel_values_of(model, processor, pictures[start : start + batch_size])
+    for batch in batches(pictures, batch_size, "reading features"):
+        pixels = pixel_values_of(model, processor, batch)
         tokens = tower(pixels, return_dict=True).last_hidden_state.float()
         rows.append(torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1).cpu())
     return torch.cat(rows).numpy()

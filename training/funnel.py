@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from .broken_rows import BrokenRows
 from .pair_rows import IMAGE_COLUMNS, add_size, caption_of, metadata_of, picture_of
 from .shards import find_shards, read_shards
@@ -344,7 +346,8 @@ def run(options: argparse.Namespace, tell: Callable[[str], None]) -> int:
     """
     rules = RULES if options.rules is None else read_rules(options.rules)
     funnel, broken_rows = Funnel(options.stage, with_optional(rules, options.without)), BrokenRows()
-    for _ in funnel(metadata_rows(find_shards(options.data), broken_rows)):
+    rows = metadata_rows(find_shards(options.data), broken_rows)
+    for _ in funnel(tqdm(rows, desc="funnel", unit="pair", leave=False, disable=None)):
         pass
     report = {**funnel.report(), "broken": broken_rows.broken}
     for row in report["rules"]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
 from transformers import AutoProcessor
 
 from ..image_loading_internvl import read_image
@@ -30,7 +31,7 @@ class Fault:
 def find_faults(
     rows: JsonRows, images: str | Path | None = None, encoder: DialogueEncoder | None = None
 ) -> Iterator[Fault]:
-    """Reads every row and every picture of a file.
+    """Reads every row and every picture of a file, on a terminal behind a progress bar.
 
     Args:
         rows: The file.
@@ -41,7 +42,7 @@ def find_faults(
         A fault for each row that has one, in the order of the file.
     """
     images = rows.path.parent if images is None else images
-    for index in range(len(rows)):
+    for index in tqdm(range(len(rows)), desc=rows.path.name, unit="row", leave=False, disable=None):
         try:
             row = rows.read(index)
             if encoder is None:
@@ -96,7 +97,8 @@ def run(options: argparse.Namespace, tell: Callable[[str], None]) -> int:
         rows = JsonRows(name)
         num_rows += len(rows)
         for fault in find_faults(rows, options.images, encoder):
-            tell(str(fault))
+            with tqdm.external_write_mode():
+                tell(str(fault))
             bad[name] += 1
         if not len(rows):
             tell(f"{name}:1: There is no row in this file.")
