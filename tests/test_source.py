@@ -1,6 +1,7 @@
 """What the sources must not hold, read from their syntax trees: things that break remote loading, device maps or trust."""
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -175,7 +176,7 @@ def test_model_types_are_none_of_transformers_own():
 
 
 WATCH_IMPORTS = """
-import importlib, os, sys
+import importlib, json, os, sys
 import einops, numpy, PIL.Image, torch, transformers
 from transformers import GenerationMixin, PreTrainedModel  # their own lazy imports are not ours to judge
 seen = []
@@ -189,21 +190,33 @@ def watch(event, args):
                            "os.remove", "os.putenv", "os.exec", "os.fork", "os.posix_spawn")):
         seen.append(f"{event} {args}")
 sys.addaudithook(watch)
-importlib.import_module(sys.argv[1])
-print("SEEN", seen)
+seen_by = {}
+for name in sys.argv[1:]:
+    for loaded in [module for module in sys.modules if module.startswith("copied_model.")]:
+        del sys.modules[loaded]  # each is the first of its package to be imported
+    seen.clear()
+    importlib.import_module(f"copied_model.{name}")
+    seen_by[name] = list(seen)
+print(json.dumps(seen_by))
 """
 
 
-@pytest.mark.parametrize("name", [path.stem for path in FLAT])
-def test_importing_writes_connects_and_starts_nothing(name, tmp_path):
-    """The folder is imported as a package under another name, as the remote loader does, without the package's `__init__`."""
-    package = tmp_path / "copied_model"
+@pytest.fixture(scope="module")
+def seen_by(tmp_path_factory):
+    """What importing each file did; the folder is a package of another name, as for the remote loader, without our `__init__`."""
+    folder = tmp_path_factory.mktemp("imports")
+    package = folder / "copied_model"
     package.mkdir()
     (package / "__init__.py").touch()
     for path in FLAT:
         (package / path.name).write_bytes(path.read_bytes())
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-B", "-c", WATCH_IMPORTS, f"copied_model.{name}"]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-B", "-c", WATCH_IMPORTS, *(path.stem for path in FLAT)]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("SEEN []")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", [path.stem for path in FLAT])
+def test_importing_writes_connects_and_starts_nothing(name, seen_by):
+    assert seen_by[name] == []
