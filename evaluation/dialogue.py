@@ -5,18 +5,14 @@ saw. Answers are generated greedily and must equal the expected one, apart from 
 about small text are about large pictures only, and are asked twice: with tiles, and with the picture as one tile.
 """
 
-import argparse
-import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from ..training.scenes import (
     LAYOUTS,
@@ -28,7 +24,7 @@ from ..training.scenes import (
     sample_scene,
     scene_generator,
 )
-from .features import batches
+from .features import batches, run_command
 
 
 SMALL_TEXT = "small_text"
@@ -167,15 +163,22 @@ def ask(
 
 
 def evaluate_dialogue(
-    model: PreTrainedModel, processor: ProcessorMixin, count: int = 500, seed: int = 0, batch_size: int = 8
+    model: PreTrainedModel, processor: ProcessorMixin, questions: int = 500, seed: int = 0, batch_size: int = 8
 ) -> dict[str, Any]:
-    """Ask `count` held-out questions.
+    """Ask held-out questions.
+
+    Args:
+        model: A chat model.
+        processor: Its processor.
+        questions: How many.
+        seed: Of the held-out stream.
+        batch_size: Pictures per call.
 
     Returns:
         What `ask` gives, and "small_text_one_tile": the same questions about small text with every picture shown as one
         tile.
     """
-    asked = held_out_questions(count, seed)
+    asked = held_out_questions(questions, seed)
     small = [item for item in asked if item.question.kind == SMALL_TEXT]
     report = ask(model, processor, asked, batch_size)
     blurred = ask(model, processor, small, batch_size, max_num=1)
@@ -184,20 +187,8 @@ def evaluate_dialogue(
 
 def main() -> None:
     """Evaluate a checkpoint from the command line."""
-    parser = argparse.ArgumentParser(description="Dialogue accuracy on held-out generated pictures.")
-    parser.add_argument("model", help="checkpoint folder")
-    parser.add_argument("--questions", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--output", type=Path, help="write the report to this JSON file too")
-    arguments = parser.parse_args()
-    processor = AutoProcessor.from_pretrained(arguments.model)
-    model = AutoModelForImageTextToText.from_pretrained(arguments.model).eval()
-    report = evaluate_dialogue(model, processor, arguments.questions, arguments.seed, arguments.batch_size)
-    text = json.dumps(report, indent=2)
-    if arguments.output:
-        arguments.output.write_text(text + "\n", encoding="utf-8")
-    sys.stdout.write(text + "\n")
+    description = "Dialogue accuracy on held-out generated pictures."
+    run_command(description, evaluate_dialogue, questions=500, batch_size=8)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Embeddings of many pictures or texts by an `InternVLModel`, and what the commands that need them share."""
+"""Embeddings of many pictures or texts by an `InternVLModel`, and what all evaluations share: batches and the command line."""
 
 import argparse
 import json
@@ -96,7 +96,7 @@ def run_command(description: str, evaluate: Callable[..., dict[str, Any]], **num
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("model", help="checkpoint folder")
     parser.add_argument("--subfolder", default="", help="where in the folder the model lies")
-    for name, value in {**numbers, "seed": 0, "batch_size": 64}.items():
+    for name, value in {"seed": 0, "batch_size": 64, **numbers}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--output", type=Path, help="write the report to this JSON file too")
     options = vars(parser.parse_args())

@@ -69,7 +69,7 @@ def test_the_report_asks_small_text_again_with_one_tile(monkeypatch):
         return [right_answers[picture.tobytes(), text] for picture, text in items]
 
     monkeypatch.setattr("internvl.evaluation.dialogue.answer_questions", answer)
-    report = evaluate_dialogue(None, None, count=14)
+    report = evaluate_dialogue(None, None, questions=14)
     assert report["questions"] == 14
     assert report["accuracy"] == 1.0
     assert set(report["by_kind"]) == set(QUESTION_KINDS)

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import internvl
+from internvl.evaluation import dialogue, zero_shot
 from internvl.evaluation.captioning import evaluate_captioning
 from internvl.evaluation.features import embed_pictures
 from internvl.evaluation.zero_shot import CLASSES, accuracy, class_embeddings, labelled_pictures
@@ -213,7 +214,7 @@ def pair_processor(root):
     return AutoProcessor.from_pretrained(root, subfolder="internvl_g")
 
 
-@pytest.mark.parametrize("mode", ["InternVL-C", "InternVL-G"])
+@pytest.mark.parametrize("mode", MODES)
 def test_internvl_c_and_g_know_what_a_picture_shows(pair_model, pair_processor, mode):
     for kind in CLASSES:
         items = labelled_pictures(kind, 40)
@@ -248,6 +249,22 @@ def test_sub_folders_load_by_remote_code_without_the_package(root, tmp_path):
     done = run_without_the_package(script, str(root), folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["InternVLModel", "1", "192"]
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "options", "measured"),
+    [
+        (dialogue, ["--questions", "7"], {"questions": 7}),
+        (zero_shot, ["--subfolder", "internvl_g", "--pictures", "3", "--batch-size", "2"], {"pictures": 3}),
+    ],
+)
+def test_evaluations_run_from_the_command_line(root, evaluation, options, measured, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "report.json"
+    monkeypatch.setattr(sys, "argv", ["evaluation", str(root), *options, "--output", str(output)])
+    evaluation.main()
+    report = json.loads(output.read_text())
+    assert report.items() >= measured.items()
+    assert json.loads(capsys.readouterr().out) == report
 
 
 def test_weights_are_finite(model):

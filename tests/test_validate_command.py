@@ -1,5 +1,6 @@
 """`python -m internvl.training validate`: file, line and reason of each bad row, summary, exit code."""
 
+import io
 import json
 import subprocess
 import sys
@@ -38,6 +39,22 @@ def as_lines(rows: list) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------ reports
+class Terminal(io.StringIO):
+    """Standard error of somebody who looks on."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stream", "is_shown"), [(Terminal(), True), (io.StringIO(), False)])
+def test_progress_is_shown_on_a_terminal_only(folder, monkeypatch, stream, is_shown):
+    path = folder / "rows.jsonl"
+    path.write_text(as_lines([GOOD] * 3))
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert main(["validate", str(path)]) == 0
+    assert ("rows.jsonl:   0%" in stream.getvalue()) == is_shown
+
+
 @pytest.mark.parametrize("ending", ["json", "jsonl"])
 def test_good_files_pass(folder, capsys, ending):
     path = folder / f"rows.{ending}"
