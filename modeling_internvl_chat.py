@@ -59,6 +59,8 @@ PLACEHOLDERS_HINT = (
     "The number of image placeholders in the text differs from that of the image features. Pass the tiles of every picture in the text, "
     "in order, and do not truncate the text. Run it on the CPU to see the numbers."
 )
+# Weights of a decoder's head, by the names of the published checkpoints.
+LANGUAGE_HEADS = ("language_model.lm_head.", "language_model.output.")
 # Scores of a token and a head that written-out attention has in memory at a time; tests measure it.
 EAGER_SCORES = 5
 TILES_HINT = "`num_patches` does not sum to the number of tiles in `pixel_values`."
@@ -241,7 +243,6 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
     """
 
     vision_chunk_bytes: int = 2**30
-    _keys_to_ignore_on_load_unexpected: list[str] | None = [r"^language_model\.(lm_head|output)\."]
     _has_language_head = False
 
     def __init__(self, config: InternVLChatConfig) -> None:
@@ -262,6 +263,17 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
             self.query_tokens = nn.Parameter(torch.empty(1, qllama_config.num_query_token, qllama_config.hidden_size))
             self.mlp2 = build_projector(qllama_config.hidden_size, width, config.projector_type)
         self.post_init()
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        """As in transformers; a headless model is not surprised by the head of the checkpoint.
+
+        Not by `_keys_to_ignore_on_load_unexpected`: vLLM adds a head of its own to this class, and loads no weight that stands there.
+        """
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        if not self._has_language_head:
+            loading_info.unexpected_keys = {
+                name for name in loading_info.unexpected_keys if not name.startswith(LANGUAGE_HEADS)
+            }
 
     @property
     def num_image_token(self) -> int:
@@ -541,7 +553,6 @@ class InternVLChatForConditionalGeneration(InternVLChatBaseModel, GenerationMixi
     """InternVL-Chat; `config.connector` says what the decoder sees of a tile."""
 
     _auto_class = "AutoModelForImageTextToText"
-    _keys_to_ignore_on_load_unexpected = None
     _has_language_head = True
 
     def __init__(self, config: InternVLChatConfig) -> None:
