@@ -109,20 +109,19 @@ def end_branch(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def activation_bytes_per_token(config: InternViTConfig, element_size: int) -> int:
-    """The most memory that a token takes in the tower beside its weights, without gradients.
+    """The most memory that the tensors of a token take in the tower beside its weights, without gradients.
 
     The embeddings (D numbers) are there throughout. A block is at its widest either in the MLP, with the block's input, its sum with
     the attention's output, the normed sum (3 D), the wide layer (before and after its activation, unless that is in place) and, where
     it is, the output (D); or in the attention: the input and the normed input (2 D), the packed q, k, v (3 D), the output and its
-    rearranged copy (2 D), and normed q and k (2 D) or, in half precision, the norm's fp32 copies (4 bytes each, two at a time); without
-    a norm, the kernel's buffers come to about as much in half precision. This holds for kernels that do not write the weights of
-    attention out (sdpa, flash).
+    rearranged copy (2 D), and normed q and k (2 D) or, in half precision, the norm's fp32 copies (4 bytes each, two at a time). This
+    holds for kernels that do not write the weights of attention out (sdpa, flash). What a kernel allocates for itself while it runs
+    differs by processor and is not counted.
     """
     width, is_in_place = config.hidden_size, config.hidden_act == "gelu"
     mlp = (5 * width + config.intermediate_size) if is_in_place else (4 * width + 2 * config.intermediate_size)
-    is_half = element_size < torch.float32.itemsize
-    attention = (10 if is_half or config.qk_normalization else 8) * width * element_size
-    if is_half and config.qk_normalization:
+    attention = (10 if config.qk_normalization else 8) * width * element_size
+    if element_size < torch.float32.itemsize and config.qk_normalization:
         attention = max(attention, width * (7 * element_size + 2 * torch.float32.itemsize))
     return max(mlp * element_size, attention)
 

@@ -11,13 +11,13 @@ from collections import Counter
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, StaticCache
 
 from internvl.configuration_internvl import InternVLChatConfig
 from internvl.modeling_internvl_chat import PLACEHOLDERS_HINT, TILES_HINT, InternVLChatForConditionalGeneration
 
 from . import tiny
+from .live_bytes import LiveBytes
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
@@ -39,32 +39,6 @@ class Operations(TorchDispatchMode):
 
     def among(self, names) -> dict[str, int]:
         return {name: count for name, count in self.counts.items() if name in names}
-
-
-class LiveBytes(TorchDispatchMode):
-    """The most that tensors made inside took at one time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live, self.now, self.peak = {}, 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        given = {tensor.untyped_storage()._cdata for tensor in tensors((args, kwargs))}
-        for storage in (tensor.untyped_storage() for tensor in tensors(output)):
-            if storage._cdata not in given and storage._cdata not in self.live:
-                self.live[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self.free, storage._cdata)
-        self.peak = max(self.peak, self.now)
-        return output
-
-    def free(self, key: int) -> None:
-        self.now -= self.live.pop(key)
-
-
-def tensors(values) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 def unpadded(model) -> dict[str, torch.Tensor]:
