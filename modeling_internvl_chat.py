@@ -544,7 +544,10 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
 # On loading the headless decoder drops one level of the published names, on saving it gets it back.
 register_checkpoint_conversion_mapping(
     InternVLChatBaseModel.__name__,
-    [WeightRenaming(r"^language_model\.model\.", "language_model.")],
+    [
+        WeightRenaming(r"^language_model\.model\.", "language_model."),
+        WeightRenaming(r"^language_model\.output\.", "language_model.lm_head."),  # so that vLLM finds InternLM2's
+    ],
     overwrite=True,  # this file may be imported under several names
 )
 
@@ -558,6 +561,16 @@ class InternVLChatForConditionalGeneration(InternVLChatBaseModel, GenerationMixi
     def __init__(self, config: InternVLChatConfig) -> None:
         super().__init__(config)
         self.system_message = self.conv_template.default_system_message if self.conv_template else None
+
+    @classmethod
+    def _from_config(cls, config: InternVLChatConfig, **kwargs: Any) -> InternVLChatBaseModel:
+        """As in transformers; for vLLM the model without its head.
+
+        vLLM takes its model from `AutoModel.from_config`, which by transformers' custom has no head, and adds one of its own. The
+        published repositories have the whole model there. What tells vLLM is the decoder's attention, which exists only inside it."""
+        if config.text_config._attn_implementation == "vllm":
+            return InternVLChatBaseModel._from_config(config, **kwargs)
+        return super()._from_config(config, **kwargs)
 
     @property
     def base_model(self) -> InternVLChatBaseModel:

@@ -1,16 +1,59 @@
-"""What serving engines ask of the classes, without an engine; `make engines` runs the engines themselves."""
+"""What vLLM's Transformers backend asks of the classes, without vLLM; `make engines` runs the engine itself."""
 
 import re
 
 import pytest
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.modeling_utils import AttentionInterface
+
+from internvl.layers_internvl import eager_attention_forward
+from internvl.modeling_internvl_chat import InternVLChatBaseModel, InternVLChatForConditionalGeneration
 
 from . import tiny
 
 
-@pytest.mark.parametrize("decoder", tiny.DECODERS)
-@pytest.mark.parametrize("connector", ["patches", "queries_and_patches"])
+each_connector = pytest.mark.parametrize("connector", ["patches", "queries_and_patches"])
+each_decoder = pytest.mark.parametrize("decoder", tiny.DECODERS)
+
+
+def as_vllm_asks(monkeypatch, decoder: str = "llama", connector: str = "patches"):
+    """A configuration as vLLM hands it to `AutoModel.from_config`: the decoder has vLLM's attention."""
+    monkeypatch.setitem(AttentionInterface._global_mapping, "vllm", eager_attention_forward)
+    config = tiny.chat_config(decoder, connector)
+    config.text_config._attn_implementation = "vllm"
+    return config
+
+
+@each_decoder
+@each_connector
 def test_no_class_has_a_loader_leave_out_a_weight_of_the_whole_model(decoder, connector):
     """vLLM adds the head to the headless class, and drops what that class calls unexpected."""
     weights = tiny.chat_model(decoder, connector).state_dict()
     ignored = tiny.chat_base_model(decoder, connector)._keys_to_ignore_on_load_unexpected
     assert [name for name in weights for pattern in ignored if re.search(pattern, name)] == []
+
+
+def test_vllm_is_given_the_model_without_a_head(monkeypatch):
+    model = AutoModel.from_config(as_vllm_asks(monkeypatch))
+    assert type(model) is InternVLChatBaseModel
+    assert model.get_output_embeddings() is None
+    assert model.language_model.config._attn_implementation == "vllm"
+
+
+@pytest.mark.parametrize("door", [AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText])
+@pytest.mark.parametrize("attention", [None, "sdpa", "eager"])
+def test_everyone_else_is_given_the_whole_model(door, attention):
+    settings = {} if attention is None else {"attn_implementation": attention}
+    assert type(door.from_config(tiny.chat_config(), **settings)) is InternVLChatForConditionalGeneration
+
+
+@each_decoder
+@each_connector
+def test_every_weight_of_the_whole_model_has_a_place_in_vllm(decoder, connector, monkeypatch):
+    """In the headless model, or in the head that vLLM finds as the last `lm_head`, whatever the decoder calls it."""
+    base = AutoModel.from_config(as_vllm_asks(monkeypatch, decoder, connector))
+    names = set(tiny.chat_model(decoder, connector).state_dict())
+    for renaming in get_model_conversion_mapping(base, add_legacy=False):
+        names = {renaming.rename_source_key(name)[0] for name in names}
+    assert names - set(base.state_dict()) == {"language_model.lm_head.weight"}
