@@ -12,8 +12,8 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 from transformers.utils.versions import require_version
 
 
-# Every entry into the package passes this file. 4.x and the first 5.x releases lack the attention and output seams used here.
-require_version("transformers>=5.12,<6", "The InternVL package is tested on transformers 5.12.0 to 5.23.0.")
+# Every entry into the package passes this file. Releases before 5.17 write remote code to disk before they ask whether to trust it.
+require_version("transformers>=5.19,<6", "The InternVL package is tested on transformers 5.19.0 to 5.23.0.")
 
 from transformers.backbone_utils import BackboneConfigMixin  # noqa: E402  (absent before the supported range)
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES  # noqa: E402

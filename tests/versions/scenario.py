@@ -17,10 +17,14 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
-
-# Not from the top level: up to 5.16 that is a placeholder which raises where torchvision is missing.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
 
 
 QUESTION = "What is shown?"
