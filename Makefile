@@ -17,11 +17,14 @@ endif
 demo: $(READY)
 	$(PYTHON) -m internvl.demo
 
+# One worker a core, but no more than eight: each takes some 3 GB. A file's tests stay together, since they share fixtures.
+PYTEST := -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+
 test: $(READY)
-	$(PYTHON) -m pytest
+	$(PYTHON) $(PYTEST)
 
 test-all: $(READY)
-	$(PYTHON) -m pytest -m 'not released'
+	$(PYTHON) $(PYTEST) -m 'not released'
 
 # mypy names a package after its folder, and a clone may be called anything: it reads the sources through a link.
 check: $(READY)

@@ -1,5 +1,6 @@
-"""What every test shares: the folder of the repository, and skips for machines that lack a device."""
+"""What every test shares: the folder of the repository, the cores of the machine, and skips for machines that lack a device."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,14 @@ def finished_default_run(tmp_path_factory) -> Path:
     with few_scenes_and_one_thread():
         train(tiny_run(), folder, use_bf16=False)
     return folder
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers of pytest-xdist share the cores, which torch would otherwise take in each of them and in the processes they start."""
+    num_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if num_workers > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_workers)))
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
