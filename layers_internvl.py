@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import nn
+from torch import distributed, nn
 from transformers import PretrainedConfig
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -39,6 +39,35 @@ def eager_attention_forward(
     weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(value.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+# How a projection is shared out where each process has some of the heads, and how where each has all: the weights, and the products
+# with them, are shared out all the same.
+WHOLE_ATTENTION = {"colwise": "colwise_gather_output", "rowwise": "rowwise_split_input"}
+# What mends the gradients of weights that each process has whole, but reads for its own heads only.
+PARTIAL_GRADIENTS = ("replicated_with_grad_allreduce", "mla_kv_a_proj")
+
+
+def plan_without_cut_heads(plan: dict[str, str], config: PretrainedConfig) -> dict[str, str]:
+    """A tensor-parallel plan for these processes: where they cannot share the heads evenly, each computes the attention whole.
+
+    Between models that are parallel in other ways too, fewer processes share the heads than there are: then more than needed may be
+    computed, never too little.
+
+    Args:
+        plan: Names of modules and how they are shared out; attention modules have "attn" or "attention" in their names.
+        config: Says how many heads the attention has.
+    """
+    processes = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    heads = config.num_attention_heads
+    if not any(count % processes for count in (heads, getattr(config, "num_key_value_heads", None) or heads)):
+        return plan
+    attention = {name for name in plan if "attn" in name or "attention" in name}
+    return {
+        name: WHOLE_ATTENTION.get(how, how) if name in attention else how
+        for name, how in plan.items()
+        if name not in attention or how not in PARTIAL_GRADIENTS
+    }
 
 
 class InternVLRMSNorm(nn.Module):

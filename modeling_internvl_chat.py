@@ -47,6 +47,7 @@ from .conversation_internvl import (
     with_image_placeholder,
 )
 from .hub_internvl import HubModelMixin
+from .layers_internvl import plan_without_cut_heads
 from .modeling_internlm2 import InternLM2ForCausalLM, InternLM2Model
 from .modeling_internvit import InternVisionModel, activation_bytes_per_token
 from .modeling_qllama import QLlamaModel
@@ -140,9 +141,20 @@ def require(condition: torch.Tensor, hint: str, message: Callable[[], str]) -> N
 def build_decoder(config: Any, has_head: bool) -> PreTrainedModel:
     """The language model of a decoder configuration, in the default dtype of the moment."""
     if config.model_type == "internlm2":
-        return InternLM2ForCausalLM(config) if has_head else InternLM2Model(config)
-    auto_class: Any = AutoModelForCausalLM if has_head else AutoModel
-    return auto_class.from_config(config, dtype=torch.get_default_dtype())
+        decoder: Any = InternLM2ForCausalLM(config) if has_head else InternLM2Model(config)
+    else:
+        auto_class: Any = AutoModelForCausalLM if has_head else AutoModel
+        decoder = auto_class.from_config(config, dtype=torch.get_default_dtype())
+    if not is_for_vllm(
+        config
+    ):  # which shares out the heads itself, and copies key/value heads where there are too few
+        decoder._tp_plan = plan_without_cut_heads(decoder._tp_plan, config)
+    return decoder
+
+
+def is_for_vllm(config: Any) -> bool:
+    """Whether vLLM builds the model around this decoder configuration: it has the attention that exists only inside vLLM."""
+    return config._attn_implementation == "vllm"
 
 
 class ImageTokenBlocker(LogitsProcessor):
@@ -567,8 +579,8 @@ class InternVLChatForConditionalGeneration(InternVLChatBaseModel, GenerationMixi
         """As in transformers; for vLLM the model without its head.
 
         vLLM takes its model from `AutoModel.from_config`, which by transformers' custom has no head, and adds one of its own. The
-        published repositories have the whole model there. What tells vLLM is the decoder's attention, which exists only inside it."""
-        if config.text_config._attn_implementation == "vllm":
+        published repositories have the whole model there."""
+        if is_for_vllm(config.text_config):
             return InternVLChatBaseModel._from_config(config, **kwargs)
         return super()._from_config(config, **kwargs)
 

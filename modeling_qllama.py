@@ -31,7 +31,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_internvl import QLlamaConfig
-from .layers_internvl import InternVLRMSNorm, eager_attention_forward
+from .layers_internvl import InternVLRMSNorm, eager_attention_forward, plan_without_cut_heads
 from .visibility_qllama import VISIBILITIES, Readings, mask_functions, rows_of, text_positions
 
 
@@ -232,11 +232,10 @@ class QLlamaModel(QLlamaPreTrainedModel):
         self.norm = InternVLRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
+        self._tp_plan: dict[str, str] = plan_without_cut_heads(self._tp_plan, config)
         if not config.has_queries:
             # transformers warns of a plan that names parts which are not there.
-            self._tp_plan: dict[str, str] = {
-                name: how for name, how in self._tp_plan.items() if "cross_attn" not in name
-            }
+            self._tp_plan = {name: how for name, how in self._tp_plan.items() if "cross_attn" not in name}
 
     @merge_with_config_defaults
     @capture_outputs

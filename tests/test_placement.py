@@ -9,6 +9,9 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 
+from internvl.configuration_internvl import InternVLConfig
+from internvl.modeling_internvl import InternVLModel
+
 from . import tiny, two_processes
 
 
@@ -32,11 +35,40 @@ CASES = {
     "chat-queries": chat_case("queries"),
     "chat-full": chat_case("queries_and_patches"),
 }
+
+
+def qllama_case(**heads):
+    config = InternVLConfig(
+        vision_config=tiny.VISION, qllama_config={**tiny.QLLAMA, **heads}, clip_embed_dim=12, attn_pool_num_heads=4
+    )
+    return lambda: tiny.randomize(InternVLModel(config)), tiny.MODELS["InternVLModel-G"][1]
+
+
+def decoder_case(decoder: str, **heads):
+    return lambda: tiny.chat_model(decoder, text_config={**tiny.DECODERS[decoder], **heads}), tiny.chat_inputs
+
+
+# Heads that two processes cannot share, of QLLaMA or of the decoder; or key/value heads alone.
+ODD_HEADS = {
+    "14B-3-heads": qllama_case(num_attention_heads=3),
+    "14B-1-kv-head": qllama_case(num_key_value_heads=1),
+    "full-3-heads": (
+        lambda: tiny.chat_model(
+            connector="queries_and_patches", qllama_config={**tiny.QLLAMA, "num_attention_heads": 3}
+        ),
+        tiny.chat_inputs,
+    ),
+    "llama-3-heads": decoder_case("llama", hidden_size=60, num_attention_heads=3, num_key_value_heads=3),
+    "qwen3-3-kv-heads": decoder_case("qwen3", hidden_size=60, num_attention_heads=6, num_key_value_heads=3),
+    "internlm2-1-kv-head": decoder_case("internlm2", num_key_value_heads=1),
+    "experts-1-kv-head": decoder_case("qwen3_moe", num_key_value_heads=1),
+}
+SHARED_OUT = CASES | ODD_HEADS
 each_case = pytest.mark.parametrize("name", list(CASES))
 
 
 def build(name: str):
-    make, make_inputs = CASES[name]
+    make, make_inputs = SHARED_OUT[name]
     model = make()
     return model, make_inputs(model)
 
@@ -50,9 +82,10 @@ def run(model, inputs) -> torch.Tensor:
 
 def caption_inputs(name: str, model, inputs: dict) -> dict | None:
     """Arguments of `generate`, or None where a model generates no text."""
-    if name.startswith("chat"):
+    if model.config.model_type == "internvl_chat_model":
         return inputs
-    return {"pixel_values": inputs["pixel_values"]} if name == "14B-G" else None
+    is_caption_model = name.startswith("14B") and name != "14B-C"
+    return {"pixel_values": inputs["pixel_values"]} if is_caption_model else None
 
 
 def num_bytes(model) -> int:
@@ -148,7 +181,7 @@ def tensor_parallel_runs(tmp_path_factory):
     """Every case in one pair of processes: starting them takes longer than running them."""
     folder = tmp_path_factory.mktemp("tensor_parallel")
     expected = {}
-    for name in CASES:
+    for name in SHARED_OUT:
         model, inputs = build(name)
         arguments = caption_inputs(name, model, inputs)
         if "input_ids" in inputs:
@@ -165,7 +198,7 @@ def tensor_parallel_runs(tmp_path_factory):
     return expected, two_processes.run("tensor_parallel", folder)
 
 
-@each_case
+@pytest.mark.parametrize("name", SHARED_OUT)
 def test_tensor_parallelism_changes_nothing(name, tensor_parallel_runs):
     expected, ranks = tensor_parallel_runs
     for rank in ranks:
@@ -174,7 +207,7 @@ def test_tensor_parallelism_changes_nothing(name, tensor_parallel_runs):
             assert torch.equal(rank[name]["tokens"], expected[name]["tokens"])
 
 
-@each_case
+@pytest.mark.parametrize("name", SHARED_OUT)
 def test_each_process_holds_half_of_every_large_matrix(name, tensor_parallel_runs):
     """Of the vision tower, QLLaMA with its cross-attention, and the decoder."""
     expected, ranks = tensor_parallel_runs
