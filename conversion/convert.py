@@ -2,8 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,10 @@ from .output.model_card import write_card
 from .output.records import MANIFEST_FILE, hashes_of
 from .output.repository import write_json
 from .output.shards import write_shards
+from .output.target import complete_or_nothing, place_of
 from .output.tokenizer_files import check_tokenizer, copy_tokenizer, image_token_id_of, needed_image_tokens
 from .plan import INPUT_OPTIONS, Plan, name_dtypes, name_size, plan_conversion
+from .sources.damages import describing
 from .sources.source import open_file
 from .tensors import TensorReader
 from .verify import Verification, compare_with_source
@@ -58,13 +59,14 @@ def convert(
     """
     out = Path(out)
     inputs = (source, *(options.get(name) for name in INPUT_OPTIONS))
-    _check_target(out, overwrite, [Path(path) for path in inputs if path is not None])
+    place = place_of(out, overwrite, [Path(path) for path in inputs if path is not None])
     plan = plan_conversion(source, **options)
     for line in plan.describe():
         report(line)
-    with _complete_or_nothing(out) as folder:
+    with complete_or_nothing(out, place, overwrite) as folder:
         _check_space(folder, plan.num_bytes)
-        _write_all_but_weights(folder, plan, report)
+        with describing(plan.source.folder):
+            _write_all_but_weights(folder, plan, report)
         with TensorReader(open_file) as reader:
             hashes = write_shards(folder, plan.written, reader, max_shard_size, show_progress)
         write_json(folder / MANIFEST_FILE, _manifest(folder, plan, hashes))
@@ -121,44 +123,11 @@ def _image_token_id(
     return given
 
 
-# --------------------------------------------------------------------------------------------------- where it is written
-def _check_target(out: Path, overwrite: bool, inputs: list[Path]) -> None:
-    place = out.resolve()
-    for path in inputs:
-        if path.resolve() == place or place in path.resolve().parents:
-            raise ValueError(f"OUT (`{out}`) must be a folder of its own, and not hold the input `{path}`.")
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise FileExistsError(f"OUT (`{out}`) must be a folder, but is a file. Give another name.")
-    if any(out.iterdir()) and not overwrite:
-        raise FileExistsError(f"OUT (`{out}`) is not empty. Give another folder, or replace it with `--overwrite`.")
-
-
-@contextmanager
-def _complete_or_nothing(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name when all went well, and else vanishes."""
-    partial, replaced = (out.parent / f".{out.name}.{state}" for state in ("incomplete", "replaced"))
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    if replaced.exists() and not out.exists():
-        replaced.rename(out)  # that run was killed between the two renames below
-    shutil.rmtree(replaced, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if out.exists():
-            out.rename(replaced)
-        partial.rename(out)
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def _check_space(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise OSError(
-            f"The result needs {name_size(num_bytes)}, but the disk of `{folder.parent}` has {name_size(free)} left."
+            f"The result needs {name_size(num_bytes)}, but the disk of `{folder.parents[1]}` has {name_size(free)} left."
         )
 
 

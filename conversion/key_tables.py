@@ -83,8 +83,8 @@ LLAVA_TEMPLATE = "vicuna_v1"
 # `PretrainedConfig` once wrote all of its own keys into every nested configuration. These say nothing, whatever their value:
 # they belong to the machine, the code or the release that wrote the file.
 MEANINGLESS_KEYS = frozenset(
-    "_name_or_path _commit_hash _attn_implementation_internal _attn_implementation_autoset _experts_implementation_internal "
-    "architectures attn_implementation auto_map dtype torch_dtype transformers_version".split()
+    "_name_or_path _commit_hash _attn_implementation _attn_implementation_internal _attn_implementation_autoset "
+    "_experts_implementation_internal architectures attn_implementation auto_map dtype torch_dtype transformers_version".split()
 )
 # These say nothing where they hold their old default.
 OLD_DEFAULTS: dict[str, Any] = {
@@ -167,3 +167,8 @@ SENTENCEPIECE_TOKENIZERS = ("LlamaTokenizer", "InternLM2Tokenizer")
 # Those of the models are part of their configurations (`hub_auto_map`).
 IMAGE_PROCESSOR_AUTO_MAP = {"AutoImageProcessor": "image_processing_internvl.InternVLImageProcessor"}
 PROCESSOR_AUTO_MAP = {"AutoProcessor": "processing_internvl.InternVLProcessor"}
+# Modules that a result of any form may hold, and the only ones that its `auto_map`s name.
+OWN_MODULES = frozenset(
+    "configuration_intern_vit configuration_internlm2 configuration_internvl configuration_internvl_chat image_processing_internvl "
+    "modeling_intern_vit modeling_internlm2 modeling_internvit modeling_internvl modeling_internvl_chat processing_internvl".split()
+)

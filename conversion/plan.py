@@ -24,6 +24,7 @@ from .output.shards import cast
 from .output.tokenizer_files import has_tokenizer
 from .rules import Tensors, Translation, names_before, translate
 from .sources.adapters import merge_adapters
+from .sources.damages import describing
 from .sources.llava_parts import complete_llava
 from .sources.raw_files import join_raw_files
 from .sources.source import Source, open_file, open_source
@@ -34,6 +35,8 @@ from .verify import stored_state
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Options of `plan_conversion` that name files or folders which are read.
 INPUT_OPTIONS = ("tokenizer", "head", "base", "vision_tower", "vision_config")
+# Above it, a number of layers is compared with the number of tensors first.
+LARGEST_DEPTH = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,40 +141,43 @@ def plan_conversion(
         raise ValueError(f"`dtype` must be one of auto, {', '.join(DTYPES)}, got {dtype!r}.")
     if to not in FORMS:
         raise ValueError(f"`to` must be one of {', '.join(FORMS)}, got {to!r}.")
-    opened = join_raw_files(_with_num_heads(open_source(source), num_heads), head)
-    opened = complete_llava(merge_adapters(opened, lora_alpha, base), vision_tower, vision_config)
-    layout = recognise(opened)
-    _check_effect(layout, tokenizer=tokenizer, image_token_id=image_token_id, num_heads=num_heads)
-    folder = Path(tokenizer) if tokenizer is not None else opened.folder
-    has_text = layout.result.kind != "vision" and (tokenizer is not None or has_tokenizer(folder))
-    tokenizer_folder = folder if has_text else None
-    records = read_records(opened)
-    sizes = {"image_size": image_size, "patch_size": patch_size}
-    sizes = {**layout.wanted_sizes(opened), **{key: size for key, size in sizes.items() if size is not None}}
-    asked = [resize_tower(**sizes)] if sizes else []
-    asked += [drop_blocks_above] if drop_unused_blocks else []
-    asked += (
-        [adding_image_token(tokenizer_folder, image_token_id, layout.build_config)] if layout.lacks_image_token else []
-    )
-    draft, translation = _draft(opened, layout, [*asked, *_decoder_edits(to, llama_decoder, records), *edits])
-    tensors, same = _compared(opened, layout, draft, translation, dtype)
-    settings = draft.settings
-    settings["architectures"] = [layout.result.model_class.__name__]
-    settings["auto_map"] = layout.result.auto_map
-    # Parts that were frozen in training may outnumber what was trained, and must not decide.
-    settings["dtype"] = name_dtypes([opened.dtype]) if opened.dtype and dtype == "auto" else _main_dtype(tensors)
-    settings |= {} if image_token_id is None else {"image_token_id": image_token_id}
-    content = Content(
-        source=opened,
-        layout=layout,
-        settings=settings,
-        config=layout.build_config(settings),
-        tensors=tensors,
-        image_size=draft.image_size,
-        tokenizer_folder=tokenizer_folder,
-        records={**records, **_own_record(opened, layout, same)},
-    )
-    return _in_form(content, FORMS[to], draft)
+    with describing(Path(source)):
+        opened = join_raw_files(_with_num_heads(open_source(source), num_heads), head)
+        opened = complete_llava(merge_adapters(opened, lora_alpha, base), vision_tower, vision_config)
+        layout = recognise(opened)
+        _check_effect(layout, tokenizer=tokenizer, image_token_id=image_token_id, num_heads=num_heads)
+        folder = Path(tokenizer) if tokenizer is not None else opened.folder
+        has_text = layout.result.kind != "vision" and (tokenizer is not None or has_tokenizer(folder))
+        tokenizer_folder = folder if has_text else None
+        records = read_records(opened)
+        sizes = {"image_size": image_size, "patch_size": patch_size}
+        sizes = {**layout.wanted_sizes(opened), **{key: size for key, size in sizes.items() if size is not None}}
+        asked = [resize_tower(**sizes)] if sizes else []
+        asked += [drop_blocks_above] if drop_unused_blocks else []
+        asked += (
+            [adding_image_token(tokenizer_folder, image_token_id, layout.build_config)]
+            if layout.lacks_image_token
+            else []
+        )
+        draft, translation = _draft(opened, layout, [*asked, *_decoder_edits(to, llama_decoder, records), *edits])
+        tensors, same = _compared(opened, layout, draft, translation, dtype)
+        settings = draft.settings
+        settings["architectures"] = [layout.result.model_class.__name__]
+        settings["auto_map"] = layout.result.auto_map
+        # Parts that were frozen in training may outnumber what was trained, and must not decide.
+        settings["dtype"] = name_dtypes([opened.dtype]) if opened.dtype and dtype == "auto" else _main_dtype(tensors)
+        settings |= {} if image_token_id is None else {"image_token_id": image_token_id}
+        content = Content(
+            source=opened,
+            layout=layout,
+            settings=settings,
+            config=layout.build_config(settings),
+            tensors=tensors,
+            image_size=draft.image_size,
+            tokenizer_folder=tokenizer_folder,
+            records={**records, **_own_record(opened, layout, same)},
+        )
+        return _in_form(content, FORMS[to], draft)
 
 
 def _check_effect(
@@ -241,6 +247,7 @@ def _with_num_heads(source: Source, num_heads: int | None) -> Source:
 def _draft(source: Source, layout: Layout, edits: Sequence[Edit]) -> tuple[Draft, Translation]:
     """The model in today's names, with every change that was asked for."""
     settings = layout.map_config(source)
+    _check_depths(source, settings)
     derived = {name: "a buffer that is computed" for name in source.tensors if _is_derived(name)}
     weights = {name: tensor for name, tensor in source.tensors.items() if name not in derived}
     translation = translate(weights, layout.rules, settings)
@@ -248,6 +255,18 @@ def _draft(source: Source, layout: Layout, edits: Sequence[Edit]) -> tuple[Draft
     for edit in edits:
         edit(draft)
     return draft, translation
+
+
+def _check_depths(source: Source, settings: dict[str, Any]) -> None:
+    """Refuses numbers of layers that no source of this many tensors has, before anything is built from them."""
+    parts = {"": settings, **{f"{key}.": part for key, part in settings.items() if isinstance(part, dict)}}
+    for prefix, part in parts.items():
+        depth = part.get("num_hidden_layers", 0)
+        if isinstance(depth, int) and depth > max(LARGEST_DEPTH, len(source.tensors)):
+            raise ValueError(
+                f"`{source.folder / 'config.json'}` says `{prefix}num_hidden_layers` {depth:,}, but the weights are {len(source.tensors)} "
+                "tensors. Put the config.json in its place that was published with them."
+            )
 
 
 # ------------------------------------------------------------------------------------------------------ what is compared

@@ -24,6 +24,7 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer, GenerationConf
 from internvl.configuration_internvl import InternViTConfig, InternVLChatConfig, InternVLConfig
 from internvl.conversion import convert
 from internvl.conversion.__main__ import main
+from internvl.conversion.output import target
 from internvl.conversion.output.repository import code_files
 from internvl.conversion.sources.source import open_source
 from internvl.modeling_internvl import InternVLModel
@@ -473,14 +474,28 @@ def test_a_single_file_may_be_named(vit, tmp_path):
     assert weights_of(out).keys() == load_file(vit / "model.safetensors").keys()
 
 
+def as_in_the_hubs_cache(source: Path, cache: Path) -> Path:
+    """The snapshot of a repository as `huggingface_hub` keeps it: links to its blobs."""
+    repository = cache / "models--OpenGVLab--InternViT"
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for number, file in enumerate(sorted(source.iterdir())):
+        file.replace(repository / "blobs" / str(number))
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    return snapshot
+
+
 def test_links_as_in_the_hubs_cache_are_followed(vit, tmp_path):
-    blob = tmp_path / "blobs" / "abc"
-    blob.parent.mkdir()
-    (vit / "model.safetensors").replace(blob)
-    (vit / "model.safetensors").symlink_to(blob)
-    converted, source = weights_of(run(vit, tmp_path / "out")), load_file(blob)
-    assert converted.keys() == source.keys()
-    assert all(torch.equal(converted[name], source[name]) for name in source)
+    wanted = load_file(vit / "model.safetensors")
+    snapshot = as_in_the_hubs_cache(vit, tmp_path)
+    found = weights_of(run(snapshot, tmp_path / "out"))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    # Also through a link to the snapshot itself, and one of its files.
+    (tmp_path / "link").symlink_to(snapshot)
+    run(tmp_path / "link", tmp_path / "out2")
+    run(snapshot / "model.safetensors", tmp_path / "out3")
 
 
 @pytest.mark.parametrize(
@@ -751,22 +766,114 @@ def test_a_failed_run_leaves_nothing_and_keeps_what_was_there(vit, tmp_path, mon
     assert {path.name for path in tmp_path.iterdir()} == {"out", vit.name}
 
 
-def test_what_a_killed_run_left_is_swept_away(vit, tmp_path):
-    left = tmp_path / ".out.incomplete"
+def left_by_a_killed_run(folder: Path, **content: str) -> Path:
+    """What lies beside `out` when the process was killed: a folder of that run, whose lock nobody holds."""
+    left = folder / ".out.0123abcd.incomplete"
     left.mkdir()
-    (left / "half.safetensors").write_text("half")
+    (left / "conversion.lock").touch()
+    for name, text in content.items():
+        (left / name).mkdir()
+        (left / name / "file.txt").write_text(text)
+    return left
+
+
+def test_what_a_killed_run_left_is_swept_away(vit, tmp_path):
+    left = left_by_a_killed_run(tmp_path, new="half")
     out = run(vit, tmp_path / "out")
     assert not left.exists()
-    assert not (out / "half.safetensors").exists()
+    assert not (out / "file.txt").exists()
+    left_by_a_killed_run(tmp_path)  # before it had written anything
+    run(vit, out, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", vit.name}
 
 
 def test_a_run_killed_while_replacing_loses_nothing(vit, tmp_path):
-    (tmp_path / ".out.replaced").mkdir()
-    (tmp_path / ".out.replaced" / "precious.txt").write_text("mine")
+    """Where the system cannot exchange two folders in one step, the old one is away for a moment."""
+    left_by_a_killed_run(tmp_path, new="new", old="mine")
     edit_json(vit / "preprocessor_config.json", size="broken")
     with pytest.raises(ValueError, match="size"):
         run(vit, tmp_path / "out")
+    assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {"file.txt": "mine"}
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_replacing_gives_the_new_folder_alone(exchanges, vit, tmp_path, monkeypatch):
+    out = run(vit, tmp_path / "out")
+    (out / "old.txt").write_text("old")
+    if not exchanges:
+        monkeypatch.setattr(target, "_exchange", lambda left, right: False)
+    run(vit, out, overwrite=True)
+    assert not (out / "old.txt").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"out", vit.name}
+
+
+@pytest.mark.parametrize("name", [".out.incomplete", ".out.replaced", ".out.0123abcd.incomplete", ".out.lock"])
+def test_a_folder_of_the_users_own_is_left_alone_whatever_its_name(name, vit, tmp_path):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "precious.txt").write_text("mine")
+    run(vit, tmp_path / "out")
+    run(vit, tmp_path / "out", overwrite=True)
+    assert (tmp_path / name / "precious.txt").read_text() == "mine"
+
+
+def test_a_second_run_to_one_place_is_refused_and_the_first_is_whole(vit, tmp_path, capsys, monkeypatch):
+    codes = []
+    write = importlib.import_module("internvl.conversion.convert").write_shards
+
+    def meanwhile(*arguments, **settings):
+        codes.append(main([str(vit), str(tmp_path / "out"), "--overwrite"]))
+        return write(*arguments, **settings)
+
+    monkeypatch.setattr(importlib.import_module("internvl.conversion.convert"), "write_shards", meanwhile)
+    out = run(vit, tmp_path / "out")
+    assert codes == [2]
+    assert "Another conversion is writing OUT" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert state_of(out) == state_of(run(vit, tmp_path / "again"))
+
+
+def test_what_came_to_the_place_meanwhile_is_kept(vit, tmp_path, monkeypatch):
+    write = importlib.import_module("internvl.conversion.convert").write_shards
+
+    def meanwhile(*arguments, **settings):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "precious.txt").write_text("mine")
+        return write(*arguments, **settings)
+
+    monkeypatch.setattr(importlib.import_module("internvl.conversion.convert"), "write_shards", meanwhile)
+    with pytest.raises(FileExistsError, match="not empty"):
+        run(vit, tmp_path / "out")
     assert state_of(tmp_path / "out").keys() == {"precious.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", vit.name}
+
+
+@pytest.mark.parametrize(
+    "out", [".", "..", "/", "", "{vit}/inside", "{vit}/../{name}/a/b", "file", "circle", "link/x/.."]
+)
+def test_places_that_cannot_be_replaced_are_refused_in_one_line(out, vit, tmp_path, monkeypatch, capsys):
+    work = tmp_path / "work" / "here"
+    work.mkdir(parents=True)
+    monkeypatch.chdir(work)
+    (work / "file").touch()
+    (work / "circle").symlink_to("circle")
+    (work / "link").symlink_to(vit)
+    before = state_of(tmp_path)
+    assert main([str(vit), out.format(vit=vit, name=vit.name), "--overwrite"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: OUT (`")
+    assert error.count("\n") == 1
+    assert state_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_link_stays_one_and_what_it_leads_to_is_written(is_there, vit, tmp_path):
+    if is_there:
+        (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to("real")
+    run(vit, tmp_path / "out")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "real" / "model.safetensors").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "real", vit.name}
 
 
 def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(vit, tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
 from ...configuration_internvl import InternViTConfig, InternVLChatConfig, InternVLConfig
@@ -29,6 +28,7 @@ from ..key_tables import (
     SAME_NAMES,
 )
 from ..rules import Rule
+from ..sources.damages import DAMAGES, reason_of
 from ..sources.source import Source
 from ..tensors import LazyTensor
 
@@ -94,8 +94,8 @@ class Layout:
         arguments = {key: value for key, value in settings.items() if key != "model_type"}
         try:
             return self.result.config_class.from_dict(arguments)
-        except (StrictDataclassError, TypeError) as error:
-            raise ValueError(f"config.json does not describe {self.name}: {error}") from error
+        except DAMAGES as error:
+            raise ValueError(f"config.json does not describe {self.name}: {reason_of(error)}") from error
 
     def matches(self, source: Source) -> bool:
         """Whether a source has this layout."""

@@ -26,7 +26,7 @@ from .native_files import native_notes, write_native_files
 from .published_files import write_clip_settings, write_published_code, write_published_template
 from .published_layout import LORA_KEYS, PUBLISHED_KINDS, spelled_out
 from .records import Record, overlaid, recorded_source, restore_files
-from .repository import copy_code, write_generation_config, write_json, write_processor
+from .repository import copy_code, keep_written_code, write_generation_config, write_json, write_processor
 
 
 class OwnForm:
@@ -76,6 +76,7 @@ class OwnForm:
         """
         write_json(folder / "config.json", self.config_json(content))
         self._write_files(folder, content)
+        keep_written_code(folder)
 
     def _map_config(self, content: Content) -> dict[str, Any]:
         return content.settings
@@ -145,6 +146,7 @@ class PublishedForm(OwnForm):
         if record and self._kept_config(content, record) == record["config"]:
             has_its_tokenizer = content.tokenizer_folder == content.source.folder
             restore_files(folder, record, has_its_tokenizer)
+            keep_written_code(folder)
 
     def _map_config(self, content: Content) -> dict[str, Any]:
         return PUBLISHED_KINDS[content.result.model_class.__name__].map_config(content.config)
@@ -153,6 +155,7 @@ class PublishedForm(OwnForm):
 
     def _with_facts(self, content: Content, config: dict[str, Any], record: Record | None) -> dict[str, Any]:
         facts: dict[str, Any] = {key: 0 for key in LORA_KEYS if key in config}
+        facts["auto_map"] = config.get("auto_map") or self._map_config(content)["auto_map"]
         if record is None or record["dtype"] != content.settings["dtype"]:
             facts["torch_dtype"] = content.settings["dtype"]
         return {**config, **facts}

@@ -34,15 +34,19 @@ class InternVisionModel(_InternVisionModel):
     config: InternVisionConfig
     config_class = InternVisionConfig
 '''
-# By class of the model, to their text. The names of InternVL-14B are those of this package.
+_VISION_MODULES = {
+    "configuration_intern_vit.py": _CONFIG.format(
+        own="InternViTConfig", published="InternVisionConfig", model_type="intern_vit_6b"
+    ),
+    "modeling_intern_vit.py": _TOWER,
+}
+# By class of the model, to their text. The names of InternVL-14B are those of this package, but for its tower, whose configuration
+# names modules too, as in chat models.
 PUBLISHED_MODULES = {
-    "InternVisionModel": {
-        "configuration_intern_vit.py": _CONFIG.format(
-            own="InternViTConfig", published="InternVisionConfig", model_type="intern_vit_6b"
-        ),
-        "modeling_intern_vit.py": _TOWER,
-    },
+    "InternVisionModel": _VISION_MODULES,
+    "InternVLModel": _VISION_MODULES,
     "InternVLChatForConditionalGeneration": {
+        **_VISION_MODULES,
         "configuration_internvl_chat.py": _CONFIG.format(
             own="InternVLChatConfig", published="InternVLChatConfig", model_type="internvl_chat"
         ),

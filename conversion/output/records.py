@@ -13,6 +13,7 @@ from typing import Any
 
 from ..key_tables import TOKENIZER_FILES
 from ..rules import Tensors
+from ..sources.foreign_settings import only_data
 from ..sources.source import Source
 from .repository import write_json
 
@@ -45,7 +46,14 @@ def read_records(source: Source) -> dict[str, Record]:
     written = content.get("written")
     changed = _changed_files(source.folder, written if isinstance(written, dict) else {})
     records = {name: record for name, record in found.items() if _is_record(record)}
-    return {name: {**record, "files": _kept_files(record, changed)} for name, record in records.items()}
+    return {
+        name: {
+            **record,
+            "config": only_data("config.json", record["config"]),
+            "files": {file: only_data(file, content) for file, content in _kept_files(record, changed).items()},
+        }
+        for name, record in records.items()
+    }
 
 
 def new_record(source: Source, dtype: str, twice: dict[str, str]) -> Record:

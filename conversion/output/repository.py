@@ -14,6 +14,8 @@ from ...image_processing_internvl import InternVLImageProcessor
 from ...processing_internvl import InternVLProcessor
 from ..key_tables import IMAGE_PROCESSOR_AUTO_MAP, PROCESSOR_AUTO_MAP, REMOVED_GENERATION_KEYS
 from ..layouts.hub_layouts import Layout, generation_settings
+from ..sources.checkpoint_files import read_json
+from ..sources.foreign_settings import FILES, is_own_code
 from ..sources.source import Source
 
 
@@ -64,6 +66,37 @@ def copy_code(target: Path, auto_maps: Iterable[dict[str, str]]) -> list[str]:
     for file in files:
         shutil.copyfile(file, target / file.name)
     return [file.name for file in files]
+
+
+def keep_written_code(target: Path) -> None:
+    """Takes every `auto_map` out of a result that names anything but a module lying in it.
+
+    What comes from a source names modules of this package at most (see `foreign_settings`); of these, a form need not write all.
+
+    Args:
+        target: Folder of the result, its code written.
+    """
+    written = {file.stem for file in target.glob("*.py")}
+    for file in sorted(target.glob("*.json")):
+        if file.name not in FILES:
+            continue
+        content = read_json(file)
+        if _drop_foreign(content, written):
+            write_json(file, content)
+
+
+def _drop_foreign(content: Any, written: set[str]) -> bool:
+    """Takes them out of a content; whether there was any."""
+    parts = list(content.values()) if isinstance(content, dict) else content if isinstance(content, list) else []
+    found = [_drop_foreign(part, written) for part in parts]
+    if isinstance(content, dict) and "auto_map" in content and not _is_written(content["auto_map"], written):
+        del content["auto_map"]
+        return True
+    return any(found)
+
+
+def _is_written(auto_map: Any, written: set[str]) -> bool:
+    return is_own_code(auto_map) and all(place.partition(".")[0] in written for place in auto_map.values())
 
 
 def image_processor_for(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .checkpoint_files import SAFETENSORS_DTYPES, Inert
+from .damages import naming
 
 
 METADATA_FILE = ".metadata"
@@ -34,10 +35,6 @@ KNOWN_VALUES = {
     "torch.Size": tuple,
     **{str(dtype): dtype for dtype in SAFETENSORS_DTYPES.values()},
 }
-
-
-# What reading a damaged pickle may raise.
-DAMAGES = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, LookupError, TypeError, ValueError)
 
 
 class _RefusedError(Exception):
@@ -75,16 +72,20 @@ def read_metadata(folder: Path) -> Inert:
         ValueError: If it holds objects of other classes, or describes something else.
     """
     file = folder / METADATA_FILE
-    with file.open("rb") as stream:
+    with file.open("rb") as stream, naming(file, "complete description of a checkpoint", advice="Copy it again."):
         try:
             metadata = _MetadataUnpickler(stream).load()
         except _RefusedError as error:
-            raise ValueError(
-                f"`{file}` was refused: it holds pickled objects of `{error}`, which could run code when loaded. Get the weights as "
-                "safetensors, or from someone you trust."
-            ) from error
-        except DAMAGES as error:
-            raise OSError(f"`{file}` is no complete description of a checkpoint ({error}). Copy it again.") from error
+            refused = error
+        except pickle.UnpicklingError as error:
+            raise ValueError(str(error)) from error
+        else:
+            refused = None
+    if refused is not None:
+        raise ValueError(
+            f"`{file}` was refused: it holds pickled objects of `{refused}`, which could run code when loaded. Get the weights as "
+            "safetensors, or from someone you trust."
+        )
     if kind_of(metadata) != "Metadata":
         raise ValueError(
             f"`{file}` must describe a checkpoint of torch.distributed.checkpoint, got a {kind_of(metadata)}."

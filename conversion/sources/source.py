@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from ..tensors import LazyTensor, stored
 from .checkpoint_files import SAFETENSORS_DTYPES, WEIGHT_SUFFIXES, is_plain, load_pytorch_file, read_json
+from .damages import naming
 from .distributed_checkpoints import CHUNK_SUFFIX, DistributedFile
+from .foreign_settings import only_data
+from .links import check_links
 from .training_folders import only_checkpoint, open_training_folder
 from .zero_files import FILE_SUFFIXES, open_zero_file
 
@@ -72,8 +75,8 @@ class Source:
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """A JSON file of the folder; empty where there is none."""
-        return read_json(self.folder / name)
+        """The data in a JSON file of the folder; empty where there is none."""
+        return only_data(name, read_json(self.folder / name))
 
 
 def open_file(file: Path, stack: ExitStack) -> Any:
@@ -113,6 +116,16 @@ def open_source(path: str | Path) -> Source:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no `{path}`. Give the folder of a downloaded checkpoint.")
+    if not (path.is_file() or path.is_dir()):
+        raise ValueError(f"`{path}` is neither a folder nor a file. Give the folder of a downloaded checkpoint.")
+    check_links(path if path.is_dir() else path.parent)
+    found = _open(path)
+    if not found.folder.resolve().is_relative_to(path.resolve()):
+        check_links(found.folder)
+    return found
+
+
+def _open(path: Path) -> Source:
     if path.is_file():
         return _open_parts(path) or open_files(path.parent, _with_other_shards(path))
     standard = _standard_file(path)
@@ -120,7 +133,7 @@ def open_source(path: str | Path) -> Source:
     if found is None:
         checkpoint = None if standard or loose_files(path) else only_checkpoint(path)
         if checkpoint is not None:
-            return open_source(checkpoint)
+            return _open(checkpoint)
         found = open_files(path, weight_files(path))
     others = (place.name for place in sorted(path.iterdir()) if _is_state_of_training(place.name))
     return replace(found, left_out={**found.left_out, **dict.fromkeys(others, "state of the training")})
@@ -132,8 +145,21 @@ def _open_parts(path: Path) -> Source | None:
     if found is None:
         return None
     folder, weights = found
-    config = read_json(folder / "config.json")
-    return Source(folder, config, weights.files, weights.tensors, left_out=weights.left_out, dtype=weights.dtype)
+    for name, tensor in weights.tensors.items():
+        if tensor.dtype not in SAFETENSORS_DTYPES.values():
+            raise ValueError(f"`{tensor.file}` holds {name!r}, and weights of type {tensor.dtype} are not converted.")
+    config, notes = _read_config(folder)
+    return Source(
+        folder, config, weights.files, weights.tensors, left_out=weights.left_out, notes=notes, dtype=weights.dtype
+    )
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """The data in config.json, and what the user is told of the rest."""
+    refused: list[str] = []
+    config = only_data("config.json", read_json(folder / "config.json"), refused)
+    said = f"Not taken over from config.json, as it names code or nothing known here: {', '.join(refused)}."
+    return config, [said] if refused else []
 
 
 def open_files(folder: Path, files: list[Path]) -> Source:
@@ -155,7 +181,8 @@ def open_files(folder: Path, files: list[Path]) -> Source:
         doubled += [name for name in found if name in tensors]
         tensors |= found
         left_out |= {f"{other} in {file.name}": "no weights of the model" for other in others}
-    return Source(folder, read_json(folder / "config.json"), files, tensors, doubled, left_out)
+    config, notes = _read_config(folder)
+    return Source(folder, config, files, tensors, doubled, left_out, notes)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -212,7 +239,7 @@ def _standard_file(folder: Path) -> Path | None:
 
 def loose_files(folder: Path) -> list[Path]:
     """All files in a folder that can be weights, sorted."""
-    files = (file for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+    files = (file for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES and file.is_file())
     return sorted(file for file in files if not _is_state_of_training(file.name))
 
 
@@ -226,16 +253,13 @@ def _list_tensors(file: Path) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
         return {
             name: stored(file, name, tuple(value.shape), value.dtype) for name, value in content.tensors.items()
         }, content.others
-    try:
-        with safe_open(file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
-            shapes = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-    except SafetensorError as error:
-        raise OSError(f"`{file}` is no complete safetensors file ({error}). Download it again.") from error
+    with naming(file, "complete safetensors file"), safe_open(file, framework="pt") as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
+        shapes = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+        starts = _data_starts(file)
     unknown = sorted({dtype for _, dtype in shapes.values()} - set(SAFETENSORS_DTYPES))
     if unknown:
         raise ValueError(f"`{file}` holds tensors of type {', '.join(unknown)}: quantised weights are not converted.")
-    starts = _data_starts(file)
     return {
         name: stored(file, name, shape, SAFETENSORS_DTYPES[dtype], starts[name])
         for name, (shape, dtype) in shapes.items()

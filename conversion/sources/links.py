@@ -1,0 +1,49 @@
+"""Links in a source: a checkpoint that somebody else packed may link to any file of this machine, and a result may be uploaded."""
+
+import os
+from pathlib import Path
+
+
+# How far below SOURCE anything is read: run/checkpoint-N/global_stepM/file.
+DEPTH = 3
+
+
+def check_links(folder: Path) -> None:
+    """Refuses links that lead out of a folder, but for those of the Hub's cache from a snapshot to that repository's own files.
+
+    Args:
+        folder: Given by the user, so that it may be a link itself.
+
+    Raises:
+        ValueError: With all such links, and where they lead.
+    """
+    root = folder.resolve()
+    allowed = [root, *_blobs_of(root)]
+    leaving = {}
+    for place in _links_below(root):
+        target = Path(os.path.realpath(place))  # through all links; a circle of them ends at itself
+        if not any(target.is_relative_to(known) for known in allowed):
+            leaving[place.relative_to(root)] = target
+    if leaving:
+        found = ", ".join(f"{place} -> {target}" for place, target in sorted(leaving.items()))
+        raise ValueError(
+            f"`{folder}` holds links that leave it: {found}. What they lead to is not read: copy what belongs to the checkpoint in their "
+            "place, and take away the others."
+        )
+
+
+def _blobs_of(root: Path) -> list[Path]:
+    """Where the files of a snapshot in the Hub's cache lie: models--USER--NAME/snapshots/COMMIT -> models--USER--NAME/blobs."""
+    for snapshots in root.parents:
+        if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
+            return [snapshots.parent / "blobs"]
+    return []
+
+
+def _links_below(root: Path) -> list[Path]:
+    found = []
+    for place, folders, files in os.walk(root):
+        found += [Path(place, name) for name in (*folders, *files) if Path(place, name).is_symlink()]
+        if len(Path(place).relative_to(root).parts) + 1 >= DEPTH + 1:
+            folders.clear()
+    return found
