@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .layouts.image_token import add_to_tokenizer
 from .output.model_card import write_card
-from .output.records import MANIFEST_FILE, hashes_of
+from .output.records import MANIFEST_FILE, hashes_of, in_manifest
 from .output.repository import write_json
 from .output.shards import write_shards
 from .output.target import complete_or_nothing, place_of
@@ -139,7 +139,7 @@ def _manifest(folder: Path, plan: Plan, hashes: dict[str, str]) -> dict[str, Any
         "left_out": plan.dropped,
         "sha256": hashes,
         "written": hashes_of(folder),
-        "forms": {name: record for name, record in plan.records.items() if name != plan.form.name},
+        "forms": in_manifest({name: record for name, record in plan.records.items() if name != plan.form.name}),
     }
 
 

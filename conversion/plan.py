@@ -25,6 +25,7 @@ from .output.tokenizer_files import has_tokenizer
 from .rules import Tensors, Translation, names_before, translate
 from .sources.adapters import merge_adapters
 from .sources.damages import describing
+from .sources.links import check_links
 from .sources.llava_parts import complete_llava
 from .sources.raw_files import join_raw_files
 from .sources.source import Source, open_file, open_source
@@ -147,6 +148,7 @@ def plan_conversion(
         layout = recognise(opened)
         _check_effect(layout, tokenizer=tokenizer, image_token_id=image_token_id, num_heads=num_heads)
         folder = Path(tokenizer) if tokenizer is not None else opened.folder
+        check_links(folder)
         has_text = layout.result.kind != "vision" and (tokenizer is not None or has_tokenizer(folder))
         tokenizer_folder = folder if has_text else None
         records = read_records(opened)
@@ -247,7 +249,7 @@ def _with_num_heads(source: Source, num_heads: int | None) -> Source:
 def _draft(source: Source, layout: Layout, edits: Sequence[Edit]) -> tuple[Draft, Translation]:
     """The model in today's names, with every change that was asked for."""
     settings = layout.map_config(source)
-    _check_depths(source, settings)
+    _check_counts(source, settings)
     derived = {name: "a buffer that is computed" for name in source.tensors if _is_derived(name)}
     weights = {name: tensor for name, tensor in source.tensors.items() if name not in derived}
     translation = translate(weights, layout.rules, settings)
@@ -257,15 +259,19 @@ def _draft(source: Source, layout: Layout, edits: Sequence[Edit]) -> tuple[Draft
     return draft, translation
 
 
-def _check_depths(source: Source, settings: dict[str, Any]) -> None:
-    """Refuses numbers of layers that no source of this many tensors has, before anything is built from them."""
+def _check_counts(source: Source, settings: dict[str, Any]) -> None:
+    """Refuses counts that are none, and more layers than a source of so many tensors has, before anything is built of them."""
     parts = {"": settings, **{f"{key}.": part for key, part in settings.items() if isinstance(part, dict)}}
+    file = source.folder / "config.json"
     for prefix, part in parts.items():
+        flags = [key for key, value in part.items() if key.startswith("num_") and isinstance(value, bool)]
+        if flags:
+            raise ValueError(f"`{file}` must say a number for `{prefix}{flags[0]}`, got {part[flags[0]]}.")
         depth = part.get("num_hidden_layers", 0)
         if isinstance(depth, int) and depth > max(LARGEST_DEPTH, len(source.tensors)):
             raise ValueError(
-                f"`{source.folder / 'config.json'}` says `{prefix}num_hidden_layers` {depth:,}, but the weights are {len(source.tensors)} "
-                "tensors. Put the config.json in its place that was published with them."
+                f"`{file}` says `{prefix}num_hidden_layers` {depth:,}, but the weights are {len(source.tensors)} tensors. Put the "
+                "config.json in its place that was published with them."
             )
 
 

@@ -30,6 +30,8 @@ RECORDED_FILES = (
 TEMPLATE_FILE = "chat_template.jinja"
 _TEXT_FILES = (*TOKENIZER_FILES, TEMPLATE_FILE)
 MANIFEST_FILE = "conversion.json"
+# What `auto_map` is called there.
+AUTO_MAP_MEMORY = "remembered_auto_map"
 Record = dict[str, Any]
 
 
@@ -40,7 +42,7 @@ def read_records(source: Source) -> dict[str, Record]:
         source: An opened source.
     """
     content = source.read_json(MANIFEST_FILE)
-    found = content.get("forms")
+    found = _with_key(content.get("forms"), AUTO_MAP_MEMORY, "auto_map")
     if not isinstance(found, dict):
         return {}
     written = content.get("written")
@@ -102,6 +104,24 @@ def recorded_source(source: Source, tensors: Tensors, record: Record) -> Recorde
     return RecordedSource(
         **{**vars(source), "tensors": tensors, "config": record["config"], "recorded": record["files"]}
     )
+
+
+def in_manifest(records: dict[str, Record]) -> dict[str, Record]:
+    """Records as they are written: what they remember of code is no `auto_map` that this folder has.
+
+    Args:
+        records: By name of the form.
+    """
+    return _with_key(records, "auto_map", AUTO_MAP_MEMORY)
+
+
+def _with_key(content: Any, old: str, new: str) -> Any:
+    """The same with another name of a key, at every depth."""
+    if isinstance(content, list):
+        return [_with_key(part, old, new) for part in content]
+    if not isinstance(content, dict):
+        return content
+    return {new if key == old else key: _with_key(value, old, new) for key, value in content.items()}
 
 
 def hashes_of(folder: Path) -> dict[str, str]:

@@ -17,6 +17,8 @@ from transformers.utils import is_sentencepiece_available
 from ...conversation_internvl import IMAGE_CONTEXT_TOKEN, IMAGE_END_TOKEN, IMAGE_START_TOKEN
 from ..key_tables import SENTENCEPIECE_TOKENIZERS, TOKENIZER_FILES
 from ..sources.checkpoint_files import read_json
+from ..sources.damages import describing
+from ..sources.foreign_settings import FILES, only_data
 from .sentencepiece_model import build_tokenizer
 
 
@@ -79,6 +81,14 @@ def copy_tokenizer(
         raise FileNotFoundError(
             f"`{source}` has no tokenizer: expected tokenizer.json, tokenizer.model or vocab.json."
         )
+    for file in TOKENIZER_FILES:
+        if file.endswith(".json"):
+            read_json(source / file)  # raises with the name of the file
+    with describing(source, "tokenizer_config.json"):
+        return _copied(source, target, config, is_for_retrieval)
+
+
+def _copied(source: Path, target: Path, config: PretrainedConfig, is_for_retrieval: bool) -> PreTrainedTokenizerBase:
     settings = read_json(source / "tokenizer_config.json")
     name = str(settings.get("tokenizer_class") or "LlamaTokenizer").removesuffix("Fast")
     if (source / "tokenizer.model").is_file() and name in SENTENCEPIECE_TOKENIZERS:
@@ -90,7 +100,13 @@ def copy_tokenizer(
             _drop_native_tokens(target, config.text_config.vocab_size)
     if is_for_retrieval and name == "LlamaTokenizer":
         _keep_begin_token(target)
-    return AutoTokenizer.from_pretrained(target, config=config, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(target, config=config, trust_remote_code=False)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        # The tokenizers library raises nothing narrower.
+        raise ValueError(f"`{source / 'tokenizer.json'}` is no tokenizer: {error}. Copy it again.") from error
 
 
 def needed_image_tokens(config: Any) -> tuple[str, ...]:
@@ -133,12 +149,15 @@ def image_token_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
 # ---------------------------------------------------------------------------------------------------------- copied files
 def _copy_files(source: Path, target: Path, settings: dict[str, Any]) -> None:
     for name in TOKENIZER_FILES:
-        if (source / name).is_file():
+        if name in FILES and (source / name).is_file():
+            _write_json(target / name, only_data(name, read_json(source / name)))
+        elif (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    settings = dict(settings)
+    is_remote = "auto_map" in settings
+    settings = only_data("tokenizer_config.json", settings)
     # The checkpoint's template is written beside it, as a file that every tool finds.
     settings.pop("chat_template", None)
-    is_remote = settings.pop("auto_map", None) is not None
+    settings.pop("auto_map", None)
     if is_remote and not (source / "tokenizer.json").is_file():
         raise ValueError(
             f"The tokenizer of `{source}` is remote code (`{settings.get('tokenizer_class')}`), which is not run. Load and save it "

@@ -54,18 +54,19 @@ def naming(
 
 
 @contextmanager
-def describing(folder: Path) -> Iterator[None]:
+def describing(folder: Path, name: str = "config.json") -> Iterator[None]:
     """Gives the errors of settings that no model can have the name of their file; what names itself already passes.
 
     Args:
         folder: Of the checkpoint, or a file in it.
+        name: Of the file with the settings.
     """
     try:
         yield
     except (ValueError, OSError):
         raise
     except DAMAGES as error:
-        file = (folder if folder.is_dir() else folder.parent) / "config.json"
+        file = (folder if folder.is_dir() else folder.parent) / name
         raise ValueError(
             f"`{file}`, or a file beside it, does not describe this checkpoint ({reason_of(error)}). Put the one in its "
             "place that was published with the weights."

@@ -72,6 +72,7 @@ def read_metadata(folder: Path) -> Inert:
         ValueError: If it holds objects of other classes, or describes something else.
     """
     file = folder / METADATA_FILE
+    refused: _RefusedError | None = None
     with file.open("rb") as stream, naming(file, "complete description of a checkpoint", advice="Copy it again."):
         try:
             metadata = _MetadataUnpickler(stream).load()
@@ -79,8 +80,6 @@ def read_metadata(folder: Path) -> Inert:
             refused = error
         except pickle.UnpicklingError as error:
             raise ValueError(str(error)) from error
-        else:
-            refused = None
     if refused is not None:
         raise ValueError(
             f"`{file}` was refused: it holds pickled objects of `{refused}`, which could run code when loaded. Get the weights as "
