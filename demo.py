@@ -83,8 +83,8 @@ def main() -> None:
             is_right = answer.lower() == row["answer"].lower()
             right += is_right
             print(f"  {row['question']}\n    {answer}" + ("" if is_right else f"   (right: {row['answer']})"))
-        with Image.open(path) as picture:
-            panels.append(draw_tiling(picture, file, conversation.processor.image_processor))
+        image_processor = conversation.processor.image_processor
+        panels.append(draw_tiling(image_processor.fetch_images(path), file, image_processor))
     options.output.mkdir(parents=True, exist_ok=True)
     stack(panels).save(options.output / "tiles.png")
     print(f"\n{right} of {len(rows)} answers right. How the pictures were tiled: {options.output / 'tiles.png'}")

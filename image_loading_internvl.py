@@ -1,216 +1,262 @@
 # Copyright 2026 The InternVL package authors
-"""Reading pictures: from files, bytes, addresses, arrays and tensors to 8-bit PIL images, safely.
+"""Reading images: from files, bytes, addresses, arrays and tensors to 8-bit PIL images, safely.
 
-Every failure is a ValueError that names the picture. The number of pixels is looked up in the header before anything is
-decoded. Pillow's process-wide limits are neither read nor changed; they hold besides ours.
-
-Addresses are fetched with limits on size and time, by http and https only, and only from hosts at public addresses:
-a server that lets clients name addresses must not hand them pictures of its own network. Set the environment variable
-INTERNVL_ALLOW_PRIVATE_HOSTS=1 to fetch from private hosts too. Where a proxy is configured, it decides.
+Every failure is a ValueError that names the image and says what it is. `image_decoding_internvl.py` decides what is
+decoded, `image_download_internvl.py` what is fetched. Transparent images are read over a background colour.
 """
 
 import base64
 import binascii
-import ipaddress
 import os
-import socket
-import struct
-import time
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+import re
+import stat
+from collections.abc import Callable, Mapping
+from errno import EINVAL, ENAMETOOLONG
 from io import BytesIO
-from typing import Any
-from urllib.request import (
-    AbstractHTTPHandler,
-    HTTPDefaultErrorHandler,
-    HTTPErrorProcessor,
-    HTTPRedirectHandler,
-    OpenerDirector,
-    ProxyHandler,
-    Request,
-    UnknownHandler,
-)
+from typing import Any, BinaryIO
+from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor
 from transformers.image_utils import ChannelDimension
 
-
-# What Pillow's decoders raise on damaged data, seen by feeding each of them damaged files.
-DECODER_ERRORS = (
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    Image.DecompressionBombError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zlib.error,
+from .image_decoding_internvl import (
+    check_image_size,
+    decode_image,
+    decoding,
+    is_readable,
+    load_image,
+    name_content,
+    open_image,
 )
-DOWNLOAD_SECONDS = 60
-DOWNLOAD_BYTES = 2**28
-PRIVATE_HOSTS = "INTERNVL_ALLOW_PRIVATE_HOSTS"
+from .image_download_internvl import download
 
-ImageSource = str | os.PathLike | bytes | bytearray | memoryview | Image.Image | np.ndarray | torch.Tensor
+
+# An uncompressed image of 16-bit RGB at the largest number of pixels that is decoded by default has about as many.
+MOST_FILE_BYTES = 2**30
+# Floating-point values may leave [0, 1] by so much: rounding errors of resizing and normalising, half of what would round
+# to another 8-bit value.
+FLOAT_TOLERANCE = 1e-3
+DEFAULT_BACKGROUND = "white"
+NO_BACKGROUND = "none"
+SCHEME = re.compile(r"[a-z][a-z0-9+.-]+(?=:)", re.IGNORECASE)
+KINDS_OF_FILE: list[tuple[Callable[[int], bool], str]] = [
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+]
+
+ImageSource = (
+    str
+    | os.PathLike
+    | bytes
+    | bytearray
+    | memoryview
+    | BinaryIO
+    | Mapping[str, Any]
+    | Image.Image
+    | np.ndarray
+    | torch.Tensor
+)
 NestedImages = ImageSource | list[Any] | tuple[Any, ...]
+Background = str | tuple[int, int, int] | list[int]
 
 
-@contextmanager
-def _decoding(name: str) -> Iterator[None]:
-    """Turns what a decoder raises into a ValueError that names the picture."""
+# ---------------------------------------------------------------------------------------------------- sources
+def _check_is_file(mode: int, name: str) -> None:
+    """Raises a ValueError for all that is no regular file; opening a pipe would wait for somebody to write to it."""
+    if not stat.S_ISREG(mode):
+        what = next((what for is_kind, what in KINDS_OF_FILE if is_kind(mode)), "no regular file")
+        raise ValueError(f"{name} is {what}. Give an image file, or the bytes of one.")
+
+
+def _status(path: str | os.PathLike, name: str) -> os.stat_result | None:
+    """What the system says of a path; None where nothing is there."""
     try:
-        yield
-    except DECODER_ERRORS as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{name} cannot be read as a picture ({reason}). Give a complete picture file.") from error
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: a name that no file can have
+        return None
+    except OSError as error:
+        if error.errno in (ENAMETOOLONG, EINVAL):
+            return None
+        raise ValueError(f"{name} cannot be opened ({error.strerror}).") from error
 
 
-def check_image_size(width: int, height: int, name: str, max_image_pixels: int) -> None:
-    """Raises a ValueError for pictures without pixels or with more than `max_image_pixels`."""
-    if width * height == 0:
-        raise ValueError(f"{name} has no pixels: its size is {width} x {height}.")
-    if width * height > max_image_pixels:
-        raise ValueError(
-            f"{name} has {width} x {height} = {width * height} pixels, `max_image_pixels` is {max_image_pixels}. "
-            "Shrink the picture or raise the limit."
-        )
-
-
-def _connect_in_public(address: tuple[str, int], *arguments: Any) -> socket.socket:
-    """`socket.create_connection` that refuses hosts with any address of a private network.
-
-    It connects to what it checked, so that a name server cannot answer otherwise the second time.
-    """
-    host, port = address
-    found = dict.fromkeys(info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-    for place in found:
-        if not ipaddress.ip_address(place).is_global:
-            raise OSError(f"{host} is at {place}, which is not public; {PRIVATE_HOSTS}=1 allows private hosts")
-    failure = OSError(f"{host} has no address")
-    for place in found:
-        try:
-            return socket.create_connection((str(place), port), *arguments)
-        except OSError as error:
-            failure = error
-    raise failure
-
-
-def _connection(kind: type[HTTPConnection], is_public: bool, host: str, **settings: Any) -> HTTPConnection:
-    connection = kind(host, **settings)
-    if is_public:
-        connection._create_connection = _connect_in_public  # type: ignore[attr-defined]
-    return connection
-
-
-class _Handler(AbstractHTTPHandler):
-    """Opens each address, and each that one redirects to, at public hosts."""
-
-    http_request = https_request = AbstractHTTPHandler.do_request_
-
-    def _open(self, kind: type[HTTPConnection], request: Request) -> HTTPResponse:
-        is_proxied = request.has_proxy() or getattr(request, "_tunnel_host", None)
-        is_public = not is_proxied and os.environ.get(PRIVATE_HOSTS) != "1"
-        return self.do_open(partial(_connection, kind, is_public), request)
-
-    def http_open(self, request: Request) -> HTTPResponse:
-        """Called by urllib for http."""
-        return self._open(HTTPConnection, request)
-
-    def https_open(self, request: Request) -> HTTPResponse:
-        """Called by urllib for https."""
-        return self._open(HTTPSConnection, request)
-
-
-def _opener() -> OpenerDirector:
-    """What urllib's own opener does for http and https; that one would also follow redirects to ftp."""
-    opener = OpenerDirector()
-    for handler in (
-        ProxyHandler,
-        UnknownHandler,
-        HTTPDefaultErrorHandler,
-        HTTPRedirectHandler,
-        HTTPErrorProcessor,
-        _Handler,
-    ):
-        opener.add_handler(handler())
-    return opener
-
-
-def _download(url: str, name: str) -> bytes:
-    """Body of an http(s) address, within DOWNLOAD_BYTES and DOWNLOAD_SECONDS."""
-    deadline = time.monotonic() + DOWNLOAD_SECONDS
-    body = bytearray()
+def _open_file(path: str | os.PathLike, name: str) -> BinaryIO:
+    """A regular file of a size that an image may have."""
+    status = _status(path, name)
+    if status is None:
+        raise ValueError(f"{name} does not exist: there is no such file.")
+    _check_is_file(status.st_mode, name)
+    if status.st_size == 0:
+        raise ValueError(f"{name} is empty.")
+    if status.st_size > MOST_FILE_BYTES:
+        raise ValueError(f"{name} has {status.st_size} bytes, more than the {MOST_FILE_BYTES} that are read.")
     try:
-        # Some hosts refuse the default agent of urllib.
-        request = Request(url, headers={"User-Agent": "transformers"})
-        with _opener().open(request, timeout=DOWNLOAD_SECONDS) as response:
-            while chunk := response.read(2**16):
-                body += chunk
-                if len(body) > DOWNLOAD_BYTES or time.monotonic() > deadline:
-                    raise OSError(f"more than {DOWNLOAD_BYTES} bytes or {DOWNLOAD_SECONDS} seconds")
-    except (OSError, ValueError, HTTPException) as error:
-        raise ValueError(f"{name} cannot be fetched ({type(error).__name__}: {error}).") from error
-    return bytes(body)
+        return open(path, "rb")
+    except OSError as error:
+        raise ValueError(f"{name} cannot be opened ({error.strerror}).") from error
+
+
+def _path_of_file_address(address: str) -> str:
+    """Path of a `file:` address of this machine."""
+    parts = urlsplit(address)
+    if parts.netloc.lower() not in ("", "localhost"):
+        raise ValueError(f"it lies on the host `{parts.netloc}`, and only files of this machine are read")
+    return url2pathname(parts.path)
 
 
 def _decode_base64(text: str, name: str) -> bytes:
-    payload = text.partition(",")[2] if text.startswith("data:image/") else text
     try:
-        return base64.b64decode("".join(payload.split()), validate=True)
+        return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
+        raise ValueError(f"{name} is damaged base64 text ({error}).") from error
+
+
+def _is_base64_of_a_file(text: str) -> bool:
+    """Whether a text starts as the base64 text of an image does, or of another file that can be told by its start."""
+    start = "".join(text[:2000].split())[:1000]
+    try:
+        decoded = base64.b64decode(start[: len(start) // 4 * 4], validate=True)
+    except (binascii.Error, ValueError):
+        return False
+    return is_readable(decoded) or name_content(decoded) not in (None, "text")
+
+
+def _read_data_address(address: str, name: str) -> bytes:
+    """Content of a `data:` address."""
+    head, comma, body = address.partition(",")
+    if not comma:
+        raise ValueError(f"{name} is a data address without data: there is no comma in it.")
+    data = unquote_to_bytes(body)
+    return _decode_base64(data.decode("latin-1"), name) if head.lower().endswith(";base64") else data
+
+
+def _read_text(text: str, name: str, allow_local_files: bool) -> bytes | BinaryIO:
+    """What an address, a path or a base64 text leads to."""
+    found = SCHEME.match(text)
+    scheme = found[0].lower() if found else ""
+    if scheme in ("http", "https"):
+        return download(text, name)
+    if scheme == "data":
+        return _read_data_address(text, name)
+    if scheme == "file":
+        try:
+            text = _path_of_file_address(text)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{name} is no file that is read here: {error}.") from error
+    elif scheme and text[len(scheme) :].startswith("://"):
+        raise ValueError(f"{name} is a `{scheme}` address; http, https, file and data are read. Download it first.")
+    elif _is_base64_of_a_file(text) and not (allow_local_files and _status(text, name)):
+        return _decode_base64(text, name)
+    if not allow_local_files:
         raise ValueError(
-            f"{name} is neither an existing file, nor an http(s) address, nor base64 data ({error})."
-        ) from error
+            f"{name} is refused: local files are not read here. Give an address, or base64 text of an image."
+        )
+    if scheme != "file" and not _status(text, name):
+        raise ValueError(
+            f"{name} does not exist: there is no such file. It is no http(s) address and no base64 text of an image either."
+        )
+    return _open_file(text, name)
 
 
-def _decode_file(source: str | os.PathLike | bytes, name: str, max_image_pixels: int) -> Image.Image:
-    """Decodes a file (its path or its bytes), turned upright as its EXIF orientation says."""
-    with _decoding(name):
-        handle = BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115 (closed below)
-    with handle:
-        if not handle.read(1):
-            raise ValueError(f"{name} is empty.")
-        handle.seek(0)
-        with _decoding(name):
-            image = Image.open(handle)  # reads the header only
-        check_image_size(*image.size, name, max_image_pixels)
-        if image.format == "EPS":
-            raise ValueError(f"{name} is an EPS file, which is a program to run. Give a PNG or JPEG file.")
-        with _decoding(name):
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-    return image
+def _read_row(row: Mapping[str, Any], name: str) -> Any:
+    """Source in a row of `datasets`: the bytes of a file, or where they are not there its path."""
+    given = {key: value for key, value in row.items() if value is not None}
+    source = given.get("bytes", given.get("path"))
+    if row.keys() - {"bytes", "path"} or source is None:
+        raise ValueError(
+            f"{name} is a dictionary; it must hold `bytes` or a `path` and nothing else, it holds {list(given)}."
+        )
+    is_right = isinstance(source, (bytes, bytearray, memoryview)) == ("bytes" in given)
+    if not is_right or not isinstance(source, (bytes, bytearray, memoryview, str, os.PathLike)):
+        raise ValueError(f"{name} is a dictionary that holds {type(source).__name__} where bytes or a path belong.")
+    return source
 
 
-def read_image(source: ImageSource, name: str, max_image_pixels: int) -> Image.Image | np.ndarray | torch.Tensor:
-    """Decodes paths, addresses, base64 text and bytes; pictures that are decoded already pass through."""
-    if isinstance(source, (Image.Image, np.ndarray, torch.Tensor)):
-        return source
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return _decode_file(bytes(source), name, max_image_pixels)
-    if isinstance(source, os.PathLike) or (isinstance(source, str) and os.path.isfile(source)):
-        return _decode_file(source, name, max_image_pixels)
+def _read_file_object(handle: Any, name: str) -> bytes:
+    """Content of a file that the caller opened, from its position on; it stays open, and where it was."""
+    try:
+        descriptor = handle.fileno()
+    except (AttributeError, OSError, ValueError):  # it is held in memory, or closed
+        descriptor = None
+    if isinstance(descriptor, int):
+        _check_is_file(os.fstat(descriptor).st_mode, name)
+    with decoding(name):
+        is_seekable = handle.seekable() if hasattr(handle, "seekable") else False
+        position = handle.tell() if is_seekable else 0
+        content = bytearray()
+        while len(content) <= MOST_FILE_BYTES and (chunk := handle.read(2**20)):
+            if not isinstance(chunk, (bytes, bytearray)):
+                raise ValueError("it was opened as text: open it with mode 'rb'")
+            content += chunk
+        if is_seekable:
+            handle.seek(position)
+    if len(content) > MOST_FILE_BYTES:
+        raise ValueError(f"{name} has more than the {MOST_FILE_BYTES} bytes that are read.")
+    if not content and position:
+        raise ValueError(f"{name} is a file at its end: nothing is left to read. Call `seek(0)` first.")
+    return bytes(content)
+
+
+def _find(source: Any, name: str, allow_local_files: bool) -> bytes | BinaryIO:
+    """The bytes of a file, or the file, opened."""
+    if isinstance(source, Mapping):
+        source = _read_row(source, name)
     if isinstance(source, str):
-        is_address = source.startswith(("http://", "https://"))
-        data = _download(source, name) if is_address else _decode_base64(source, name)
-        return _decode_file(data, name, max_image_pixels)
+        return _read_text(source, name, allow_local_files)
+    if isinstance(source, os.PathLike):
+        if not allow_local_files:
+            raise ValueError(f"{name} is refused: local files are not read here.")
+        return _open_file(source, name)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source)
+    if hasattr(source, "read"):
+        return _read_file_object(source, name)
     raise ValueError(
-        f"{name} must be a PIL image, an array, a tensor, a path, an address, base64 text or bytes, "
-        f"got {type(source).__name__}."
+        f"{name} must be a PIL image, an array, a tensor, a path, an address, base64 text, bytes, an open file or "
+        f"a dictionary of `bytes` and `path`, got {type(source).__name__}."
     )
 
 
+def read_image(
+    source: ImageSource, name: str, max_image_pixels: int, allow_local_files: bool = True
+) -> Image.Image | np.ndarray | torch.Tensor:
+    """Decodes files in any form; PIL images, arrays and tensors pass through.
+
+    Args:
+        source: A path, an address (http, https, file or data), base64 text, bytes, an open binary file, a dictionary
+            of `bytes` and `path` as `datasets` has them, or an image that passes through.
+        name: What errors call it.
+        max_image_pixels: Largest width times height that is decoded.
+        allow_local_files: Whether paths and `file:` addresses are read.
+
+    Raises:
+        ValueError: If it cannot be read; the message says what it is.
+    """
+    if isinstance(source, (Image.Image, np.ndarray, torch.Tensor)):
+        return source
+    found = _find(source, name, allow_local_files)
+    with BytesIO(found) if isinstance(found, bytes) else found as handle:
+        return decode_image(handle, name, max_image_pixels)
+
+
+def read_image_size(source: ImageSource, name: str, max_image_pixels: int) -> tuple[int, int]:
+    """(width, height) in the header of a file, of which nothing is decoded; see `read_image`."""
+    if isinstance(source, Image.Image):
+        return source.size
+    found = _find(source, name, True)
+    with BytesIO(found) if isinstance(found, bytes) else found as handle:
+        return open_image(handle, name, max_image_pixels).size
+
+
+# ---------------------------------------------------------------------------------------------------- nesting
 def flatten_images(images: NestedImages) -> list[ImageSource]:
-    """Pictures of nested lists and of 4-dimensional batches, in order."""
+    """Images of nested lists and of 4-dimensional batches, in order."""
     if isinstance(images, (list, tuple)):
         return [image for group in images for image in flatten_images(group)]
     if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
@@ -219,18 +265,19 @@ def flatten_images(images: NestedImages) -> list[ImageSource]:
 
 
 def name_images(sources: list[ImageSource]) -> list[str]:
-    """What error messages call each picture: its position and, if it has one, its path or address."""
+    """What error messages call each image: its position and, if it has one, its path or address."""
     names = []
     for index, source in enumerate(sources):
-        origin = source if isinstance(source, (str, os.PathLike)) else getattr(source, "filename", "")
-        origin = os.fsdecode(origin) if origin else ""
+        origin = source.get("path") if isinstance(source, Mapping) else getattr(source, "filename", source)
+        origin = os.fsdecode(origin) if isinstance(origin, (str, os.PathLike)) else ""
+        origin = origin.encode("utf-8", "backslashreplace").decode()  # names that are no UTF-8 can be printed too
         shown = f" ({origin if len(origin) <= 200 else origin[:60] + '...'})" if origin else ""
         names.append(f"Image {index + 1} of {len(sources)}{shown}")
     return names
 
 
-def read_nested_images(images: NestedImages, max_image_pixels: int) -> NestedImages:
-    """`read_image` for each picture, nested as given; batches become lists, grey arrays get a channel axis."""
+def read_nested_images(images: NestedImages, max_image_pixels: int, allow_local_files: bool = True) -> NestedImages:
+    """`read_image` for each image, nested as given; batches become lists, grey arrays get a channel axis."""
     names = iter(name_images(flatten_images(images)))
 
     def read(part: NestedImages) -> NestedImages:
@@ -238,7 +285,7 @@ def read_nested_images(images: NestedImages, max_image_pixels: int) -> NestedIma
             return [read(item) for item in part]
         if isinstance(part, (np.ndarray, torch.Tensor)) and part.ndim == 4:
             return [read(item) for item in part]
-        image = read_image(part, next(names), max_image_pixels)
+        image = read_image(part, next(names), max_image_pixels, allow_local_files)
         if isinstance(image, (np.ndarray, torch.Tensor)) and image.ndim == 2:
             return image[..., None]  # (H, W, C): transformers' processors count on three dimensions
         return image
@@ -246,6 +293,7 @@ def read_nested_images(images: NestedImages, max_image_pixels: int) -> NestedIma
     return read(images)
 
 
+# ---------------------------------------------------------------------------------------------------- pixels
 def _to_8_bit(array: np.ndarray, name: str) -> np.ndarray:
     """Scales to 0..255: booleans, 16 bits, and floats in [0, 1]; other integers must be in 0..255 already."""
     if array.dtype == np.uint8:
@@ -253,12 +301,12 @@ def _to_8_bit(array: np.ndarray, name: str) -> np.ndarray:
     if array.dtype == bool:
         return array.astype(np.uint8) * 255
     if array.dtype.kind == "f":
-        if not (array.min() >= 0 and array.max() <= 1):  # written so that NaN fails too
+        if not (array.min() >= -FLOAT_TOLERANCE and array.max() <= 1 + FLOAT_TOLERANCE):  # so that NaN fails too
             raise ValueError(
                 f"{name} has floating-point values from {array.min()} to {array.max()}, expected [0, 1]. "
                 "Divide by 255, or give 8-bit integers."
             )
-        return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
+        return np.rint(np.clip(array.astype(np.float32), 0, 1) * 255).astype(np.uint8)
     if array.dtype.kind == "u" and array.dtype.itemsize == 2:
         return ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
     if array.dtype.kind in "iu" and array.min() >= 0 and array.max() <= 255:
@@ -272,41 +320,73 @@ def _is_channels_first(shape: tuple[int, ...], data_format: str | ChannelDimensi
     if data_format is not None:
         first, last = (first, False) if ChannelDimension(data_format) == ChannelDimension.FIRST else (False, last)
     elif shape[0] == 1 and shape[-1] in (3, 4):
-        first = False  # one row of pixels, rather than a grey picture 3 pixels wide
+        first = False  # one row of pixels, rather than a grey image 3 pixels wide
     if not (first or last):
         raise ValueError(f"{name} must have 1, 3 or 4 channels at the end or in front, got shape {shape}.")
     return first
 
 
 def _array_to_pil(
-    array: np.ndarray | torch.Tensor, input_data_format: str | ChannelDimension | None, name: str
+    array: np.ndarray | torch.Tensor,
+    input_data_format: str | ChannelDimension | None,
+    name: str,
+    max_image_pixels: int,
 ) -> Image.Image:
+    shape = tuple(array.shape)
+    if len(shape) not in (2, 3) or 0 in shape:
+        raise ValueError(f"{name} must be (H, W), (H, W, C) or (C, H, W) and not empty, got shape {shape}.")
+    channels_first = len(shape) == 3 and _is_channels_first(shape, input_data_format, name)
+    height, width = shape[1:] if channels_first else shape[:2]
+    check_image_size(width, height, name, max_image_pixels)
     if isinstance(array, torch.Tensor):
-        array = (array.float() if array.is_floating_point() else array).detach().cpu().numpy()
-    if array.ndim not in (2, 3) or array.size == 0:
-        raise ValueError(f"{name} must be (H, W), (H, W, C) or (C, H, W) and not empty, got shape {array.shape}.")
+        with decoding(name):  # tensors without storage, sparse ones
+            array = (array.float() if array.is_floating_point() else array).detach().cpu().numpy()
     if array.ndim == 3:
-        channels_first = _is_channels_first(array.shape, input_data_format, name)
         array = array.transpose(1, 2, 0) if channels_first else array  # (H, W, C)
         array = array[..., 0] if array.shape[-1] == 1 else array
     return Image.fromarray(np.ascontiguousarray(_to_8_bit(array, name)))
 
 
 def _deep_to_grey(image: Image.Image, name: str) -> Image.Image:
-    """Scales 16-bit and floating-point pictures; Pillow's own conversion would clip them to white."""
+    """Scales 16-bit and floating-point images; Pillow's own conversion would clip them to white."""
     array = np.asarray(image)
+    key = image.info.get("transparency")  # the one value that is transparent
+    alpha = None if not isinstance(key, int) else Image.fromarray(np.where(array == key, 0, 255).astype(np.uint8))
     if image.mode == "I":
         if array.min() < 0 or array.max() > 65535:
             raise ValueError(f"{name} has 32-bit values from {array.min()} to {array.max()}, expected 16 bits.")
         array = array.astype(np.uint16)
-    return Image.fromarray(_to_8_bit(array, name))
+    grey = Image.fromarray(_to_8_bit(array, name))
+    return grey if alpha is None else Image.merge("LA", (grey, alpha))
 
 
-def load_image(image: Image.Image, name: str, max_image_pixels: int) -> None:
-    """Decodes a file that the caller opened, if that was not done yet; the number of pixels is checked first."""
-    check_image_size(*image.size, name, max_image_pixels)
-    with _decoding(name):
-        image.load()
+def parse_background(background: Background) -> tuple[int, int, int] | None:
+    """(R, G, B) of a colour's name, of "#rrggbb" or of three numbers; None for "none"."""
+    if background == NO_BACKGROUND:
+        return None
+    if isinstance(background, str):
+        try:
+            return ImageColor.getrgb(background)[:3]
+        except ValueError as error:
+            raise ValueError(f"`background_color` names no colour: {error}.") from error
+    is_list = isinstance(background, (list, tuple)) and len(background) == 3
+    if not is_list or not all(type(value) is int and 0 <= value <= 255 for value in background):
+        raise ValueError(
+            "`background_color` must be a colour's name, #rrggbb, three whole numbers from 0 to 255, or "
+            f'"{NO_BACKGROUND}", got {background!r}.'
+        )
+    red, green, blue = background
+    return red, green, blue
+
+
+def _over(background: tuple[int, int, int], image: Image.Image) -> Image.Image:
+    """RGB image of what shows through a transparent image; opaque pixels keep their bytes."""
+    if image.mode == "La":  # premultiplied
+        image = image.convert("LA")
+    rgba = image.convert("RGBA")
+    canvas = Image.new("RGB", image.size, background)
+    canvas.paste(rgba, mask=rgba)
+    return canvas
 
 
 def to_pil(
@@ -315,26 +395,39 @@ def to_pil(
     max_image_pixels: int,
     do_convert_rgb: bool | None,
     input_data_format: str | ChannelDimension | None,
+    background: Background = DEFAULT_BACKGROUND,
 ) -> Image.Image:
-    """8-bit RGB image of a decoded picture; without `do_convert_rgb`, grey and RGBA pictures stay what they are."""
-    image = source if isinstance(source, Image.Image) else _array_to_pil(source, input_data_format, name)
+    """8-bit RGB image of a decoded image; without `do_convert_rgb`, grey and RGBA images stay what they are.
+
+    Transparent images are read over `background`; with "none" alpha is dropped, which uncovers the colours below.
+    """
+    if isinstance(source, Image.Image):
+        image = source
+    else:
+        image = _array_to_pil(source, input_data_format, name, max_image_pixels)
     load_image(image, name, max_image_pixels)
     if image.mode.startswith("I") or image.mode == "F":
         image = _deep_to_grey(image, name)
-    if image.mode == "RGB" or (image.mode in ("L", "RGBA") and not do_convert_rgb):
+        image = image if do_convert_rgb else image.getchannel("L")
+    if image.mode in ("L", "RGBA") and not do_convert_rgb:
         return image
-    with _decoding(name):
-        return image.convert("RGB")
+    colour = parse_background(background)
+    with decoding(name):
+        if colour is not None and image.has_transparency_data:
+            return _over(colour, image)
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 __all__ = [
+    "DEFAULT_BACKGROUND",
+    "Background",
     "ImageSource",
     "NestedImages",
-    "check_image_size",
     "flatten_images",
-    "load_image",
     "name_images",
+    "parse_background",
     "read_image",
+    "read_image_size",
     "read_nested_images",
     "to_pil",
 ]

@@ -15,6 +15,7 @@ Shapes: T tiles of the whole call, C channels, H and W pixels.
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import lru_cache
 from threading import Lock
 from typing import Any
@@ -28,13 +29,15 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
+from .image_decoding_internvl import check_image_size, load_image
 from .image_loading_internvl import (
+    DEFAULT_BACKGROUND,
+    Background,
     ImageSource,
     NestedImages,
-    check_image_size,
     flatten_images,
-    load_image,
     name_images,
+    parse_background,
     read_image,
     read_nested_images,
     to_pil,
@@ -54,7 +57,9 @@ SWITCHES = {"crop_to_patches": "tiles", "do_center_crop": "crop"}
 TILE_SETTINGS = ("min_num", "max_num", "use_thumbnail")
 # 256 tiles of 448 x 448 pixels are 617 MB of float32; published checkpoints use 40 at most. Servers let clients ask.
 MOST_TILES = 256
-OWN_SETTINGS = (*TILE_SETTINGS, *SPELLINGS, *SWITCHES, "resize_mode", "max_image_pixels")
+# They are saved only where they differ from the defaults.
+LOADING_SETTINGS = ("background_color", "allow_local_files")
+OWN_SETTINGS = (*TILE_SETTINGS, *SPELLINGS, *SWITCHES, "resize_mode", "max_image_pixels", *LOADING_SETTINGS)
 
 
 class InternVLImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -69,6 +74,10 @@ class InternVLImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
         use_thumbnail: Whether the whole picture follows its tiles as one more, where there is more than one.
         crop_to_patches: True asks for `resize_mode="tiles"`, False for anything else ("squash" in place of "tiles").
         max_image_pixels: Largest width times height that is decoded.
+        background_color: What transparent images are read over: a colour's name, "#rrggbb", three numbers from 0 to
+            255, or "none", which drops alpha and uncovers the colours below, as the published code does.
+        allow_local_files: Whether paths and `file:` addresses are read. A server that lets its clients name images sets
+            this to False.
     """
 
     resize_mode: str | None
@@ -81,6 +90,8 @@ class InternVLImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
     max_dynamic_patch: int | list[int] | None
     crop_to_patches: bool | None
     max_image_pixels: int | None
+    background_color: Background | None
+    allow_local_files: bool | None
 
 
 @lru_cache(maxsize=64)
@@ -292,9 +303,11 @@ def _check_values(settings: Mapping[str, Any]) -> None:
         for value in _as_list(settings.get(name, 1)):
             if type(value) is not int or not 1 <= value <= largest:
                 raise ValueError(f"`{name}` must be a whole number from 1 to {largest}, got {value!r}.")
-    for value in _as_list(settings.get("use_thumbnail", True)):
-        if type(value) is not bool:
-            raise ValueError(f"`use_thumbnail` must be True or False, got {value!r}.")
+    for name in ("use_thumbnail", "allow_local_files"):
+        for value in _as_list(settings.get(name, True)):
+            if type(value) is not bool:
+                raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+    parse_background(settings.get("background_color", DEFAULT_BACKGROUND))
 
 
 def _tile_limits(count: int, settings: Mapping[str, Any]) -> list[tuple[int, int, bool]]:
@@ -342,23 +355,28 @@ class InternVLImageProcessor(PilBackend):
 
     With `do_resize=False` a picture is one tile as it is (after the centre crop in the mode "crop").
 
-    A picture is a PIL image, an array or tensor ((H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels), a path, the
-    bytes of a file, an http(s) address, a base64 text or data URI; pictures come alone, in lists, in nested lists or
-    as 4-dimensional batches. What becomes of special ones:
+    An image is a PIL image, an array or tensor ((H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels), a path, the
+    bytes of a file, an open binary file (read from its position on), an http(s), file or data address, a base64 text, or a row
+    `{"bytes": ..., "path": ...}` of `datasets`; images come alone, in lists, in nested lists or as 4-dimensional batches.
+    What becomes of special ones:
 
+    - Formats: PNG, JPEG (MPO too), WebP, GIF, BMP, TIFF and PPM are decoded, by every way in, and in PIL images that are
+      not decoded yet. Any other is refused by name. No program is ever started.
     - EXIF orientation: files, bytes and addresses are turned upright, as transformers' loaders do. PIL images are
       taken as they are, as in the published code.
-    - Alpha is dropped, also of palettes and grey pictures, uncovering the colours below, as `convert("RGB")` does.
+    - Transparent images (alpha, palettes and PNG's transparent colour too) are read over `background_color`, white by default, as
+      people see them. "none" drops alpha, uncovering the colours below, as the published `convert("RGB")` does. Opaque images
+      have the same bytes either way.
     - CMYK, YCbCr and so on: Pillow's `convert("RGB")`, without colour profiles.
     - 16 bits (PIL modes "I;16" and "I", arrays of uint16) are scaled to 8 bits: 65535 becomes 255. Other integers must
       be in 0..255. One bit: 0 and 255.
-    - Floats (PIL mode "F", arrays, tensors) must be in [0, 1]; they are rounded to 8 bits, and `do_rescale` has no
-      effect on arrays and tensors of this kind, because they are scaled already.
+    - Floats (PIL mode "F", arrays, tensors) must be in [0, 1], but for errors of rounding; they are rounded to 8 bits,
+      and `do_rescale` has no effect on arrays and tensors of this kind, because they are scaled already.
     - Animations: the first frame of files, the current frame of PIL images.
-    - Addresses of private networks (also behind a name or a redirect) raise a ValueError, unless the environment variable
-      INTERNVL_ALLOW_PRIVATE_HOSTS is 1.
-    - Broken, empty or truncated data, EPS files and pictures of more than `max_image_pixels` (looked up before
-      anything is decoded) raise a ValueError with the position of the picture and its path or address.
+    - Addresses of private networks (also behind a name, a tunnel or a redirect) raise a ValueError, unless the environment
+      variable INTERNVL_ALLOW_PRIVATE_HOSTS is 1. A download has 60 seconds in all.
+    - Broken, empty or truncated data, all that is no image, and images of more than `max_image_pixels` (looked up before
+      anything is decoded) raise a ValueError with the position of the image, its path or address, and what it is.
 
     `pixel_values` is (T, 3, H, W) for all pictures together, `num_patches` the number of tiles of each picture.
     """
@@ -380,6 +398,8 @@ class InternVLImageProcessor(PilBackend):
     max_num = 12
     use_thumbnail = True
     max_image_pixels = 178_956_970  # Pillow's own limit for an error, twice its `MAX_IMAGE_PIXELS`
+    background_color = DEFAULT_BACKGROUND
+    allow_local_files = True
 
     min_patches = min_dynamic_patch = _spelling("min_num")
     max_patches = max_dynamic_patch = _spelling("max_num")
@@ -398,7 +418,11 @@ class InternVLImageProcessor(PilBackend):
 
     def to_dict(self) -> dict[str, Any]:
         """Dictionary to save, which `CLIPImageProcessor` understands too."""
-        return {**super().to_dict(), "do_center_crop": self.do_center_crop}
+        saved = {**super().to_dict(), "do_center_crop": self.do_center_crop}
+        for name in LOADING_SETTINGS:
+            if saved[name] == getattr(type(self), name):
+                del saved[name]
+        return saved
 
     def fetch_images(self, image_url_or_urls: NestedImages) -> NestedImages:
         """Decodes paths, addresses, base64 text and bytes to PIL images and keeps the nesting.
@@ -412,7 +436,7 @@ class InternVLImageProcessor(PilBackend):
         Raises:
             ValueError: A picture cannot be read; the message names it.
         """
-        return read_nested_images(image_url_or_urls, self.max_image_pixels)
+        return read_nested_images(image_url_or_urls, self.max_image_pixels, self.allow_local_files)
 
     def preprocess(
         self, images: NestedImages, *args: Any, **kwargs: Unpack[InternVLImageProcessorKwargs]
@@ -475,12 +499,12 @@ class InternVLImageProcessor(PilBackend):
         limits, max_pixels = _tile_limits(len(images), settings), settings["max_image_pixels"]
 
         def prepare(source: ImageSource, name: str, limit: tuple[int, int, bool], loading: Lock) -> list[np.ndarray]:
-            picture = read_image(source, name, max_pixels)
-            if isinstance(source, Image.Image):
-                with loading:
+            with loading if isinstance(source, Image.Image) or hasattr(source, "read") else nullcontext():
+                picture = read_image(source, name, max_pixels, settings["allow_local_files"])
+                if isinstance(source, Image.Image):
                     load_image(source, name, max_pixels)
-            image = to_pil(picture, name, max_pixels, settings["do_convert_rgb"], settings["input_data_format"])
-            return _fit(image, name, limit, settings)
+            ways = (settings[key] for key in ("do_convert_rgb", "input_data_format", "background_color"))
+            return _fit(to_pil(picture, name, max_pixels, *ways), name, limit, settings)
 
         found = _in_threads(prepare, images, name_images(images), limits, _loading_locks(images))
         num_patches = [len(tiles) for tiles in found]

@@ -1,59 +1,32 @@
 """The image processor: the published grids and pixels exactly, every setting in every spelling, every kind of picture."""
 
-import base64
 import hashlib
-import http.server
-import io
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile, PngImagePlugin
+from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessor
 
 from internvl.image_processing_internvl import InternVLImageProcessor, _fit, choose_grid
 
+from .fixtures_images import TILE, bytes_of_tiles, encoded, one_tile, picture
+
 
 GOLDEN = Path(__file__).parent / "golden" / "tiling"
 CASE = json.loads((GOLDEN / "case.json").read_text())
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TILE = 16  # a small tile keeps the tests that look at no golden fast
-
-
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def encoded(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
-
-
-def bytes_of_tiles(processor: InternVLImageProcessor, image, **settings) -> np.ndarray:
-    """(T, H, W, C) uint8: the pixels before scaling and normalisation."""
-    output = processor(image, do_rescale=False, do_normalize=False, return_tensors="np", **settings)
-    return output["pixel_values"].astype(np.uint8).transpose(0, 2, 3, 1)
-
-
-def one_tile(image, **settings) -> np.ndarray:
-    """(H, W, C) uint8 of a picture as it is."""
-    (tile,) = bytes_of_tiles(InternVLImageProcessor(do_resize=False), image, **settings)
-    return tile
 
 
 @pytest.fixture
@@ -428,412 +401,6 @@ def test_squash_takes_sizes_that_are_not_square(processor):
     assert output["pixel_values"][0].shape == (3, 8, 24)
 
 
-# ------------------------------------------------------------------------------------------------ kinds of input
-def test_all_kinds_of_input_give_the_same_pixels(processor, tmp_path):
-    image = picture(50, 30)
-    array, path, data = np.array(image), tmp_path / "picture.png", encoded(image)
-    path.write_bytes(data)
-    text = base64.b64encode(data).decode()
-    kinds = {
-        "array (H, W, C)": array,
-        "array (C, H, W)": array.transpose(2, 0, 1),
-        "tensor (C, H, W)": torch.from_numpy(array).permute(2, 0, 1),
-        "float tensor": torch.from_numpy(array).permute(2, 0, 1) / 255,
-        "double array": array / 255,
-        "64-bit integers": array.astype(np.int64),
-        "16 bits": array.astype(np.uint16) * 257,
-        "batch of one": array[None],
-        "path": path,
-        "path as text": str(path),
-        "bytes": data,
-        "bytearray": bytearray(data),
-        "base64": text,
-        "data URI": f"data:image/png;base64,{text}",
-        "nested": [[image]],
-        "tuple": (image,),
-        "file not loaded yet": Image.open(path),
-    }
-    expected = processor(image, return_tensors="pt")["pixel_values"]
-    for kind, source in kinds.items():
-        assert torch.equal(processor(source, return_tensors="pt")["pixel_values"], expected), kind
-        fetched = processor.fetch_images(source)
-        assert torch.equal(processor(fetched, return_tensors="pt")["pixel_values"], expected), f"fetched {kind}"
-
-
-def test_grey_one_row_and_batched_arrays(processor):
-    grey = np.array(picture(20, 10).convert("L"))
-    expected = np.stack([grey] * 3, axis=-1)
-    for array in (grey, grey[..., None], grey[None], torch.from_numpy(grey), processor.fetch_images(grey)):
-        np.testing.assert_array_equal(one_tile(array), expected)
-    row = np.asarray(picture(20, 1))
-    np.testing.assert_array_equal(one_tile(row), row)
-    np.testing.assert_array_equal(one_tile(row.transpose(1, 0, 2)), row.transpose(1, 0, 2))
-    batch = np.stack([np.asarray(picture(20, 10, seed)) for seed in range(3)])
-    assert processor(batch, do_resize=False)["num_patches"] == [1, 1, 1]
-    assert len(processor.fetch_images([batch, batch])) == 2
-    ambiguous = np.zeros((3, 9, 3), dtype=np.uint8)
-    assert one_tile(ambiguous).shape == (9, 3, 3)
-    assert one_tile(ambiguous, input_data_format="channels_last").shape == (3, 9, 3)
-
-
-def test_floats_are_taken_as_scaled_whatever_do_rescale_says(processor):
-    array = np.asarray(picture(20, 20)) / np.float32(255)
-    rescaled = processor(array, return_tensors="pt")["pixel_values"]
-    assert torch.equal(processor(array, do_rescale=False, return_tensors="pt")["pixel_values"], rescaled)
-
-
-@pytest.mark.parametrize(
-    ("array", "message"),
-    [
-        (np.full((4, 4, 3), 1.5), r"floating-point values from 1.5 to 1.5, expected \[0, 1\]"),
-        (np.full((4, 4, 3), np.nan), "floating-point values"),
-        (np.full((4, 4, 3), -1), r"outside 0\.\.255"),
-        (np.full((4, 4, 3), 256), r"outside 0\.\.255"),
-        (np.zeros((5, 5, 5), dtype=np.uint8), "must have 1, 3 or 4 channels"),
-        (np.zeros((0, 4, 3), dtype=np.uint8), "not empty"),
-        (np.zeros((2, 2, 2, 2, 2), dtype=np.uint8), "must be \\(H, W\\)"),
-        (torch.zeros(4), "must be \\(H, W\\)"),
-        (Image.new("RGB", (0, 5)), "has no pixels: its size is 0 x 5"),
-        (7, "must be a PIL image, an array, a tensor, a path"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_unusable_arrays_raise_with_their_position(processor, array, message):
-    with pytest.raises(ValueError, match=f"Image 2 of 2.*{message}"):
-        processor([WIDE, array])
-
-
-def test_no_picture_raises(processor):
-    with pytest.raises(ValueError, match="`images` holds no picture"):
-        processor([])
-
-
-# ------------------------------------------------------------------------------------------------ special pictures
-def test_exif_orientation_turns_files_and_leaves_pil_images():
-    image = picture(30, 20)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise to view
-    data = encoded(image, exif=exif)
-    upright = np.asarray(image.transpose(Image.Transpose.ROTATE_270))
-    np.testing.assert_array_equal(one_tile(data), upright)
-    np.testing.assert_array_equal(one_tile(Image.open(io.BytesIO(data))), np.asarray(image))
-
-
-def special_pictures() -> dict[str, Image.Image]:
-    image = picture(24, 18)
-    alpha = Image.fromarray(np.random.default_rng(1).integers(0, 256, (18, 24), dtype=np.uint8))
-    rgba, la = image.convert("RGBA"), image.convert("LA")
-    rgba.putalpha(alpha)
-    la.putalpha(alpha)
-    palette = image.convert("P", palette=Image.Palette.ADAPTIVE)
-    palette.info["transparency"] = 0
-    return {
-        "RGBA": rgba,
-        "LA": la,
-        "P with transparency": palette,
-        "L": image.convert("L"),
-        "1": image.convert("1"),
-        "CMYK": image.convert("CMYK"),
-        "YCbCr": image.convert("YCbCr"),
-    }
-
-
-@pytest.mark.parametrize("kind", special_pictures())
-def test_special_modes_become_what_the_published_convert_gives(kind):
-    image = special_pictures()[kind]
-    np.testing.assert_array_equal(one_tile(image), np.asarray(image.convert("RGB")))
-
-
-@pytest.mark.parametrize(("kind", "file_format"), [("CMYK", "JPEG"), ("P with transparency", "PNG"), ("LA", "PNG")])
-def test_special_modes_read_from_files(kind, file_format, tmp_path):
-    path = tmp_path / "picture"
-    path.write_bytes(encoded(special_pictures()[kind], file_format))
-    np.testing.assert_array_equal(one_tile(path), np.asarray(Image.open(path).convert("RGB")))
-
-
-def test_16_bits_are_scaled_instead_of_clipped(tmp_path):
-    values = np.array([[0, 128, 257, 32768, 65535]], dtype=np.uint16)
-    expected = np.rint(values / 257).astype(np.uint8)
-    image = Image.fromarray(values)
-    assert image.mode == "I;16"
-    image.save(tmp_path / "deep.png")
-    for source in (image, image.convert("I"), tmp_path / "deep.png", values):
-        np.testing.assert_array_equal(one_tile(source)[..., 0], expected)
-    with pytest.raises(ValueError, match="32-bit values from -1 to -1, expected 16 bits"):
-        one_tile(Image.new("I", (2, 2), -1))
-    np.testing.assert_array_equal(one_tile(Image.new("F", (1, 1), 0.5)), [[[128, 128, 128]]])
-    with pytest.raises(ValueError, match=r"floating-point values from 200\.0 to 200\.0"):
-        one_tile(Image.new("F", (2, 2), 200.0))
-
-
-def test_animations_give_their_first_frame(tmp_path):
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
-    path = tmp_path / "animation.gif"
-    frames[0].save(path, save_all=True, append_images=frames[1:])
-    np.testing.assert_array_equal(one_tile(path), np.asarray(frames[0]))
-    animation = Image.open(path)
-    animation.seek(1)
-    np.testing.assert_array_equal(one_tile(animation), np.asarray(frames[1].convert("RGB")))
-
-
-def test_extreme_shapes_have_a_result_in_every_mode(processor):
-    for size in ((1, 1), (1, 20000), (20000, 1)):
-        image = picture(*size)
-        assert processor(image)["num_patches"] == [1 if size == (1, 1) else 13]
-        for mode in ("squash", "crop"):
-            (tile,) = bytes_of_tiles(processor, image, resize_mode=mode)
-            assert tile.shape == (TILE, TILE, 3)
-    with pytest.raises(ValueError, match=r"padded to a square, has 20000 x 20000 .* `max_image_pixels` is 178956970"):
-        processor(picture(1, 20000), resize_mode="pad")
-    assert bytes_of_tiles(processor, picture(1, 300), resize_mode="pad").shape == (1, TILE, TILE, 3)
-
-
-@pytest.mark.parametrize("size", [(1, 1000), (37, 400), (400, 37)])
-def test_crop_of_a_picture_too_long_to_resize_whole_is_the_same_part_of_it(processor, size):
-    image, settings = picture(*size), {"resize_mode": "crop", "size": 64, "crop_size": TILE}
-    whole = bytes_of_tiles(processor, image, **settings).astype(int)
-    part = bytes_of_tiles(processor, image, **settings, max_image_pixels=size[0] * size[1])
-    # Pillow rounds to 8 bits between its two passes, which matters most for noise such as this
-    assert np.abs(part - whole).mean() < 1
-
-
-# ------------------------------------------------------------------------------------------------ broken and hostile
-def bomb() -> bytes:
-    """A PNG of about 4 KB whose header announces 60000 x 60000 pixels."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
-
-    header = (60000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
-    body = zlib.compress(bytes(4_000_000), 9)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
-
-
-def long_text_chunk() -> bytes:
-    """A PNG whose text chunk unpacks to more than Pillow accepts."""
-    info = PngImagePlugin.PngInfo()
-    info.add_text("comment", "x" * (PngImagePlugin.MAX_TEXT_CHUNK + 1), zip=True)
-    return encoded(picture(4, 4), pnginfo=info)
-
-
-def broken_files() -> dict[str, bytes]:
-    whole = encoded(picture(64, 64))
-    return {
-        "bomb.png": bomb(),
-        "truncated.png": whole[: len(whole) // 2],
-        "truncated.jpg": encoded(picture(64, 64), "JPEG")[:900],
-        "empty.png": b"",
-        "header_only.png": whole[:20],
-        "text.png": b"this is not a picture\n" * 20,
-        "long_text.png": long_text_chunk(),
-        "program.eps": encoded(picture(8, 8), "EPS"),
-    }
-
-
-@pytest.mark.parametrize("name", broken_files())
-def test_broken_files_raise_with_their_name_and_position(processor, name, tmp_path):
-    data = broken_files()[name]
-    assert len(data) < 20_000
-    path = tmp_path / name
-    path.write_bytes(data)
-    limits = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, PngImagePlugin.MAX_TEXT_CHUNK
-    for source in (path, str(path)):
-        with pytest.raises(ValueError, match=f"Image 2 of 3 .*{name}"):
-            processor([WIDE, source, WIDE])
-    for source in (data, "data:image/png;base64," + base64.b64encode(data).decode()):
-        with pytest.raises(ValueError, match="Image 1 of 1"):
-            processor(source)
-        with pytest.raises(ValueError, match="Image 1 of 2"):
-            processor.fetch_images([source, WIDE])
-    assert limits == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, PngImagePlugin.MAX_TEXT_CHUNK)
-
-
-def test_a_truncated_file_that_the_caller_opened_is_named(processor, tmp_path):
-    path = tmp_path / "half.png"
-    path.write_bytes(broken_files()["truncated.png"])
-    with pytest.raises(ValueError, match=r"Image 1 of 1 \(.*half.png\) cannot be read as a picture"):
-        processor(Image.open(path))
-
-
-def test_the_pixel_limit_is_checked_before_decoding(processor, monkeypatch):
-    data = encoded(picture(40, 30))
-
-    def decode(self):
-        raise AssertionError("decoded")
-
-    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", decode)
-    message = r"Image 1 of 1 has 40 x 30 = 1200 pixels, `max_image_pixels` is 1199"
-    with pytest.raises(ValueError, match=message):
-        processor(data, max_image_pixels=1199)
-    with pytest.raises(ValueError, match=message):
-        processor(Image.open(io.BytesIO(data)), max_image_pixels=1199)
-    processor.max_image_pixels = 1199
-    with pytest.raises(ValueError, match=message):
-        processor.fetch_images(data)
-
-
-def test_the_own_pixel_limit_holds_where_the_process_has_lifted_that_of_pillow(processor, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    with pytest.raises(ValueError, match=r"60000 x 60000 = 3600000000 pixels"):
-        processor(bomb())
-
-
-@pytest.mark.parametrize("source", ["no/such/file.png", Path("no/such/file.png"), "bm90IGEgcGljdHVyZQ==", "."])
-def test_names_that_lead_nowhere_raise(processor, source):
-    with pytest.raises(ValueError, match="Image 1 of 1"):
-        processor(source)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-def test_damaged_files_of_many_formats_raise_value_errors_only(processor):
-    generator = np.random.default_rng(0)
-    failures = 0
-    for file_format in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA", "ICO"):
-        whole = encoded(picture(20, 20), file_format)
-        for _ in range(40):
-            data = bytearray(whole)
-            for position in generator.integers(0, min(len(data), 200), 8):
-                data[position] = generator.integers(0, 256)
-            try:
-                processor(bytes(data[: generator.integers(1, len(data) + 1)]), max_image_pixels=10_000)
-            except ValueError:
-                failures += 1
-    assert failures > 200
-
-
-# ------------------------------------------------------------------------------------------------ addresses
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves `pages`, turns `moves` to other addresses; all else is missing."""
-
-    pages: ClassVar[dict[str, bytes]] = {}
-    moves: ClassVar[dict[str, str]] = {}
-    hosts: ClassVar[list[str]] = []
-
-    def do_GET(self):
-        self.hosts.append(self.headers["Host"])
-        body, moved = self.pages.get(self.path), self.moves.get(self.path)
-        self.send_response(302 if moved else 404 if body is None else 200)
-        if moved:
-            self.send_header("Location", moved)
-        self.end_headers()
-        self.wfile.write(body or b"")
-
-    def log_message(self, *arguments):
-        pass
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    Handler.pages = {"/good.png": encoded(picture(50, 30)), "/bomb.png": bomb(), "/empty.png": b""}
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    home = f"http://127.0.0.1:{server.server_port}"
-    Handler.moves = {
-        "/moved.png": "/good.png",
-        "/inwards.png": f"{home}/good.png",
-        "/files.png": "ftp://pictures.test/",
-    }
-    yield home
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-@pytest.fixture
-def no_proxy(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost,pictures.test")
-    monkeypatch.delenv("INTERNVL_ALLOW_PRIVATE_HOSTS", raising=False)
-
-
-@pytest.fixture
-def private_hosts(no_proxy, monkeypatch):
-    monkeypatch.setenv("INTERNVL_ALLOW_PRIVATE_HOSTS", "1")
-
-
-@pytest.mark.usefixtures("private_hosts")
-def test_addresses_are_fetched(processor, address):
-    fetched = bytes_of_tiles(processor, f"{address}/good.png")
-    np.testing.assert_array_equal(fetched, bytes_of_tiles(processor, picture(50, 30)))
-
-
-@pytest.mark.usefixtures("private_hosts")
-@pytest.mark.parametrize("page", ["bomb.png", "empty.png", "missing.png"])
-def test_bad_addresses_are_named(processor, address, page):
-    with pytest.raises(ValueError, match=f"Image 2 of 2 .*127.0.0.1.*{page}"):
-        processor([WIDE, f"{address}/{page}"])
-
-
-@pytest.mark.usefixtures("private_hosts")
-def test_downloads_are_limited_in_size(processor, address, monkeypatch):
-    monkeypatch.setattr("internvl.image_loading_internvl.DOWNLOAD_BYTES", 100)
-    with pytest.raises(ValueError, match="more than 100 bytes"):
-        processor(f"{address}/good.png")
-
-
-@pytest.fixture
-def public_name(address, monkeypatch, no_proxy) -> str:
-    """The server's address by a name that resolves to a public address, from which connections are turned to it."""
-    resolve, connect = socket.getaddrinfo, socket.create_connection
-
-    def fake_resolve(host, port, *arguments, **settings):
-        return resolve("8.8.8.8" if host == "pictures.test" else host, port, *arguments, **settings)
-
-    def fake_connect(place, *arguments):
-        return connect(("127.0.0.1" if place[0] == "8.8.8.8" else place[0], place[1]), *arguments)
-
-    monkeypatch.setattr(socket, "getaddrinfo", fake_resolve)
-    monkeypatch.setattr(socket, "create_connection", fake_connect)
-    return address.replace("127.0.0.1", "pictures.test")
-
-
-@pytest.mark.usefixtures("no_proxy")
-@pytest.mark.parametrize(
-    "host", ["127.0.0.1", "localhost", "127.1", "127.0.0.%31", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0"]
-)
-def test_private_hosts_are_refused_before_a_connection_is_made(processor, address, host):
-    Handler.hosts.clear()
-    with pytest.raises(
-        ValueError, match=r"Image 2 of 2 .* which is not public; INTERNVL_ALLOW_PRIVATE_HOSTS=1 allows"
-    ):
-        processor([WIDE, address.replace("127.0.0.1", host) + "/good.png"])
-    assert Handler.hosts == []
-
-
-HOSTS = ["10.0.0.1", "172.16.5.4", "192.168.1.1", "169.254.169.254", "100.64.0.1", "[fd00::1]"]
-
-
-@pytest.mark.usefixtures("no_proxy")
-@pytest.mark.parametrize("address_inside", [*(f"http://{host}" for host in HOSTS), "https://10.0.0.1"])
-def test_private_ranges_are_refused_by_both_protocols(processor, address_inside):
-    with pytest.raises(ValueError, match="which is not public"):
-        processor(f"{address_inside}/picture.png")
-
-
-def test_public_hosts_and_their_redirects_are_fetched_but_not_inwards_nor_by_ftp(processor, public_name):
-    Handler.hosts.clear()
-    for page in ("good.png", "moved.png"):
-        np.testing.assert_array_equal(
-            bytes_of_tiles(processor, f"{public_name}/{page}"), bytes_of_tiles(processor, picture(50, 30))
-        )
-    assert len(Handler.hosts) == 3
-    with pytest.raises(ValueError, match=r"127\.0\.0\.1 is at 127\.0\.0\.1, which is not public"):
-        processor(f"{public_name}/inwards.png")
-    with pytest.raises(ValueError, match="ftp"):
-        processor(f"{public_name}/files.png")
-    assert len(Handler.hosts) == 5
-    assert all(host.startswith("pictures.test") for host in Handler.hosts)
-
-
-def test_a_proxy_decides_for_itself(processor, address, monkeypatch):
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("http_proxy", address)
-    Handler.pages["http://10.0.0.1/good.png"] = Handler.pages["/good.png"]
-    fetched = bytes_of_tiles(processor, "http://10.0.0.1/good.png")
-    np.testing.assert_array_equal(fetched, bytes_of_tiles(processor, picture(50, 30)))
-
-
 # ------------------------------------------------------------------------------------------------ saving and loading
 VARIANTS = [
     {},
@@ -943,8 +510,8 @@ def test_auto_image_processor_loads_a_copied_folder_in_a_fresh_process(root, tmp
         path = tmp_path / name
         path.parent.mkdir()
         path.write_text(json.dumps(content))
-        for code in ("image_processing_internvl.py", "image_loading_internvl.py"):
-            shutil.copy(root / code, path.parent)
+        for code in root.glob("image_*_internvl.py"):
+            shutil.copy(code, path.parent)
     folders = [str(tmp_path / name) for name in ("flat", "nested", "saved")]
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", LOAD, *folders]

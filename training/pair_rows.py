@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..image_loading_internvl import DECODER_ERRORS
+from ..image_decoding_internvl import DECODER_ERRORS
 from .shards import FAULT_COLUMN, Row
 
 

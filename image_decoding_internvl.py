@@ -1,0 +1,279 @@
+# Copyright 2026 The InternVL package authors
+"""Decoding image files safely: which formats are decoded, what anything else is, and how many pixels it may have.
+
+Every failure is a ValueError that names the image. The number of pixels is looked up in the header before anything is
+decoded. Pillow's process-wide limits are neither read nor changed; they hold besides ours.
+"""
+
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    ImageOps,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+
+# Pillow has some forty decoders. A format is in this list if people have it, if its own header tells the size of all that is
+# decoded, and if its decoder neither opens another image nor starts a program. So EPS (runs Ghostscript), IPTC, ICO, ICNS,
+# CUR, DCX, FPX, MIC and BLP (hold other images), JPEG 2000 and AVIF (the coded frame may be larger than the container says), and
+# old formats that nobody tests (PSD, FLI, FITS, SPIDER, McIdas, WMF...) are left out.
+FORMATS: dict[str, type[ImageFile.ImageFile]] = {
+    "PNG": PngImagePlugin.PngImageFile,
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "MPO": JpegImagePlugin.JpegImageFile,  # several JPEG images in a row; it is opened as JPEG
+    "WEBP": WebPImagePlugin.WebPImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+    "PPM": PpmImagePlugin.PpmImageFile,
+}
+OPENED = [name for name in FORMATS if name != "MPO"]
+READABLE = "PNG, JPEG, WebP, GIF, BMP, TIFF or PPM"
+# None, CCITT fax (three kinds), LZW, JPEG, deflate (two numbers), 16-bit padding, PackBits. libtiff reaches more decoders:
+# old-style JPEG, ThunderScan and SGI Log, where most of its faults are found, LZMA, which allocates what the file asks for, and
+# WebP and Zstandard, which hardly anyone writes.
+TIFF_COMPRESSIONS = {1, 2, 3, 4, 5, 7, 8, 32771, 32773, 32946}
+TIFF_COMPRESSION, TIFF_TILE_WIDTH, TIFF_TILE_LENGTH = 259, 322, 323
+
+# What Pillow's decoders raise on damaged data, seen by feeding each of them damaged files, and their warnings where
+# the process turns warnings into errors.
+DECODER_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    Image.DecompressionBombError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    Warning,
+    struct.error,
+    zlib.error,
+)
+
+MAGIC_OF_READABLE = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+MAGIC_OF_OTHERS = {
+    b"%PDF": "a PDF document",
+    b"%!PS": "an EPS or PostScript program",
+    b"\xc5\xd0\xd3\xc6": "an EPS program",
+    b"8BPS": "a Photoshop document",
+    b"\0\0\1\0": "an ICO icon",
+    b"\0\0\2\0": "a CUR cursor",
+    b"icns": "an ICNS icon",
+    b"\0\0\0\x0cjP  ": "a JPEG 2000 image",
+    b"\xff\x4f\xff\x51": "a JPEG 2000 image",
+    b"\0\0\0\x0cJXL ": "a JPEG XL image",
+    b"\xff\x0a": "a JPEG XL image",
+    b"\xd7\xcd\xc6\x9a": "a WMF drawing",
+    b"SIMPLE  =": "a FITS image",
+    b"qoif": "a QOI image",
+    b"DDS ": "a DDS texture",
+    b"gimp xcf": "a GIMP project",
+    b"v/1\x01": "an OpenEXR image",
+    b"#?RADIANCE": "a Radiance image",
+    b"AT&TFORM": "a DjVu document",
+    b"\xd0\xcf\x11\xe0": "an old Office document or FlashPix image",
+    b"PK\3\4": "a ZIP archive (or a document in one)",
+    b"\x1f\x8b": "gzip-compressed data",
+    b"BZh": "bzip2-compressed data",
+    b"\xfd7zXZ": "xz-compressed data",
+    b"(\xb5/\xfd": "Zstandard-compressed data",
+    b"7z\xbc\xaf": "a 7-Zip archive",
+    b"Rar!": "a RAR archive",
+    b"\x1aE\xdf\xa3": "a Matroska or WebM video",
+    b"\0\0\1\xba": "an MPEG video",
+    b"\0\0\1\xb3": "an MPEG video",
+    b"FLV\1": "a Flash video",
+    b"OggS": "an Ogg audio or video file",
+    b"ID3": "an MP3 audio file",
+    b"fLaC": "a FLAC audio file",
+    b"\x93NUMPY": "a NumPy array file",
+    b"PAR1": "a Parquet file",
+    b"\x89HDF": "an HDF5 file",
+    b"SQLite format": "an SQLite database",
+    b"\x7fELF": "a program",
+    b"MZ": "a program",
+    b"\x1c\1": "an IPTC container",
+    b"\x1c\2": "an IPTC container",
+    b"\x1c\3": "an IPTC container",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself (`git lfs pull` fetches it)",
+}
+HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+TEXTS = {  # the first that is found
+    b"<!doctype html": "an HTML page",
+    b"<html": "an HTML page",
+    b"<head": "an HTML page",
+    b"<body": "an HTML page",
+    b"<svg": "an SVG drawing",
+    b"<?xml": "an XML document",
+}
+
+
+@contextmanager
+def decoding(name: str) -> Iterator[None]:
+    """Turns what a decoder raises into a ValueError that names the image."""
+    try:
+        yield
+    except DECODER_ERRORS as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{name} cannot be read as a picture ({reason}). Give a complete picture file.") from error
+
+
+def check_image_size(width: int, height: int, name: str, max_image_pixels: int) -> None:
+    """Raises a ValueError for images without pixels or with more than `max_image_pixels`."""
+    if width * height == 0:
+        raise ValueError(f"{name} has no pixels: its size is {width} x {height}.")
+    if width * height > max_image_pixels:
+        raise ValueError(
+            f"{name} has {width} x {height} = {width * height} pixels, `max_image_pixels` is {max_image_pixels}. "
+            "Shrink the picture or raise the limit."
+        )
+
+
+def is_readable(start: bytes) -> bool:
+    """Whether these first bytes announce one of the formats that are decoded."""
+    is_ppm = start[:1] == b"P" and start[1:2] in b"0123456fy" and start[2:3].isspace()
+    is_webp = start[:4] == b"RIFF" and start[8:12] == b"WEBP"
+    return is_webp or is_ppm or start.startswith(MAGIC_OF_READABLE)
+
+
+def name_content(start: bytes) -> str | None:
+    """What a file is that is not decoded here, by its first bytes; None if they tell nothing."""
+    for magic, what in MAGIC_OF_OTHERS.items():
+        if start.startswith(magic):
+            return what
+    if start[4:8] == b"ftyp":
+        brand = start[8:12]
+        if brand in (b"avif", b"avis"):
+            return "an AVIF image"
+        return "a HEIC or HEIF image" if brand in HEIF_BRANDS else "an MP4 or QuickTime video"
+    if start[:4] == b"RIFF" and start[8:12] != b"WEBP":
+        return "an AVI video or WAV audio file"
+    if start[257:262] == b"ustar":
+        return "a tar archive"
+    return _name_text(start)
+
+
+def _name_text(start: bytes) -> str | None:
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16
+        return "text"
+    try:
+        start.decode()
+    except UnicodeDecodeError as error:
+        if error.start < len(start) - 3:  # else it is the last character, which was cut
+            return None
+    lowered = start.lower()
+    return next((what for mark, what in TEXTS.items() if mark in lowered), None if b"\0" in start else "text")
+
+
+def _webp_canvas(start: bytes) -> tuple[int, int] | None:
+    """Canvas of a WebP file with several parts; Pillow allocates it as it opens the file."""
+    if start[8:16] != b"WEBPVP8X" or len(start) < 30:
+        return None
+    return int.from_bytes(start[24:27], "little") + 1, int.from_bytes(start[27:30], "little") + 1
+
+
+def open_image(handle: BinaryIO, name: str, max_image_pixels: int) -> Image.Image:
+    """Reads the header of a file and checks all that it says; nothing is decoded yet.
+
+    Args:
+        handle: A file, at its beginning.
+        name: What errors call it.
+        max_image_pixels: Largest width times height.
+
+    Raises:
+        ValueError: If it is no image, of no format in `FORMATS`, or too large.
+    """
+    start = handle.read(2**10)
+    if not start:
+        raise ValueError(f"{name} is empty.")
+    if not is_readable(start):
+        what = name_content(start) or "in no format that is known here"
+        raise ValueError(f"{name} cannot be read as a picture: it is {what}. Give a {READABLE} file.")
+    canvas = _webp_canvas(start)
+    if canvas is not None:
+        check_image_size(*canvas, name, max_image_pixels)
+    handle.seek(0)
+    with decoding(name):
+        image = Image.open(handle, formats=OPENED)
+    _check_undecoded(image, name, max_image_pixels)
+    return image
+
+
+def _check_undecoded(image: Image.Image, name: str, max_image_pixels: int) -> None:
+    """Raises a ValueError where decoding this image would reach a decoder that is not allowed, or too many pixels."""
+    decoder = FORMATS.get(image.format or "")
+    if decoder is None or not isinstance(image, decoder):
+        raise ValueError(
+            f"{name} is an image of format {image.format} that is not decoded yet. Only {READABLE} files are decoded here: "
+            "convert it, or call its `load()` first if you trust it."
+        )
+    check_image_size(*image.size, name, max_image_pixels)
+    if isinstance(image, JpegImagePlugin.JpegImageFile) and image.decoderconfig:
+        scale = image.decoderconfig[0]  # set by `draft`: the file itself is as many times larger
+        check_image_size(image.width * scale, image.height * scale, name, max_image_pixels)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        compression = image.tag_v2.get(TIFF_COMPRESSION, 1)
+        if compression not in TIFF_COMPRESSIONS:
+            raise ValueError(
+                f"{name} is a TIFF file of compression {image.info.get('compression', compression)}, which is not decoded "
+                "here. Save it with LZW or deflate."
+            )
+        width, length = (image.tag_v2.get(tag, 1) for tag in (TIFF_TILE_WIDTH, TIFF_TILE_LENGTH))
+        if not (isinstance(width, int) and isinstance(length, int)):
+            raise ValueError(f"{name} cannot be read as a picture: its tiles have no size.")
+        check_image_size(width, length, f"A tile of {name}", max_image_pixels)
+
+
+def _is_decoded(image: ImageFile.ImageFile) -> bool:
+    pixels = getattr(image, "_im", None)
+    return pixels is not None and not image.tile and getattr(pixels, "size", image.size) == image.size
+
+
+def load_image(image: Image.Image, name: str, max_image_pixels: int) -> None:
+    """Decodes a file that the caller opened, if that was not done yet, by the same rules as all others."""
+    if isinstance(image, ImageFile.ImageFile) and not _is_decoded(image):
+        _check_undecoded(image, name, max_image_pixels)
+    check_image_size(*image.size, name, max_image_pixels)
+    with decoding(name):
+        image.load()
+    check_image_size(*image.size, name, max_image_pixels)
+
+
+def decode_image(handle: BinaryIO, name: str, max_image_pixels: int) -> Image.Image:
+    """Decodes a file, turned upright as its EXIF orientation says; see `open_image`."""
+    image = open_image(handle, name, max_image_pixels)
+    load_image(image, name, max_image_pixels)
+    with decoding(name):
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
+__all__ = [
+    "DECODER_ERRORS",
+    "FORMATS",
+    "READABLE",
+    "check_image_size",
+    "decode_image",
+    "decoding",
+    "is_readable",
+    "load_image",
+    "name_content",
+    "open_image",
+]

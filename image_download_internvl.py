@@ -1,0 +1,222 @@
+# Copyright 2026 The InternVL package authors
+"""Fetching images from http(s) addresses, safely: a server may let its clients name them.
+
+Only hosts at public addresses are asked, so that nobody gets images of the server's own network; a redirect counts as
+an address of its own. The connection goes to the address that was checked. One deadline holds from the look-up of the
+name to the last byte of the body, redirects included. Set the environment variable INTERNVL_ALLOW_PRIVATE_HOSTS=1 to
+fetch from private hosts too. Where a proxy is configured, it decides which hosts are reached.
+"""
+
+import ipaddress
+import os
+import socket
+import time
+from contextlib import suppress
+from functools import partial
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from threading import Thread
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import (
+    AbstractHTTPHandler,
+    HTTPDefaultErrorHandler,
+    HTTPErrorProcessor,
+    HTTPRedirectHandler,
+    OpenerDirector,
+    ProxyHandler,
+    Request,
+    UnknownHandler,
+)
+
+
+DOWNLOAD_SECONDS = 60
+DOWNLOAD_BYTES = 2**28
+PRIVATE_HOSTS = "INTERNVL_ALLOW_PRIVATE_HOSTS"
+
+# Global unicast. All other IPv6 addresses are local, multicast, or carry an IPv4 address (mapped, compatible, NAT64).
+GLOBAL_IPV6 = ipaddress.IPv6Network("2000::/3")
+# What `is_global` takes for public: tunnels, whose other end nobody can check, and addresses that no host has for itself.
+NOT_PUBLIC = [
+    ipaddress.ip_network(network)
+    for network in (
+        "2001::/23",  # Teredo, benchmarks, ORCHID
+        "2002::/16",  # 6to4
+        "3fff::/20",  # documentation
+        "192.0.0.0/24",  # protocol assignments
+        "192.88.99.0/24",  # relays of 6to4
+        "168.63.129.16/32",  # answers virtual machines of Azure, from within their host
+        "224.0.0.0/3",  # multicast and reserved
+    )
+]
+
+
+def _is_public(place: str) -> bool:
+    address = ipaddress.ip_address(place.partition("%")[0])
+    if address.version == 6 and address not in GLOBAL_IPV6:
+        return False
+    return address.is_global and not any(address in network for network in NOT_PUBLIC)
+
+
+def _too_slow() -> TimeoutError:
+    return TimeoutError(f"more than {DOWNLOAD_SECONDS} seconds")
+
+
+class _Deadline:
+    """The time that one download has, and the connection to cut when it is over."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+        self.connection: socket.socket | None = None
+
+    def left(self) -> float:
+        """Seconds left; a TimeoutError once there are none."""
+        seconds = self.end - time.monotonic()
+        if seconds <= 0:
+            raise _too_slow()
+        return seconds
+
+    def watch(self, connection: socket.socket) -> None:
+        # TLS takes the descriptor over from the socket: a second one stays good for cutting the connection.
+        self.forget()
+        self.connection = connection.dup()
+        self.left()  # the time may have run out before there was a connection to cut
+
+    def forget(self) -> None:
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
+
+    def cut(self) -> None:
+        """Makes whatever waits for the connection return at once."""
+        connection = self.connection
+        if connection is not None:
+            with suppress(OSError):  # it ended by itself
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+def _connect(
+    deadline: _Deadline, is_checked: bool, place: tuple[str, int], timeout: Any = None, source_address: Any = None
+) -> socket.socket:
+    """`socket.create_connection` within the deadline, refusing hosts with any address that is not public.
+
+    It connects to what it checked, so that a name server cannot answer otherwise the second time.
+    """
+    host, port = place
+    found = dict.fromkeys(str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    for address in found if is_checked else ():
+        if not _is_public(address):
+            raise OSError(f"{host} is at {address}, which is not public; {PRIVATE_HOSTS}=1 allows private hosts")
+    failure = OSError(f"{host} has no address")
+    for address in found:
+        try:
+            connection = socket.create_connection((address, port), deadline.left(), source_address)
+        except OSError as error:
+            failure = error
+            continue
+        deadline.watch(connection)
+        return connection
+    raise failure
+
+
+def _connection(kind: type[HTTPConnection], connect: Any, host: str, **settings: Any) -> HTTPConnection:
+    connection = kind(host, **settings)
+    connection._create_connection = connect  # type: ignore[attr-defined]
+    return connection
+
+
+class _Handler(AbstractHTTPHandler):
+    """Opens each address, and each that one redirects to, at public hosts."""
+
+    http_request = https_request = AbstractHTTPHandler.do_request_
+
+    def __init__(self, deadline: _Deadline) -> None:
+        super().__init__()
+        self.deadline = deadline
+
+    def _open(self, kind: type[HTTPConnection], request: Request) -> HTTPResponse:
+        is_proxied = request.has_proxy() or getattr(request, "_tunnel_host", None)
+        is_checked = not is_proxied and os.environ.get(PRIVATE_HOSTS) != "1"
+        _check_address(request.full_url, is_checked)
+        request.timeout = self.deadline.left()
+        return self.do_open(partial(_connection, kind, partial(_connect, self.deadline, is_checked)), request)
+
+    def http_open(self, request: Request) -> HTTPResponse:
+        """Called by urllib for http."""
+        return self._open(HTTPConnection, request)
+
+    def https_open(self, request: Request) -> HTTPResponse:
+        """Called by urllib for https."""
+        return self._open(HTTPSConnection, request)
+
+
+def _check_address(url: str, is_checked: bool) -> None:
+    """Raises a ValueError for addresses that no image has."""
+    parts = urlsplit(url)
+    if "@" in parts.netloc:
+        raise ValueError("an address with a user name or password is not fetched")
+    port = parts.port  # raises for numbers that are none
+    if is_checked and port is not None and port < 1024 and port not in (80, 443):
+        raise ValueError(f"port {port} belongs to another service than the web")
+
+
+def _opener(deadline: _Deadline) -> OpenerDirector:
+    """What urllib's own opener does for http and https; that one would also follow redirects to ftp."""
+    opener = OpenerDirector()
+    for handler in (
+        ProxyHandler(),
+        UnknownHandler(),
+        HTTPDefaultErrorHandler(),
+        HTTPRedirectHandler(),
+        HTTPErrorProcessor(),
+        _Handler(deadline),
+    ):
+        opener.add_handler(handler)
+    return opener
+
+
+def _fetch(url: str, deadline: _Deadline, outcome: list[Any]) -> None:
+    """Appends the body to `outcome`, or the error."""
+    body = bytearray()
+    try:
+        # Some hosts refuse the default agent of urllib.
+        request = Request(url, headers={"User-Agent": "transformers"})
+        with _opener(deadline).open(request, timeout=deadline.left()) as response:
+            while chunk := response.read(2**16):
+                body += chunk
+                if len(body) > DOWNLOAD_BYTES:
+                    raise OSError(f"more than {DOWNLOAD_BYTES} bytes")
+        deadline.left()  # a connection that was cut looks like the end of the body
+        outcome.append(bytes(body))
+    except (OSError, ValueError, OverflowError, HTTPException) as error:
+        is_over = time.monotonic() >= deadline.end  # whatever an end of the connection was taken for
+        outcome.append(_too_slow() if is_over else error)
+    finally:
+        deadline.forget()
+
+
+def download(url: str, name: str) -> bytes:
+    """Body of an http(s) address, within DOWNLOAD_BYTES and DOWNLOAD_SECONDS.
+
+    Args:
+        url: The address.
+        name: What an error calls it.
+
+    Raises:
+        ValueError: If it cannot be fetched.
+    """
+    deadline = _Deadline(DOWNLOAD_SECONDS)
+    outcome: list[Any] = []
+    # Reading stops at no deadline of its own where a server sends a byte now and then, and looking up a name at none at all.
+    thread = Thread(target=_fetch, args=(url, deadline, outcome), daemon=True)
+    thread.start()
+    thread.join(DOWNLOAD_SECONDS)
+    if not outcome:
+        deadline.cut()
+        outcome.append(_too_slow())
+    if isinstance(outcome[0], bytes):
+        return outcome[0]
+    error = outcome[0]
+    raise ValueError(f"{name} cannot be fetched ({type(error).__name__}: {error}).") from error
+
+
+__all__ = ["DOWNLOAD_BYTES", "DOWNLOAD_SECONDS", "PRIVATE_HOSTS", "download"]

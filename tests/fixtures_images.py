@@ -1,0 +1,46 @@
+"""Images to read, and what the image processor makes of them, for several test files."""
+
+import io
+import zlib
+
+import numpy as np
+from PIL import Image
+
+from internvl.image_processing_internvl import InternVLImageProcessor
+
+
+TILE = 16  # a small tile keeps the tests that look at no golden fast
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def encoded(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def bytes_of_tiles(processor: InternVLImageProcessor, image, **settings) -> np.ndarray:
+    """(T, H, W, C) uint8: the pixels before scaling and normalisation."""
+    output = processor(image, do_rescale=False, do_normalize=False, return_tensors="np", **settings)
+    return output["pixel_values"].astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def one_tile(image, **settings) -> np.ndarray:
+    """(H, W, C) uint8 of a picture as it is."""
+    (tile,) = bytes_of_tiles(InternVLImageProcessor(do_resize=False), image, **settings)
+    return tile
+
+
+def bomb() -> bytes:
+    """A PNG of about 4 KB whose header announces 60000 x 60000 pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+
+    header = (60000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    body = zlib.compress(bytes(4_000_000), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")

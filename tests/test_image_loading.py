@@ -1,0 +1,775 @@
+"""Reading images: every way in, every kind of image, and what is said about all that is none."""
+
+import base64
+import io
+import os
+import socket
+import struct
+import subprocess
+import zlib
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile, PngImagePlugin, TiffImagePlugin
+
+from internvl.image_processing_internvl import InternVLImageProcessor
+
+from .fixtures_images import TILE, bomb, bytes_of_tiles, encoded, one_tile, picture
+
+
+WIDE = picture(128, 32)
+
+
+@pytest.fixture
+def processor() -> InternVLImageProcessor:
+    return InternVLImageProcessor(size={"height": TILE, "width": TILE})
+
+
+# ------------------------------------------------------------------------------------------------ kinds of input
+def test_all_kinds_of_input_give_the_same_pixels(processor, tmp_path):
+    image = picture(50, 30)
+    array, path, data = np.array(image), tmp_path / "picture.png", encoded(image)
+    path.write_bytes(data)
+    text = base64.b64encode(data).decode()
+    kinds = {
+        "array (H, W, C)": array,
+        "array (C, H, W)": array.transpose(2, 0, 1),
+        "tensor (C, H, W)": torch.from_numpy(array).permute(2, 0, 1),
+        "float tensor": torch.from_numpy(array).permute(2, 0, 1) / 255,
+        "double array": array / 255,
+        "64-bit integers": array.astype(np.int64),
+        "16 bits": array.astype(np.uint16) * 257,
+        "batch of one": array[None],
+        "path": path,
+        "path as text": str(path),
+        "bytes": data,
+        "bytearray": bytearray(data),
+        "base64": text,
+        "data URI": f"data:image/png;base64,{text}",
+        "nested": [[image]],
+        "tuple": (image,),
+        "file not loaded yet": Image.open(path),
+        "copy of a file": Image.open(path).copy(),
+        "file address": path.as_uri(),
+        "file address of this host": f"file://localhost{path}",
+        "percent-encoded file address": f"file://{path}".replace("picture", "%70icture"),
+        "file object": io.BytesIO(data),
+        "file object from its position on": at_position(data),
+        "row with bytes": {"bytes": data, "path": None},
+        "row with bytes of a file elsewhere": {"bytes": data, "path": "no/such/file.png"},
+        "row with a path": {"bytes": None, "path": str(path)},
+        "row with a path alone": {"path": path},
+        "data URI in capitals": f"DATA:image/png;BASE64,{text}",
+        "data URI without base64": "data:image/png," + "".join(f"%{byte:02x}" for byte in data),
+        "base64 in lines": base64.encodebytes(data).decode(),
+    }
+    expected = processor(image, return_tensors="pt")["pixel_values"]
+    for kind, source in kinds.items():
+        assert torch.equal(processor(source, return_tensors="pt")["pixel_values"], expected), kind
+        fetched = processor.fetch_images(source)
+        assert torch.equal(processor(fetched, return_tensors="pt")["pixel_values"], expected), f"fetched {kind}"
+
+
+def at_position(data: bytes) -> io.BytesIO:
+    handle = io.BytesIO(b"before" + data)
+    handle.seek(6)
+    return handle
+
+
+def test_a_file_object_stays_open_and_where_it_was(processor, tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_bytes(encoded(picture(9, 9)))
+    with open(path, "rb") as handle, open(path, encoding="latin-1") as text:
+        for _ in range(2):
+            np.testing.assert_array_equal(one_tile(handle), np.asarray(picture(9, 9)))
+        assert processor([handle] * 4)["num_patches"] == [1] * 4
+        handle.read()
+        with pytest.raises(ValueError, match=r"Image 1 of 1 is a file at its end.*seek\(0\)"):
+            processor(handle)
+        with pytest.raises(ValueError, match=r"Image 1 of 1 .*opened as text"):
+            processor(text)
+    with pytest.raises(ValueError, match=r"Image 1 of 1 .*closed file"):
+        processor(handle)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({}, "must hold `bytes` or a `path`"),
+        ({"bytes": None, "path": None}, "must hold `bytes` or a `path`"),
+        ({"url": "x.png"}, "must hold `bytes` or a `path`"),
+        ({"bytes": "text"}, "holds str where"),
+        ({"path": b"x"}, "holds bytes where"),
+        ({"path": 5}, "holds int where"),
+        ({"path": "no/such.png"}, r"\(no/such.png\) does not exist"),
+        ({"bytes": b""}, "is empty"),
+    ],
+    ids=str,
+)
+def test_a_row_without_an_image_is_named(processor, row, message):
+    with pytest.raises(ValueError, match=f"Image 2 of 2 .*{message}"):
+        processor([WIDE, row])
+
+
+def test_local_files_can_be_refused(tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_bytes(encoded(picture(9, 9)))
+    processor = InternVLImageProcessor(size=TILE, allow_local_files=False)
+    for source in (path, str(path), path.as_uri(), {"bytes": None, "path": str(path)}, "no/such/file.png"):
+        for read in (processor, processor.fetch_images):
+            with pytest.raises(ValueError, match=r"Image 1 of 1 .* local files are not read here"):
+                read(source)
+    text = base64.b64encode(path.read_bytes()).decode()
+    for source in (path.read_bytes(), io.BytesIO(path.read_bytes()), text, f"data:image/png;base64,{text}"):
+        assert processor(source)["num_patches"] == [1]
+    processor.save_pretrained(tmp_path)
+    assert InternVLImageProcessor.from_pretrained(tmp_path).allow_local_files is False
+
+
+def test_grey_one_row_and_batched_arrays(processor):
+    grey = np.array(picture(20, 10).convert("L"))
+    expected = np.stack([grey] * 3, axis=-1)
+    for array in (grey, grey[..., None], grey[None], torch.from_numpy(grey), processor.fetch_images(grey)):
+        np.testing.assert_array_equal(one_tile(array), expected)
+    row = np.asarray(picture(20, 1))
+    np.testing.assert_array_equal(one_tile(row), row)
+    np.testing.assert_array_equal(one_tile(row.transpose(1, 0, 2)), row.transpose(1, 0, 2))
+    batch = np.stack([np.asarray(picture(20, 10, seed)) for seed in range(3)])
+    assert processor(batch, do_resize=False)["num_patches"] == [1, 1, 1]
+    assert len(processor.fetch_images([batch, batch])) == 2
+    ambiguous = np.zeros((3, 9, 3), dtype=np.uint8)
+    assert one_tile(ambiguous).shape == (9, 3, 3)
+    assert one_tile(ambiguous, input_data_format="channels_last").shape == (3, 9, 3)
+
+
+def test_floats_may_leave_their_range_by_errors_of_rounding():
+    values = np.array([[-1e-7, 0.5, 1.0000002, 1.0009, -0.0009]], dtype=np.float32)
+    for source in (values, values.astype(np.float64), torch.tensor(values), Image.fromarray(values)):
+        (tile,) = InternVLImageProcessor(do_resize=False, do_normalize=False)(source)["pixel_values"]
+        assert np.rint(tile[0, 0] * 255).tolist() == [0, 128, 255, 255, 0]
+
+
+def test_floats_are_taken_as_scaled_whatever_do_rescale_says(processor):
+    array = np.asarray(picture(20, 20)) / np.float32(255)
+    rescaled = processor(array, return_tensors="pt")["pixel_values"]
+    assert torch.equal(processor(array, do_rescale=False, return_tensors="pt")["pixel_values"], rescaled)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.full((4, 4, 3), 1.5), r"floating-point values from 1.5 to 1.5, expected \[0, 1\]"),
+        (np.full((4, 4, 3), np.nan), "floating-point values"),
+        (np.array([[[0.5, np.nan, 1.0]] * 2] * 2), "floating-point values"),
+        (np.full((4, 4, 3), 1.002), "floating-point values"),
+        (np.full((4, 4, 3), -np.inf), "floating-point values"),
+        (np.full((4, 4, 3), -1), r"outside 0\.\.255"),
+        (np.full((4, 4, 3), 256), r"outside 0\.\.255"),
+        (np.zeros((5, 5, 5), dtype=np.uint8), "must have 1, 3 or 4 channels"),
+        (np.zeros((0, 4, 3), dtype=np.uint8), "not empty"),
+        (np.zeros((2, 2, 2, 2, 2), dtype=np.uint8), "must be \\(H, W\\)"),
+        (torch.zeros(4), "must be \\(H, W\\)"),
+        (Image.new("RGB", (0, 5)), "has no pixels: its size is 0 x 5"),
+        (7, "must be a PIL image, an array, a tensor, a path"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_unusable_arrays_raise_with_their_position(processor, array, message):
+    with pytest.raises(ValueError, match=f"Image 2 of 2.*{message}"):
+        processor([WIDE, array])
+
+
+def test_no_picture_raises(processor):
+    with pytest.raises(ValueError, match="`images` holds no picture"):
+        processor([])
+
+
+# ------------------------------------------------------------------------------------------------ special pictures
+def test_exif_orientation_turns_files_and_leaves_pil_images():
+    image = picture(30, 20)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to view
+    data = encoded(image, exif=exif)
+    upright = np.asarray(image.transpose(Image.Transpose.ROTATE_270))
+    np.testing.assert_array_equal(one_tile(data), upright)
+    np.testing.assert_array_equal(one_tile(Image.open(io.BytesIO(data))), np.asarray(image))
+
+
+def special_pictures() -> dict[str, Image.Image]:
+    image = picture(24, 18)
+    alpha = Image.fromarray(np.random.default_rng(1).integers(0, 256, (18, 24), dtype=np.uint8))
+    rgba, la = image.convert("RGBA"), image.convert("LA")
+    rgba.putalpha(alpha)
+    la.putalpha(alpha)
+    palette = image.convert("P", palette=Image.Palette.ADAPTIVE)
+    palette.info["transparency"] = 0
+    return {
+        "RGBA": rgba,
+        "LA": la,
+        "P with transparency": palette,
+        "L": image.convert("L"),
+        "1": image.convert("1"),
+        "CMYK": image.convert("CMYK"),
+        "YCbCr": image.convert("YCbCr"),
+    }
+
+
+@pytest.mark.parametrize("kind", special_pictures())
+def test_special_modes_become_what_the_published_convert_gives(kind):
+    image = special_pictures()[kind]
+    published = one_tile(image, background_color="none")
+    np.testing.assert_array_equal(published, np.asarray(image.convert("RGB")))
+    assert np.array_equal(one_tile(image), published) != image.has_transparency_data
+
+
+@pytest.mark.parametrize(("kind", "file_format"), [("CMYK", "JPEG"), ("P with transparency", "PNG"), ("LA", "PNG")])
+def test_special_modes_read_from_files(kind, file_format, tmp_path):
+    path = tmp_path / "picture"
+    path.write_bytes(encoded(special_pictures()[kind], file_format))
+    published = np.asarray(Image.open(path).convert("RGB"))
+    np.testing.assert_array_equal(one_tile(path, background_color="none"), published)
+
+
+def test_16_bits_are_scaled_instead_of_clipped(tmp_path):
+    values = np.array([[0, 128, 257, 32768, 65535]], dtype=np.uint16)
+    expected = np.rint(values / 257).astype(np.uint8)
+    image = Image.fromarray(values)
+    assert image.mode == "I;16"
+    image.save(tmp_path / "deep.png")
+    for source in (image, image.convert("I"), tmp_path / "deep.png", values):
+        np.testing.assert_array_equal(one_tile(source)[..., 0], expected)
+    with pytest.raises(ValueError, match="32-bit values from -1 to -1, expected 16 bits"):
+        one_tile(Image.new("I", (2, 2), -1))
+    np.testing.assert_array_equal(one_tile(Image.new("F", (1, 1), 0.5)), [[[128, 128, 128]]])
+    with pytest.raises(ValueError, match=r"floating-point values from 200\.0 to 200\.0"):
+        one_tile(Image.new("F", (2, 2), 200.0))
+
+
+def test_animations_give_their_first_frame(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
+    path = tmp_path / "animation.gif"
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    np.testing.assert_array_equal(one_tile(path), np.asarray(frames[0]))
+    animation = Image.open(path)
+    animation.seek(1)
+    np.testing.assert_array_equal(one_tile(animation), np.asarray(frames[1].convert("RGB")))
+
+
+def test_extreme_shapes_have_a_result_in_every_mode(processor):
+    for size in ((1, 1), (1, 20000), (20000, 1)):
+        image = picture(*size)
+        assert processor(image)["num_patches"] == [1 if size == (1, 1) else 13]
+        for mode in ("squash", "crop"):
+            (tile,) = bytes_of_tiles(processor, image, resize_mode=mode)
+            assert tile.shape == (TILE, TILE, 3)
+    with pytest.raises(ValueError, match=r"padded to a square, has 20000 x 20000 .* `max_image_pixels` is 178956970"):
+        processor(picture(1, 20000), resize_mode="pad")
+    assert bytes_of_tiles(processor, picture(1, 300), resize_mode="pad").shape == (1, TILE, TILE, 3)
+
+
+@pytest.mark.parametrize("size", [(1, 1000), (37, 400), (400, 37)])
+def test_crop_of_a_picture_too_long_to_resize_whole_is_the_same_part_of_it(processor, size):
+    image, settings = picture(*size), {"resize_mode": "crop", "size": 64, "crop_size": TILE}
+    whole = bytes_of_tiles(processor, image, **settings).astype(int)
+    part = bytes_of_tiles(processor, image, **settings, max_image_pixels=size[0] * size[1])
+    # Pillow rounds to 8 bits between its two passes, which matters most for noise such as this
+    assert np.abs(part - whole).mean() < 1
+
+
+# ------------------------------------------------------------------------------------------------ transparent images
+def with_a_transparent_half(mode: str) -> Image.Image:
+    """Red on the left; on the right a hidden red, or black, under full transparency."""
+    image = Image.new("RGBA", (8, 4), (200, 0, 0, 255))
+    image.paste((200, 0, 0, 0), (4, 0, 8, 4))
+    if mode in ("P", "RGB", "L"):
+        image = Image.new(mode, (8, 4), 1 if mode == "P" else (200, 0, 0) if mode == "RGB" else 200)
+        if mode == "P":
+            image.putpalette([0, 0, 0, 200, 0, 0])
+        image.paste(0 if mode != "RGB" else (0, 0, 0), (4, 0, 8, 4))
+        image.info["transparency"] = (0, 0, 0) if mode == "RGB" else 0
+        return image
+    if mode == "PA":
+        palette = Image.new("P", (8, 4), 1)
+        palette.putpalette([0, 0, 0, 200, 0, 0])
+        palette = palette.convert("PA")
+        palette.putalpha(image.getchannel("A"))
+        return palette
+    return image if mode == "RGBA" else image.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "RGBa", "LA", "PA", "P", "RGB", "L"])
+@pytest.mark.parametrize(
+    ("background", "colour"),
+    [(None, (255, 255, 255)), ("black", (0, 0, 0)), ("#0a141e", (10, 20, 30)), ([1, 2, 3], (1, 2, 3))],
+    ids=str,
+)
+def test_a_transparent_image_is_read_over_the_chosen_background(mode, background, colour):
+    """By default white; per call, at construction, and out of files as well."""
+    image = with_a_transparent_half(mode)
+    settings = {} if background is None else {"background_color": background}
+    sources = [image]
+    if mode not in ("RGBa", "PA"):  # which no file holds
+        options = {"transparency": image.info["transparency"]} if "transparency" in image.info else {}
+        sources += [encoded(image, **options), Image.open(io.BytesIO(encoded(image, **options)))]
+    for source in sources:
+        processor = InternVLImageProcessor(do_resize=False, **settings)
+        for tile in (one_tile(source, **settings), *bytes_of_tiles(processor, source)):
+            assert (tile[:, 4:] == colour).all(), "what is transparent"
+            assert (tile[:, :4] != colour).any(), "what is opaque"
+            np.testing.assert_array_equal(tile[:, :4], np.asarray(image.convert("RGBA"))[:, :4, :3])
+
+
+@pytest.mark.parametrize("kind", ["array", "float array", "channels first", "tensor"])
+def test_arrays_of_four_channels_are_read_over_the_background(kind):
+    rgba = np.asarray(with_a_transparent_half("RGBA").resize((10, 6), Image.Resampling.NEAREST))
+    sources = {
+        "array": rgba,
+        "float array": rgba / 255,
+        "channels first": rgba.transpose(2, 0, 1),
+        "tensor": torch.tensor(rgba).permute(2, 0, 1),
+    }
+    for background, colour in (("white", (255, 255, 255)), ("lime", (0, 255, 0)), ("none", (200, 0, 0))):
+        settings = {"do_resize": False, "do_normalize": False, "background_color": background}
+        (tile,) = InternVLImageProcessor(**settings)(sources[kind])["pixel_values"]
+        np.testing.assert_array_equal(np.rint(tile[:, 0, 9] * 255), colour)
+        np.testing.assert_array_equal(np.rint(tile[:, 0, 0] * 255), (200, 0, 0))
+
+
+def test_a_transparent_16_bit_value_is_read_over_the_background():
+    values = np.array([[0, 30000, 65535]], dtype=np.uint16)
+    data = encoded(Image.fromarray(values), transparency=30000)
+    assert one_tile(data)[0, :, 0].tolist() == [0, 255, 255]
+    assert one_tile(data, background_color="#0000ff")[0].tolist() == [[0, 0, 0], [0, 0, 255], [255, 255, 255]]
+    assert one_tile(data, background_color="none")[0, :, 0].tolist() == [0, 117, 255]
+
+
+def test_half_transparent_pixels_are_mixed_and_opaque_ones_keep_their_bytes():
+    rgba = picture(24, 18).convert("RGBA")
+    np.testing.assert_array_equal(one_tile(rgba), np.asarray(picture(24, 18)))
+    grey = Image.new("RGBA", (2, 2), (0, 0, 0, 128))
+    assert (one_tile(grey) == 127).all()
+    assert one_tile(grey, do_convert_rgb=False, image_mean=[0.5] * 4, image_std=[0.5] * 4).shape == (2, 2, 4)
+
+
+def test_the_background_is_saved_where_it_was_set(tmp_path):
+    InternVLImageProcessor().save_pretrained(tmp_path)
+    assert "background" not in (tmp_path / "preprocessor_config.json").read_text()
+    InternVLImageProcessor(background_color=[1, 2, 3]).save_pretrained(tmp_path)
+    processor = InternVLImageProcessor.from_pretrained(tmp_path, do_resize=False)
+    (tile,) = bytes_of_tiles(processor, with_a_transparent_half("RGBA"))
+    assert (tile[:, 4:] == (1, 2, 3)).all()
+
+
+@pytest.mark.parametrize("background", ["no colour", "#12", (1, 2), (1, 2, 256), (1.5, 2, 3), 7, True])
+def test_what_is_no_colour_is_refused(processor, background):
+    for call in (
+        lambda: processor(WIDE, background_color=background),
+        lambda: InternVLImageProcessor(background_color=background),
+    ):
+        with pytest.raises(ValueError, match="`background_color`"):
+            call()
+
+
+# ------------------------------------------------------------------------------------------------ broken and hostile
+def long_text_chunk() -> bytes:
+    """A PNG whose text chunk unpacks to more than Pillow accepts."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("comment", "x" * (PngImagePlugin.MAX_TEXT_CHUNK + 1), zip=True)
+    return encoded(picture(4, 4), pnginfo=info)
+
+
+def broken_files() -> dict[str, bytes]:
+    whole = encoded(picture(64, 64))
+    return {
+        "bomb.png": bomb(),
+        "truncated.png": whole[: len(whole) // 2],
+        "truncated.jpg": encoded(picture(64, 64), "JPEG")[:900],
+        "empty.png": b"",
+        "header_only.png": whole[:20],
+        "text.png": b"this is not a picture\n" * 20,
+        "long_text.png": long_text_chunk(),
+        "program.eps": encoded(picture(8, 8), "EPS"),
+    }
+
+
+@pytest.mark.parametrize("name", broken_files())
+def test_broken_files_raise_with_their_name_and_position(processor, name, tmp_path):
+    data = broken_files()[name]
+    assert len(data) < 20_000
+    path = tmp_path / name
+    path.write_bytes(data)
+    limits = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, PngImagePlugin.MAX_TEXT_CHUNK
+    for source in (path, str(path)):
+        with pytest.raises(ValueError, match=f"Image 2 of 3 .*{name}"):
+            processor([WIDE, source, WIDE])
+    for source in (data, "data:image/png;base64," + base64.b64encode(data).decode()):
+        with pytest.raises(ValueError, match=r"Image 1 of 1"):
+            processor(source)
+        with pytest.raises(ValueError, match="Image 1 of 2"):
+            processor.fetch_images([source, WIDE])
+    assert limits == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, PngImagePlugin.MAX_TEXT_CHUNK)
+
+
+def test_a_truncated_file_that_the_caller_opened_is_named(processor, tmp_path):
+    path = tmp_path / "half.png"
+    path.write_bytes(broken_files()["truncated.png"])
+    with pytest.raises(ValueError, match=r"Image 1 of 1 \(.*half.png\) cannot be read as a picture"):
+        processor(Image.open(path))
+
+
+def test_the_pixel_limit_is_checked_before_decoding(processor, monkeypatch):
+    data = encoded(picture(40, 30))
+
+    def decode(self):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", decode)
+    message = r"Image 1 of 1 has 40 x 30 = 1200 pixels, `max_image_pixels` is 1199"
+    with pytest.raises(ValueError, match=message):
+        processor(data, max_image_pixels=1199)
+    with pytest.raises(ValueError, match=message):
+        processor(Image.open(io.BytesIO(data)), max_image_pixels=1199)
+    processor.max_image_pixels = 1199
+    with pytest.raises(ValueError, match=message):
+        processor.fetch_images(data)
+
+
+def test_the_own_pixel_limit_holds_where_the_process_has_lifted_that_of_pillow(processor, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    with pytest.raises(ValueError, match=r"60000 x 60000 = 3600000000 pixels"):
+        processor(bomb())
+
+
+@pytest.mark.parametrize("source", ["no/such/file.png", Path("no/such/file.png"), "bm90IGEgcGljdHVyZQ==", "."])
+def test_names_that_lead_nowhere_raise(processor, source):
+    with pytest.raises(ValueError, match=r"Image 1 of 1"):
+        processor(source)
+
+
+WHAT_PEOPLE_GIVE = {
+    "document.pdf": (b"%PDF-1.7\n%\xe2\xe3", "a PDF document"),
+    "page.html": (b"<!DOCTYPE html>\n<html><body><svg></svg>", "an HTML page"),
+    "drawing.svg": (b"<?xml version='1.0'?>\n<svg xmlns='x'>", "an SVG drawing"),
+    "feed.xml": (b"<?xml version='1.0'?>\n<feed>", "an XML document"),
+    "phone.heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC or HEIF image"),
+    "coded.avif": (b"\0\0\0\x1cftypavif\0\0\0\0avifmif1", "an AVIF image"),
+    "film.mp4": (b"\0\0\0\x20ftypisom\0\0\2\0", "an MP4 or QuickTime video"),
+    "film.webm": (b"\x1aE\xdf\xa3\x9fB\x86", "a Matroska or WebM video"),
+    "film.avi": (b"RIFF\0\0\0\0AVI LIST", "an AVI video"),
+    "archive.zip": (b"PK\3\4\x14\0", "a ZIP archive"),
+    "archive.gz": (b"\x1f\x8b\x08\0", "gzip-compressed data"),
+    "archive.tar": (b"name".ljust(257, b"\0") + b"ustar\x0000", "a tar archive"),
+    "pointer.png": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer"),
+    "notes.txt": ("für später\n".encode() * 90, "text"),
+    "wide.txt": ("wide text".encode("utf-16"), "text"),
+    "rows.json": (b'{"a": 1}', "text"),
+    "program.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "an EPS or PostScript program"),
+    "unknown.bin": (bytes(range(128, 256)), "in no format that is known here"),
+    "nothing.png": (b"", "is empty"),
+}
+
+
+@pytest.mark.parametrize("name", WHAT_PEOPLE_GIVE)
+def test_a_refusal_says_what_the_thing_is(processor, name, tmp_path):
+    data, what = WHAT_PEOPLE_GIVE[name]
+    path = tmp_path / name
+    path.write_bytes(data)
+    for source in (path, str(path), data, io.BytesIO(data), {"bytes": data, "path": None}):
+        with pytest.raises(ValueError, match=f"Image 1 of 1.* {what}"):
+            processor(source)
+    with pytest.raises(ValueError, match=f"Image 1 of 1 .* {what}"):
+        processor("data:image/png;base64," + base64.b64encode(data).decode())
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_pipes_folders_sockets_and_devices_are_named_without_being_opened(processor, tmp_path, as_text):
+    pipe, listener = tmp_path / "pipe", socket.socket(socket.AF_UNIX)
+    os.mkfifo(pipe)
+    listener.bind(str(tmp_path / "socket"))
+    kinds = {
+        tmp_path: "a folder",
+        pipe: "a pipe",
+        tmp_path / "socket": "a socket",
+        Path("/dev/zero"): "a device",
+    }
+    (tmp_path / "link").symlink_to(pipe)
+    kinds[tmp_path / "link"] = "a pipe"
+    with listener:
+        for path, what in kinds.items():
+            for source in (str(path) if as_text else path, path.as_uri(), {"path": str(path)}):
+                with pytest.raises(ValueError, match=rf"Image 2 of 2 \(.*\) is {what}"):
+                    processor([WIDE, source])
+
+
+def test_file_objects_of_pipes_and_devices_are_not_read(processor):
+    reading, writing = os.pipe()
+    with open(reading, "rb") as pipe, open(writing, "wb"), open("/dev/zero", "rb") as zeros:
+        for handle, what in ((pipe, "a pipe"), (zeros, "a device")):
+            with pytest.raises(ValueError, match=f"Image 1 of 1 .*is {what}"):
+                processor(handle)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "no/such/file",  # which is base64 of nine bytes
+        "no/such/file.png",
+        "C:\\pictures\\a.png",
+        "~/picture.png",
+        "picture",
+        "x" * 5000,
+        "x" * 300 + ".png",
+        "\0.png",
+        "\ud800.png",
+        "",
+        " ",
+        "file:///no/such/file.png",
+        "file:///no/such%00file.png",
+        "file:",
+        Path("no/such/file.png"),
+        Path("x" * 300),
+        Path("\0"),
+        "README.md/picture.png",
+    ],
+    ids=lambda source: repr(source)[:30],
+)
+def test_a_wrong_path_is_no_such_file(processor, source):
+    with pytest.raises(ValueError, match=r"Image 1 of 1.* does not exist: there is no such file") as caught:
+        processor(source)
+    assert "damaged" not in str(caught.value)
+    str(caught.value).encode()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("s3://bucket/picture.png", "is a `s3` address"),
+        ("ftp://host/picture.png", "is a `ftp` address"),
+        ("file://otherhost/picture.png", "lies on the host `otherhost`"),
+        ("data:image/png;base64", "data address without data"),
+        ("data:image/png;base64,????", "damaged base64"),
+        ("iVBORw0KGgo=!", "damaged base64"),
+        (base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(3000)).decode() + "=!", "damaged base64"),
+        (base64.b64encode(b"%PDF-1.7 and so on" * 9).decode(), "it is a PDF document"),
+    ],
+)
+def test_addresses_and_base64_texts_that_hold_no_image_are_named(processor, source, message):
+    with pytest.raises(ValueError, match=f"Image 1 of 1 .*{message}"):
+        processor(source)
+
+
+# ------------------------------------------------------------------------------------------------ formats
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO"])
+def test_the_formats_that_people_have_are_read_by_every_way_in(processor, file_format, tmp_path):
+    options = {"save_all": True, "append_images": [picture(50, 30, 1)]} if file_format == "MPO" else {}
+    data, path = encoded(picture(50, 30), file_format, **options), tmp_path / "picture"
+    path.write_bytes(data)
+    assert Image.open(path).format == file_format
+    expected = processor(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"]
+    text = base64.b64encode(data).decode()
+    for source in (path, data, text, io.BytesIO(data), Image.open(path), Image.open(path).copy()):
+        assert torch.equal(processor(source, return_tensors="pt")["pixel_values"], expected)
+
+
+def iptc(content: bytes, width: int, height: int) -> bytes:
+    """An IPTC container of a small image, with another file for its content."""
+
+    def record(group: int, number: int, body: bytes) -> bytes:
+        return bytes([0x1C, group, number]) + len(body).to_bytes(2, "big") + body
+
+    fields = [(60, b"\1\0"), (65, b"\0"), (20, width.to_bytes(2, "big")), (30, height.to_bytes(2, "big"))]
+    head = b"".join(record(3, number, body) for number, body in [*fields, (120, b"\5")])
+    return head + record(8, 10, content)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@lru_cache
+def files_of_other_formats() -> dict[str, bytes]:
+    names = ["AVIF", "DDS", "DIB", "EPS", "ICNS", "ICO", "IM", "JPEG2000", "PCX", "QOI", "SGI", "SPIDER", "TGA", "XBM"]
+    images = {"XBM": picture(16, 16).convert("1"), "SPIDER": picture(16, 16).convert("F")}
+    files = {name: encoded(images.get(name, picture(16, 16)), name) for name in names}
+    return {**files, "IPTC": iptc(EPS, 10, 10)}
+
+
+@pytest.mark.parametrize("name", files_of_other_formats())
+def test_other_formats_are_refused_and_nothing_is_started(processor, name, tmp_path, monkeypatch):
+    """Also in PIL images that are not decoded yet. A Ghostscript that leaves a mark stands first in the search path."""
+    mark, program, path = tmp_path / "started", tmp_path / "gs", tmp_path / "picture"
+    program.write_text(f"#!/bin/sh\ntouch {mark}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    data = files_of_other_formats()[name]
+    path.write_bytes(data)
+
+    def start(*arguments, **settings):
+        raise AssertionError("a program is started")
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    for source in (path, data, io.BytesIO(data), "data:image/png;base64," + base64.b64encode(data).decode()):
+        with pytest.raises(ValueError, match=r"Image 1 of 1 .*Give a PNG, JPEG"):
+            processor(source)
+    opened = Image.open(path)
+    for source in (
+        (opened, Image.open(io.BytesIO(data))) if name != "ICO" else ()
+    ):  # which Pillow decodes as it opens it
+        with pytest.raises(ValueError, match=f"Image 1 of 1 .* of format {opened.format} that is not decoded yet"):
+            processor(source)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", ["JPEG2000", "TGA", "AVIF"])
+def test_other_formats_that_the_caller_has_decoded_pass(processor, name):
+    opened = Image.open(io.BytesIO(files_of_other_formats()[name]))
+    with pytest.raises(ValueError, match="call its `load\\(\\)` first"):
+        processor(opened)
+    opened.load()
+    expected = processor(opened.copy(), return_tensors="pt")["pixel_values"]
+    assert torch.equal(processor(opened, return_tensors="pt")["pixel_values"], expected)
+
+
+def test_a_decoder_in_the_clothes_of_another_format_is_refused(processor):
+    opened = Image.open(io.BytesIO(files_of_other_formats()["TGA"]))
+    opened.format = "PNG"
+    with pytest.raises(ValueError, match="not decoded yet"):
+        processor(opened)
+
+
+# ------------------------------------------------------------------------------------------------ pixel limits
+def tiff_with_large_tiles() -> bytes:
+    """10 x 10 pixels in one tile of 40000 x 40000."""
+    entries = [
+        (256, 3, 10),
+        (257, 3, 10),
+        (258, 3, 8),
+        (259, 3, 8),
+        (262, 3, 1),
+        (277, 3, 1),
+        (322, 4, 40000),
+        (323, 4, 40000),
+        (324, 4, 8),
+        (325, 4, 8),
+    ]
+    body = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
+    return (
+        b"II*\0" + struct.pack("<I", 16) + zlib.compress(b"")[:8] + struct.pack("<H", len(entries)) + body + bytes(4)
+    )
+
+
+def webp_with_large_canvas() -> bytes:
+    data = bytearray(encoded(picture(8, 8), "WEBP", save_all=True, append_images=[picture(8, 8, 1)]))
+    assert data[12:16] == b"VP8X"
+    data[24:30] = (16000).to_bytes(3, "little") * 2
+    return bytes(data)
+
+
+def gif_with_a_frame_beyond_its_screen() -> bytes:
+    data = bytearray(encoded(picture(8, 8), "GIF"))
+    frame = data.index(b",\0\0\0\0")
+    data[frame + 5 : frame + 9] = struct.pack("<HH", 60000, 60000)
+    return bytes(data)
+
+
+def png_with_two_headers() -> bytes:
+    first, second = encoded(picture(8, 8)), bomb()
+    return first[:33] + second[8:]
+
+
+LARGER_THAN_THEY_SAY = {
+    "tile": tiff_with_large_tiles,
+    "canvas": webp_with_large_canvas,
+    "frame": gif_with_a_frame_beyond_its_screen,
+    "header": png_with_two_headers,
+}
+
+
+@pytest.mark.parametrize("kind", LARGER_THAN_THEY_SAY)
+def test_the_pixel_limit_holds_for_what_is_decoded(processor, kind, monkeypatch):
+    """Where the process has lifted Pillow's own limit as well; the address space bounds what decoding would take."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    with pytest.raises(ValueError, match=r"Image 1 of 1.*`max_image_pixels` is"):
+        processor(LARGER_THAN_THEY_SAY[kind]())
+
+
+def test_a_jpeg_that_the_caller_drafted_counts_as_what_is_decoded(processor):
+    image = Image.open(io.BytesIO(encoded(picture(800, 800), "JPEG")))
+    image.draft("RGB", (100, 100))
+    assert image.size == (100, 100)
+    with pytest.raises(ValueError, match="has 800 x 800"):
+        processor(image, max_image_pixels=100_000)
+    assert processor(image, max_image_pixels=640_000, max_num=1)["num_patches"] == [1]
+
+
+def test_frames_that_the_caller_went_to_are_checked(processor):
+    data = encoded(picture(8, 8), "TIFF", save_all=True, append_images=[picture(90, 90)])
+    image = Image.open(io.BytesIO(data))
+    assert processor(image, max_image_pixels=100)["num_patches"] == [1]
+    image.seek(1)
+    with pytest.raises(ValueError, match="has 90 x 90"):
+        processor(image, max_image_pixels=100)
+
+
+@pytest.mark.parametrize("shape", [(10**6, 10**6, 3), (3, 10**6, 10**6), (10**6, 10**6)])
+def test_arrays_and_tensors_have_the_pixel_limit_too(processor, shape):
+    for source in (np.broadcast_to(np.uint8(0), shape), torch.zeros(()).expand(shape)):
+        with pytest.raises(ValueError, match="has 1000000 x 1000000"):
+            processor(source)
+
+
+def test_tensors_without_storage_are_named(processor):
+    for source in (torch.zeros(3, 4, 4, device="meta"), torch.zeros(3, 4, 4).to_sparse(), torch.zeros(4, 4, 3) * 1j):
+        with pytest.raises(ValueError, match=r"Image 1 of 1 "):
+            processor(source)
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg", "group4", "raw"])
+def test_the_compressions_of_tiff_that_people_have_are_read(processor, compression):
+    image = picture(20, 20).convert("1") if compression == "group4" else picture(20, 20)
+    data = encoded(image, "TIFF", compression=compression)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(one_tile(data), expected)
+
+
+@pytest.mark.parametrize("compression", ["lzma", "zstd", "webp", "tiff_sgilog", "tiff_thunderscan"])
+def test_rare_compressions_of_tiff_are_refused_by_name(processor, compression):
+    """Written over the number of a common one: nothing is decoded."""
+    number = {v: k for k, v in TiffImagePlugin.COMPRESSION_INFO.items()}[compression]
+    data = encoded(picture(20, 20), "TIFF", compression="tiff_lzw")
+    entry = struct.pack("<HHI", 259, 3, 1)
+    data = data.replace(entry + struct.pack("<H", 5), entry + struct.pack("<H", number))
+    for source in (data, Image.open(io.BytesIO(data))):
+        with pytest.raises(ValueError, match=f"TIFF file of compression {compression}"):
+            processor(source)
+
+
+def test_a_file_of_more_bytes_than_any_image_is_refused(processor, tmp_path, monkeypatch):
+    path = tmp_path / "picture.png"
+    path.write_bytes(encoded(picture(8, 8)))
+    os.truncate(path, 2**36)  # holds nothing: 64 GiB on no disk
+    with pytest.raises(ValueError, match="has 68719476736 bytes, more than"):
+        processor(path)
+    monkeypatch.setattr("internvl.image_loading_internvl.MOST_FILE_BYTES", 2**20)
+    with open(path, "rb") as handle, pytest.raises(ValueError, match="has more than the 1048576 bytes"):
+        processor(handle)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_damaged_files_of_many_formats_raise_value_errors_only(processor):
+    generator = np.random.default_rng(0)
+    failures = 0
+    for file_format in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"):
+        whole = encoded(picture(20, 20), file_format)
+        for _ in range(40):
+            data = bytearray(whole)
+            for position in generator.integers(0, min(len(data), 200), 8):
+                data[position] = generator.integers(0, 256)
+            try:
+                processor(bytes(data[: generator.integers(1, len(data) + 1)]), max_image_pixels=10_000)
+            except ValueError:
+                failures += 1
+    assert failures > 200
