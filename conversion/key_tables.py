@@ -86,6 +86,9 @@ MEANINGLESS_KEYS = frozenset(
     "_name_or_path _commit_hash _attn_implementation _attn_implementation_internal _attn_implementation_autoset "
     "_experts_implementation_internal architectures attn_implementation auto_map dtype torch_dtype transformers_version".split()
 )
+# Where configurations of decoders say how positions are turned, before and since transformers 5, and kinds that have another name today.
+ROTARY_KEYS = ("rope_scaling", "rope_parameters")
+ROTARY_ALIASES = {"su": "longrope"}
 # These say nothing where they hold their old default.
 OLD_DEFAULTS: dict[str, Any] = {
     "add_cross_attention": False,

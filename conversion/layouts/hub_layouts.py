@@ -25,6 +25,8 @@ from ..key_tables import (
     OLD_DEFAULTS,
     OLD_GENERATION_DEFAULTS,
     OLD_VISION_DEFAULTS,
+    ROTARY_ALIASES,
+    ROTARY_KEYS,
     SAME_NAMES,
 )
 from ..rules import Rule
@@ -111,14 +113,26 @@ def without_old_defaults(config: dict[str, Any], defaults: dict[str, Any]) -> di
         defaults: Keys that say nothing where they hold this value.
 
     Returns:
-        What is left; settings of `generate` are not among it.
+        What is left, names of rotary positions in today's spelling; settings of `generate` are not among it.
     """
     return {
-        key: value
+        key: _todays_rotary(value) if key in ROTARY_KEYS else value
         for key, value in config.items()
         if key not in MEANINGLESS_KEYS
         and key not in OLD_GENERATION_DEFAULTS
         and not (key in defaults and value == defaults[key])
+    }
+
+
+def _todays_rotary(value: Any) -> Any:
+    """`rope_scaling` or `rope_parameters` with the name of its kind that transformers has today; its kinds may lie deeper, by layer."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: ROTARY_ALIASES.get(part, part)
+        if key in ("type", "rope_type") and isinstance(part, str)
+        else _todays_rotary(part)
+        for key, part in value.items()
     }
 
 

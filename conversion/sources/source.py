@@ -21,6 +21,7 @@ from .damages import naming
 from .distributed_checkpoints import CHUNK_SUFFIX, DistributedFile
 from .foreign_settings import only_data
 from .links import check_links
+from .quantised import dequantised
 from .training_folders import only_checkpoint, open_training_folder
 from .zero_files import FILE_SUFFIXES, open_zero_file
 
@@ -122,7 +123,7 @@ def open_source(path: str | Path) -> Source:
     found = _open(path)
     if not found.folder.resolve().is_relative_to(path.resolve()):
         check_links(found.folder)
-    return found
+    return dequantised(found, open_file)
 
 
 def _open(path: Path) -> Source:
@@ -158,6 +159,8 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
     """The data in config.json, and what the user is told of the rest."""
     refused: list[str] = []
     config = only_data("config.json", read_json(folder / "config.json"), refused)
+    # What it says is told with the weights.
+    refused = [key for key in refused if key.rpartition(".")[2] != "quantization_config"]
     said = f"Not taken over from config.json, as it names code or nothing known here: {', '.join(refused)}."
     return config, [said] if refused else []
 

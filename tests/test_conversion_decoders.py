@@ -1,0 +1,143 @@
+"""Decoders whose published configuration is older than transformers 5: Phi-3, and rotary positions in every old spelling."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, Phi3Config, Phi3ForCausalLM
+
+from internvl.configuration_internvl import InternVLChatConfig
+from internvl.conversion import convert
+from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
+
+from . import tiny
+
+
+PHI3 = {
+    "model_type": "phi3",
+    "vocab_size": 99,
+    "hidden_size": 40,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "original_max_position_embeddings": 16,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+FACTORS = {"short_factor": [1.0, 1.05, 1.1, 1.2, 1.3], "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0]}
+# What such a release says besides, with the code that it came with.
+PUBLISHED = {
+    "architectures": ["Phi3ForCausalLM"],
+    "attn_implementation": "flash_attention_2",
+    "_attn_implementation": "flash_attention_2",
+    "auto_map": {
+        "AutoConfig": "configuration_phi3.Phi3Config",
+        "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+    },
+    "attention_bias": False,
+    "rope_theta": 10000.0,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.37.2",
+}
+
+
+def run(source, out, **settings):
+    return convert(source, out, show_progress=False, **settings)
+
+
+def config_of(folder) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A chat model with a Phi-3 decoder in the published layout, and its weights."""
+    folder = tmp_path_factory.mktemp("phi3")
+    config = InternVLChatConfig(vision_config=tiny.VISION, text_config=PHI3, image_token_id=tiny.IMAGE_TOKEN_ID)
+    tiny.randomize(InternVLChatForConditionalGeneration(config)).save_pretrained(folder / "model")
+    return run(folder / "model", folder / "published", to="published")
+
+
+def published_phi3(saved, folder, rope_scaling):
+    source = shutil.copytree(saved, folder / "source")
+    (source / "conversion.json").unlink()
+    config = config_of(source)
+    decoder = {key: value for key, value in config["llm_config"].items() if not key.startswith("rope")}
+    config["llm_config"] = {**decoder, **PUBLISHED, "rope_scaling": rope_scaling}
+    (source / "config.json").write_text(json.dumps(config))
+    return source
+
+
+@pytest.mark.parametrize("kind", [None, "su", "longrope", "yarn"])
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_a_phi3_decoder_computes_what_transformers_own_does_and_goes_back(kind, key, saved, tmp_path):
+    rope_scaling = {key: kind, **FACTORS} if kind else None
+    source = published_phi3(saved, tmp_path, rope_scaling)
+    out = run(source, tmp_path / "out", image_token_id=tiny.IMAGE_TOKEN_ID, verify=True)
+    model = AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True).eval()
+    assert type(model.language_model).__name__ == "Phi3ForCausalLM"
+
+    today = {"rope_type": "longrope", **FACTORS} if kind else {"rope_type": "default"}
+    reference = Phi3ForCausalLM(Phi3Config(**PHI3, rope_parameters={"rope_theta": 10000.0, **today})).eval()
+    start = "language_model."
+    weights = load_file(source / "model.safetensors")
+    reference.load_state_dict({k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)})
+    # Shorter and longer than the positions it was first trained for: each has factors of its own.
+    for length in (9, 33):
+        ids = torch.arange(3, 3 + length)[None]
+        with torch.no_grad():
+            torch.testing.assert_close(model(input_ids=ids).logits, reference(input_ids=ids).logits)
+
+    back = run(out, tmp_path / "back", to="published")
+    found, wanted = config_of(back), config_of(source)
+    del wanted["llm_config"]["auto_map"]  # its code is not carried along
+    assert found == wanted
+    restored = load_file(back / "model.safetensors")
+    assert restored.keys() == weights.keys()
+    assert all(torch.equal(restored[name], weights[name]) for name in weights)
+
+
+def test_the_kind_of_rotary_positions_is_that_of_today_wherever_it_stands(saved, tmp_path):
+    source = published_phi3(saved, tmp_path, {"type": "su", **FACTORS})
+    decoder = config_of(run(source, tmp_path / "out", image_token_id=tiny.IMAGE_TOKEN_ID))["text_config"]
+    assert decoder["rope_scaling"]["type"] == "longrope"
+    assert not {"attn_implementation", "_attn_implementation", "auto_map", "torch_dtype"} & decoder.keys()
+    # As transformers 5 saves them, with the old name.
+    config = config_of(source)
+    del config["llm_config"]["rope_scaling"], config["llm_config"]["rope_theta"]
+    config["llm_config"]["rope_parameters"] = {"rope_type": "su", "rope_theta": 5000.0, **FACTORS}
+    (source / "config.json").write_text(json.dumps(config))
+    out = run(source, tmp_path / "out5", image_token_id=tiny.IMAGE_TOKEN_ID)
+    assert InternVLChatConfig.from_pretrained(out).text_config.rope_parameters["rope_type"] == "longrope"
+    assert InternVLChatConfig.from_pretrained(out).text_config.rope_parameters["rope_theta"] == 5000.0
+
+
+@pytest.mark.parametrize("decoder", ["llama", "internlm2", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["linear", "dynamic"])
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_old_spellings_of_rotary_positions_are_read_for_every_decoder(key, kind, decoder, tmp_path):
+    text = {**tiny.DECODERS[decoder], "rope_theta": 5000.0, "rope_scaling": {key: kind, "factor": 2.0}}
+    config = InternVLChatConfig(vision_config=tiny.VISION, text_config=dict(text), image_token_id=tiny.IMAGE_TOKEN_ID)
+    model = tiny.randomize(InternVLChatForConditionalGeneration(config))
+    model.save_pretrained(tmp_path / "model")
+    source = run(tmp_path / "model", tmp_path / "published", to="published")
+    (source / "conversion.json").unlink()
+    settings = config_of(source)
+    settings["llm_config"] |= {
+        "rope_theta": 5000.0,
+        "rope_scaling": {key: kind, "factor": 2.0},
+        "attn_implementation": "eager",
+    }
+    (source / "config.json").write_text(json.dumps(settings))
+    out = run(source, tmp_path / "out", image_token_id=tiny.IMAGE_TOKEN_ID)
+    found = InternVLChatForConditionalGeneration.from_pretrained(out).eval()
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(found(input_ids=ids).logits, model(input_ids=ids).logits)
