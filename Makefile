@@ -6,7 +6,7 @@ PYTHON := .venv/bin/python
 READY := .venv/ready
 endif
 
-.PHONY: demo test test-all check style bench bench-conversion conformance versions default-run ablation clean
+.PHONY: demo test test-all check style bench bench-conversion conformance faults versions default-run ablation clean
 .DEFAULT_GOAL := test
 
 .venv/ready: constraints.txt pyproject.toml
@@ -55,6 +55,10 @@ bench-conversion: $(READY)
 # transformers' own test mixins against every class of this package.
 conformance: $(READY)
 	$(PYTHON) tests/conformance/run.py
+
+# Processes that write are killed at random points, and nothing may be lost (tests/faults/).
+faults: $(READY)
+	$(PYTHON) tests/faults/run.py
 
 # The same checkpoints give the same tokens on every supported transformers release (tests/versions/).
 versions: $(READY)

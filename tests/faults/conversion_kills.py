@@ -1,0 +1,116 @@
+"""Kills conversions: OUT is absent, or the old folder whole, or the new one whole, and the next run is as if nothing had been.
+
+Each conversion runs in a fork of this process, which has imported everything, so that a kill costs a fraction of a second.
+"""
+
+import hashlib
+import logging
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+import transformers
+
+from internvl.conversion import convert
+
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+# Several files with weights, so that a kill may fall between them.
+SETTINGS = {"show_progress": False, "max_shard_size": "150KB", "image_token_id": 520}
+
+
+def main(kills: int, seed: int) -> None:
+    """Raises AssertionError where a kill lost something.
+
+    Args:
+        kills: How many.
+        seed: Of the moments.
+    """
+    torch.set_num_threads(1)  # a fork has no threads of its parent
+    transformers.logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    rng = random.Random(seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        source = Path(shutil.copytree(GOLDEN / "chat_qwen2_v2", folder / "source"))
+        before = state_of(source)
+        convert(source, folder / "whole", **SETTINGS)  # imports what is imported when it is needed
+        took = sorted(finished(source, folder / "whole") for _ in range(5))[2]
+        whole = state_of(folder / "whole")
+        shutil.rmtree(folder / "whole")
+        seen: Counter[tuple[str, str]] = Counter()
+        left = 0
+        for number in range(kills):
+            is_there = number % 2 == 1
+            out = folder / "out"
+            if is_there:
+                out.mkdir()
+                (out / "old.txt").write_text("old")
+            process = started(source, out)
+            time.sleep(rng.uniform(0, 1.2 * took))
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            seen["folder" if is_there else "nothing", found_at(out, whole, is_there)] += 1
+            left += len(beside(folder))
+            assert state_of(source) == before, f"kill {number} changed the source"
+            finished(source, out)
+            assert state_of(out) == whole, f"the run after kill {number} gave another result"
+            assert not beside(folder), f"the run after kill {number} left {beside(folder)}"
+            shutil.rmtree(out)
+    print("| OUT before | OUT after the kill | times |\n|---|---|---|")
+    for (was, now), count in sorted(seen.items()):
+        print(f"| {was} | {now} | {count} |")
+    print(
+        f"\nAn unbroken run takes {took:.2f} s. {left} kills left a folder beside OUT, and the run after each took it away."
+    )
+
+
+def found_at(out: Path, whole: dict[str, str], is_there: bool) -> str:
+    """What OUT is after a kill; raises where it is anything but what it may be."""
+    if not out.exists():
+        assert not is_there, "the old folder is gone"
+        return "nothing"
+    found = state_of(out)
+    if found == whole:
+        return "the new folder, whole"
+    assert is_there, f"half a result: {sorted(found)}"
+    assert found.keys() == {"old.txt"}, f"half a result: {sorted(found)}"
+    return "the old folder, whole"
+
+
+def started(source: Path, out: Path) -> int:
+    """A process that converts; its id."""
+    process = os.fork()
+    if process == 0:
+        code = 1
+        try:
+            convert(source, out, overwrite=True, **SETTINGS)
+            code = 0
+        finally:
+            os._exit(code)
+    return process
+
+
+def finished(source: Path, out: Path) -> float:
+    """Converts to the end; seconds."""
+    start = time.monotonic()
+    _, status = os.waitpid(started(source, out), 0)
+    assert status == 0, "a conversion failed"
+    return time.monotonic() - start
+
+
+def beside(folder: Path) -> list[str]:
+    """Names of what lies beside source and result."""
+    return sorted({path.name for path in folder.iterdir()} - {"source", "whole", "out"})
+
+
+def state_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
