@@ -68,7 +68,7 @@ class InternLM2Attention(nn.Module):
         output, weights = attention(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        return self.wo(output.flatten(2)), weights
+        return self.wo(output.reshape(*hidden_states.shape[:-1], -1)), weights  # vLLM's output has no batch
 
 
 class InternLM2MLP(nn.Module):

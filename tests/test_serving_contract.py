@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import AttentionInterface
@@ -17,9 +18,17 @@ each_connector = pytest.mark.parametrize("connector", ["patches", "queries_and_p
 each_decoder = pytest.mark.parametrize("decoder", tiny.DECODERS)
 
 
+def flat_attention(*args, **kwargs) -> tuple[torch.Tensor, None]:
+    """vLLM's attention as far as models see it: no mask, and an output (L, H * K) without a batch."""
+    query = args[1]
+    mask = torch.full((query.shape[2], query.shape[2]), -torch.inf).triu(1)
+    output, _ = eager_attention_forward(*args[:4], mask, scaling=query.shape[-1] ** -0.5)
+    return output.reshape(query.shape[2], -1), None
+
+
 def as_vllm_asks(monkeypatch, decoder: str = "llama", connector: str = "patches"):
     """A configuration as vLLM hands it to `AutoModel.from_config`: the decoder has vLLM's attention."""
-    monkeypatch.setitem(AttentionInterface._global_mapping, "vllm", eager_attention_forward)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "vllm", flat_attention)
     config = tiny.chat_config(decoder, connector)
     config.text_config._attn_implementation = "vllm"
     return config
@@ -57,3 +66,15 @@ def test_every_weight_of_the_whole_model_has_a_place_in_vllm(decoder, connector,
     for renaming in get_model_conversion_mapping(base, add_legacy=False):
         names = {renaming.rename_source_key(name)[0] for name in names}
     assert names - set(base.state_dict()) == {"language_model.lm_head.weight"}
+
+
+@each_decoder
+@torch.no_grad()
+def test_every_decoder_runs_on_vllms_attention(decoder, monkeypatch):
+    expected = tiny.chat_base_model(decoder)
+    model = AutoModel.from_config(as_vllm_asks(monkeypatch, decoder)).eval()
+    model.load_state_dict(expected.state_dict())
+    embeddings = expected.get_input_embeddings()(tiny.text_ids(1))
+    positions = torch.arange(embeddings.shape[1])[None]
+    hidden = model(inputs_embeds=embeddings, position_ids=positions, use_cache=False, return_dict=False)[0]
+    torch.testing.assert_close(hidden, expected(inputs_embeds=embeddings).last_hidden_state, atol=1e-5, rtol=1e-5)

@@ -64,7 +64,9 @@ def qllama_config(vocab_size: int) -> QLlamaConfig:
     return QLlamaConfig(**SIZES, vocab_size=vocab_size, num_query_token=5, vision_hidden_size=WIDTH)
 
 
-def chat(decoder: str = "qwen2", **settings: object) -> tuple[PreTrainedModel, InternVLProcessor]:
+def chat(
+    decoder: str = "qwen2", text_settings: dict | None = None, **settings: object
+) -> tuple[PreTrainedModel, InternVLProcessor]:
     tokenizer = make_tokenizer(add_bos=False)
     text_config = {
         **SIZES,
@@ -75,6 +77,7 @@ def chat(decoder: str = "qwen2", **settings: object) -> tuple[PreTrainedModel, I
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         "tie_word_embeddings": False,
+        **(text_settings or {}),
     }
     config = InternVLChatConfig(
         vision_config=vision_config(),
