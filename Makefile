@@ -6,7 +6,7 @@ PYTHON := .venv/bin/python
 READY := .venv/ready
 endif
 
-.PHONY: demo test test-all check style bench bench-conversion conformance faults versions default-run ablation clean
+.PHONY: demo test test-all check style bench bench-conversion conformance faults versions fuzz default-run ablation clean
 .DEFAULT_GOAL := test
 
 .venv/ready: constraints.txt pyproject.toml
@@ -63,6 +63,11 @@ faults: $(READY)
 # The same checkpoints give the same tokens on every supported transformers release (tests/versions/).
 versions: $(READY)
 	$(PYTHON) tests/versions/matrix.py
+
+# Thousands of damaged images, messages, checkpoints and rows; SEED is that of the damage (tests/fuzz/).
+SEED ?= 0
+fuzz: $(READY)
+	$(PYTHON) -m tests.fuzz --seed $(SEED)
 
 # The root checkpoint from nothing, stage by stage; what was stopped goes on. glibc returns large blocks to the system after
 # each use: keeping them makes a step a fifth faster.
