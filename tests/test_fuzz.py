@@ -2,19 +2,16 @@
 
 import pytest
 
-from .fuzz import checkpoints, images, messages, rows
+from .fuzz import checkpoints, images
 from .fuzz.watch import watch
 
 
 SEED = 1  # `make fuzz` begins with 0
 KINDS = {
     "images": lambda: images.inputs(SEED, 11),  # every file by every way in
-    "image tokens": messages.injections,
-    "messages": lambda: messages.malformed(SEED, 100),
     "checkpoints": lambda: checkpoints.inputs(SEED, 16),
-    "rows": lambda: rows.inputs(SEED, 40),
 }
-INPUTS = {"images": 275, "image tokens": 161, "messages": 100, "checkpoints": 16, "rows": 40}
+INPUTS = {"images": 275, "checkpoints": 16}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -23,8 +20,7 @@ def test_hostile_input_is_read_or_refused_by_name_in_time_and_starts_nothing(kin
     assert report.inputs == INPUTS[kind]
     assert report.faults == []
     assert report.accepted > 0
-    if kind != "image tokens":  # in a text each of them may be only text
-        assert report.refused > report.inputs / 8
+    assert report.refused > report.inputs / 8
 
 
 def test_what_the_fuzz_looks_for_is_found(monkeypatch):
