@@ -4,73 +4,49 @@ Importing this package registers its classes with transformers' Auto classes, so
 `AutoProcessor.from_pretrained(...)` use the installed code and no remote code need be trusted.
 """
 
-from typing import Any
-
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoModelForSemanticSegmentation,
-    AutoModelForZeroShotImageClassification,
-    AutoProcessor,
-)
-
-# Not from the top level: up to 5.16 that is a placeholder which raises where torchvision is missing.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
-from .configuration_internlm2 import InternLM2Config
-from .configuration_internvl import InternViTConfig, InternVLChatConfig, InternVLConfig, QLlamaConfig
-from .image_processing_internvl import InternVLImageProcessor
-from .modeling_internlm2 import InternLM2ForCausalLM
-from .modeling_internvit import (
-    InternVisionModel,
-    InternViTBackbone,
-    InternViTForImageClassification,
-    InternViTForSemanticSegmentation,
-)
-from .modeling_internvl import InternVLModel
-from .modeling_internvl_chat import InternVLChatBaseModel, InternVLChatForConditionalGeneration
-from .modeling_qllama import QLlamaForCausalLM, QLlamaModel
-from .processing_internvl import InternVLProcessor
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 
-def _register() -> None:
-    """Names every class to the Auto classes; `exist_ok` because the sources may be imported under a second name."""
-    models: dict[Any, dict[Any, type]] = {
-        InternViTConfig: {
-            AutoModel: InternVisionModel,
-            AutoBackbone: InternViTBackbone,
-            AutoModelForImageClassification: InternViTForImageClassification,
-            AutoModelForSemanticSegmentation: InternViTForSemanticSegmentation,
-        },
-        QLlamaConfig: {AutoModel: QLlamaModel, AutoModelForCausalLM: QLlamaForCausalLM},
-        InternVLConfig: {AutoModel: InternVLModel, AutoModelForZeroShotImageClassification: InternVLModel},
-        InternVLChatConfig: {
-            AutoModel: InternVLChatForConditionalGeneration,
-            AutoModelForImageTextToText: InternVLChatForConditionalGeneration,
-            AutoModelForMultimodalLM: InternVLChatForConditionalGeneration,
-            AutoModelForCausalLM: InternVLChatForConditionalGeneration,
-        },
-        InternLM2Config: {AutoModelForCausalLM: InternLM2ForCausalLM},
-    }
-    for config_class, doors in models.items():
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        for auto_class, model_class in doors.items():
-            auto_class.register(config_class, model_class, exist_ok=True)
-    # Not for `InternVLConfig`: transformers has a class of that name, so it would load and name its own image processor as well.
-    # Ours is found by its own name once it is registered for any configuration.
-    image_processors = {"pil": InternVLImageProcessor, "torchvision": InternVLImageProcessor}
-    for config_class in (InternViTConfig, InternVLChatConfig):
-        AutoImageProcessor.register(config_class, image_processor_classes=image_processors, exist_ok=True)
-    for config_class in (InternVLConfig, InternVLChatConfig):
-        AutoProcessor.register(config_class, InternVLProcessor, exist_ok=True)
+if TYPE_CHECKING:
+    from .registration import (
+        InternLM2Config,
+        InternLM2ForCausalLM,
+        InternVisionModel,
+        InternViTBackbone,
+        InternViTConfig,
+        InternViTForImageClassification,
+        InternViTForSemanticSegmentation,
+        InternVLChatBaseModel,
+        InternVLChatConfig,
+        InternVLChatForConditionalGeneration,
+        InternVLConfig,
+        InternVLImageProcessor,
+        InternVLModel,
+        InternVLProcessor,
+        QLlamaConfig,
+        QLlamaForCausalLM,
+        QLlamaModel,
+    )
+
+# Registering imports torch and transformers, seconds in which nobody is told that an argument is wrong. So these commands call
+# `register` themselves, once they have read their arguments.
+COMMANDS = ("chat", "demo", "memory")
 
 
-_register()
+def register() -> None:
+    """Imports the classes and registers them with the Auto classes. `import internvl` does it; calling it again changes nothing."""
+    import_module(".registration", __name__)
+
+
+def starts(commands: tuple[str, ...]) -> bool:
+    """Whether `python -m` is starting one of the commands: `sys.argv[0]` is "-m" for as long as Python looks for the module."""
+    return sys.argv[:1] == ["-m"] and any(f"{__name__}.{command}" in sys.orig_argv for command in commands)
+
+
+if not starts(COMMANDS):
+    register()
 
 __all__ = [
     "InternLM2Config",
@@ -91,3 +67,9 @@ __all__ = [
     "QLlamaForCausalLM",
     "QLlamaModel",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(".registration", __name__), name)

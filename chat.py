@@ -9,9 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache, TextStreamer
-from transformers.utils import logging
+from . import register
 
 
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent
@@ -27,6 +25,8 @@ class Conversation:
     """
 
     def __init__(self, model: str | Path, max_new_tokens: int = 256, max_num: int | None = None) -> None:
+        from transformers import AutoModelForImageTextToText, AutoProcessor  # not before the arguments are read
+
         self.processor = AutoProcessor.from_pretrained(model)
         self.model = AutoModelForImageTextToText.from_pretrained(model, device_map="auto").eval()
         self.max_new_tokens = max_new_tokens
@@ -35,6 +35,8 @@ class Conversation:
 
     def restart(self) -> None:
         """Forgets everything said and shown."""
+        from transformers import DynamicCache
+
         self.messages: list[dict[str, Any]] = []
         self.cache = DynamicCache(config=self.model.config.text_config)
 
@@ -46,6 +48,8 @@ class Conversation:
             images: Paths or addresses of new pictures.
             stream: Whether to print the answer while it is made.
         """
+        from transformers import TextStreamer
+
         parts = [{"type": "image", "image": image} for image in images or []]
         self.messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
         settings = {} if self.max_num is None else {"max_num": self.max_num}
@@ -83,18 +87,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     options = parse_arguments(arguments)
+    register()
+    import torch
+    from transformers.utils import logging
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        conversation = Conversation(options.model, options.max_new_tokens, options.max_num)
-        if options.ask is not None:
-            conversation.ask(options.ask, options.images, stream=True)
-            return 0
-        images: list[str] | None = options.images
-        print("Ask; an empty line ends the conversation.")
-        while question := input("> ").strip():
-            conversation.ask(question, images, stream=True)
-            images = None
+        with torch.inference_mode():
+            talk(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -103,6 +104,18 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def talk(options: argparse.Namespace) -> None:
+    """Answers the one question, or those that come from standard input."""
+    conversation = Conversation(options.model, options.max_new_tokens, options.max_num)
+    if options.ask is not None:
+        conversation.ask(options.ask, options.images, stream=True)
+        return
+    images: list[str] | None = options.images
+    print("Ask; an empty line ends the conversation.")
+    while question := input("> ").strip():
+        conversation.ask(question, images, stream=True)
+        images = None
+
+
 if __name__ == "__main__":
-    with torch.inference_mode():
-        sys.exit(main())
+    sys.exit(main())

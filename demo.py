@@ -8,20 +8,25 @@ import argparse
 import json
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
-from transformers.utils import logging
 
+from . import register
 from .chat import DEFAULT_CHECKPOINT, Conversation
-from .image_processing_internvl import InternVLImageProcessor, choose_grid
+
+
+if TYPE_CHECKING:
+    from .image_processing_internvl import InternVLImageProcessor
 
 
 MARGIN, CAPTION, PANEL = 24, 26, 360  # pixels of the drawing
 
 
-def draw_tiling(picture: Image.Image, name: str, processor: InternVLImageProcessor) -> Image.Image:
+def draw_tiling(picture: Image.Image, name: str, processor: "InternVLImageProcessor") -> Image.Image:
     """One panel: the picture cut along its grid, and the thumbnail beside it when there is one."""
+    from .image_processing_internvl import choose_grid  # with it come torch and transformers
+
     tile = processor.size["height"]
     columns, rows = choose_grid(*picture.size, processor.min_num, processor.max_num, tile)
     scale = PANEL / max(columns, rows) / tile
@@ -61,7 +66,7 @@ def stack(panels: list[Image.Image]) -> Image.Image:
 
 
 def main() -> None:
-    """Answers every bundled question and draws the tilings."""
+    """Runs the command line: answers every bundled question and draws the tilings."""
     parser = argparse.ArgumentParser(
         prog="python -m internvl.demo", description="Show the bundled checkpoint at work."
     )
@@ -69,8 +74,18 @@ def main() -> None:
     parser.add_argument("--pictures", default=DEFAULT_CHECKPOINT / "examples", type=Path, metavar="DIR")
     parser.add_argument("--output", default=Path("demo_output"), type=Path, metavar="DIR")
     options = parser.parse_args()
+    register()
+    import torch
+    from transformers.utils import logging
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    with torch.inference_mode():
+        show(options)
+
+
+def show(options: argparse.Namespace) -> None:
+    """Prints the answers and writes the drawing."""
     conversation = Conversation(options.model, max_new_tokens=16)
     rows = json.loads((options.pictures / "questions.json").read_text(encoding="utf-8"))
     panels, right = [], 0
@@ -91,5 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main()
+    main()

@@ -1,561 +1,20 @@
 """What a model needs and where it would go, before anything is downloaded: `python -m internvl.memory MODEL [...]`.
 
-MODEL is a folder with a `config.json`, that file, the Hub name of a checkpoint of this package, or one of the published sizes in
-`SIZES`. Only the configuration is read; the model is built on the meta device, without a byte of weights.
-
-Does: parameters and bytes of each part in a given dtype; the key-value cache; the most memory the vision tower takes while it runs
-(`modeling_internvit.activation_bytes_per_token` holds the formula); and, given what each device has, where `device_map` would put every module, by the code
-that `from_pretrained` runs. Does not count: activations of the language models, workspace of kernels, what the allocator holds back,
-and the rest of the process (a CUDA context takes some 0.5 GiB per card).
+MODEL is a folder with a `config.json`, that file, the Hub name of a checkpoint of this package, or one of the published sizes. The
+work is in planner.py, which needs torch: it is imported once the arguments are read.
 """
 
 import argparse
 import json
 import logging
-import math
-import re
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
-import torch
-from accelerate.utils import convert_file_size_to_int
-from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.integrations.accelerate import get_balanced_memory, get_max_memory, infer_auto_device_map
-from transformers.quantizers.quantizers_utils import should_convert_module
-from transformers.utils import logging as transformers_logging
-
-from .configuration_internvl import InternViTConfig, InternVLChatConfig, InternVLConfig, QLlamaConfig
-from .modeling_internvit import (
-    InternVisionModel,
-    InternViTBackbone,
-    InternViTForImageClassification,
-    InternViTForSemanticSegmentation,
-    activation_bytes_per_token,
-)
-from .modeling_internvl import InternVLModel
-from .modeling_internvl_chat import InternVLChatBaseModel, InternVLChatForConditionalGeneration
-from .modeling_qllama import QLlamaForCausalLM
+from . import register
 
 
-GIB = 1024**3
-TEXT_LENGTH = 512  # positions of text beside the pictures, where `--length` does not say
-# Weights of a quantised model are stored in blocks, and computed with in bfloat16.
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "int8": torch.bfloat16,
-    "nf4": torch.bfloat16,
-}
-QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.5}  # of a weight, without its scales: what transformers places by
-# bitsandbytes: one fp32 scale per row of an int8 matrix, and one per block of 64 nf4 weights, two of which share a byte.
-NF4_BLOCK, SCALE_BYTES = 64, 4
-# transformers leaves a tenth of every device to what quantising allocates.
-QUANTIZER_SHARE = 0.9
+DTYPES = ("float32", "bfloat16", "float16", "int8", "nf4")
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-PARTS = ("vision tower", "QLLaMA", "heads", "connector", "decoder", "embeddings")
-
-MODEL_CLASSES: dict[str, tuple[Any, ...]] = {  # by `model_type`; the first is what `AutoModel` gives
-    InternViTConfig.model_type: (
-        InternVisionModel,
-        InternViTBackbone,
-        InternViTForImageClassification,
-        InternViTForSemanticSegmentation,
-    ),
-    QLlamaConfig.model_type: (QLlamaForCausalLM,),
-    InternVLConfig.model_type: (InternVLModel,),
-    InternVLChatConfig.model_type: (InternVLChatForConditionalGeneration, InternVLChatBaseModel),
-}
-
-
-def _chat(vision: dict[str, Any], hidden_size: int, layers: int, heads: int, **changes: Any) -> InternVLChatConfig:
-    """A chat model over a LLaMA (Vicuna) of the given shape."""
-    text = {
-        "model_type": "llama",
-        "vocab_size": 32006,
-        "hidden_size": hidden_size,
-        "intermediate_size": {4096: 11008, 5120: 13824}[hidden_size],
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-    }
-    return InternVLChatConfig(vision_config=vision, text_config=text, **changes)
-
-
-SIZES: dict[str, Callable[[], PretrainedConfig]] = {
-    "internvit-300m": lambda: InternViTConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=448,
-        norm_type="layer_norm",
-        qkv_bias=True,
-        qk_normalization=False,
-    ),
-    "internvit-6b": InternViTConfig,
-    "internvit-6b-448px": lambda: InternViTConfig(image_size=448),
-    "internvl-c": lambda: InternVLConfig(num_query_token=0),
-    "internvl-14b": InternVLConfig,
-    "internvl-chat-7b": lambda: _chat({"image_size": 448}, 4096, 32, 32),
-    "internvl-chat-13b": lambda: _chat({"image_size": 448}, 5120, 40, 40),
-    "internvl-chat-full-7b": lambda: _chat(
-        {}, 4096, 32, 32, connector="queries_and_patches", projector_type="mlp2x_gelu", downsample_ratio=1.0
-    ),
-    "internvl-chat-full-13b": lambda: _chat(
-        {}, 5120, 40, 40, connector="queries_and_patches", projector_type="mlp2x_gelu", downsample_ratio=1.0
-    ),
-}
-
-
-def read_config(model: str | Path) -> PretrainedConfig:
-    """The configuration that a name or path stands for.
-
-    Args:
-        model: Folder, `config.json`, Hub name, or a key of `SIZES`.
-
-    Raises:
-        ValueError: A configuration that is not one of this package.
-        OSError: Nothing there.
-    """
-    if str(model) in SIZES:
-        return SIZES[str(model)]()
-    path = Path(model)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise OSError(f"{path} holds no `config.json`: name the folder of a checkpoint, or its configuration.")
-    try:
-        found, _ = PretrainedConfig.get_config_dict(model)
-    except OSError as error:
-        if path.exists():
-            raise
-        raise OSError(
-            f"`{model}` is no folder or file here, no Hub repository that can be reached, and none of the published sizes "
-            f"{sorted(SIZES)}."
-        ) from error
-    model_type = found.pop("model_type", None)
-    if model_type not in MODEL_CLASSES:
-        raise ValueError(
-            f"`{model}` has the `model_type` {model_type!r}, expected one of {sorted(MODEL_CLASSES)}. A published InternVL "
-            "checkpoint is converted first: `python -m internvl.conversion SOURCE OUT`."
-        )
-    return AutoConfig.for_model(model_type, **found)
-
-
-def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a configuration without memory for its weights: the class it was saved as, else that of `AutoModel`."""
-    classes = MODEL_CLASSES[config.model_type]
-    saved = {model_class.__name__: model_class for model_class in classes}
-    model_class = next((saved[name] for name in config.architectures or [] if name in saved), classes[0])
-    with torch.device("meta"):
-        return model_class._from_config(config, dtype=dtype)
-
-
-class WeightSizes:
-    """Bytes of a model's tensors as `from_pretrained` stores them.
-
-    Stands where transformers' placement asks a quantiser, so that quantised models are measured without bitsandbytes.
-
-    Args:
-        model: On the meta device, in the dtype it computes in.
-        dtype: A key of `DTYPES`.
-    """
-
-    def __init__(self, model: PreTrainedModel, dtype: str) -> None:
-        self.quantized_bytes = QUANTIZED_BYTES.get(dtype)
-        self.dtype = dtype
-        self.quantized: set[str] = set()
-        if self.quantized_bytes is not None:
-            kept = getattr(model, "_modules_kept_unquantized", None)
-            if kept is None:
-                raise ValueError(
-                    f"{type(model).__name__} is not loaded in 8 or 4 bits on its own; choose a dtype of {list(DTYPES)[:3]}."
-                )
-            self.quantized = {
-                f"{name}.weight"
-                for name, module in model.named_modules()
-                if isinstance(module, nn.Linear) and should_convert_module(name, list(kept))
-            }
-
-    def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
-        """Bytes per element of a tensor, as transformers' quantisers count: without the scales."""
-        if self.quantized_bytes is not None and param_name in self.quantized:
-            return self.quantized_bytes
-        return param.element_size()
-
-    def stored_bytes(self, name: str, tensor: torch.Tensor) -> int:
-        """Bytes of a tensor with the scales that belong to it."""
-        if name not in self.quantized:
-            return tensor.numel() * tensor.element_size()
-        if self.dtype == "int8":
-            return tensor.numel() + SCALE_BYTES * tensor.shape[0]
-        return math.ceil(tensor.numel() / 2) + SCALE_BYTES * math.ceil(tensor.numel() / NF4_BLOCK)
-
-    def adjust_max_memory(self, max_memory: dict[int | str, int]) -> dict[int | str, int]:
-        """What of each device transformers fills."""
-        if self.quantized_bytes is None:
-            return max_memory
-        return {device: int(size * QUANTIZER_SHARE) for device, size in max_memory.items()}
-
-
-@dataclass
-class Part:
-    """Parameters and stored bytes of one part of a model."""
-
-    part: str
-    parameters: int
-    bytes: int
-
-
-def _own_tensors(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
-    """Parameters and buffers, tied ones once."""
-    tied = set(model.all_tied_weights_keys)
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return [(name, tensor) for name, tensor in tensors if name not in tied]
-
-
-def _part_of(name: str, embeddings: tuple[str, ...], config: PretrainedConfig) -> str:
-    if name.startswith(embeddings):
-        return "embeddings"
-    first = name.split(".")[0]
-    if first in ("vision_model", "embeddings", "encoder"):
-        return "vision tower"
-    if first in ("qllama", "query_tokens") or config.model_type == QLlamaConfig.model_type:
-        return "QLLaMA"
-    return {"language_model": "decoder", "mlp1": "connector", "mlp2": "connector"}.get(first, "heads")
-
-
-def count_parts(model: PreTrainedModel, sizes: WeightSizes) -> list[Part]:
-    """The parts that a model has, in the order of `PARTS`."""
-    names = {id(module): name for name, module in model.named_modules()}
-    word_layers = () if _vision_is_all(model) else (model.get_input_embeddings(), model.get_output_embeddings())
-    embeddings = tuple(f"{names[id(layer)]}." for layer in word_layers if layer is not None)
-    parts = {part: Part(part, 0, 0) for part in PARTS}
-    for name, tensor in _own_tensors(model):
-        part = parts[_part_of(name, embeddings, model.config)]
-        part.parameters += tensor.numel() if isinstance(tensor, nn.Parameter) else 0
-        part.bytes += sizes.stored_bytes(name, tensor)
-    return [part for part in parts.values() if part.bytes]
-
-
-def _vision_is_all(model: PreTrainedModel) -> bool:
-    return model.config.model_type == InternViTConfig.model_type
-
-
-def vision_config_of(config: PretrainedConfig) -> InternViTConfig | None:
-    """The vision tower's configuration, or None where a model has no tower."""
-    return config if config.model_type == InternViTConfig.model_type else getattr(config, "vision_config", None)
-
-
-def cached_text_config(config: PretrainedConfig) -> PretrainedConfig | None:
-    """Configuration of the language model that generates, or None where a model generates no text."""
-    if config.model_type == InternViTConfig.model_type:
-        return None
-    text_config = config.get_text_config(decoder=True)
-    return None if getattr(text_config, "num_query_token", None) == 0 else text_config
-
-
-def image_positions(config: PretrainedConfig, tiles: int) -> int:
-    """Positions of a row that its tiles take in the language model: a tile's tokens each, or QLLaMA's queries once."""
-    if config.model_type == InternVLChatConfig.model_type:
-        return tiles * config.num_image_token
-    return getattr(config, "num_query_token", 0)
-
-
-def cache_bytes_per_layer(text_config: PretrainedConfig, batch: int, length: int, element_size: int) -> int:
-    """Keys and values of one layer: 2 x rows x positions x key/value heads x head width. Sliding windows are not deducted."""
-    heads = text_config.num_attention_heads
-    kv_heads = getattr(text_config, "num_key_value_heads", None) or heads
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
-    return 2 * batch * length * kv_heads * head_dim * element_size
-
-
-def vision_activation_bytes(
-    config: InternViTConfig, tiles: int, image_size: int, element_size: int, tiles_at_once: int | None = None
-) -> int:
-    """The most memory the vision tower takes beside its weights while it encodes `tiles`, without gradients.
-
-    The tokens of `tiles_at_once` of them (None: of all), by `activation_bytes_per_token`, and all pixels in fp32.
-    """
-    tokens = (tiles_at_once or tiles) * (1 + (image_size // config.patch_size) ** 2)
-    pixels = tiles * config.num_channels * image_size**2 * torch.float32.itemsize
-    return tokens * activation_bytes_per_token(config, element_size) + pixels
-
-
-@dataclass
-class DevicePlan:
-    """What one device would hold, in bytes; `budget` is None for the disk."""
-
-    device: str
-    budget: int | None
-    weights: int = 0
-    kv_cache: int = 0
-    vision_activations: int = 0
-
-    @property
-    def total(self) -> int:
-        """All of it together."""
-        return self.weights + self.kv_cache + self.vision_activations
-
-    @property
-    def fits(self) -> bool:
-        """Whether the device has so much."""
-        return self.budget is None or self.total <= self.budget
-
-
-def parse_max_memory(text: str) -> dict[int | str, int]:
-    """`0=24GiB,1=24GiB,cpu=64GiB` as accelerate's `max_memory`, in bytes.
-
-    Raises:
-        ValueError: Not of that form.
-    """
-    memory: dict[int | str, int] = {}
-    for entry in text.split(","):
-        device, separator, size = (word.strip() for word in entry.partition("="))
-        if not separator or not (device.isdigit() or device in ("cpu", "mps", "disk")):
-            raise ValueError(
-                f"`--max-memory` takes DEVICE=SIZE pairs such as `0=24GiB,1=24GiB,cpu=64GiB`, got {entry!r}."
-            )
-        if not re.fullmatch(r"(?i)[0-9]+(\.[0-9]+)?\s*[kmgt]i?b", size):
-            raise ValueError(f"`--max-memory` sizes look like `24GiB` or `24GB`, got {size!r} for device {device}.")
-        memory[int(device) if device.isdigit() else device] = convert_file_size_to_int(size.replace(" ", ""))
-    return memory
-
-
-def place(
-    model: PreTrainedModel, sizes: WeightSizes, device_map: str, max_memory: dict[int | str, int]
-) -> dict[str, Any]:
-    """The map that `from_pretrained(device_map=..., max_memory=...)` would infer, by the same functions.
-
-    Args:
-        model: On the meta device.
-        sizes: How its weights are stored.
-        device_map: One of `DEVICE_MAPS`; "auto" means "balanced" in transformers.
-        max_memory: Bytes per device; devices that are not here are not needed.
-    """
-    shared: Any = {"no_split_module_classes": model._no_split_modules, "hf_quantizer": sizes}
-    if device_map == "sequential":
-        budgets = get_max_memory(dict(max_memory))
-    else:
-        low_zero = device_map == "balanced_low_0"
-        budgets = get_balanced_memory(model, dict(max_memory), low_zero=low_zero, **shared)
-    return dict(infer_auto_device_map(model, sizes.adjust_max_memory(budgets), **shared))
-
-
-def device_of(name: str, device_map: dict[str, Any]) -> Any:
-    """Where a module or parameter goes: the entry for it, or for the closest module around it."""
-    while name not in device_map and name:
-        name = name.rpartition(".")[0]
-    return device_map[name]
-
-
-def _layer_names(model: PreTrainedModel, beginning: str, count: int) -> list[str]:
-    """Names of the `count` layers of the part that begins so."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and f"{name}.".startswith(beginning):
-            return [f"{name}.{index}" for index in range(count)]
-    raise ValueError(f"{type(model).__name__} has no list of {count} layers under {beginning!r}.")
-
-
-@dataclass
-class Report:
-    """Everything the command says, sizes in bytes."""
-
-    model: str
-    model_class: str
-    dtype: str
-    parts: list[Part]
-    batch: int
-    tiles: int
-    length: int
-    kv_cache: int
-    tiles_at_once: int
-    vision_activations: int
-    device_map: str | None = None
-    devices: list[DevicePlan] | None = None
-    modules: dict[str, str] | None = None
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether every device has what it would hold and nothing is left for the disk; None where no device was named."""
-        if self.devices is None:
-            return None
-        return all(plan.fits and not (plan.budget is None and plan.total) for plan in self.devices)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        weights = {name: sum(getattr(part, name) for part in self.parts) for name in ("parameters", "bytes")}
-        found = {**asdict(self), "weights": weights, "fits": self.fits}
-        if self.devices is not None:
-            found["devices"] = [{**asdict(plan), "total": plan.total, "fits": plan.fits} for plan in self.devices]
-        return found
-
-
-def inspect_model(
-    model: str | Path,
-    dtype: str = "bfloat16",
-    tiles: int = 1,
-    batch: int = 1,
-    length: int | None = None,
-    max_memory: dict[int | str, int] | None = None,
-    device_map: str = "auto",
-) -> Report:
-    """What a model needs, and where it would go.
-
-    Args:
-        model: As for `read_config`.
-        dtype: A key of `DTYPES`.
-        tiles: Of the pictures of one row.
-        batch: Rows.
-        length: Positions of a row in the key-value cache, pictures included; None takes those of the tiles and 512 of text.
-        max_memory: Bytes per device, as accelerate takes them; None places nothing.
-        device_map: One of `DEVICE_MAPS`.
-
-    Raises:
-        ValueError: An argument out of range, or not a model of this package.
-        OSError: No configuration there.
-    """
-    if dtype not in DTYPES:
-        raise ValueError(f"`dtype` must be one of {list(DTYPES)}, got {dtype!r}.")
-    if device_map not in DEVICE_MAPS:
-        raise ValueError(f"`device_map` must be one of {list(DEVICE_MAPS)}, got {device_map!r}.")
-    for name, value, least in (("tiles", tiles, 0), ("batch", batch, 1), ("length", length, 0)):
-        if value is not None and value < least:
-            raise ValueError(f"`{name}` must be at least {least}, got {value}.")
-    config = read_config(model)
-    meta_model = build_on_meta(config, DTYPES[dtype])
-    sizes = WeightSizes(meta_model, dtype)
-    length = image_positions(config, tiles) + TEXT_LENGTH if length is None else length
-    element_size = DTYPES[dtype].itemsize
-    vision, text = vision_config_of(config), cached_text_config(config)
-    per_layer = 0 if text is None else cache_bytes_per_layer(text, batch, length, element_size)
-    layers = 0 if text is None else text.num_hidden_layers
-    activations, at_once = 0, batch * tiles
-    if vision is not None and tiles:
-        side = getattr(config, "force_image_size", None) or vision.image_size
-        if isinstance(meta_model, InternVLChatBaseModel):
-            at_once = min(at_once, meta_model.tiles_per_chunk(side, side))
-        activations = vision_activation_bytes(vision, batch * tiles, side, element_size, at_once)
-    report = Report(
-        model=str(model),
-        model_class=type(meta_model).__name__,
-        dtype=dtype,
-        parts=count_parts(meta_model, sizes),
-        batch=batch,
-        tiles=tiles,
-        length=length,
-        kv_cache=layers * per_layer,
-        tiles_at_once=at_once,
-        vision_activations=activations,
-    )
-    if max_memory is not None:
-        placed = place(meta_model, sizes, device_map, max_memory)
-        report.device_map = device_map
-        report.modules = {name or type(meta_model).__name__: str(device) for name, device in placed.items()}
-        report.devices = _fill_devices(meta_model, sizes, placed, max_memory, per_layer, activations)
-    return report
-
-
-def _fill_devices(
-    model: PreTrainedModel,
-    sizes: WeightSizes,
-    placed: dict[str, Any],
-    max_memory: dict[int | str, int],
-    cache_per_layer: int,
-    activations: int,
-) -> list[DevicePlan]:
-    """Sums what each device holds. What is offloaded runs on the first device, so its cache and activations are there."""
-    order = get_max_memory(dict(max_memory))
-    plans = {device: DevicePlan(str(device), None if device == "disk" else size) for device, size in order.items()}
-    plans.setdefault("disk", DevicePlan("disk", None))
-    cards = [device for device in order if isinstance(device, int) or device == "mps"]
-    runs_on = cards[0] if cards else "cpu"
-
-    def where_it_runs(name: str) -> DevicePlan:
-        device = device_of(name, placed)
-        return plans[runs_on if device in ("cpu", "disk") and runs_on in plans else device]
-
-    for name, tensor in _own_tensors(model):
-        # accelerate leaves buffers where they are used.
-        plan = plans[device_of(name, placed)] if isinstance(tensor, nn.Parameter) else where_it_runs(name)
-        plan.weights += sizes.stored_bytes(name, tensor)
-    if cache_per_layer:
-        layers = cached_text_config(model.config).num_hidden_layers
-        beginning = {InternVLChatConfig.model_type: "language_model.", InternVLConfig.model_type: "qllama."}
-        for name in _layer_names(model, beginning.get(model.config.model_type, ""), layers):
-            where_it_runs(name).kv_cache += cache_per_layer
-    if activations:
-        vision_layers = vision_config_of(model.config).num_hidden_layers
-        tower = "encoder." if hasattr(model, "encoder") else "vision_model."
-        homes = {id(plan): plan for plan in map(where_it_runs, _layer_names(model, tower, vision_layers))}
-        for plan in homes.values():
-            plan.vision_activations = activations
-    return list(plans.values())
-
-
-def _amount(size: int | None) -> str:
-    return "-" if size is None else f"{size / GIB:.2f} GiB" if size >= GIB // 10 else f"{size / 1024**2:.2f} MiB"
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    """Lines of a table: the first column left, the others right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        )
-        for row in rows
-    ]
-
-
-def describe(report: Report) -> list[str]:
-    """The report for people, line by line."""
-    found = report.as_dict()
-    rows = [["part", "parameters", report.dtype]]
-    rows += [[part.part, f"{part.parameters:,}", _amount(part.bytes)] for part in report.parts]
-    rows += [["all weights", f"{found['weights']['parameters']:,}", _amount(found["weights"]["bytes"])]]
-    lines = [f"{report.model} ({report.model_class})", "", *_table(rows), ""]
-    if report.kv_cache:
-        lines += [f"key-value cache, {report.batch} x {report.length} positions: {_amount(report.kv_cache)}"]
-    if report.vision_activations:
-        tiles = f"{report.batch * report.tiles} tile(s), {report.tiles_at_once} at once"
-        lines += [f"vision tower at work on {tiles}: at most {_amount(report.vision_activations)}"]
-    return lines + (_describe_placement(report) if report.devices is not None else [])
-
-
-def _describe_placement(report: Report) -> list[str]:
-    rows = [["device", "has", "weights", "cache", "vision", "all", "fits"]]
-    for plan in report.devices or []:
-        amounts = [plan.budget, plan.weights, plan.kv_cache, plan.vision_activations, plan.total]
-        fits = "yes" if plan.fits else f"no, {_amount(plan.total - (plan.budget or 0))} short"
-        rows.append([plan.device, *map(_amount, amounts), "-" if plan.budget is None else fits])
-    lines = ["", f"device_map {report.device_map!r}", *_table(rows), ""]
-    modules = list((report.modules or {}).items())
-    start = 0
-    for index, (_, device) in enumerate(modules):
-        if index + 1 == len(modules) or modules[index + 1][1] != device:
-            first, last = modules[start][0], modules[index][0]
-            lines.append(
-                f"{device}: {first}" if start == index else f"{device}: {first} ... {last} ({index - start + 1})"
-            )
-            start = index + 1
-    return [*lines, "", _verdict(report)]
-
-
-def _verdict(report: Report) -> str:
-    plans = {plan.device: plan for plan in report.devices or []}
-    if report.fits:
-        offloaded = [plans["cpu"].weights] if "cpu" in plans and len(plans) > 2 and plans["cpu"].weights else []
-        return f"It fits, with {_amount(offloaded[0])} offloaded to the CPU: slow." if offloaded else "It fits."
-    if plans["disk"].weights:
-        return f"It does not fit: {_amount(plans['disk'].weights)} of weights would be read from disk in every step."
-    short = ", ".join(plan.device for plan in plans.values() if not plan.fits)
-    return (
-        f"The weights fit, but not with cache and activations, on device {short}: give it less in `max_memory`, take fewer "
-        "tiles, rows or positions, or a smaller dtype."
-    )
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -565,21 +24,27 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description="Says what a model needs and where it would go, from its configuration alone.",
     )
     parser.add_argument(
-        "model", metavar="MODEL", help=f"folder, config.json or Hub name of a checkpoint, or one of {', '.join(SIZES)}"
+        "model",
+        metavar="MODEL",
+        help="folder, config.json or Hub name of a checkpoint, or a size such as internvl-14b",
     )
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of the weights (default: bfloat16)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default: bfloat16)")
     parser.add_argument(
-        "--tiles", type=int, default=1, metavar="N", help="tiles of the pictures of a row (default: 1)"
+        "--attention", choices=ATTENTIONS, default=ATTENTIONS[0], help=f"its kernel (default: {ATTENTIONS[0]})"
     )
+    parser.add_argument("--images", type=int, default=1, metavar="N", help="images of a row (default: 1)")
+    parser.add_argument("--tiles", type=int, default=1, metavar="N", help="tiles of each image (default: 1)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="rows (default: 1)")
     parser.add_argument(
         "--length",
         type=int,
         metavar="N",
-        help="positions of a row, pictures included (default: those, and 512 of text)",
+        help="positions of a row, images included (default: those, and 512 of text)",
     )
     parser.add_argument(
-        "--max-memory", metavar="DEVICE=SIZE,...", help="what each device has, e.g. 0=24GiB,1=24GiB,cpu=64GiB"
+        "--max-memory",
+        metavar="DEVICE=SIZE,...",
+        help="what each device has, e.g. cuda:0=24GiB,cuda:1=24GiB,cpu=64GiB",
     )
     parser.add_argument(
         "--device-map", choices=DEVICE_MAPS, default="auto", help="how to fill the devices (default: auto)"
@@ -591,6 +56,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 1 where the model does not fit the devices, 2 for a refusal."""
     options = parse_arguments(arguments)
+    register()
+    from transformers.utils import logging as transformers_logging
+
+    from .planner import describe, inspect_model, parse_max_memory
+
     transformers_logging.set_verbosity_error()
     # It would warn that the devices to plan for are not in this machine.
     logging.getLogger("accelerate.utils.modeling").setLevel(logging.ERROR)
@@ -598,6 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
         report = inspect_model(
             options.model,
             dtype=options.dtype,
+            attention=options.attention,
+            images=options.images,
             tiles=options.tiles,
             batch=options.batch,
             length=options.length,

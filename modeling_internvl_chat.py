@@ -62,8 +62,6 @@ PLACEHOLDERS_HINT = (
 )
 # Weights of a decoder's head, by the names of the published checkpoints.
 LANGUAGE_HEADS = ("language_model.lm_head.", "language_model.output.")
-# Scores of a token and a head that written-out attention has in memory at a time; tests measure it.
-EAGER_SCORES = 5
 TILES_HINT = "`num_patches` does not sum to the number of tiles in `pixel_values`."
 NO_IMAGE_TOKEN = (
     "`config.image_token_id` is not set, so pictures have no place in the text. Set it to the id of "
@@ -349,12 +347,9 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
         """Tiles of `height` x `width` pixels whose activations in the vision tower take at most `vision_chunk_bytes`; at least one."""
         vision = self.config.vision_config
         num_tokens = 1 + (height // vision.patch_size) * (width // vision.patch_size)
-        dtype = self.vision_model.embeddings.position_embedding.dtype
-        per_token = activation_bytes_per_token(vision, dtype.itemsize)
-        if vision._attn_implementation == "eager":
-            per_token += EAGER_SCORES * vision.num_attention_heads * num_tokens * dtype.itemsize
-        if dtype == torch.float16:
-            per_token *= 2  # the stream is fp32 then, and branches end on copies
+        per_token = activation_bytes_per_token(
+            vision, self.vision_model.embeddings.position_embedding.dtype, num_tokens
+        )
         return max(1, self.vision_chunk_bytes // (num_tokens * per_token))
 
     def _encode_chunk(

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from internvl import InternVLChatForConditionalGeneration
-from internvl.memory import inspect_model
+from internvl.planner import inspect_model
 
 from .harness import Options, Row, in_fresh_process, memory_growth
 from .native import build_chat

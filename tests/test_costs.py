@@ -7,9 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from internvl.memory import SIZES, build_on_meta
 from internvl.modeling_internvit import InternViTLayer
 from internvl.modeling_qllama import QLlamaDecoderLayer, rotary_angles
+from internvl.planner import SIZES, build_on_meta
 from internvl.training.__main__ import main
 from internvl.training.costs import (
     Cluster,

@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import InternVLConfig as NativeConfig
 
-from internvl import memory
+from internvl import memory, planner
 from internvl.configuration_internvl import InternViTConfig, InternVLChatConfig
 from internvl.modeling_internvit import InternVisionModel
+from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
 
 from . import tiny
 from .live_bytes import LiveBytes
@@ -21,7 +22,7 @@ def tensor_bytes(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def all_weights(report: memory.Report) -> dict[str, int]:
+def all_weights(report: planner.Report) -> dict[str, int]:
     return report.as_dict()["weights"]
 
 
@@ -42,7 +43,7 @@ def only_config(tmp_path):
 def test_weights_are_as_large_as_those_of_the_loaded_model(name, dtype, tmp_path):
     model = tiny.MODELS[name][0]()
     model.save_pretrained(tmp_path)
-    report = memory.inspect_model(tmp_path / "config.json", dtype=dtype)
+    report = planner.inspect_model(tmp_path / "config.json", dtype=dtype)
     loaded = type(model).from_pretrained(tmp_path, dtype=FLOATS[dtype])
     assert report.model_class == type(model).__name__
     assert all_weights(report)["parameters"] == sum(p.numel() for p in loaded.parameters())
@@ -52,7 +53,7 @@ def test_weights_are_as_large_as_those_of_the_loaded_model(name, dtype, tmp_path
 def test_tied_embeddings_count_once(only_config):
     config = tiny.chat_config("qwen2", tie_word_embeddings=True)
     config.text_config.tie_word_embeddings = True
-    embeddings = {part.part: part for part in memory.inspect_model(only_config(config)).parts}["embeddings"]
+    embeddings = {part.part: part for part in planner.inspect_model(only_config(config)).parts}["embeddings"]
     assert embeddings.parameters == config.text_config.vocab_size * config.text_config.hidden_size
 
 
@@ -69,14 +70,14 @@ def test_quantised_weights_are_as_large_as_those_bitsandbytes_makes(name, dtype,
     scales = [p.SCB for p in loaded.parameters() if getattr(p, "SCB", None) is not None]
     scales += [p.quant_state.absmax for p in loaded.parameters() if hasattr(p, "quant_state")]
     assert scales
-    report = memory.inspect_model(tmp_path, dtype=dtype)
+    report = planner.inspect_model(tmp_path, dtype=dtype)
     assert all_weights(report)["parameters"] == sum(p.numel() for p in model.parameters())
     assert all_weights(report)["bytes"] == tensor_bytes([*loaded.parameters(), *loaded.buffers(), *scales])
 
 
 def test_the_parts_of_a_full_chat_model_are_told_apart(only_config):
     model = tiny.chat_model(connector="queries_and_patches")
-    parts = {part.part: part.parameters for part in memory.inspect_model(only_config(model.config)).parts}
+    parts = {part.part: part.parameters for part in planner.inspect_model(only_config(model.config)).parts}
 
     def count(*prefixes: str) -> int:
         return sum(p.numel() for name, p in model.named_parameters() if name.startswith(prefixes))
@@ -93,22 +94,22 @@ def test_the_parts_of_a_full_chat_model_are_told_apart(only_config):
 
 def test_the_parts_of_internvl_g_are_told_apart(only_config):
     model = tiny.internvl_model()
-    parts = {part.part: part.parameters for part in memory.inspect_model(only_config(model.config)).parts}
+    parts = {part.part: part.parameters for part in planner.inspect_model(only_config(model.config)).parts}
     embeddings = model.qllama.model.embed_tokens.weight.numel() + model.qllama.lm_head.weight.numel()
     qllama = sum(p.numel() for p in model.qllama.parameters()) + model.query_tokens.numel() - embeddings
     assert parts.keys() == {"vision tower", "QLLaMA", "heads", "embeddings"}
     assert (parts["QLLaMA"], parts["embeddings"]) == (qllama, embeddings)
 
 
-@pytest.mark.parametrize("name", list(memory.SIZES))
+@pytest.mark.parametrize("name", list(planner.SIZES))
 def test_every_published_size_is_known_without_weights(name):
-    report = memory.inspect_model(name, dtype="float32")
+    report = planner.inspect_model(name, dtype="float32")
     assert all_weights(report)["bytes"] >= 4 * all_weights(report)["parameters"] > 10**8
 
 
 def test_published_sizes_have_the_published_numbers_of_parameters():
     """Paper: InternViT-6B has 5.9 billion, QLLaMA 8, InternVL 14."""
-    parts = {part.part: part.parameters for part in memory.inspect_model("internvl-14b").parts}
+    parts = {part.part: part.parameters for part in planner.inspect_model("internvl-14b").parts}
     assert parts["vision tower"] == pytest.approx(5.9e9, rel=0.01)
     assert parts["QLLaMA"] + parts["embeddings"] == pytest.approx(8e9, rel=0.03)
     assert sum(parts.values()) == pytest.approx(14e9, rel=0.02)
@@ -121,22 +122,23 @@ def test_the_cache_is_as_large_as_a_filled_one(decoder, only_config):
     inputs = tiny.chat_inputs(model, tiles=[[2], [1, 1]])
     cache = model(**inputs, use_cache=True).past_key_values
     batch, length = inputs["input_ids"].shape
-    report = memory.inspect_model(only_config(model.config), "float32", batch=batch, length=length)
+    report = planner.inspect_model(only_config(model.config), "float32", batch=batch, length=length)
     assert report.kv_cache == tensor_bytes(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 
 def test_the_default_length_holds_the_tiles_and_some_text(only_config):
     config = tiny.chat_config()
-    report = memory.inspect_model(only_config(config), tiles=3)
-    assert report.length == 3 * config.num_image_token + memory.TEXT_LENGTH
+    report = planner.inspect_model(only_config(config), tiles=3)
+    assert report.length == 3 * config.num_image_token + planner.TEXT_LENGTH
 
 
 @pytest.mark.parametrize("name", ["internvit-6b", "internvl-c"])
 def test_a_model_that_generates_no_text_has_no_cache(name):
-    assert memory.inspect_model(name).kv_cache == 0
+    assert planner.inspect_model(name).kv_cache == 0
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", list(FLOATS))
 @pytest.mark.parametrize(
     "changes",
     [
@@ -145,24 +147,63 @@ def test_a_model_that_generates_no_text_has_no_cache(name):
         {"intermediate_size": 128},  # the attention is wider than the MLP
         {"intermediate_size": 128, "qk_normalization": False},
         {"image_size": 224},
+        {"hidden_act": "silu"},
     ],
-    ids=["6B", "300M", "narrow-mlp", "narrow-mlp-without-norms", "many-tokens"],
+    ids=["6B", "300M", "narrow-mlp", "narrow-mlp-without-norms", "many-tokens", "not-in-place"],
 )
 @torch.no_grad()
-def test_the_tensors_of_the_vision_tower_take_what_is_said(changes, dtype):
+def test_the_tensors_of_the_vision_tower_take_what_is_said(changes, dtype, attention):
     """Tensors alone: what kernels allocate for themselves differs by processor."""
     settings = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = InternViTConfig(**{**settings, "image_size": 112, **changes})
     model = tiny.randomize(InternVisionModel(config)).to(FLOATS[dtype])
+    model.set_attn_implementation(attention)
+    assert model.config._attn_implementation == attention
     pixels = tiny.pixels(4, config.image_size, config.image_size)
-    said = memory.vision_activation_bytes(config, len(pixels), config.image_size, FLOATS[dtype].itemsize)
+    said = planner.vision_activation_bytes(model.config, len(pixels), config.image_size, FLOATS[dtype])
     with LiveBytes() as live:
         model(pixels)
     assert live.peak + pixels.nbytes == pytest.approx(said, rel=0.002)
 
 
+@pytest.mark.parametrize("attention", memory.ATTENTIONS)
+@pytest.mark.parametrize("dtype", list(FLOATS))
+def test_the_planner_takes_as_many_tiles_at_once_as_the_model(dtype, attention, only_config):
+    config = InternVLChatConfig(
+        vision_config={"image_size": 448, "num_hidden_layers": 1}, text_config=dict(tiny.DECODERS["llama"])
+    )
+    with torch.device("meta"):
+        model = InternVLChatForConditionalGeneration(config).to(FLOATS[dtype])
+    model.config._attn_implementation = attention
+    said = planner.inspect_model(only_config(config), dtype, tiles=100, attention=attention)
+    assert said.tiles_at_once == model.tiles_per_chunk(448, 448)
+    assert said.vision_activations == planner.vision_activation_bytes(
+        model.config.vision_config, 100, 448, FLOATS[dtype], said.tiles_at_once
+    )
+
+
+def test_wider_numbers_and_written_out_scores_take_more():
+    """fp16 more than bf16: its stream is fp32."""
+    taken = {
+        (dtype, attention): planner.inspect_model("internvit-6b", dtype, attention=attention).vision_activations
+        for dtype in FLOATS
+        for attention in memory.ATTENTIONS
+    }
+    assert taken["bfloat16", "sdpa"] < taken["float16", "sdpa"] < taken["float32", "sdpa"]
+    for dtype in FLOATS:
+        assert taken[dtype, "sdpa"] == taken[dtype, "flash_attention_2"] < taken[dtype, "eager"]
+
+
+def test_images_are_counted_as_their_tiles():
+    one = planner.inspect_model("internvl-chat-7b", images=3, tiles=2, batch=2)
+    other = planner.inspect_model("internvl-chat-7b", tiles=6, batch=2)
+    for name in ("kv_cache", "vision_activations", "tiles_at_once", "length"):
+        assert getattr(one, name) == getattr(other, name)
+    assert planner.inspect_model("internvl-chat-7b", images=0).vision_activations == 0
+
+
 def test_the_report_counts_the_tiles_that_are_encoded_at_once():
-    reports = [memory.inspect_model(name, tiles=12, batch=4) for name in ("internvl-chat-13b", "internvit-6b-448px")]
+    reports = [planner.inspect_model(name, tiles=12, batch=4) for name in ("internvl-chat-13b", "internvit-6b-448px")]
     assert [report.tiles_at_once for report in reports] == [14, 48]
     assert reports[0].vision_activations < reports[1].vision_activations / 3
 
@@ -175,7 +216,7 @@ def test_modules_are_placed_as_from_pretrained_places_them(name, device_map, tmp
     model = tiny.MODELS[name][0]()
     model.save_pretrained(tmp_path)
     budget = {"cpu": tensor_bytes(model.parameters()) * 2 // 3}
-    report = memory.inspect_model(tmp_path, "float32", max_memory=budget, device_map=device_map)
+    report = planner.inspect_model(tmp_path, "float32", max_memory=budget, device_map=device_map)
     split = type(model).from_pretrained(
         tmp_path, device_map=device_map, max_memory=budget, offload_folder=tmp_path / "offload"
     )
@@ -188,8 +229,8 @@ def test_modules_are_placed_as_from_pretrained_places_them(name, device_map, tmp
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "nf4"])
 def test_two_cards_share_a_model_without_splitting_a_layer(dtype):
-    budget = {0: 30 * memory.GIB, 1: 30 * memory.GIB}
-    report = memory.inspect_model("internvl-chat-13b", dtype, tiles=7, batch=2, max_memory=budget)
+    budget = {0: 30 * planner.GIB, 1: 30 * planner.GIB}
+    report = planner.inspect_model("internvl-chat-13b", dtype, tiles=7, batch=2, max_memory=budget)
     first, second = (plan for plan in report.devices if plan.device in "01")
     assert report.fits
     assert 0 < first.weights <= first.budget
@@ -202,26 +243,26 @@ def test_two_cards_share_a_model_without_splitting_a_layer(dtype):
 
 
 def test_what_is_offloaded_runs_on_the_card():
-    budget = {0: 8 * memory.GIB, "cpu": 64 * memory.GIB}
-    report = memory.inspect_model("internvl-14b", max_memory=budget)
+    budget = {0: 8 * planner.GIB, "cpu": 64 * planner.GIB}
+    report = planner.inspect_model("internvl-14b", max_memory=budget)
     plans = {plan.device: plan for plan in report.devices}
     assert plans["cpu"].weights > plans["0"].weights > 0
     assert (plans["cpu"].kv_cache, plans["cpu"].vision_activations) == (0, 0)
     assert (plans["0"].kv_cache, plans["0"].vision_activations) == (report.kv_cache, report.vision_activations)
     assert report.fits
-    assert "offloaded to the CPU" in "\n".join(memory.describe(report))
+    assert "offloaded to the CPU" in "\n".join(planner.describe(report))
 
 
 def test_weights_that_no_device_holds_do_not_fit():
-    report = memory.inspect_model("internvl-14b", max_memory={0: 8 * memory.GIB, "cpu": 8 * memory.GIB})
+    report = planner.inspect_model("internvl-14b", max_memory={0: 8 * planner.GIB, "cpu": 8 * planner.GIB})
     assert not report.fits
-    assert "It does not fit" in memory.describe(report)[-1]
+    assert "It does not fit" in planner.describe(report)[-1]
 
 
 def test_a_cache_that_no_device_holds_does_not_fit():
-    report = memory.inspect_model("internvl-14b", batch=64, length=4096, max_memory={0: 40 * memory.GIB})
+    report = planner.inspect_model("internvl-14b", batch=64, length=4096, max_memory={0: 40 * planner.GIB})
     assert not report.fits
-    assert "not with cache and activations, on device 0" in memory.describe(report)[-1]
+    assert "not with cache and activations, on device 0" in planner.describe(report)[-1]
 
 
 @pytest.mark.parametrize(
@@ -230,16 +271,42 @@ def test_a_cache_that_no_device_holds_does_not_fit():
         ("0=24GiB,1=24GiB,cpu=64GiB", {0: 24 * 2**30, 1: 24 * 2**30, "cpu": 64 * 2**30}),
         ("0=10GB", {0: 10 * 10**9}),
         (" cpu = 500 MiB ", {"cpu": 500 * 2**20}),
+        ("cuda:0=24GB", {0: 24 * 10**9}),
+        (
+            "cuda:0=24GB, 1=24GiB, CPU=1000GB,disk=2000GiB",
+            {0: 24 * 10**9, 1: 24 * 2**30, "cpu": 10**12, "disk": 2000 * 2**30},
+        ),
+        ("xpu:1=1GiB,mps=8GiB", {1: 2**30, "mps": 2**33}),
     ],
 )
 def test_max_memory_is_read_as_accelerate_writes_it(text, expected):
-    assert memory.parse_max_memory(text) == expected
+    assert planner.parse_max_memory(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "24GiB", "gpu=24GiB", "0=24", "0=lots", "0=24GiB;1=24GiB", "0=1.2.3GiB"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "24GiB",
+        "gpu=24GiB",
+        "0=24",
+        "0=lots",
+        "0=24GiB;1=24GiB",
+        "0=1.2.3GiB",
+        "cuda=1GiB",
+        "cuda:0=1GiB,0=2GiB",
+        "cuda:x=1GiB",
+    ],
+)
 def test_max_memory_of_another_form_is_refused(text):
     with pytest.raises(ValueError, match="--max-memory"):
-        memory.parse_max_memory(text)
+        planner.parse_max_memory(text)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda", "cuda:x", "gpu0"])
+def test_a_device_by_another_name_is_told_the_names(device):
+    with pytest.raises(ValueError, match=r"\(`0` or `cuda:0`\), `cpu`, `mps` or `disk`; got '" + device):
+        planner.parse_max_memory(f"{device}=24GB")
 
 
 def test_the_command_prints_a_table(root, capsys):
@@ -290,18 +357,21 @@ def test_a_configuration_of_another_package_is_refused(model_type, capsys, tmp_p
 def test_impossible_arguments_are_refused(capsys):
     assert "`batch` must be at least 1, got 0" in refusal(["internvit-300m", "--batch", "0"], capsys)
     assert "`tiles` must be at least 0, got -1" in refusal(["internvit-300m", "--tiles", "-1"], capsys)
+    assert "`images` must be at least 0, got -1" in refusal(["internvit-300m", "--images", "-1"], capsys)
     with pytest.raises(ValueError, match="`dtype` must be one of"):
-        memory.inspect_model("internvit-300m", dtype="fp8")
+        planner.inspect_model("internvit-300m", dtype="fp8")
+    with pytest.raises(ValueError, match="`attention` must be one of"):
+        planner.inspect_model("internvit-300m", attention="flash")
     with pytest.raises(ValueError, match="`device_map` must be one of"):
-        memory.inspect_model("internvit-300m", device_map="cuda")
+        planner.inspect_model("internvit-300m", device_map="cuda")
 
 
 def test_qllama_alone_is_not_quantised(only_config):
     with pytest.raises(ValueError, match="not loaded in 8 or 4 bits on its own"):
-        memory.inspect_model(only_config(tiny.qllama_model().config), "nf4")
+        planner.inspect_model(only_config(tiny.qllama_model().config), "nf4")
 
 
 def test_every_configuration_of_the_package_is_known():
-    assert InternVLChatConfig.model_type in memory.MODEL_CLASSES
-    for model_type, classes in memory.MODEL_CLASSES.items():
+    assert InternVLChatConfig.model_type in planner.MODEL_CLASSES
+    for model_type, classes in planner.MODEL_CLASSES.items():
         assert all(model_class.config_class.model_type == model_type for model_class in classes)

@@ -18,8 +18,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..configuration_internvl import InternVLChatConfig, InternVLConfig
-from ..memory import SIZES, TEXT_LENGTH
 from ..modeling_internvl_chat import InternVLChatForConditionalGeneration
+from ..planner import SIZES, TEXT_LENGTH
 from ..visibility_qllama import Readings
 from .parameter_groups import part_of
 from .pretraining import (

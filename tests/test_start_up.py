@@ -1,0 +1,65 @@
+"""Starting: `import internvl` registers every class, and a command tells of a wrong argument before it imports torch."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import internvl
+
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = {"torch", "transformers", "numpy", "datasets", "peft", "matplotlib", "sklearn"}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def imported(stderr: str) -> set[str]:
+    """Packages in what `-X importtime` writes."""
+    return {name.split(".")[0] for name in re.findall(r"^import time:.*\| +([\w.]+)$", stderr, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("command", internvl.COMMANDS)
+@pytest.mark.parametrize(("argument", "status"), [("--no-such-option", 2), ("--help", 0)])
+def test_a_command_reads_its_arguments_before_it_imports_torch(command, argument, status):
+    done = run("-X", "importtime", "-m", f"internvl.{command}", argument)
+    assert done.returncode == status
+    assert "usage:" in done.stdout + done.stderr
+    names = imported(done.stderr)
+    assert {"argparse", "internvl"} <= names
+    assert not names & HEAVY
+
+
+def test_a_command_registers_the_classes_once_it_has_read_its_arguments():
+    done = run("-m", "internvl.memory", str(ROOT), "--max-memory", "cuda:0=1GiB")
+    assert done.returncode == 0, done.stderr
+    assert "InternVLChatForConditionalGeneration" in done.stdout
+    assert "It fits." in done.stdout
+
+
+REGISTERED = """
+import sys
+sys.argv[0] = "-m"  # as Python has it while it looks for a module that is none of this package's commands
+import internvl
+from transformers import AutoConfig, AutoModel, AutoProcessor
+assert {type(AutoConfig.for_model(name)).__module__ for name in ("intern_vit_6b", "internvl_14b", "internvl_chat_model")} == {
+    "internvl.configuration_internvl"
+}
+assert all(getattr(internvl, name).__module__.startswith("internvl.") for name in internvl.__all__)
+assert not {"datasets", "peft", "matplotlib", "sklearn"} & set(sys.modules)
+"""
+
+
+def test_importing_the_package_registers_the_classes_and_imports_nothing_that_only_training_needs():
+    done = run("-c", REGISTERED)
+    assert done.returncode == 0, done.stderr
+
+
+def test_names_that_are_not_there_are_not_made_up():
+    with pytest.raises(AttributeError, match="no attribute 'InternVLModle'"):
+        internvl.InternVLModle  # noqa: B018
