@@ -26,72 +26,31 @@ from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling, SizeDict
-from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.processing_utils import Unpack
 from transformers.utils import TensorType
 
 from .image_decoding_internvl import check_image_size, load_image
 from .image_loading_internvl import (
     DEFAULT_BACKGROUND,
-    Background,
     ImageSource,
     NestedImages,
     flatten_images,
     name_images,
-    parse_background,
     read_image,
     read_nested_images,
     to_pil,
 )
-
-
-RESIZE_MODES = ("tiles", "squash", "crop", "pad")
-# Names of the same setting in the published configurations (`*_dynamic_patch`) and in transformers (`*_patches`).
-SPELLINGS = {
-    "min_patches": "min_num",
-    "min_dynamic_patch": "min_num",
-    "max_patches": "max_num",
-    "max_dynamic_patch": "max_num",
-}
-# Booleans of transformers, and the mode that each means.
-SWITCHES = {"crop_to_patches": "tiles", "do_center_crop": "crop"}
-TILE_SETTINGS = ("min_num", "max_num", "use_thumbnail")
-# 256 tiles of 448 x 448 pixels are 617 MB of float32; published checkpoints use 40 at most. Servers let clients ask.
-MOST_TILES = 256
-# They are saved only where they differ from the defaults.
-LOADING_SETTINGS = ("background_color", "allow_local_files")
-OWN_SETTINGS = (*TILE_SETTINGS, *SPELLINGS, *SWITCHES, "resize_mode", "max_image_pixels", *LOADING_SETTINGS)
-
-
-class InternVLImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
-    """Settings of `InternVLImageProcessor` beyond those every image processor has.
-
-    `min_num`, `max_num` and `use_thumbnail` may be lists with one value per picture of the call.
-
-    Attributes:
-        resize_mode: "tiles", "squash", "crop" or "pad".
-        min_num: Least number of tiles, the thumbnail not counted. Also `min_patches`, `min_dynamic_patch`.
-        max_num: Largest number of tiles, the thumbnail not counted. Also `max_patches`, `max_dynamic_patch`.
-        use_thumbnail: Whether the whole picture follows its tiles as one more, where there is more than one.
-        crop_to_patches: True asks for `resize_mode="tiles"`, False for anything else ("squash" in place of "tiles").
-        max_image_pixels: Largest width times height that is decoded.
-        background_color: What transparent images are read over: a colour's name, "#rrggbb", three numbers from 0 to
-            255, or "none", which drops alpha and uncovers the colours below, as the published code does.
-        allow_local_files: Whether paths and `file:` addresses are read. A server that lets its clients name images sets
-            this to False.
-    """
-
-    resize_mode: str | None
-    min_num: int | list[int] | None
-    max_num: int | list[int] | None
-    use_thumbnail: bool | list[bool] | None
-    min_patches: int | list[int] | None
-    max_patches: int | list[int] | None
-    min_dynamic_patch: int | list[int] | None
-    max_dynamic_patch: int | list[int] | None
-    crop_to_patches: bool | None
-    max_image_pixels: int | None
-    background_color: Background | None
-    allow_local_files: bool | None
+from .image_settings_internvl import (
+    LOADING_SETTINGS,
+    TILE_SETTINGS,
+    InternVLImageProcessorKwargs,
+    canonical_settings,
+    check_settings,
+    fixed_sizes,
+    spelling_of,
+    switch_of,
+    tile_limits,
+)
 
 
 @lru_cache(maxsize=64)
@@ -254,92 +213,6 @@ def _per_channel(value: float | tuple[float, ...], name: str, channels: int) -> 
     return values[:, None, None]
 
 
-# ---------------------------------------------------------------------------------------------------- settings
-def _spelling(name: str) -> property:
-    """Another name of an attribute, so that code which reads or sets that name means ours."""
-    return property(lambda self: getattr(self, name), lambda self, value: setattr(self, name, value))
-
-
-def _switch(name: str) -> property:
-    """A boolean of transformers that stands for one of the modes."""
-
-    def assign(self: "InternVLImageProcessor", value: bool) -> None:
-        self.resize_mode = _canonical({name: value}, self.resize_mode).get("resize_mode", self.resize_mode)
-
-    return property(lambda self: self.resize_mode == SWITCHES[name], assign)
-
-
-def _canonical(settings: Mapping[str, Any], current_mode: str) -> dict[str, Any]:
-    """Settings under our own names: other spellings renamed, switches turned into a `resize_mode`, None left out."""
-    settings = {key: value for key, value in settings.items() if value is not None or key not in OWN_SETTINGS}
-    for spelling, name in SPELLINGS.items():
-        value = settings.pop(spelling, None)
-        if value is not None and settings.setdefault(name, value) != value:
-            raise ValueError(f"`{spelling}={value}` contradicts `{name}={settings[name]}`. Give one of them.")
-    mode, fallback = settings.pop("resize_mode", None), None
-    for switch, meant in SWITCHES.items():
-        value = settings.pop(switch, None)
-        if value is not None and mode is not None and bool(value) != (mode == meant):
-            raise ValueError(f"`{switch}={value}` contradicts `resize_mode={mode!r}`. Give one of them.")
-        if value:
-            mode = meant
-        elif value is not None and current_mode == meant:
-            fallback = "squash"
-    mode = mode or fallback
-    settings = settings if mode is None else {**settings, "resize_mode": mode}
-    _check_values(settings)
-    return settings
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _check_values(settings: Mapping[str, Any]) -> None:
-    """Raises a ValueError for values of our own settings that can never be right; settings may be missing."""
-    if settings.get("resize_mode", "tiles") not in RESIZE_MODES:
-        raise ValueError(f"`resize_mode` must be one of {', '.join(RESIZE_MODES)}, got {settings['resize_mode']!r}.")
-    for name, largest in (("min_num", MOST_TILES), ("max_num", MOST_TILES), ("max_image_pixels", float("inf"))):
-        for value in _as_list(settings.get(name, 1)):
-            if type(value) is not int or not 1 <= value <= largest:
-                raise ValueError(f"`{name}` must be a whole number from 1 to {largest}, got {value!r}.")
-    for name in ("use_thumbnail", "allow_local_files"):
-        for value in _as_list(settings.get(name, True)):
-            if type(value) is not bool:
-                raise ValueError(f"`{name}` must be True or False, got {value!r}.")
-    parse_background(settings.get("background_color", DEFAULT_BACKGROUND))
-
-
-def _tile_limits(count: int, settings: Mapping[str, Any]) -> list[tuple[int, int, bool]]:
-    """(min_num, max_num, use_thumbnail) of each picture."""
-    columns = []
-    for name in TILE_SETTINGS:
-        values = _as_list(settings[name])
-        if isinstance(settings[name], (list, tuple)) and len(values) != count:
-            raise ValueError(f"`{name}` has {len(values)} values for {count} pictures. Give one, or one per picture.")
-        columns.append(values if len(values) == count else values * count)
-    limits = list(zip(*columns, strict=True))
-    for min_num, max_num, _ in limits:
-        if min_num > max_num:
-            raise ValueError(f"`min_num` must not exceed `max_num`, got {min_num} and {max_num}.")
-    return limits
-
-
-def _fixed_sizes(mode: str, size: SizeDict, crop_size: SizeDict | None) -> tuple[SizeDict, SizeDict | None]:
-    """Sizes as `mode` uses them, in the form in which transformers' CLIPImageProcessor does the same with them."""
-    height, width = size.height or size.shortest_edge, size.width or size.shortest_edge
-    if type(height) is not int or type(width) is not int or height < 1 or width < 1:
-        raise ValueError(f"`size` must hold a positive `height` and `width`, or a `shortest_edge`, got {dict(size)}.")
-    if mode != "squash" and height != width:
-        raise ValueError(f"`resize_mode={mode!r}` needs a square `size`, got {dict(size)}.")
-    if mode != "crop":
-        return SizeDict(height=height, width=width), crop_size
-    crop_size = crop_size or SizeDict(height=height, width=width)
-    if not (0 < (crop_size.height or 0) <= height and 0 < (crop_size.width or 0) <= width):
-        raise ValueError(f"`crop_size` must lie within `size` ({height}), got {dict(crop_size)}.")
-    return SizeDict(shortest_edge=height), crop_size
-
-
 class InternVLImageProcessor(PilBackend):
     """Makes the tiles of pictures that InternVL models look at.
 
@@ -401,20 +274,20 @@ class InternVLImageProcessor(PilBackend):
     background_color = DEFAULT_BACKGROUND
     allow_local_files = True
 
-    min_patches = min_dynamic_patch = _spelling("min_num")
-    max_patches = max_dynamic_patch = _spelling("max_num")
-    crop_to_patches = _switch("crop_to_patches")
-    do_center_crop = _switch("do_center_crop")
+    min_patches = min_dynamic_patch = spelling_of("min_num")
+    max_patches = max_dynamic_patch = spelling_of("max_num")
+    crop_to_patches = switch_of("crop_to_patches")
+    do_center_crop = switch_of("do_center_crop")
 
     def __init__(self, **kwargs: Unpack[InternVLImageProcessorKwargs]) -> None:
-        super().__init__(**_canonical(kwargs, type(self).resize_mode))
-        _tile_limits(1, vars(self))
+        super().__init__(**canonical_settings(kwargs, type(self).resize_mode))
+        tile_limits(1, vars(self))
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> "InternVLImageProcessor":
         """Builds a processor from a saved dictionary, in which `kwargs` take precedence in any spelling."""
-        saved = _canonical(image_processor_dict, cls.resize_mode)
-        return super().from_dict(saved, **_canonical(kwargs, saved.get("resize_mode", cls.resize_mode)))
+        saved = canonical_settings(image_processor_dict, cls.resize_mode)
+        return super().from_dict(saved, **canonical_settings(kwargs, saved.get("resize_mode", cls.resize_mode)))
 
     def to_dict(self) -> dict[str, Any]:
         """Dictionary to save, which `CLIPImageProcessor` understands too."""
@@ -455,7 +328,7 @@ class InternVLImageProcessor(PilBackend):
         Raises:
             ValueError: A setting is invalid or contradicts another, or a picture cannot be read.
         """
-        return super().preprocess(images, *args, **_canonical(kwargs, self.resize_mode))
+        return super().preprocess(images, *args, **canonical_settings(kwargs, self.resize_mode))
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
         """Counts the tiles that a picture of a known size gives, the thumbnail included.
@@ -468,11 +341,11 @@ class InternVLImageProcessor(PilBackend):
         Returns:
             The number of tiles.
         """
-        settings = _canonical(images_kwargs or {}, self.resize_mode)
+        settings = canonical_settings(images_kwargs or {}, self.resize_mode)
         for name in ("resize_mode", "size", "crop_size", "do_resize", *TILE_SETTINGS, "max_image_pixels"):
             settings.setdefault(name, getattr(self, name, None))
         settings = self._standardize_kwargs(**settings)
-        ((min_num, max_num, use_thumbnail),) = _tile_limits(1, settings)
+        ((min_num, max_num, use_thumbnail),) = tile_limits(1, settings)
         if settings["resize_mode"] != "tiles" or not settings["do_resize"]:
             return 1
         columns, rows = choose_grid(width, height, min_num, max_num, settings["size"].height)
@@ -480,10 +353,10 @@ class InternVLImageProcessor(PilBackend):
 
     def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:
         """Complete, checked settings, of the processor or of one call."""
-        _check_values(kwargs)
+        check_settings(kwargs)
         mode = kwargs["resize_mode"]
         kwargs = super()._standardize_kwargs(**kwargs)
-        size, crop_size = _fixed_sizes(mode, kwargs["size"], kwargs["crop_size"])
+        size, crop_size = fixed_sizes(mode, kwargs["size"], kwargs["crop_size"])
         return {**kwargs, "do_center_crop": mode == "crop", "size": size, "crop_size": crop_size}
 
     def _prepare_image_like_inputs(self, images: NestedImages, *args: Any, **kwargs: Any) -> list[ImageSource]:
@@ -496,7 +369,7 @@ class InternVLImageProcessor(PilBackend):
         """Tiles of all pictures in one tensor."""
         if not images:
             raise ValueError("`images` holds no picture. Give at least one.")
-        limits, max_pixels = _tile_limits(len(images), settings), settings["max_image_pixels"]
+        limits, max_pixels = tile_limits(len(images), settings), settings["max_image_pixels"]
 
         def prepare(source: ImageSource, name: str, limit: tuple[int, int, bool], loading: Lock) -> list[np.ndarray]:
             with loading if isinstance(source, Image.Image) or hasattr(source, "read") else nullcontext():

@@ -38,7 +38,7 @@ from .conversation_internvl import (
     image_span,
 )
 from .image_loading_internvl import flatten_images
-from .image_processing_internvl import SPELLINGS
+from .image_settings_internvl import SPELLINGS
 from .messages_internvl import Message, add_training_targets, assistant_masks, is_batch, prepare_conversations
 
 

@@ -381,6 +381,7 @@ def test_settings_per_picture(processor):
         ({"max_num": [2.5]}, "`max_num` must be a whole number"),
         ({"min_num": 5, "max_num": 4}, "`min_num` must not exceed `max_num`, got 5 and 4"),
         ({"use_thumbnail": 1}, "`use_thumbnail` must be True or False"),
+        ({"allow_local_files": [False]}, "`allow_local_files` must be True or False"),
         ({"resize_mode": "stretch"}, "`resize_mode` must be one of tiles, squash, crop, pad, got 'stretch'"),
         ({"max_image_pixels": 0}, "`max_image_pixels` must be a whole number"),
         ({"size": {"longest_edge": 5}}, "`size` must hold a positive `height` and `width`"),

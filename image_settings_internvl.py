@@ -1,0 +1,162 @@
+# Copyright 2026 The InternVL package authors
+"""Settings of the image processor: their names in published configurations and in transformers, defaults, and checks."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers.image_utils import SizeDict
+from transformers.processing_utils import ImagesKwargs
+
+from .image_loading_internvl import DEFAULT_BACKGROUND, Background, parse_background
+
+
+RESIZE_MODES = ("tiles", "squash", "crop", "pad")
+# Names of the same setting in the published configurations (`*_dynamic_patch`) and in transformers (`*_patches`).
+SPELLINGS = {
+    "min_patches": "min_num",
+    "min_dynamic_patch": "min_num",
+    "max_patches": "max_num",
+    "max_dynamic_patch": "max_num",
+}
+# Booleans of transformers, and the mode that each means.
+SWITCHES = {"crop_to_patches": "tiles", "do_center_crop": "crop"}
+TILE_SETTINGS = ("min_num", "max_num", "use_thumbnail")
+# 256 tiles of 448 x 448 pixels are 617 MB of float32; published checkpoints use 40 at most. Servers let clients ask.
+MOST_TILES = 256
+# They are saved only where they differ from the defaults.
+LOADING_SETTINGS = ("background_color", "allow_local_files")
+OWN_SETTINGS = (*TILE_SETTINGS, *SPELLINGS, *SWITCHES, "resize_mode", "max_image_pixels", *LOADING_SETTINGS)
+
+
+class InternVLImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
+    """Settings of `InternVLImageProcessor` beyond those every image processor has.
+
+    `min_num`, `max_num` and `use_thumbnail` may be lists with one value per picture of the call.
+
+    Attributes:
+        resize_mode: "tiles", "squash", "crop" or "pad".
+        min_num: Least number of tiles, the thumbnail not counted. Also `min_patches`, `min_dynamic_patch`.
+        max_num: Largest number of tiles, the thumbnail not counted. Also `max_patches`, `max_dynamic_patch`.
+        use_thumbnail: Whether the whole picture follows its tiles as one more, where there is more than one.
+        crop_to_patches: True asks for `resize_mode="tiles"`, False for anything else ("squash" in place of "tiles").
+        max_image_pixels: Largest width times height that is decoded.
+        background_color: What transparent images are read over: a colour's name, "#rrggbb", three numbers from 0 to
+            255, or "none", which drops alpha and uncovers the colours below, as the published code does.
+        allow_local_files: Whether paths and `file:` addresses are read. A server that lets its clients name images sets
+            this to False.
+    """
+
+    resize_mode: str | None
+    min_num: int | list[int] | None
+    max_num: int | list[int] | None
+    use_thumbnail: bool | list[bool] | None
+    min_patches: int | list[int] | None
+    max_patches: int | list[int] | None
+    min_dynamic_patch: int | list[int] | None
+    max_dynamic_patch: int | list[int] | None
+    crop_to_patches: bool | None
+    max_image_pixels: int | None
+    background_color: Background | None
+    allow_local_files: bool | None
+
+
+def spelling_of(name: str) -> property:
+    """Another name of an attribute, so that code which reads or sets that name means ours."""
+    return property(lambda self: getattr(self, name), lambda self, value: setattr(self, name, value))
+
+
+def switch_of(name: str) -> property:
+    """A boolean of transformers that stands for one of the modes."""
+
+    def assign(self: Any, value: bool) -> None:
+        self.resize_mode = canonical_settings({name: value}, self.resize_mode).get("resize_mode", self.resize_mode)
+
+    return property(lambda self: self.resize_mode == SWITCHES[name], assign)
+
+
+def canonical_settings(settings: Mapping[str, Any], current_mode: str) -> dict[str, Any]:
+    """Settings under our own names: other spellings renamed, switches turned into a `resize_mode`, None left out."""
+    settings = {key: value for key, value in settings.items() if value is not None or key not in OWN_SETTINGS}
+    for spelling, name in SPELLINGS.items():
+        value = settings.pop(spelling, None)
+        if value is not None and settings.setdefault(name, value) != value:
+            raise ValueError(f"`{spelling}={value}` contradicts `{name}={settings[name]}`. Give one of them.")
+    mode, fallback = settings.pop("resize_mode", None), None
+    for switch, meant in SWITCHES.items():
+        value = settings.pop(switch, None)
+        if value is not None and mode is not None and bool(value) != (mode == meant):
+            raise ValueError(f"`{switch}={value}` contradicts `resize_mode={mode!r}`. Give one of them.")
+        if value:
+            mode = meant
+        elif value is not None and current_mode == meant:
+            fallback = "squash"
+    mode = mode or fallback
+    settings = settings if mode is None else {**settings, "resize_mode": mode}
+    check_settings(settings)
+    return settings
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raises a ValueError for values of our own settings that can never be right; settings may be missing."""
+    if settings.get("resize_mode", "tiles") not in RESIZE_MODES:
+        raise ValueError(f"`resize_mode` must be one of {', '.join(RESIZE_MODES)}, got {settings['resize_mode']!r}.")
+    for name, largest in (("min_num", MOST_TILES), ("max_num", MOST_TILES), ("max_image_pixels", float("inf"))):
+        for value in _as_list(settings.get(name, 1)):
+            if type(value) is not int or not 1 <= value <= largest:
+                raise ValueError(f"`{name}` must be a whole number from 1 to {largest}, got {value!r}.")
+    switches = [("allow_local_files", settings.get("allow_local_files", True))]
+    for name, value in [
+        *switches,
+        *(("use_thumbnail", each) for each in _as_list(settings.get("use_thumbnail", True))),
+    ]:
+        if type(value) is not bool:
+            raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+    parse_background(settings.get("background_color", DEFAULT_BACKGROUND))
+
+
+def tile_limits(count: int, settings: Mapping[str, Any]) -> list[tuple[int, int, bool]]:
+    """(min_num, max_num, use_thumbnail) of each picture."""
+    columns = []
+    for name in TILE_SETTINGS:
+        values = _as_list(settings[name])
+        if isinstance(settings[name], (list, tuple)) and len(values) != count:
+            raise ValueError(f"`{name}` has {len(values)} values for {count} pictures. Give one, or one per picture.")
+        columns.append(values if len(values) == count else values * count)
+    limits = list(zip(*columns, strict=True))
+    for min_num, max_num, _ in limits:
+        if min_num > max_num:
+            raise ValueError(f"`min_num` must not exceed `max_num`, got {min_num} and {max_num}.")
+    return limits
+
+
+def fixed_sizes(mode: str, size: SizeDict, crop_size: SizeDict | None) -> tuple[SizeDict, SizeDict | None]:
+    """Sizes as `mode` uses them, in the form in which transformers' CLIPImageProcessor does the same with them."""
+    height, width = size.height or size.shortest_edge, size.width or size.shortest_edge
+    if type(height) is not int or type(width) is not int or height < 1 or width < 1:
+        raise ValueError(f"`size` must hold a positive `height` and `width`, or a `shortest_edge`, got {dict(size)}.")
+    if mode != "squash" and height != width:
+        raise ValueError(f"`resize_mode={mode!r}` needs a square `size`, got {dict(size)}.")
+    if mode != "crop":
+        return SizeDict(height=height, width=width), crop_size
+    crop_size = crop_size or SizeDict(height=height, width=width)
+    if not (0 < (crop_size.height or 0) <= height and 0 < (crop_size.width or 0) <= width):
+        raise ValueError(f"`crop_size` must lie within `size` ({height}), got {dict(crop_size)}.")
+    return SizeDict(shortest_edge=height), crop_size
+
+
+__all__ = [
+    "LOADING_SETTINGS",
+    "SPELLINGS",
+    "TILE_SETTINGS",
+    "InternVLImageProcessorKwargs",
+    "canonical_settings",
+    "check_settings",
+    "fixed_sizes",
+    "spelling_of",
+    "switch_of",
+    "tile_limits",
+]
