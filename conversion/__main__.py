@@ -16,8 +16,11 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m internvl.conversion",
         description="Converts a published InternVL checkpoint to a complete repository of this package.",
     )
-    parser.add_argument("source", metavar="SOURCE", help="folder of the checkpoint, or its file with weights")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="folder of the checkpoint, its file with weights, or user/name on the Hub"
+    )
     parser.add_argument("out", metavar="OUT", nargs="?", help="folder to write; not needed with --dry-run")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of SOURCE on the Hub")
     parser.add_argument("--tokenizer", metavar="DIR", help="folder of a tokenizer, instead of the source's own")
     parser.add_argument(
         "--image-token-id", metavar="N", type=int, help="id of <IMG_CONTEXT> where no tokenizer tells it"

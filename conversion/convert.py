@@ -40,7 +40,8 @@ def convert(
     """Converts a published checkpoint to a complete repository of this package.
 
     Args:
-        source: Folder of the checkpoint, or its file with weights. Not changed, and none of its code is run.
+        source: Folder of the checkpoint, its file with weights, or a repository on the Hub (`user/name`), which is downloaded. Not
+            changed, and none of its code is run.
         out: Folder of the result; must not exist, be empty, or be allowed to be replaced.
         max_shard_size: Largest size of a file with weights.
         overwrite: Replace what `out` holds.

@@ -25,6 +25,7 @@ from .output.tokenizer_files import has_tokenizer
 from .rules import Tensors, Translation, names_before, translate
 from .sources.adapters import merge_adapters
 from .sources.damages import describing
+from .sources.hub import find_source
 from .sources.links import check_links
 from .sources.llava_parts import complete_llava
 from .sources.raw_files import join_raw_files
@@ -110,11 +111,12 @@ def plan_conversion(
     to: str = OwnForm.name,
     llama_decoder: bool = False,
     edits: Sequence[Edit] = (),
+    revision: str | None = None,
 ) -> Plan:
     """Looks at a source and compares every tensor with the model that is to hold it. Reads no weights and writes nothing.
 
     Args:
-        source: Folder of the checkpoint, or its file with weights.
+        source: Folder of the checkpoint, its file with weights, or a repository on the Hub (`user/name`), which is downloaded.
         tokenizer: Folder of a tokenizer to use instead of the source's own.
         image_token_id: Id of `<IMG_CONTEXT>`, for a chat model without a tokenizer.
         dtype: Type of the result's floats: "auto" (the source's), "float32", "float16" or "bfloat16".
@@ -130,6 +132,7 @@ def plan_conversion(
         to: Form of the result: "internvl" (this package's), "published" or "native".
         llama_decoder: Write an InternLM2 decoder as a plain LLaMA, which the native form needs anyway.
         edits: Further changes to the model, in their order.
+        revision: Branch, tag or commit of a repository on the Hub.
 
     Returns:
         The plan.
@@ -142,7 +145,8 @@ def plan_conversion(
         raise ValueError(f"`dtype` must be one of auto, {', '.join(DTYPES)}, got {dtype!r}.")
     if to not in FORMS:
         raise ValueError(f"`to` must be one of {', '.join(FORMS)}, got {to!r}.")
-    with describing(Path(source)):
+    source = find_source(source, revision)
+    with describing(source):
         opened = join_raw_files(_with_num_heads(open_source(source), num_heads), head)
         opened = complete_llava(merge_adapters(opened, lora_alpha, base), vision_tower, vision_config)
         layout = recognise(opened)

@@ -482,3 +482,28 @@ def test_the_other_files_are_named_too(kind, name, tmp_path, capsys):
     source = published_chat(tmp_path)
     (source / name).write_text(TEXTS[kind])
     assert name in refused(capsys, source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("way", ["relative", "upwards", "number", "downloaded"])
+def test_a_base_is_read_only_where_training_on_this_machine_wrote_it(way, tmp_path, monkeypatch, capsys):
+    base = published_chat(tmp_path / "private")
+    monkeypatch.chdir(tmp_path)
+    adapter = tmp_path / "adapter"
+    if way == "downloaded":
+        adapter = tmp_path / "models--user--lora" / "snapshots" / "abc"
+    adapter.mkdir(parents=True)
+    save_file({"base_model.model.x.lora_A.weight": torch.ones(2, 2)}, adapter / "adapter_model.safetensors")
+    names = {
+        "relative": base.relative_to(tmp_path),
+        "upwards": tmp_path / "adapter" / ".." / base.relative_to(tmp_path),
+        "number": 5,
+    }
+    name = names.get(way, base)
+    settings = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 2,
+        "base_model_name_or_path": name if way == "number" else str(name),
+    }
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    assert "--base DIR" in refused(capsys, adapter, tmp_path / "out")

@@ -19,6 +19,7 @@ import torch
 from ..key_tables import LLAVA_TOWER_LORA_ALPHA, LLAVA_TOWER_PREFIX, LORA_RANK_KEYS
 from ..rules import Tensors
 from ..tensors import LazyTensor, computed
+from .links import hub_snapshot
 from .source import Source, open_source
 
 
@@ -206,16 +207,24 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _open_base(source: Source, settings: dict[str, Any], base: str | Path | None) -> Source:
-    if base is None:
-        base = settings.get("base_model_name_or_path")
-        if not base or not Path(base).is_dir():
-            raise FileNotFoundError(
-                f"`{source.folder}` holds an adapter of {base!r}, which is no folder here: download it and name it with `--base DIR`."
-            )
-    opened = open_source(base)
+    place = _named_base(source, settings) if base is None else Path(base)
+    notes = [f"The base is `{place}`, as {ADAPTER_CONFIG} says; `--base DIR` gives another."] if base is None else []
+    opened = open_source(place)
     if (opened.folder / ADAPTER_CONFIG).is_file():
         raise ValueError(f"The base `{opened.folder}` is an adapter itself. Merge and save that first.")
-    return merge_adapters(opened)
+    return merge_adapters(replace(opened, notes=[*opened.notes, *notes]))
+
+
+def _named_base(source: Source, settings: dict[str, Any]) -> Path:
+    """The base that an adapter names, as PEFT writes it where it was trained: not by a way from here, and not in a download."""
+    base = settings.get("base_model_name_or_path")
+    if isinstance(base, str) and hub_snapshot(source.folder) is None:
+        place = Path(base)
+        if place.is_absolute() and ".." not in place.parts and place.is_dir():
+            return place
+    raise FileNotFoundError(
+        f"`{source.folder}` holds an adapter of {base!r}, which is no folder here: download it and name it with `--base DIR`."
+    )
 
 
 def _with_base(source: Source, wrapped: Wrapped, base: Source) -> Source:
@@ -226,6 +235,7 @@ def _with_base(source: Source, wrapped: Wrapped, base: Source) -> Source:
     wrapped.plain = {**base.tensors, **{part + name: tensor for name, tensor in wrapped.plain.items()}}
     return replace(
         base,
+        notes=[*base.notes, *source.notes],
         config=source.config or base.config,
         files=[*base.files, *source.files],
         doubled=[*base.doubled, *source.doubled],

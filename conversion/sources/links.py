@@ -18,7 +18,8 @@ def check_links(folder: Path) -> None:
         ValueError: With all such links, and where they lead.
     """
     root = folder.resolve()
-    allowed = [root, *_blobs_of(root)]
+    snapshots = hub_snapshot(root)
+    allowed = [root] if snapshots is None else [root, snapshots.parent / "blobs"]
     leaving = {}
     for place in _links_below(root):
         target = Path(os.path.realpath(place))  # through all links; a circle of them ends at itself
@@ -32,12 +33,14 @@ def check_links(folder: Path) -> None:
         )
 
 
-def _blobs_of(root: Path) -> list[Path]:
-    """Where the files of a snapshot in the Hub's cache lie: models--USER--NAME/snapshots/COMMIT -> models--USER--NAME/blobs."""
-    for snapshots in root.parents:
-        if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
-            return [snapshots.parent / "blobs"]
-    return []
+def hub_snapshot(folder: Path) -> Path | None:
+    """The folder of snapshots that a folder lies in, where it is one of the Hub's cache: models--USER--NAME/snapshots/COMMIT.
+
+    Args:
+        folder: Any folder.
+    """
+    places = (place for place in folder.resolve().parents if place.name == "snapshots")
+    return next((place for place in places if place.parent.name.startswith("models--")), None)
 
 
 def _links_below(root: Path) -> list[Path]:
