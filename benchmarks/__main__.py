@@ -18,7 +18,18 @@ from .harness import Options, Row, matrix_rate, versions
 
 
 RESULTS = Path(__file__).resolve().parent / "results"
-TOPICS = ("vision", "memory", "chat", "loading", "full_size", "pictures", "qllama", "quantizers", "contrastive")
+TOPICS = (
+    "start_up",
+    "vision",
+    "memory",
+    "chat",
+    "loading",
+    "full_size",
+    "pictures",
+    "qllama",
+    "quantizers",
+    "contrastive",
+)
 
 
 def measure(topic: str, options: Options) -> list[Row]:
@@ -40,7 +51,7 @@ def table(rows: Iterable[Row]) -> str:
         if row.ratio is None:
             lines.append(f"| {row.name} | - | - | - | skipped: {row.skipped} |")
             continue
-        spread = f"{row.spread[0]:.2f} to {row.spread[1]:.2f}" if row.spread else "-"
+        spread = f"{row.spread[0]:.3g} to {row.spread[1]:.3g}" if row.spread else "-"
         sign = "<=" if row.is_lower_better else ">="
         target = "-" if row.target is None else f"{sign} {row.target:g}"
         reached = {None: "reported", True: "yes", False: "no"}[row.is_met]

@@ -1,7 +1,7 @@
 """What every benchmark shares: two calls timed in turns, peak memory, and rows with a target.
 
 The machine may be noisy, so seconds mean little alone: two calls take turns in one process, the one that goes first changing every
-round, and a row holds the ratio of their medians with the middle half of the ratios of the single rounds.
+round, and a row holds the median and the middle half of the ratios of the single rounds.
 """
 
 import os
@@ -107,7 +107,7 @@ def speed_row(
     warmups: int = 2,
     **details: Any,
 ) -> Row:
-    """How many times as fast as `peer` our call is: the peer's median time over ours, above 1 where ours is faster."""
+    """How many times as fast as `peer` our call is: the peer's time over ours, above 1 where ours is faster."""
     return row_of(name, take_turns({"ours": ours, "peer": peer}, options, warmups), target=target, **details)
 
 
@@ -122,15 +122,15 @@ def row_of(
     **details: Any,
 ) -> Row:
     """A row of two of the calls that took turns: `scale` times the time of the one named `peer` over that of the one named `ours`."""
-    pairs = list(zip(seconds[ours], seconds[peer], strict=True))
+    ratios = [scale * b / a for a, b in zip(seconds[ours], seconds[peer], strict=True)]
     medians = {call: statistics.median(seconds[call]) for call in (ours, peer)}
     return Row(
         name,
-        ratio=scale * medians[peer] / medians[ours],
+        ratio=statistics.median(ratios),
         target=target,
         is_lower_better=is_lower_better,
-        spread=middle_half([scale * b / a for a, b in pairs]),
-        details={**details, "median_seconds": medians, "rounds": len(pairs)},
+        spread=middle_half(ratios),
+        details={**details, "median_seconds": medians, "rounds": len(ratios)},
     )
 
 

@@ -1,0 +1,42 @@
+"""Starting, in fresh processes that take turns: `import internvl` against the import of transformers' base class alone."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+
+from .harness import Options, Row, row_of, take_turns
+
+
+CALLS = {
+    "internvl": ["-c", "import internvl"],
+    "transformers": ["-c", "from transformers import PreTrainedModel"],
+    "help": ["-m", "internvl.chat", "--help"],
+}
+
+
+def start(arguments: list[str]) -> None:
+    """Runs Python and waits for its end."""
+    subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+
+
+def rows(options: Options) -> Iterator[Row]:
+    """The import, then a command that has nothing to do."""
+    seconds = take_turns({name: partial(start, call) for name, call in CALLS.items()}, options.at_most(7), warmups=1)
+    peer = "from transformers import PreTrainedModel"
+    yield row_of(
+        f"time of `import internvl` against `{peer}`",
+        seconds,
+        "transformers",
+        "internvl",
+        target=1.1,
+        is_lower_better=True,
+    )
+    yield row_of(
+        f"time of `python -m internvl.chat --help` against `{peer}`",
+        seconds,
+        "transformers",
+        "help",
+        target=0.1,
+        is_lower_better=True,
+    )
