@@ -5,6 +5,7 @@ Every failure is a ValueError that names the image. The number of pixels is look
 decoded. Pillow's process-wide limits are neither read nor changed; they hold besides ours.
 """
 
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -46,6 +47,11 @@ READABLE = "PNG, JPEG, WebP, GIF, BMP, TIFF or PPM"
 # WebP and Zstandard, which hardly anyone writes.
 TIFF_COMPRESSIONS = {1, 2, 3, 4, 5, 7, 8, 32771, 32773, 32946}
 TIFF_COMPRESSION, TIFF_TILE_WIDTH, TIFF_TILE_LENGTH = 259, 322, 323
+# A scan of a few bytes makes the decoder go through the whole image once more, so that a small file would keep it busy for hours.
+# Encoders write ten to twenty; the strips of a TIFF file, which may overlap, cover each pixel once for each band.
+MOST_SCANS = 50
+MOST_PASSES = 8
+JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 
 # What Pillow's decoders raise on damaged data, seen by feeding each of them damaged files, and their warnings where
 # the process turns warnings into errors.
@@ -225,20 +231,51 @@ def _check_undecoded(image: Image.Image, name: str, max_image_pixels: int) -> No
             "convert it, or call its `load()` first if you trust it."
         )
     check_image_size(*image.size, name, max_image_pixels)
-    if isinstance(image, JpegImagePlugin.JpegImageFile) and image.decoderconfig:
+    boxes = [box for _, box, *_ in image.tile if box is not None]
+    covered = sum((right - left) * (lower - upper) for left, upper, right, lower in boxes)
+    if covered > MOST_PASSES * image.width * image.height:
+        raise ValueError(f"{name} cannot be read as a picture: its parts cover it more than {MOST_PASSES} times.")
+    if isinstance(image, JpegImagePlugin.JpegImageFile):
+        _check_jpeg(image, name, max_image_pixels)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        _check_tiff(image, name, max_image_pixels)
+
+
+def _check_jpeg(image: JpegImagePlugin.JpegImageFile, name: str, max_image_pixels: int) -> None:
+    if image.decoderconfig:
         scale = image.decoderconfig[0]  # set by `draft`: the file itself is as many times larger
         check_image_size(image.width * scale, image.height * scale, name, max_image_pixels)
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        compression = image.tag_v2.get(TIFF_COMPRESSION, 1)
-        if compression not in TIFF_COMPRESSIONS:
-            raise ValueError(
-                f"{name} is a TIFF file of compression {image.info.get('compression', compression)}, which is not decoded "
-                "here. Save it with LZW or deflate."
-            )
-        width, length = (image.tag_v2.get(tag, 1) for tag in (TIFF_TILE_WIDTH, TIFF_TILE_LENGTH))
-        if not (isinstance(width, int) and isinstance(length, int)):
-            raise ValueError(f"{name} cannot be read as a picture: its tiles have no size.")
-        check_image_size(width, length, f"A tile of {name}", max_image_pixels)
+    with decoding(name):
+        position = image.fp.tell()
+        image.fp.seek(image.tile[0].offset)
+        data = image.fp.read()
+        image.fp.seek(position)
+    if _count_scans(data) > MOST_SCANS:
+        raise ValueError(
+            f"{name} is a JPEG file of more than {MOST_SCANS} scans, which is not decoded here. Save it anew."
+        )
+
+
+def _count_scans(data: bytes) -> int:
+    """Scans of the first JPEG image in these bytes."""
+    scans, place = 0, 2
+    while (found := JPEG_MARKER.search(data, place)) and found[1] != b"\xd9":
+        scans += found[1] == b"\xda"
+        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+    return scans
+
+
+def _check_tiff(image: TiffImagePlugin.TiffImageFile, name: str, max_image_pixels: int) -> None:
+    compression = image.tag_v2.get(TIFF_COMPRESSION, 1)
+    if compression not in TIFF_COMPRESSIONS:
+        raise ValueError(
+            f"{name} is a TIFF file of compression {image.info.get('compression', compression)}, which is not decoded "
+            "here. Save it with LZW or deflate."
+        )
+    width, length = (image.tag_v2.get(tag, 1) for tag in (TIFF_TILE_WIDTH, TIFF_TILE_LENGTH))
+    if not (isinstance(width, int) and isinstance(length, int)):
+        raise ValueError(f"{name} cannot be read as a picture: its tiles have no size.")
+    check_image_size(width, length, f"A tile of {name}", max_image_pixels)
 
 
 def _is_decoded(image: ImageFile.ImageFile) -> bool:

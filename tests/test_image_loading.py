@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 import subprocess
+import time
 import zlib
 from functools import lru_cache
 from pathlib import Path
@@ -712,6 +713,74 @@ def test_frames_that_the_caller_went_to_are_checked(processor):
     image.seek(1)
     with pytest.raises(ValueError, match="has 90 x 90"):
         processor(image, max_image_pixels=100)
+
+
+def jpeg_of_many_scans() -> bytes:
+    """Each of its 5,000 scans takes 53 bytes, and all pixels once more."""
+    data = encoded(Image.new("RGB", (4000, 4000), (90, 120, 10)), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:-2] + data[last:-2] * 5000 + data[-2:]
+
+
+def tiff_of_overlapping_strips() -> bytes:
+    """Two strips, 20,000 times over, at the same place of the file."""
+    side, strips = 2000, 40_000
+    entries = [
+        (256, 4, 1, side),
+        (257, 4, 1, side),
+        (258, 3, 1, 8),
+        (262, 3, 1, 1),
+        (273, 4, strips, 8 + side * side),
+        (278, 4, 1, side - 1),
+    ]
+    body = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    offsets = struct.pack("<I", 8) * strips
+    head = b"II*\0" + struct.pack("<I", 8 + side * side + len(offsets))
+    return head + bytes(side * side) + offsets + struct.pack("<H", len(entries)) + body + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [(jpeg_of_many_scans, "more than 50 scans"), (tiff_of_overlapping_strips, "parts cover it more than 8 times")],
+)
+def test_a_small_file_that_would_keep_a_decoder_busy_for_hours_is_refused_at_once(processor, make, message):
+    data, start = make(), time.monotonic()
+    for source in (data, Image.open(io.BytesIO(data))):
+        with pytest.raises(ValueError, match=rf"Image 1 of 1 .*{message}"):
+            processor(source)
+    assert time.monotonic() - start < 5
+
+
+def planar_tiff(image: Image.Image) -> bytes:
+    """The red band, then the green, then the blue one."""
+    bands = [band.tobytes() for band in image.split()]
+    size, start = len(bands[0]), 8 + 6 + 2 + 12
+    entries = [
+        (256, 3, 1, image.width),
+        (257, 3, 1, image.height),
+        (258, 3, 3, 8),
+        (262, 3, 1, 2),
+        (273, 4, 3, 16),
+        (277, 3, 1, 3),
+        (278, 3, 1, image.height),
+        (284, 3, 1, 2),
+    ]
+    head = b"II*\0" + struct.pack("<I", start + 3 * size) + struct.pack("<HHHxx", 8, 8, 8)
+    head += struct.pack("<III", *(start + band * size for band in range(3)))
+    body = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return head + b"".join(bands) + struct.pack("<H", len(entries)) + body + bytes(4)
+
+
+def test_progressive_and_planar_images_with_all_their_parts_are_read():
+    """Ten scans for each of the three frames; three strips of bands, each as large as the image."""
+    more = [picture(64, 64, seed) for seed in (1, 2)]
+    for data in (
+        encoded(picture(64, 64), "JPEG", progressive=True),
+        encoded(picture(64, 64), "MPO", save_all=True, append_images=more * 20, progressive=True),
+        planar_tiff(picture(64, 64)),
+        encoded(picture(64, 64), "TIFF", tiffinfo={278: 1}),
+    ):
+        np.testing.assert_array_equal(one_tile(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
 @pytest.mark.parametrize("shape", [(10**6, 10**6, 3), (3, 10**6, 10**6), (10**6, 10**6)])
