@@ -31,7 +31,14 @@ _IMAGE_TOKENS = re.compile(r"<(?=(?:/?img|IMG_CONTEXT|image|video)>)")
 _IMAGE_TOKENS_BUT_PLACEHOLDER = re.compile(r"<(?=(?:/?img|IMG_CONTEXT|video)>)")
 
 _JINJA = """\
+{%- if tools -%}
+{{- raise_exception('`tools` was given, which this chat template does not render: describe them in a message.') -}}
+{%- endif -%}
 {%- for message in messages -%}
+{%- if message['tool_calls'] -%}
+{{- raise_exception('Message ' ~ loop.index0 ~ ' has `tool_calls`, which this chat template does not render: write them '
+  ~ 'into its content.') -}}
+{%- endif -%}
 {%- set body -%}
 {%- if message['content'] is string -%}
 {{- message['content'] -}}
@@ -53,7 +60,7 @@ _JINJA = """\
 {%- endif -%}
 {%- if message['role'] == 'system' -%}
 {%- if not loop.first -%}
-{{- raise_exception('A system message must be the first message.') -}}
+{{- raise_exception('A system message must be the first message, not message ' ~ loop.index0 ~ '.') -}}
 {%- endif -%}
 @system@
 {%- elif message['role'] == 'user' -%}
@@ -63,7 +70,8 @@ _JINJA = """\
 {% generation %}{{- @answer_prefix@ ~ body ~ @stop@ -}}{% endgeneration %}
 {{- @after_stop@ -}}
 {%- else -%}
-{{- raise_exception('Unknown role `' ~ message['role'] ~ '`: expected `system`, `user` or `assistant`.') -}}
+{{- raise_exception('Unknown role `' ~ message['role'] ~ '` of message ' ~ loop.index0 ~ ': expected `system`, `user` or '
+  ~ '`assistant`.') -}}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}

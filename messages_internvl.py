@@ -1,113 +1,235 @@
-"""Messages of a dialogue: made safe for a chat template before, turned into training targets afterwards.
+"""Messages of a dialogue: checked and made safe for a chat template before, turned into training targets afterwards.
 
-Before: literal image tokens in texts are escaped, and a video becomes its frames in the published form (`Frame1: ` and
-a picture, `Frame2: ` and a picture...). Afterwards: the characters that an assistant wrote become masks and labels of
-tokens.
+Before: every message is checked here and nowhere else, literal image tokens in texts are escaped, and a video becomes its
+frames in the published form (`Frame1: ` and an image, `Frame2: ` and an image...). Afterwards: the characters that an
+assistant wrote become masks and labels of tokens.
 
 Not covered: reading video files, and rendering, which is the chat template's work.
 """
 
+import reprlib
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.feature_extraction_utils import BatchFeature
+from transformers.utils import logging
 
+from .chat_templates_internvl import TemplateNames
 from .conversation_internvl import escape_image_tokens
 
+
+logger = logging.get_logger(__name__)
 
 Message = dict[str, Any]
 
 IGNORED_LABEL = -100  # what the losses of transformers and torch leave out
 
+_IMAGE_SOURCES = ("image", "url", "path", "base64")  # keys of an image part, as transformers reads them
+_VIDEO_SOURCES = ("video", "url", "path")
 
-def is_batch(conversation: Any) -> bool:
-    """Whether this is a list of dialogues, rather than one dialogue."""
+
+def is_nothing(value: Any) -> bool:
+    """Whether an argument was left out: None, or a container with nothing in it, nested ones included."""
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(is_nothing, value))
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        return value.ndim > 0 and len(value) == 0
+    return value is None or (isinstance(value, Mapping) and not value)
+
+
+def as_conversations(conversation: Any) -> tuple[list[list[Any]], bool]:
+    """Dialogues as a list of lists of messages.
+
+    Args:
+        conversation: One dialogue, or several: lists of messages, or objects with `messages`.
+
+    Returns:
+        The dialogues, and whether there may be several.
+
+    Raises:
+        ValueError: If this is no dialogue, or an empty one.
+    """
+    if hasattr(conversation, "messages"):
+        conversation = conversation.messages
+    if not _is_list(conversation):
+        raise ValueError(
+            "A conversation must be a list of messages, `{'role': ..., 'content': ...}`, or a list of such lists, got "
+            f"{_shown(conversation)}."
+        )
     if not conversation:
         raise ValueError("The conversation is empty. Pass at least one message.")
-    return isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
+    is_batched = any(_is_list(row) or hasattr(row, "messages") for row in conversation)
+    conversations = [getattr(row, "messages", row) for row in conversation] if is_batched else [conversation]
+    for index, row in enumerate(conversations):
+        if not _is_list(row) or not row:
+            what = "is empty" if _is_list(row) else f"must be a list of messages, got {_shown(row)}"
+            raise ValueError(f"Conversation {index} {what}. Pass at least one message for each.")
+    return [list(row) for row in conversations], is_batched
 
 
-def prepare_conversations(conversations: Any) -> tuple[list[list[Message]], list[bool]]:
+def prepare_conversations(
+    conversations: list[list[Any]], names: TemplateNames
+) -> tuple[list[list[Message]], list[bool]]:
     """Copies with escaped texts and videos taken apart.
 
     Args:
         conversations: Lists of messages.
+        names: What the chat template reads; a message may hold nothing else.
 
     Returns:
-        The copies, and for each picture, in order, whether it is a frame of a video.
+        The copies, and for each image, in order, whether it is a frame of a video.
 
     Raises:
-        ValueError: If a video part does not hold frames.
+        ValueError: If a message is malformed, or holds something that the template would drop.
     """
     is_frame: list[bool] = []
     prepared = []
-    for conversation in conversations:
-        messages = getattr(conversation, "messages", conversation)
-        prepared.append([_prepare_message(message, is_frame) for message in messages])
+    for row, messages in enumerate(conversations):
+        of_row = f" of conversation {row}" if len(conversations) > 1 else ""
+        prepared.append(
+            [
+                _prepare_message(message, f"Message {index}{of_row}", names, is_frame)
+                for index, message in enumerate(messages)
+            ]
+        )
     return prepared, is_frame
 
 
-def _prepare_message(message: Message, is_frame: list[bool]) -> Message:
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _shown(value: Any) -> str:
+    return f"{reprlib.repr(value)} ({type(value).__name__})"
+
+
+def _prepare_message(message: Any, where: str, names: TemplateNames, is_frame: list[bool]) -> Message:
+    if not isinstance(message, Mapping):
+        raise ValueError(f"{where} must be a dict with `role` and `content`, got {_shown(message)}.")
+    role = message.get("role")
+    if not isinstance(role, str) or not role:
+        raise ValueError(f"{where} needs a `role`, such as `system`, `user` or `assistant`, got {_shown(message)}.")
+    others = {name: value for name, value in message.items() if name not in ("role", "content")}
+    dropped = [str(name) for name, value in others.items() if not is_nothing(value) and name not in names.words]
+    if dropped:
+        raise ValueError(
+            f"{where} (role `{role}`) has `{'`, `'.join(dropped)}`, which the chat template does not read. Leave it out, write it "
+            "into the content, or pass a `chat_template` that renders it."
+        )
     content = message.get("content")
+    if content is None and not all(map(is_nothing, others.values())):
+        return dict(message)  # as an answer that consists of tool calls
     if isinstance(content, str):
-        return {**message, "content": escape_image_tokens(content)}
-    if content is None:
-        return dict(message)
+        return {**message, "content": _escape(content)}
+    if not _is_list(content) or not content:
+        raise ValueError(
+            f"`content` of {_in_sentence(where)} (role `{role}`) must be a string or a list of parts, such as "
+            f"`{{'type': 'text', 'text': ...}}`, got {_shown(content)}."
+        )
     parts: list[Message] = []
     for part in content:
-        if part.get("type") == "video":
-            parts.extend(_frames_as_parts(part, is_frame))
-        else:
-            if part.get("type") in ("image", "image_url"):
-                is_frame.append(False)
-            parts.append(dict(part))
+        parts.extend(_prepare_part(part, where, names, is_frame))
     return {**message, "content": _escape_parts(parts)}
 
 
-def _frames_as_parts(part: Message, is_frame: list[bool]) -> list[Message]:
-    """The published form of a video: one picture per frame, each announced by its number."""
+def _in_sentence(where: str) -> str:
+    return where[0].lower() + where[1:]
+
+
+def _prepare_part(part: Any, where: str, names: TemplateNames, is_frame: list[bool]) -> list[Message]:
+    """One part of a content, checked; a video becomes several."""
+    if not isinstance(part, Mapping):
+        raise ValueError(
+            f"{where} has a content part that is no dict with a `type`: {_shown(part)}. A text is written "
+            "`{'type': 'text', 'text': ...}`."
+        )
+    # Rows of a data set have the keys of all kinds of parts, those of other kinds without a value.
+    part = {name: value for name, value in part.items() if value is not None}
+    kind = part.get("type")
+    if kind == "text":
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"{where} has a text part whose `text` is no string: {_shown(part.get('text'))}.")
+    elif kind in ("image", "image_url"):
+        _check_image_part(part, where)
+        is_frame.append(False)
+    elif kind == "video":
+        return _frames_as_parts(part, where, is_frame)
+    elif not isinstance(kind, str) or kind not in names.words:
+        raise ValueError(
+            f"{where} has a content part of an unknown type, {_shown(kind)}: expected `text`, `image`, `image_url` or `video`."
+        )
+    return [part]
+
+
+def _check_image_part(part: Message, where: str) -> None:
+    """A part may name one image, or none: then it only marks the place of an image that is passed beside the messages."""
+    sources = [name for name in _IMAGE_SOURCES if name in part]
+    if len(sources) > 1:
+        raise ValueError(f"{where} has an image part with several images: `{'`, `'.join(sources)}`. Give one of them.")
+    address = part.get("image_url")
+    if part["type"] == "image_url" and address is not None:
+        address = address.get("url") if isinstance(address, Mapping) else address
+        if not isinstance(address, str):
+            raise ValueError(
+                f"{where} has an `image_url` that is neither a string nor a dict with a `url`: {_shown(part['image_url'])}."
+            )
+
+
+def _frames_as_parts(part: Message, where: str, is_frame: list[bool]) -> list[Message]:
+    """The published form of a video: one image per frame, each announced by its number."""
     parts: list[Message] = []
-    for number, frame in enumerate(_frames_of(part), start=1):
+    for number, frame in enumerate(_frames_of(part, where), start=1):
         parts.append({"type": "text", "text": f"Frame{number}: "})
         parts.append({"type": "image", "image": frame})
         is_frame.append(True)
     return parts
 
 
-def _frames_of(part: Message) -> list[Any]:
-    video = next((part[name] for name in ("video", "url", "path") if part.get(name) is not None), None)
+def _frames_of(part: Message, where: str) -> list[Any]:
+    video = next((part[name] for name in _VIDEO_SOURCES if name in part), None)
     if isinstance(video, (np.ndarray, torch.Tensor)) and video.ndim == 4:
         return list(video)
     if isinstance(video, (list, tuple)) and len(video) > 0:
         return list(video)
     raise ValueError(
-        "A video part must hold its frames: a list of images, or an array (frames, height, width, channels), got "
-        f"{type(video).__name__}. Video files are not read here: decode them with a library of your choice and pass "
-        "the frames."
+        f"{where} has a video part, which must hold its frames: a list of images, or an array (frames, height, width, "
+        f"channels), got {type(video).__name__}. Video files are not read here: decode them with a library of your choice "
+        "and pass the frames."
     )
+
+
+def _escape(text: str) -> str:
+    escaped = escape_image_tokens(text)
+    if escaped != text:
+        logger.warning_once(
+            "A message holds an image token such as `<image>` in its text. In messages it stands for no image and is read as "
+            'text (`< image>`): give an image as a part of its own, `{"type": "image", "image": ...}`.'
+        )
+    return escaped
 
 
 def _escape_parts(parts: list[Message]) -> list[Message]:
     """Escapes the text parts; neighbours that only together hold an image token become one part."""
     escaped: list[Message] = []
-    for is_text, run in groupby(parts, key=lambda part: part.get("type") == "text"):
+    for is_text, run in groupby(parts, key=lambda part: part["type"] == "text"):
         neighbours = list(run)
         if is_text:
-            neighbours = [{**part, "text": escape_image_tokens(part["text"])} for part in neighbours]
+            neighbours = [{**part, "text": _escape(part["text"])} for part in neighbours]
             joined = "".join(part["text"] for part in neighbours)
             if escape_image_tokens(joined) != joined:
-                neighbours = [{"type": "text", "text": escape_image_tokens(joined)}]
+                neighbours = [{"type": "text", "text": _escape(joined)}]
         escaped.extend(neighbours)
     return escaped
 
 
-def assistant_masks(spans: list[Any], token_offsets: Any, replacements: Any) -> list[list[int]]:
+def assistant_masks(spans: list[Any], token_offsets: Any, replacements: Any) -> list[np.ndarray]:
     """Marks the tokens that overlap a span of the assistant.
 
     Args:
-        spans: For each sample, (start, end) characters in the prompt before images are expanded.
+        spans: For each sample, (start, end) characters in the prompt before images are expanded, in order.
         token_offsets: For each sample, (start, end) characters of each token in the expanded prompt.
         replacements: For each sample, what the base class replaced, in order.
 
@@ -116,21 +238,25 @@ def assistant_masks(spans: list[Any], token_offsets: Any, replacements: Any) -> 
     """
     masks = []
     for row, sample_spans in enumerate(spans):
-        replaced = replacements[row] if row < len(replacements) else []
-        shifted = [tuple(_shift(position, replaced) for position in span) for span in sample_spans]
-        offsets = token_offsets[row].tolist() if hasattr(token_offsets[row], "tolist") else token_offsets[row]
+        offsets = np.asarray(token_offsets[row]).reshape(-1, 2)
+        shifted = _shift(np.array(sample_spans, dtype=np.int64).reshape(-1, 2), replacements[row : row + 1])
+        # The first span that ends behind the start of a token; the spans do not overlap, so no other can begin earlier.
+        first = np.searchsorted(shifted[:, 1], offsets[:, 0], side="right")
+        starts = np.append(shifted[:, 0], np.iinfo(np.int64).max)[first]
         # Padding and added special tokens have no characters (0, 0) and overlap nothing.
-        masks.append([int(any(first < end and last > start for start, end in shifted)) for first, last in offsets])
+        masks.append((starts < offsets[:, 1]).astype(np.int64))
     return masks
 
 
-def _shift(position: int, replaced: list[dict[str, Any]]) -> int:
-    """A position in the prompt, after the placeholders before it were replaced."""
-    passed = [entry for entry in replaced if entry["span"][1] <= position]
-    return position + (passed[-1]["new_span"][1] - passed[-1]["span"][1] if passed else 0)
+def _shift(positions: np.ndarray, replaced: list[list[dict[str, Any]]]) -> np.ndarray:
+    """Positions in the prompt, after the placeholders before them were replaced."""
+    entries = [entry for of_sample in replaced for entry in of_sample]
+    ends = np.array([entry["span"][1] for entry in entries], dtype=np.int64)
+    gained = np.array([0, *(entry["new_span"][1] - entry["span"][1] for entry in entries)], dtype=np.int64)
+    return positions + gained[np.searchsorted(ends, positions, side="right")]
 
 
-def add_training_targets(features: BatchFeature, masks: list[list[int]], with_masks: bool, with_labels: bool) -> None:
+def add_training_targets(features: BatchFeature, masks: list[np.ndarray], with_masks: bool, with_labels: bool) -> None:
     """Adds `assistant_masks` and `labels`, of the same type as the ids.
 
     Args:
@@ -147,23 +273,29 @@ def add_training_targets(features: BatchFeature, masks: list[list[int]], with_ma
         features["assistant_masks"] = _like(ids, masks)
     if not with_labels:
         return
-    if not any(any(mask) for mask in masks):
+    if not any(mask.any() for mask in masks):
         raise ValueError(
             "There is nothing to learn in this batch: no token of an assistant is left. Add assistant messages, raise "
             "`max_length`, or use a chat template with generation markers."
         )
-    rows = ids.tolist() if hasattr(ids, "tolist") else ids
     labels = [
-        [index if kept else IGNORED_LABEL for index, kept in zip(row, mask, strict=True)]
-        for row, mask in zip(rows, masks, strict=True)
+        np.where(mask.astype(bool), np.asarray(row), IGNORED_LABEL) for row, mask in zip(ids, masks, strict=True)
     ]
     features["labels"] = _like(ids, labels)
 
 
-def _like(ids: Any, rows: list[list[int]]) -> Any:
+def _like(ids: Any, rows: list[np.ndarray]) -> Any:
     if isinstance(ids, torch.Tensor):
-        return torch.tensor(rows, dtype=ids.dtype)
-    return np.array(rows, dtype=ids.dtype) if isinstance(ids, np.ndarray) else rows
+        return torch.from_numpy(np.stack(rows)).to(ids.dtype)
+    return np.stack(rows).astype(ids.dtype) if isinstance(ids, np.ndarray) else [row.tolist() for row in rows]
 
 
-__all__ = ["IGNORED_LABEL", "Message", "add_training_targets", "assistant_masks", "is_batch", "prepare_conversations"]
+__all__ = [
+    "IGNORED_LABEL",
+    "Message",
+    "add_training_targets",
+    "as_conversations",
+    "assistant_masks",
+    "is_nothing",
+    "prepare_conversations",
+]

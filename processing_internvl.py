@@ -17,44 +17,54 @@ Not covered: reading video files (pass their frames) and sound.
 Shapes: B samples, L tokens, T tiles of the whole call.
 """
 
+import copy
 import inspect
 import json
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .chat_templates_internvl import refusals_as_value_errors, template_names
 from .conversation_internvl import (
     IMAGE_CONTEXT_TOKEN,
     IMAGE_END_TOKEN,
     IMAGE_PLACEHOLDER,
     IMAGE_START_TOKEN,
+    escape_image_tokens,
     image_span,
 )
 from .image_loading_internvl import flatten_images
 from .image_settings_internvl import SPELLINGS
-from .messages_internvl import Message, add_training_targets, assistant_masks, is_batch, prepare_conversations
+from .messages_internvl import (
+    Message,
+    add_training_targets,
+    as_conversations,
+    assistant_masks,
+    is_nothing,
+    prepare_conversations,
+)
 
 
 MODES = {"chat": "chat", "contrastive": "contrastive", "retrieval": "contrastive", "caption": "caption"}
 
 
-class InternVLTextKwargs(TextKwargs, total=False):  # type: ignore[call-arg]
-    """Settings of the tokenizer; the one added here has this place in transformers up to 5.14."""
-
-    return_text_replacement_offsets: bool | None
+# What a text of retrieval or a caption may be told; modes decide the rest (prefix, special tokens, where to cut).
+PLAIN_TEXT_SETTINGS = {"max_length", "padding", "padding_side", "return_tensors", "truncation", "verbose"}
+# Settings that the base class reads of a call itself.
+CALL_SETTINGS = {"common_kwargs", "return_metadata"}
+# What `processor_kwargs` of `apply_chat_template` may hold beside settings.
+CALL_INPUTS = {"images", "mode", "return_num_patches"}
 
 
 class InternVLProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     """Keyword arguments of `InternVLProcessor`; those of the pictures are the image processor's own."""
 
-    text_kwargs: InternVLTextKwargs
     _defaults = {}  # type: ignore[var-annotated]
 
 
@@ -92,11 +102,17 @@ class InternVLProcessor(ProcessorMixin):
         caption_prompt: str = "English caption:",
         use_image_start_end: bool = True,
     ) -> None:
+        mode = _resolve_mode(mode)
+        if mode == "chat" and getattr(tokenizer, "padding_side", "left") != "left":
+            # transformers' pipelines and others pad with the tokenizer itself. A copy, which shares the vocabulary: the side of the
+            # caller's stays as it is.
+            tokenizer = copy.copy(tokenizer)
+            tokenizer.padding_side = "left"
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         # Saving sets it; set from the start, so that saving changes nothing in the processor that is saved.
         self.auto_map = {self._auto_class: f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"}
         self.image_seq_length = image_seq_length
-        self.mode = _resolve_mode(mode)
+        self.mode = mode
         self.max_text_length = max_text_length
         self.text_prefix = text_prefix
         self.caption_prompt = caption_prompt
@@ -134,17 +150,19 @@ class InternVLProcessor(ProcessorMixin):
         Raises:
             ValueError: If placeholders and pictures differ in number, or a setting is none of this processor.
         """
-        for modality in ("videos", "audio"):
-            if kwargs.pop(modality, None) is not None:
+        for modality in ("videos", "audio", "audios"):
+            if not is_nothing(kwargs.pop(modality, None)):
                 raise ValueError(
                     f"`{modality}` cannot be passed to a call. Put the frames of a video into a message part "
                     '`{"type": "video", "video": [frame, ...]}` of `apply_chat_template`, or write `Frame1: <image>` '
                     "and pass images."
                 )
+        images, text = (None if is_nothing(given) else given for given in (images, text))
         if images is None and text is None:
             raise ValueError("Neither `images` nor `text` was given. Pass at least one of them.")
         mode = _resolve_mode(kwargs.pop("mode", None) or self.mode)
         with_num_patches = kwargs.pop("return_num_patches", False)
+        self._check_settings(kwargs, mode)
         if text is not None:
             text = _as_texts(text)
         if mode == "chat":
@@ -154,6 +172,24 @@ class InternVLProcessor(ProcessorMixin):
         if not with_num_patches:
             features.pop("num_patches", None)
         return features
+
+    def _check_settings(self, kwargs: dict[str, Any], mode: str) -> None:
+        """Refuses settings that nothing would read; the base class drops them with a warning."""
+        kinds = InternVLProcessorKwargs.__annotations__
+        groups = {name: set(kind.__annotations__) for name, kind in kinds.items() if name.endswith("_kwargs")}
+        groups["images_kwargs"] |= set(getattr(self.image_processor, "valid_kwargs", ImagesKwargs).__annotations__)
+        known = {*kinds, *CALL_SETTINGS, *groups["text_kwargs"], *groups["images_kwargs"]}
+        unused = set() if mode == "chat" else groups["text_kwargs"] - PLAIN_TEXT_SETTINGS
+        unknown = []
+        for group, names in {"": known, **groups, "common_kwargs": known}.items():
+            for name, value in (kwargs.get(group) or {} if group else kwargs).items():
+                if name not in names or (name in unused and value is not False and not is_nothing(value)):
+                    unknown.append(f"{group}[{name!r}]" if group else name)
+        if unknown:
+            raise ValueError(
+                f"`{'`, `'.join(unknown)}` is no setting of `{type(self).__name__}` in mode `{mode}`. Known are `mode`, "
+                f"`return_num_patches` and {', '.join(sorted(known - unused))}."
+            )
 
     # ------------------------------------------------------------------------------------------------------------ chat
     def _prepare_chat(self, images: ImageInput | None, text: list[str] | None, kwargs: dict[str, Any]) -> BatchFeature:
@@ -289,8 +325,7 @@ class InternVLProcessor(ProcessorMixin):
             end = [self._end_token_id()]
             max_length = max_length or self.max_text_length
             padding = "max_length" if padding is None else padding
-        rows = self.tokenizer(text, padding=False, truncation=False)["input_ids"]
-        rows = [_without_end(row, self.tokenizer.eos_token_id) for row in rows]
+        rows = self._first_ids(text, max_length)
         rows = [row[: max_length - len(end)] + end if max_length else row + end for row in rows]
         width = max_length if padding == "max_length" and max_length else max(map(len, rows), default=0)
         if padding in (False, "do_not_pad"):
@@ -302,6 +337,20 @@ class InternVLProcessor(ProcessorMixin):
             "input_ids": [_pad(row, width, pad_id, is_left) for row in rows],
             "attention_mask": [_pad([1] * len(row), width, 0, is_left) for row in rows],
         }
+
+    def _first_ids(self, text: list[str], max_length: int | None, characters: int = 4096) -> list[list[int]]:
+        """Ids without end token, of a long text no more than the first `max_length` need: so many characters at first."""
+        longest = max(map(len, text), default=0)
+        length = longest if max_length is None else max(32 * max_length, characters)
+        rows = self.tokenizer([sample[:length] for sample in text], padding=False, truncation=False)["input_ids"]
+        rows = [_without_end(row, self.tokenizer.eos_token_id) for row in rows]
+        if max_length is None or longest <= length:
+            return rows
+        for index, (sample, row) in enumerate(zip(text, rows, strict=True)):
+            # Where a text was cut, the last ids may differ from those of the whole.
+            if len(sample) > length and len(row) < 2 * max_length:
+                rows[index] = self._first_ids([sample], max_length, 4 * length)[0]
+        return rows
 
     def _end_token_id(self) -> int:
         end = self.tokenizer.eos_token_id
@@ -347,26 +396,36 @@ class InternVLProcessor(ProcessorMixin):
         Raises:
             ValueError: If a part of a message is unusable, or labels were asked for and nothing is to be learned.
         """
-        is_batched = is_batch(conversation)
-        prepared, is_frame = prepare_conversations(conversation if is_batched else [conversation])
+        conversations, is_batched = as_conversations(conversation)
         jinja = self._jinja_text(chat_template)
-        kwargs, processor_kwargs = _split_settings(kwargs, processor_kwargs, jinja)
+        names = template_names(jinja)
+        prepared, is_frame = prepare_conversations(conversations, names)
+        kwargs, processor_kwargs = _split_settings(kwargs, processor_kwargs, names.variables)
+        self._check_settings({k: v for k, v in processor_kwargs.items() if k not in CALL_INPUTS}, "chat")
         messages = prepared if is_batched else prepared[0]
         if not tokenize:
-            return super().apply_chat_template(messages, chat_template=jinja, tokenize=False, **kwargs)
+            with refusals_as_value_errors():
+                return super().apply_chat_template(messages, chat_template=jinja, tokenize=False, **kwargs)
 
         processor_kwargs["mode"] = "chat"
         if any(is_frame):
             processor_kwargs = self._with_single_tile_frames(processor_kwargs, is_frame)
         spans = None
         if return_assistant_tokens_mask or return_labels:
-            spans = self._assistant_spans(prepared, jinja, kwargs)
+            with refusals_as_value_errors():
+                spans = self._assistant_spans(prepared, jinja, kwargs)
             processor_kwargs.update(return_offsets_mapping=True, return_text_replacement_offsets=True)
             if _requested(processor_kwargs, "padding_side") is None:
                 _set_text_setting(processor_kwargs, "padding_side", "right")
-        features = super().apply_chat_template(
-            messages, chat_template=jinja, tokenize=True, return_dict=True, processor_kwargs=processor_kwargs, **kwargs
-        )
+        with refusals_as_value_errors():
+            features = super().apply_chat_template(
+                messages,
+                chat_template=jinja,
+                tokenize=True,
+                return_dict=True,
+                processor_kwargs=processor_kwargs,
+                **kwargs,
+            )
         if spans is not None:
             masks = assistant_masks(spans, features.pop("offset_mapping"), features.pop("text_replacement_offsets"))
             add_training_targets(features, masks, return_assistant_tokens_mask, return_labels)
@@ -462,14 +521,27 @@ def _of_picture(images_kwargs: dict[str, Any], index: int) -> dict[str, Any]:
 
 
 def _split_settings(
-    kwargs: dict[str, Any], processor_kwargs: dict[str, Any] | None, jinja: str
+    kwargs: dict[str, Any], processor_kwargs: dict[str, Any] | None, variables: frozenset[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Moves what neither the base class nor the template knows from the arguments to the settings of the call."""
+    """Moves what neither the base class nor the template knows from the arguments to the settings of the call.
+
+    Raises:
+        ValueError: If the template would drop an argument that is for it.
+    """
+    kwargs = {name: None if is_nothing(value) else value for name, value in kwargs.items()}
+    for name in ("tools", "documents"):
+        if kwargs.get(name) is not None and name not in variables:
+            raise ValueError(
+                f"`{name}` was given, but the chat template does not read it, so the model would never see it. Leave it out, "
+                "describe it in a message, or pass a `chat_template` that renders it."
+            )
+    if kwargs.get("load_audio_from_video"):
+        raise ValueError("`load_audio_from_video` was asked for, but these models do not hear.")
     known = inspect.signature(ProcessorMixin.apply_chat_template).parameters
     settings = dict(processor_kwargs or {})
     kept = {}
     for name, value in kwargs.items():
-        if name in known or re.search(rf"\b{re.escape(name)}\b", jinja):
+        if name in known or name in variables:
             kept[name] = value
         else:
             settings[name] = value
@@ -502,25 +574,33 @@ def _group_by_sample(images: ImageInput | None) -> tuple[list[list[Any]], bool]:
 
 
 def _check_placeholders(text: list[str], given: list[int] | None, total: int) -> None:
-    """Compares the placeholders of the texts with the pictures, by sample where it is known whose they are."""
+    """Compares the placeholders of the texts with the images, by sample where it is known whose they are."""
     found = [sample.count(IMAGE_CONTEXT_TOKEN) + sample.count(IMAGE_PLACEHOLDER) for sample in text]
-    if given is None and sum(found) == total:
-        return
-    where = f"the texts have {found} and {total} image(s) were given"
     if given is None and len(found) == 1:
         given = [total]
-    if given is not None:
-        if found == given:
-            return
-        pairs = [index for index, (left, right) in enumerate(zip(found, given, strict=False)) if left != right]
-        if len(found) != len(given):
-            where = f"there are {len(found)} text(s) and images for {len(given)} sample(s)"
-        else:
-            where = f"sample {pairs[0]} has {found[pairs[0]]} and {given[pairs[0]]} image(s) were given for it"
+    if found == given or (given is None and sum(found) == total):
+        return
+    if given is None:
+        where = f"the texts have {found} and {total} image(s) were given"
+    elif len(found) != len(given):
+        where = f"there are {len(found)} text(s) and images for {len(given)} sample(s)"
+    else:
+        row = next(index for index, pair in enumerate(zip(found, given, strict=True)) if pair[0] != pair[1])
+        where = f"sample {row} has {found[row]} and {given[row]} image(s) were given for it"
+    if any(
+        escape_image_tokens(token) in sample for sample in text for token in (IMAGE_CONTEXT_TOKEN, IMAGE_PLACEHOLDER)
+    ):
+        fix = (
+            f"An image token typed into a message, such as `{IMAGE_PLACEHOLDER}`, is read as text: give each image as a part of "
+            'the message, `{"type": "image", "image": ...}`, in its place.'
+        )
+    else:
+        fix = (
+            f"Write one `{IMAGE_CONTEXT_TOKEN}` or `{IMAGE_PLACEHOLDER}` per image, in their order, or use "
+            "`apply_chat_template`, which does it for the image parts of messages."
+        )
     raise ValueError(
-        f"The number of image tokens in the prompts should be the same as the number of images: {where}. Write one "
-        f"`{IMAGE_CONTEXT_TOKEN}` or `{IMAGE_PLACEHOLDER}` per image, in their order, or use `apply_chat_template`, "
-        "which does it."
+        f"The number of image tokens in the prompts should be the same as the number of images: {where}. {fix}"
     )
 
 

@@ -6,9 +6,11 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoProcessor, AutoTokenizer
 
 from internvl.configuration_internvl import InternVLChatConfig
 from internvl.conversation_internvl import get_conversation_template, list_conversation_templates
 from internvl.image_processing_internvl import InternVLImageProcessor
+from internvl.messages_internvl import assistant_masks
 from internvl.processing_internvl import InternVLProcessor, InternVLProcessorKwargs
 
 from .fixtures_text import make_image, make_tokenizer
@@ -151,11 +154,76 @@ def test_videos_and_sound_are_refused_in_calls(processor: InternVLProcessor, arg
         processor(text="a", **{argument: [SQUARE]})
 
 
+@pytest.mark.parametrize("nothing", [[], (), [[]], {}, np.empty((0, 4))])
+def test_empty_containers_are_nothing(processor: InternVLProcessor, nothing: Any) -> None:
+    expected = processor(text="Hi", return_tensors="pt")
+    found = processor(text="Hi", images=nothing, videos=nothing, audio=nothing, audios=nothing, return_tensors="pt")
+    assert set(found) == set(expected) == {"input_ids", "attention_mask"}
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+    assert set(processor(images=[SQUARE], text=nothing, mode="contrastive")) == {"pixel_values"}
+    with pytest.raises(ValueError, match="Neither"):
+        processor(images=nothing, text=nothing)
+    rendered = processor.apply_chat_template([user("Hi")], tools=nothing, documents=nothing)
+    assert rendered == processor.apply_chat_template([user("Hi")])
+
+
+@pytest.mark.parametrize("mode", ["chat", "contrastive", "caption"])
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"nonsense": 3}, "`nonsense`"),
+        ({"max_tiles": 3, "padding_sides": "left"}, "`max_tiles`, `padding_sides`"),
+        ({"text_kwargs": {"nonsense": 3}}, "`text_kwargs['nonsense']`"),
+        ({"images_kwargs": {"padding": True}}, "`images_kwargs['padding']`"),
+        ({"common_kwargs": {"nonsense": 3}}, "`common_kwargs['nonsense']`"),
+        ({"videos_kwargs": {"nonsense": 3}}, "`videos_kwargs['nonsense']`"),
+    ],
+)
+def test_unknown_settings_of_a_call_are_named(mode: str, settings: Any, named: str) -> None:
+    processor = make_processor()
+    with pytest.raises(ValueError, match=re.escape(named)):
+        processor(text="Hi", mode=mode, **settings)
+    with pytest.raises(ValueError, match=re.escape(named)):
+        processor.apply_chat_template([user("Hi")], **settings)
+    with pytest.raises(ValueError, match=re.escape(named)):
+        chat(processor, [user("Hi")], processor_kwargs=settings)
+
+
+def test_settings_that_a_mode_does_not_read_are_named(processor: InternVLProcessor) -> None:
+    with pytest.raises(ValueError, match=r"`return_offsets_mapping` is no setting of .* in mode `contrastive`"):
+        processor(text="Hi", mode="contrastive", return_offsets_mapping=True)
+    # As sentence-transformers calls it.
+    features = processor(
+        text=["Hi"],
+        mode="contrastive",
+        text_kwargs={"padding": True, "truncation": "longest_first"},
+        images_kwargs={},
+        audio_kwargs={"padding": True},
+        videos_kwargs={},
+        common_kwargs={"return_tensors": "pt"},
+    )
+    assert features["input_ids"].ndim == 2
+
+
 def test_nothing_to_do_raises(processor: InternVLProcessor) -> None:
     with pytest.raises(ValueError, match="Neither `images` nor `text`"):
         processor()
     with pytest.raises(ValueError, match="a string or a list of strings"):
         processor(text=[1])
+
+
+def test_a_chat_processor_pads_left_with_its_own_tokenizer_too(tmp_path: Path) -> None:
+    """transformers' pipelines pad with the tokenizer; the side of the caller's is not touched."""
+    given = make_tokenizer(padding_side="right")
+    processor = make_processor(tokenizer=given)
+    assert (processor.tokenizer.padding_side, given.padding_side) == ("left", "right")
+    padded = processor.tokenizer.pad({"input_ids": [[5, 6], [7]]})["input_ids"]
+    assert padded[1] == [processor.tokenizer.pad_token_id, 7]
+    given.add_tokens(["<new>"])
+    assert processor.tokenizer.convert_tokens_to_ids("<new>") == given.convert_tokens_to_ids("<new>")
+    processor.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).padding_side == "left"
+    assert make_processor(tokenizer=given, mode="contrastive").tokenizer is given
 
 
 def test_padding_is_on_the_left_whatever_the_tokenizer_says() -> None:
@@ -326,6 +394,110 @@ def test_variables_and_other_templates_pass_through(processor: InternVLProcessor
     assert several.apply_chat_template(message, "other", greeting="x") == "other x"
 
 
+def test_only_undeclared_variables_belong_to_the_template(processor: InternVLProcessor) -> None:
+    """Not a word in its text, a comment, a loop's own name or a key."""
+    jinja = "{# padding #}max_num {% set inner = 1 %}{% for m in messages %}{{ m.role }}{% endfor %}{{ messages[0]['content'] }}"
+    assert processor.apply_chat_template([{"role": "user", "content": "Hi"}], jinja, padding=True)
+    features = chat(
+        processor, [{"role": "user", "content": "Hi"}], chat_template=jinja, padding="max_length", max_length=64
+    )
+    assert features["input_ids"].shape == (1, 64)
+    for name in ("inner", "m", "role", "enable_thinking"):
+        with pytest.raises(ValueError, match=f"`{name}` is no setting"):
+            processor.apply_chat_template([{"role": "user", "content": "Hi"}], jinja, **{name: True})
+    with pytest.raises(ValueError, match="refuses"):
+        processor.apply_chat_template([user("Hi")], "{% for m in messages %}")
+
+
+TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}
+CALL = {"role": "assistant", "content": None, "tool_calls": [TOOL]}
+WITH_TOOLS = (
+    "{% if tools %}[{{ tools[0].function.name }}]{% endif %}"
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls | length }}{% endif %}{% endfor %}"
+)
+
+
+def test_tools_are_rendered_or_refused(processor: InternVLProcessor) -> None:
+    hi = {"role": "user", "content": "Hi"}
+    answer = {"role": "tool", "content": "3"}
+    assert "[f]" in processor.apply_chat_template([hi, CALL, answer], WITH_TOOLS, tools=[TOOL])
+    assert processor.apply_chat_template([hi, CALL, answer], WITH_TOOLS).endswith("1tool:3")
+    plain = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    for jinja in (None, plain):
+        for settings in ({}, {"tokenize": True}, {"tokenize": True, "return_labels": True}):
+            with pytest.raises(ValueError, match="`tools` was given"):
+                processor.apply_chat_template([hi], jinja, tools=[TOOL], **settings)
+            with pytest.raises(ValueError, match=r"(?i)message 1 .*`tool_calls`"):
+                processor.apply_chat_template([hi, CALL], jinja, **settings)
+    with pytest.raises(ValueError, match="`documents` was given"):
+        processor.apply_chat_template([hi], documents=[{"title": "a", "text": "b"}])
+    for role in ("tool", "function", "developer", "human"):
+        with pytest.raises(ValueError, match=f"Unknown role `{role}` of message 1"):
+            processor.apply_chat_template([hi, {"role": role, "content": "3"}])
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("Hi", "'Hi' (str)"),
+        (None, "None (NoneType)"),
+        (5, "5 (int)"),
+        ({}, "needs a `role`"),
+        ({"from": "human", "value": "Hi"}, "'from': 'human'"),
+        ({"role": 5, "content": "Hi"}, "'role': 5"),
+        ({"role": "user"}, "None (NoneType)"),
+        ({"role": "user", "content": None}, "None (NoneType)"),
+        ({"role": "user", "content": 5}, "5 (int)"),
+        ({"role": "user", "content": {"type": "text", "text": "a"}}, "(dict)"),
+        ({"role": "user", "content": []}, "[] (list)"),
+        ({"role": "user", "content": ["x"]}, "'x' (str)"),
+        ({"role": "user", "content": [None]}, "None (NoneType)"),
+        ({"role": "user", "content": [{}]}, "None (NoneType)"),
+        ({"role": "user", "content": [{"type": "text"}]}, "None (NoneType)"),
+        ({"role": "user", "content": [{"type": "text", "text": None}]}, "None (NoneType)"),
+        ({"role": "user", "content": [{"type": "text", "text": []}]}, "[] (list)"),
+        ({"role": "user", "content": [{"type": "text", "text": 5}]}, "5 (int)"),
+        ({"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}, "'audio' (str)"),
+        ({"role": "user", "content": [{"type": ["text"], "text": "a"}]}, "['text'] (list)"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": 5}]}, "5 (int)"),
+        ({"role": "user", "content": [{"type": "image", "image": SQUARE, "path": "a.png"}]}, "`image`, `path`"),
+        ({"role": "user", "content": "Hi", "name": "Ann"}, "`name`"),
+    ],
+)
+def test_malformed_messages_are_named(processor: InternVLProcessor, message: Any, shown: str) -> None:
+    good = {"role": "user", "content": "Hi"}
+    for settings in ({}, {"tokenize": True, "return_labels": True}):
+        with pytest.raises(ValueError, match="(?i)message 1 .*" + re.escape(shown)):
+            processor.apply_chat_template([good, message], **settings)
+        with pytest.raises(ValueError, match="(?i)message 0 of conversation 1 .*" + re.escape(shown)):
+            processor.apply_chat_template([[good], [message]], **settings)
+
+
+@pytest.mark.parametrize(
+    "conversation", ["Hi", None, 5, {"role": "user", "content": "Hi"}, [], [[]], [[user("Hi")], 5]]
+)
+def test_what_is_no_conversation_is_named(processor: InternVLProcessor, conversation: Any) -> None:
+    with pytest.raises(ValueError, match=r"(?i)conversation.*(must be a list|is empty)"):
+        processor.apply_chat_template(conversation)
+
+
+def test_parts_may_have_the_keys_of_other_parts_without_a_value(processor: InternVLProcessor) -> None:
+    """As the rows of a data set have them."""
+    empty = dict.fromkeys(("text", "image", "url", "path", "image_url"))
+    parts = [{**empty, "type": "image", "image": SQUARE}, {**empty, "type": "text", "text": "Hi"}]
+    found = chat(processor, [{"role": "user", "content": parts, "tool_calls": None, "name": None}])
+    expected = chat(processor, [user(SQUARE, "Hi")])
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_placeholder_typed_into_a_message_is_text_and_the_error_says_so(processor: InternVLProcessor) -> None:
+    message = [{"role": "user", "content": "<image>\nWhat?"}]
+    with pytest.raises(ValueError, match=r"sample 0 has 0 and 1 image.*typed into a message.*\{\"type\": \"image\""):
+        chat(processor, message, processor_kwargs={"images": [SQUARE]})
+    with pytest.raises(ValueError, match=r"sample 0 has 0 and 1 image.*Write one `<IMG_CONTEXT>`"):
+        processor(text="What?", images=[SQUARE])
+
+
 def test_final_message_can_be_continued(processor: InternVLProcessor) -> None:
     dialogue = [user("Say it."), assistant("It is")]
     text = processor.apply_chat_template(dialogue, continue_final_message=True)
@@ -482,6 +654,16 @@ def test_labels_without_an_answer_raise(processor: InternVLProcessor) -> None:
         chat(processor, [user("Hi"), assistant("Ho")], return_labels=True, truncation=True, max_length=3)
 
 
+def test_masks_cost_linear_time(processor: InternVLProcessor) -> None:
+    offsets = np.stack([np.arange(200_000), np.arange(200_000) + 1], axis=1)
+    spans = [(start, start + 1) for start in range(0, 200_000, 3)]
+    replaced = [{"span": (at, at + 1), "new_span": (at, at + 1)} for at in range(0, 200_000, 5)]
+    began = time.perf_counter()
+    (mask,) = assistant_masks([spans], [offsets], [replaced])
+    assert time.perf_counter() - began < 5  # quadratic: hours
+    assert mask.tolist() == [int(index % 3 == 0) for index in range(200_000)]
+
+
 def test_masks_refuse_what_would_misplace_them(processor: InternVLProcessor) -> None:
     with pytest.raises(ValueError, match="exclude assistant masks"):
         chat(processor, [user("a"), assistant("b")], return_labels=True, continue_final_message=True)
@@ -491,6 +673,26 @@ def test_masks_refuse_what_would_misplace_them(processor: InternVLProcessor) -> 
 
 
 # ------------------------------------------------------------------------------------------- retrieval and captions
+@pytest.mark.parametrize(
+    "text", ["a cat on a street " * 20_000, "cat" * 100_000, " " * 300_000 + "a cat", "\u4e66" * 100_000]
+)
+def test_no_more_of_a_long_text_is_read_than_its_first_tokens_need(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    processor = make_processor()
+    prefix = processor.text_prefix
+    expected = processor.tokenizer(prefix + text)["input_ids"][: processor.max_text_length - 1]
+    read = []
+    plain = type(processor.tokenizer).__call__
+    monkeypatch.setattr(
+        type(processor.tokenizer),
+        "__call__",
+        lambda self, text, **kwargs: read.append(max(map(len, text))) or plain(self, text, **kwargs),
+    )
+    ids = processor(text=[text, "a"], mode="contrastive")["input_ids"]
+    assert ids[0] == [*expected, processor.tokenizer.eos_token_id]
+    assert ids[1] == processor(text="a", mode="contrastive")["input_ids"][0]
+    assert max(read) <= 20_000
+
+
 @pytest.mark.parametrize("add_eos", [False, True])
 @pytest.mark.parametrize("mode", ["contrastive", "retrieval"])
 def test_contrastive_text_has_prefix_end_and_fixed_length(mode: str, add_eos: bool) -> None:

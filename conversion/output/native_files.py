@@ -72,7 +72,7 @@ def write_native_files(
         {"image_seq_length": config.num_image_token, "processor_class": "InternVLProcessor"},
     )
     settings = read_json(folder / "tokenizer_config.json")
-    write_json(folder / "tokenizer_config.json", {**settings, **NATIVE_TOKENS})
+    write_json(folder / "tokenizer_config.json", {**settings, **NATIVE_TOKENS, "padding_side": "left"})
     if config.template is not None:
         template = get_conversation_template(config.template).to_jinja()
         text = template.replace(_NO_MORE_PARTS, _VIDEO_PART + _NO_MORE_PARTS)

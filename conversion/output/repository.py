@@ -17,6 +17,7 @@ from ..layouts.hub_layouts import Layout, generation_settings
 from ..sources.checkpoint_files import read_json
 from ..sources.foreign_settings import FILES, is_own_code
 from ..sources.source import Source
+from .tokenizer_files import pad_left
 
 
 PACKAGE = Path(__file__).resolve().parents[2]
@@ -190,6 +191,7 @@ def write_processor(
             chat_template=template,
             use_image_start_end=config.use_image_start_end,
         )
+        pad_left(target)
         if template:
             (target / "chat_template.jinja").write_text(template, encoding="utf-8")
     else:

@@ -109,6 +109,12 @@ def _copied(source: Path, target: Path, config: PretrainedConfig, is_for_retriev
         raise ValueError(f"`{source / 'tokenizer.json'}` is no tokenizer: {error}. Copy it again.") from error
 
 
+def pad_left(target: Path) -> None:
+    """Makes the tokenizer of a chat model pad as generation needs it, where something pads with the tokenizer itself, as transformers'
+    pipelines do; published ones say "right", or nothing, which means the same."""
+    _write_settings(target, {**read_json(target / "tokenizer_config.json"), "padding_side": "left"})
+
+
 def needed_image_tokens(config: Any) -> tuple[str, ...]:
     """Tokens that stand for pictures in the texts of a chat model, by its configuration."""
     around = (IMAGE_START_TOKEN, IMAGE_END_TOKEN) if config.use_image_start_end else ()
