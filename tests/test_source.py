@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 FLAT = sorted(p for p in ROOT.glob("*_*.py") if p.name != "__init__.py")
 MODELING = [path for path in FLAT if path.name.startswith("modeling_")]
 SUBPACKAGES = [
-    path for folder in ("conversion", "training", "evaluation") for path in sorted((ROOT / folder).rglob("*.py"))
+    path
+    for folder in ("conversion", "training", "evaluation", "publishing")
+    for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 # The only file that may touch `pickle`; what it does with it has a test of its own.
 RESTRICTED_UNPICKLER = ROOT / "conversion" / "sources" / "distributed_metadata.py"

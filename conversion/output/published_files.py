@@ -6,7 +6,8 @@ from ...configuration_internvl import InternVLChatConfig
 from ...conversation_internvl import IMAGE_CONTEXT_TOKEN, IMAGE_PLACEHOLDER, get_conversation_template
 from ...image_processing_internvl import InternVLImageProcessor
 from ..layouts.hub_layouts import Result
-from .repository import copy_code, write_json
+from ..sources.checkpoint_files import is_plain
+from .repository import PACKAGE, copy_code, write_json
 
 
 # So that the names in `auto_map` lead somewhere: engines that build the model themselves still load the configuration by them.
@@ -70,7 +71,27 @@ def write_published_code(folder: Path, result: Result) -> None:
     if own in PUBLISHED_NAMES:
         name, published = PUBLISHED_NAMES[own]
         with (folder / name).open("a", encoding="utf-8") as file:
-            file.write(f"\n{published} = {own}  # its published name\n")
+            file.write(_published_name(own, published))
+
+
+def own_contents(name: str) -> list[bytes]:
+    """What a file of this name holds where this package wrote it, in any form.
+
+    Args:
+        name: Of a file at the top of a repository.
+    """
+    texts = {modules[name] for modules in PUBLISHED_MODULES.values() if name in modules}
+    contents = [text.encode("utf-8") for text in sorted(texts)]
+    if is_plain(name) and (PACKAGE / name).is_file():
+        content = (PACKAGE / name).read_bytes()
+        contents.append(content)
+        named = [(own, published) for own, (file, published) in PUBLISHED_NAMES.items() if file == name]
+        contents += [content + _published_name(own, published).encode("utf-8") for own, published in named]
+    return contents
+
+
+def _published_name(own: str, published: str) -> str:
+    return f"\n{published} = {own}  # its published name\n"
 
 
 def write_published_template(folder: Path, config: InternVLChatConfig) -> None:
