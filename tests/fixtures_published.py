@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,27 @@ def write_sentencepiece_tokenizer(folder: Path, special: dict[int, str], num_unu
         **settings,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+
+
+LLAMA_TOKENS = {330: "<img>", 331: "</img>", 332: "<IMG_CONTEXT>"}
+INTERNLM2_TOKENS = {3: "<|im_end|>", 4: "<|im_start|>", **LLAMA_TOKENS}
+
+
+@cache
+def _slow_tokenizer(folder: Path) -> tuple[Any, dict[str, int], re.Pattern]:
+    from sentencepiece import SentencePieceProcessor
+
+    decoder = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    ids = {token["content"]: int(index) for index, token in decoder.items()}
+    pattern = re.compile("(" + "|".join(map(re.escape, ids)) + ")")
+    return SentencePieceProcessor(model_file=str(folder / "tokenizer.model")), ids, pattern
+
+
+def slow_ids(folder: Path, text: str) -> list[int]:
+    """What the published slow tokenizer gives: sentencepiece over the stretches between added tokens, one by one."""
+    processor, ids, pattern = _slow_tokenizer(folder)
+    parts = [part for part in pattern.split(text) if part]
+    return [1] + [index for part in parts for index in ([ids[part]] if part in ids else processor.encode(part))]
 
 
 def published(case: str, folder: Path, with_preprocessor: bool = True, **config: Any) -> Path:

@@ -31,7 +31,16 @@ from internvl.modeling_internvl import InternVLModel
 from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
 
 from . import tiny
-from .fixtures_published import PREPROCESSOR, published, published_14b, published_chat, write_sentencepiece_tokenizer
+from .fixtures_published import (
+    INTERNLM2_TOKENS,
+    LLAMA_TOKENS,
+    PREPROCESSOR,
+    published,
+    published_14b,
+    published_chat,
+    slow_ids,
+    write_sentencepiece_tokenizer,
+)
 from .fixtures_text import make_image, make_tokenizer
 
 
@@ -913,28 +922,11 @@ def test_errors_are_one_line_and_exit_code_two(size, vit, tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------------------------ tokenizers
-def slow_ids(folder: Path, text: str) -> list[int]:
-    """What the published slow tokenizer gives: sentencepiece over the stretches between added tokens, one by one."""
-    import re
-
-    from sentencepiece import SentencePieceProcessor
-
-    processor = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    decoder = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
-    ids = {token["content"]: int(index) for index, token in decoder.items()}
-    parts = re.split("(" + "|".join(map(re.escape, ids)) + ")", text)
-    return [1] + [
-        index for part in parts if part for index in ([ids[part]] if part in ids else processor.encode(part))
-    ]
-
-
 TEXTS = (
     "What is shown in the image? 1234 caf\u00e9 \u4e2d\u6587",
     " two  spaces\n\n",
     "<|im_start|>user\n<img><IMG_CONTEXT><IMG_CONTEXT></img>\nHow many?<|im_end|><|im_start|>assistant\n",
 )
-LLAMA_TOKENS = {330: "<img>", 331: "</img>", 332: "<IMG_CONTEXT>"}
-INTERNLM2_TOKENS = {3: "<|im_end|>", 4: "<|im_start|>", **LLAMA_TOKENS}
 
 
 @pytest.mark.parametrize(
