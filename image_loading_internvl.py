@@ -383,6 +383,10 @@ def _over(background: tuple[int, int, int], image: Image.Image) -> Image.Image:
     """RGB image of what shows through a transparent image; opaque pixels keep their bytes."""
     if image.mode == "La":  # premultiplied
         image = image.convert("LA")
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and max(key) > 255:  # of a PNG with 16 bits, of which Pillow reads the upper 8
+        image = image.copy()
+        image.info["transparency"] = tuple(value >> 8 for value in key)
     rgba = image.convert("RGBA")
     canvas = Image.new("RGB", image.size, background)
     canvas.paste(rgba, mask=rgba)

@@ -35,12 +35,17 @@ def one_tile(image, **settings) -> np.ndarray:
     return tile
 
 
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+
+
+def png_file(width: int, height: int, bits: int, colour: int, rows: bytes, before: bytes = b"") -> bytes:
+    """A PNG file of these rows, each with its filter byte; `before` are chunks ahead of them."""
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([bits, colour, 0, 0, 0])
+    body = png_chunk(b"IDAT", zlib.compress(rows, 9)) + png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + before + body
+
+
 def bomb() -> bytes:
     """A PNG of about 4 KB whose header announces 60000 x 60000 pixels."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
-
-    header = (60000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
-    body = zlib.compress(bytes(4_000_000), 9)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    return png_file(60000, 60000, 8, 2, bytes(4_000_000))

@@ -18,7 +18,7 @@ from PIL import Image, ImageFile, PngImagePlugin, TiffImagePlugin
 
 from internvl.image_processing_internvl import InternVLImageProcessor
 
-from .fixtures_images import TILE, bomb, bytes_of_tiles, encoded, one_tile, picture
+from .fixtures_images import TILE, bomb, bytes_of_tiles, encoded, one_tile, picture, png_chunk, png_file
 
 
 WIDE = picture(128, 32)
@@ -345,6 +345,13 @@ def test_a_transparent_16_bit_value_is_read_over_the_background():
     assert one_tile(data)[0, :, 0].tolist() == [0, 255, 255]
     assert one_tile(data, background_color="#0000ff")[0].tolist() == [[0, 0, 0], [0, 0, 255], [255, 255, 255]]
     assert one_tile(data, background_color="none")[0, :, 0].tolist() == [0, 117, 255]
+
+
+def test_a_transparent_16_bit_colour_is_read_over_the_background():
+    pixels = struct.pack(">9H", 0x1234, 0x5678, 0x9ABC, 0x3400, 0x7800, 0xBC00, 0xFFFF, 0, 0)
+    key = png_chunk(b"tRNS", struct.pack(">3H", 0x1234, 0x5678, 0x9ABC))
+    (row,) = one_tile(png_file(3, 1, 16, 2, b"\0" + pixels, key))
+    assert row.tolist() == [[255, 255, 255], [0x34, 0x78, 0xBC], [255, 0, 0]]
 
 
 def test_half_transparent_pixels_are_mixed_and_opaque_ones_keep_their_bytes():
