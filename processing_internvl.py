@@ -21,7 +21,7 @@ import copy
 import inspect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -556,9 +556,19 @@ def _token_id(tokenizer: Any, token: str) -> int | None:
 
 # ---------------------------------------------------------------------------------------------------------- the inputs
 def _as_texts(text: str | list[str]) -> list[str]:
-    texts = [text] if isinstance(text, str) else list(text)
-    if not all(isinstance(sample, str) for sample in texts):
-        raise ValueError(f"`text` must be a string or a list of strings, got {type(text).__name__} of other things.")
+    texts = [text] if isinstance(text, (str, Mapping)) or not isinstance(text, Iterable) else list(text)
+    for index, sample in enumerate(texts, start=1):
+        if not isinstance(sample, str):
+            raise ValueError(
+                f"`text` must be a string or a list of strings, text {index} is of {type(sample).__name__}."
+            )
+        try:
+            sample.encode()
+        except UnicodeEncodeError as error:  # no tokenizer takes it
+            raise ValueError(
+                f"Text {index} of {len(texts)} holds half of a surrogate pair at character {error.start}, which is no text: "
+                "decode it anew, or leave the character out."
+            ) from error
     return texts
 
 

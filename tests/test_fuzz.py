@@ -2,16 +2,18 @@
 
 import pytest
 
-from .fuzz import checkpoints, images
+from .fuzz import checkpoints, images, messages
 from .fuzz.watch import watch
 
 
 SEED = 1  # `make fuzz` begins with 0
 KINDS = {
     "images": lambda: images.inputs(SEED, 11),  # every file by every way in
+    "image tokens": messages.injections,
+    "messages": lambda: messages.malformed(SEED, 200),
     "checkpoints": lambda: checkpoints.inputs(SEED, 16),
 }
-INPUTS = {"images": 275, "checkpoints": 16}
+INPUTS = {"images": 275, "image tokens": 161, "messages": 200, "checkpoints": 16}
 
 
 @pytest.mark.parametrize("kind", KINDS)

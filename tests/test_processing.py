@@ -892,3 +892,20 @@ def test_saved_folder_works_after_a_move_and_a_second_save(
     shutil.rmtree(tmp_path / "moved")
     shutil.rmtree(tmp_path / "cache")
     assert reload_elsewhere(add_config(tmp_path / "second", root), tmp_path / "cache")[3] == ids
+
+
+@pytest.mark.parametrize(
+    "text", ["a\ud800", ["fine", "\udfff"], 5, [5], ["a", None], {"text": 5}, b"bytes", [b"bytes"]], ids=repr
+)
+@pytest.mark.parametrize("mode", ["chat", "contrastive", "caption"])
+def test_what_is_no_text_is_named_before_a_tokenizer_sees_it(processor, text, mode):
+    with pytest.raises(
+        ValueError, match=r"half of a surrogate pair at character|must be a string or a list of strings"
+    ):
+        processor(text=text, mode=mode)
+
+
+def test_half_a_surrogate_pair_in_a_message_is_named(processor):
+    for messages in ([user("What \ud83d?")], [{"role": "user", "content": "\udc00"}]):
+        with pytest.raises(ValueError, match="half of a surrogate pair"):
+            processor.apply_chat_template(messages, tokenize=True, return_dict=True)
