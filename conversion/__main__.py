@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import sys
+import warnings
 
 from .convert import convert
 from .output.forms import FORMS, OwnForm
@@ -96,6 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
         for name in inspect.signature(plan_conversion).parameters
         if name in vars(options) and name != "source"
     }
+    # What torch finds odd in a broken file is said in the one line about it.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\b")
     try:
         if options.dry_run:
             for line in plan_conversion(options.source, **inputs).describe():

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import struct
 import zipfile
@@ -367,12 +368,29 @@ def bomb(file: Path, size: int) -> None:
 
 
 def test_an_archive_that_grows_is_refused_before_it_does(vit, tmp_path, capsys):
-    import resource
-
     (vit / "model.safetensors").unlink()
     bomb(vit / "pytorch_model.bin", 300 * 2**20)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert "compressed" in refused(capsys, vit, tmp_path / "out")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 2**10
+
+
+class Allocation:
+    """Pickled as a call that makes memory."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("is_archive", [True, False])
+@pytest.mark.parametrize("function", [bytearray, torch.FloatTensor, torch.ByteTensor])
+def test_a_file_that_asks_for_memory_is_refused_before_it_gets_any(function, is_archive, vit, tmp_path, capsys):
+    as_bin(vit, {"a": Allocation(function, 5 * 10**8)}, _use_new_zipfile_serialization=is_archive)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert "it asks for an empty" in refused(capsys, vit, tmp_path / "out")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 2**10
 
 

@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 BPE_MODEL = 2  # values of sentencepiece_model.proto
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6
+LONGEST_PIECE = 1000  # those of published models have 16, added ones some more
 SPACE = "\u2581"
 
 
@@ -148,7 +149,10 @@ def _add_tokens(tokenizer: Tokenizer, model: SentencePieceModel, added_tokens: d
 # ------------------------------------------------------------------------------------------------- the protobuf wire format
 def _piece(fields: dict[int, Any]) -> Piece:
     score = struct.unpack("<f", fields[2])[0] if 2 in fields else 0.0
-    return Piece(fields[1].decode("utf-8"), score, fields.get(3, 1))
+    text = fields[1].decode("utf-8")
+    if len(text) > LONGEST_PIECE:
+        raise IndexError(f"a piece has {len(text)} characters")
+    return Piece(text, score, fields.get(3, 1))
 
 
 def _last(fields: list[tuple[int, Any]], number: int, default: Any) -> Any:
@@ -183,3 +187,5 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
         position, shift = position + 1, shift + 7
         if byte < 128:
             return value, position
+        if shift > 63:
+            raise IndexError("a number has more than 64 bits")

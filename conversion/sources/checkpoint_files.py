@@ -38,6 +38,9 @@ SAFETENSORS_DTYPES = {
 ARCHIVE_START = b"PK\x03\x04"
 PICKLE_STARTS = tuple(bytes((128, version)) for version in range(2, 6))
 LENGTH_OF_START = 64
+# Callables among those that torch permits, in the spelling of a pickle, that make memory of a size which the pickle says.
+ALLOCATIONS = re.compile(rb"c(?:builtins|__builtin__|torch)\n(bytearray|\w+Tensor)\n")
+LARGEST_PICKLE = 64 * 2**20
 # What else people find under such a name.
 KINDS = {
     b"\x89PNG": "a PNG image",
@@ -228,7 +231,7 @@ def unpickle_stream(stream: BinaryIO, file: Path) -> Any:
 
 def _load(readable: Path | BinaryIO, file: Path, mmap: bool) -> Any:
     with naming(file, "complete PyTorch file"):
-        _check_archive(readable, file)
+        _check_growth(readable)
         try:
             return torch.load(readable, map_location="cpu", weights_only=True, mmap=mmap)
         except torch.serialization.pickle.UnpicklingError as error:
@@ -239,23 +242,30 @@ def _load(readable: Path | BinaryIO, file: Path, mmap: bool) -> Any:
     ) from refused
 
 
-def _check_archive(readable: Path | BinaryIO, file: Path) -> None:
-    """Refuses, by the table of an archive, what would grow in memory beyond the size of the file: PyTorch compresses nothing."""
+def _check_growth(readable: Path | BinaryIO) -> None:
+    """Refuses, before anything is read, what would grow in memory beyond the size of the file."""
     stream = readable.open("rb") if isinstance(readable, Path) else readable
     try:
-        if stream.read(len(ARCHIVE_START)) != ARCHIVE_START:
-            return
-        size = stream.seek(0, io.SEEK_END)
-        with zipfile.ZipFile(stream) as archive:
-            entries = archive.infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise zipfile.BadZipFile("its entries are compressed, and those of PyTorch never are")
-        if sum(entry.file_size for entry in entries) > size:
-            raise zipfile.BadZipFile("its entries are larger than the file")
+        is_archive = stream.read(len(ARCHIVE_START)) == ARCHIVE_START
+        pickled = _pickles_of_archive(stream) if is_archive else stream.read(LARGEST_PICKLE)
+        if found := ALLOCATIONS.search(pickled):
+            raise ValueError(f"it asks for an empty {found[1].decode()}, and holds none")
     finally:
         stream.seek(0)
         if isinstance(readable, Path):
             stream.close()
+
+
+def _pickles_of_archive(stream: BinaryIO) -> bytes:
+    """What an archive holds besides numbers; PyTorch compresses nothing, so that its entries are not larger than the file."""
+    size = stream.seek(0, io.SEEK_END)
+    with zipfile.ZipFile(stream) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise zipfile.BadZipFile("its entries are compressed, and those of PyTorch never are")
+        if sum(entry.file_size for entry in entries) > size:
+            raise zipfile.BadZipFile("its entries are larger than the file")
+        return b"".join(archive.read(entry) for entry in entries if entry.filename.endswith(".pkl"))
 
 
 def _kind_of(start: bytes) -> str:
