@@ -1,22 +1,10 @@
 """Command line: `python -m internvl.training COMMAND`."""
 
-import argparse
 import sys
+from importlib import import_module
 
-from . import costs, funnel, stages, validation
-
-
-# Each has `add_command`, which adds sub-commands whose `run(options, tell)` returns the exit code.
-COMMANDS = (validation, funnel, stages, costs)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line's arguments."""
-    parser = argparse.ArgumentParser(prog="python -m internvl.training", description="Training, and what prepares it.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in COMMANDS:
-        module.add_command(commands)
-    return parser
+from .commands import build_parser
+from .texts import printable
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,9 +18,9 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = build_parser().parse_args(arguments)
     try:
-        return options.run(options, print)
+        return import_module(f".{options.module}", __package__).run(options, print)
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
 
 

@@ -51,9 +51,14 @@ def train_variant(run: DefaultRun, variant: Variant, output: Path, **how: Any) -
     recipe2 = run.stage2 if variant.has_stage2 else replace(run.stage2, phases={})
     name1 = "stage1" if variant.has_stage1 else "no_stage1"
     name2 = f"{name1}_{'stage2' if variant.has_stage2 else 'no_stage2'}"
-    stage1 = finish(output / name1, train=partial(stage1_default.train, recipe1), **how)
-    stage2 = finish(output / name2, train=partial(stage2_default.train, recipe2, stage1), **how)
-    chat = finish(output / f"{name2}_full", train=partial(stage3_default.train, run.chats["full"], stage2), **how)
+    stage1 = finish(output / name1, recipe1, train=partial(stage1_default.train, recipe1), **how)
+    stage2 = finish(output / name2, recipe2, train=partial(stage2_default.train, recipe2, stage1), **how)
+    chat = finish(
+        output / f"{name2}_full",
+        run.chats["full"],
+        train=partial(stage3_default.train, run.chats["full"], stage2),
+        **how,
+    )
     return stage2, chat
 
 

@@ -7,8 +7,12 @@ from typing import Any
 
 from transformers.utils import logging
 
+from .texts import printable
+
 
 logger = logging.get_logger(__name__)
+
+MAX_KINDS = 100  # of faults that are counted apart
 
 
 class UnusableRowError(ValueError):
@@ -55,7 +59,9 @@ class BrokenRows:
         if place is None:
             return
         self.broken += 1
-        self.reasons[_kind_of(str(reason))] += 1
+        reason = printable(str(reason))
+        kind = _kind_of(reason)
+        self.reasons[kind if kind in self.reasons or len(self.reasons) < MAX_KINDS else "other"] += 1
         if self.broken > self.max_rate * max(self.seen, self.grace):
             faults = ", ".join(f"{number} x {name}" for name, number in self.reasons.most_common())
             raise TooManyBrokenRowsError(

@@ -21,6 +21,7 @@ from ..configuration_internvl import InternVLChatConfig, InternVLConfig
 from ..modeling_internvl_chat import InternVLChatForConditionalGeneration
 from ..planner import SIZES, TEXT_LENGTH
 from ..visibility_qllama import Readings
+from .cluster import DECODERS, Cluster
 from .parameter_groups import part_of
 from .pretraining import (
     InternVLForContrastiveTraining,
@@ -43,8 +44,6 @@ from .recipes import (
 GIGABYTE = 1e9
 HALF, FULL = 2, 4  # bytes of bfloat16 and float32
 ADAM = 2 * FULL
-DECODERS = {"7b": "internvl-chat-7b", "13b": "internvl-chat-13b"}
-SHARDINGS = ("fsdp", "ddp")
 # How QLLaMA reads a picture, see pretraining: once for each loss.
 STAGE_2 = ("matching", "image", "generation")
 RETRIEVAL = ("matching", "matching", "image")
@@ -63,34 +62,6 @@ SHARDING_WORDS = {
     "fsdp": "Both are shared out to all GPUs; the gathered weights of two layers and the gradient of one come on top.",
     "ddp": "Every GPU holds all of them; autocast's bfloat16 copies of trained weights come on top.",
 }
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """What trains.
-
-    Args:
-        gpus: How many.
-        gpu_memory: Of each, in GB.
-        peak_tflops: Of each, dense bfloat16.
-        utilization: Share of the peak that executed operations reach.
-        sharding: One of `SHARDINGS`.
-    """
-
-    gpus: int = 640
-    gpu_memory: float = 80.0
-    peak_tflops: float = 312.0
-    utilization: float = 0.4
-    sharding: str = "fsdp"
-
-    def __post_init__(self) -> None:
-        for name in ("gpus", "gpu_memory", "peak_tflops"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
-        if not 0 < self.utilization <= 1:
-            raise ValueError(f"`utilization` must be in (0, 1], got {self.utilization}.")
-        if self.sharding not in SHARDINGS:
-            raise ValueError(f"`sharding` must be one of {list(SHARDINGS)}, got {self.sharding!r}.")
 
 
 @dataclass(frozen=True)
@@ -479,37 +450,6 @@ def table(found: list[Cost], cluster: Cluster) -> list[str]:
     return lines
 
 
-def add_command(commands: Any) -> None:
-    """Adds `costs` to the sub-commands of a command line."""
-    parser: argparse.ArgumentParser = commands.add_parser("costs", help="memory and days of the full recipes")
-    parser.add_argument("--gpus", metavar="N", type=int, default=Cluster.gpus, help="default: %(default)s")
-    parser.add_argument(
-        "--gpu-memory", metavar="GB", type=float, default=Cluster.gpu_memory, help="of each (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--peak-tflops",
-        metavar="N",
-        type=float,
-        default=Cluster.peak_tflops,
-        help="of each, dense bfloat16 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--utilization",
-        metavar="SHARE",
-        type=float,
-        default=Cluster.utilization,
-        help="of the peak, recomputed operations counted (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--sharding", choices=SHARDINGS, default=Cluster.sharding, help="of states (default: %(default)s)"
-    )
-    parser.add_argument("--decoder", choices=DECODERS, default="13b", help="of stage 3 (default: %(default)s)")
-    parser.add_argument(
-        "--text-length", metavar="N", type=int, default=TEXT_LENGTH, help="tokens of text in a dialogue"
-    )
-    parser.set_defaults(run=run)
-
-
 def run(options: argparse.Namespace, tell: Callable[[str], None]) -> int:
     """Prints the table and what it assumes.
 
@@ -521,11 +461,12 @@ def run(options: argparse.Namespace, tell: Callable[[str], None]) -> int:
         Exit code 0.
     """
     cluster = Cluster(options.gpus, options.gpu_memory, options.peak_tflops, options.utilization, options.sharding)
-    for line in table(costs(cluster, options.decoder, options.text_length), cluster):
+    text_length = TEXT_LENGTH if options.text_length is None else options.text_length
+    for line in table(costs(cluster, options.decoder, text_length), cluster):
         tell(line)
     tell("")
     facts = {
-        "dialogue": options.text_length,
+        "dialogue": text_length,
         "gpus": cluster.gpus,
         "peak": cluster.peak_tflops,
         "utilization": cluster.utilization,

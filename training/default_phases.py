@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from ..processing_internvl import InternVLProcessor
+from .checkpoints import LOG_FILE, WholeCheckpointTrainer
 from .muon import MuonWithAdamW
 from .scenes import LAYOUTS, Layout, Scene, sample_scene
+from .whole_folders import written_whole
 
 
-LOG_FILE = "training_log.json"  # written last, so a folder that has it is finished
 # On CPUs, plain matrix products in bfloat16 are twice as fast as the fused kernel at the lengths of these stages.
 ATTENTION = "eager"
 # A forked worker keeps a copy of every page that training writes to later, gigabytes in the end.
@@ -143,7 +144,7 @@ def run_phase(
         Trainer's log.
     """
     multiprocessing.set_forkserver_preload([__name__])  # once, and not in the worker of every phase
-    trainer = Trainer(
+    trainer = WholeCheckpointTrainer(
         model=model,
         args=training_arguments(data.phase, folder, data.seed, use_bf16),
         train_dataset=data,
@@ -151,16 +152,16 @@ def run_phase(
         optimizers=(MuonWithAdamW(groups, lr=data.phase.muon_lr), None),
         callbacks=list(callbacks),
     )
-    trainer.train(resume_from_checkpoint=resume and any(folder.glob("checkpoint-*")))
-    return trainer.state.log_history
+    return trainer.run(resume)
 
 
 def write_run(model: PreTrainedModel, processor: InternVLProcessor, log: dict[str, Any], output: Path) -> None:
     """Write a trained model, its processor and the log of its training to `output`."""
     model.set_attn_implementation("sdpa")
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
-    (output / LOG_FILE).write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+    with written_whole(output) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        (folder / LOG_FILE).write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
 
 
 def command_line(description: str) -> argparse.ArgumentParser:

@@ -20,10 +20,12 @@ from ..evaluation.results import Sizes, evaluate_run
 from ..modeling_internvl import InternVLModel
 from ..modeling_internvl_chat import InternVLChatForConditionalGeneration
 from . import stage1_default, stage2_default, stage3_default
-from .default_phases import LOG_FILE, Phase, command_line
+from .checkpoints import LOG_FILE, check_same_recipe, record_recipe
+from .default_phases import Phase, command_line
 from .stage1_default import Stage1Recipe
 from .stage2_default import Stage2Recipe
 from .stage3_default import CONNECTORS, Stage3Recipe
+from .whole_folders import recovered
 
 
 logger = logging.get_logger(__name__)
@@ -81,11 +83,18 @@ def _scaled_phase(phase: PhaseType, share: float) -> PhaseType:
     return replace(phase, steps=steps, warmup_steps=min(phase.warmup_steps, steps // 4))
 
 
-def finish(folder: Path, resume: bool, train: Callable[..., None], **how: Any) -> Path:
-    """Trains into `folder`, unless `resume` is wanted and all is there already; returns the folder."""
+def finish(folder: Path, recipe: Any, resume: bool, train: Callable[..., None], **how: Any) -> Path:
+    """Trains into `folder`, unless `resume` is wanted and all is there already; returns the folder.
+
+    Raises:
+        ValueError: If the folder holds a run of another recipe that was to be resumed.
+    """
+    if resume:
+        check_same_recipe(recovered(folder), recipe)
     if resume and (folder / LOG_FILE).exists():
         logger.warning("%s is finished", folder)
     else:
+        record_recipe(folder, recipe)
         train(output=folder, resume=resume, **how)
     return folder
 
@@ -100,10 +109,10 @@ def train(run: DefaultRun, output: Path, resume: bool = False, use_bf16: bool = 
         use_bf16: Compute in bfloat16; weights stay in float32.
     """
     how = {"resume": resume, "use_bf16": use_bf16}
-    stage1 = finish(output / "stage1", train=partial(stage1_default.train, run.stage1), **how)
-    stage2 = finish(output / "stage2", train=partial(stage2_default.train, run.stage2, stage1), **how)
+    stage1 = finish(output / "stage1", run.stage1, train=partial(stage1_default.train, run.stage1), **how)
+    stage2 = finish(output / "stage2", run.stage2, train=partial(stage2_default.train, run.stage2, stage1), **how)
     for name, recipe in run.chats.items():
-        finish(output / name, train=partial(stage3_default.train, recipe, stage2), **how)
+        finish(output / name, recipe, train=partial(stage3_default.train, recipe, stage2), **how)
 
 
 def assemble(run: Path, output: Path) -> None:

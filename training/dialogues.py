@@ -26,6 +26,8 @@ from ..messages_internvl import IGNORED_LABEL, Message
 from ..processing_internvl import InternVLProcessor
 from .broken_rows import BrokenRows, UnusableRowError
 from .json_rows import JsonRows, Row
+from .picture_files import is_path, picture_file
+from .texts import check_text
 
 
 ROLES = {
@@ -41,6 +43,7 @@ ROLES = {
 SOURCE_KEYS = ("bytes", "image", "url", "path", "base64", "image_url")
 UNSUPPORTED_KEYS = ("video", "videos", "audio", "audios")
 TOO_LONG = ("drop", "cut", "error")
+MAX_CHARACTERS = 200_000  # of all texts of a row; tokenizers take seconds for a megabyte
 
 Part = dict[str, Any]
 
@@ -55,7 +58,7 @@ def read_dialogue(row: Row, images: str | Path | None = None) -> list[Message]:
 
     Args:
         row: The row.
-        images: Folder of the pictures that are given as relative paths; None takes them as they are.
+        images: Folder of the pictures that are given as paths, which must lie below it; None takes them as they are.
 
     Returns:
         Messages whose contents are lists of text and image parts.
@@ -68,6 +71,9 @@ def read_dialogue(row: Row, images: str | Path | None = None) -> list[Message]:
             raise ValueError(f"`{key}` is not read here. Give the frames of a video as pictures.")
     turns = _turns_of(row)
     _check_order([role for role, _ in turns])
+    length = sum(len(part.get("text", "")) for _, parts in turns for part in parts)
+    if length > MAX_CHARACTERS:
+        raise ValueError(f"The row has {length} characters of text, at most {MAX_CHARACTERS} are read.")
     has_parts = any(_is_image(part) for _, parts in turns for part in parts)
     if not has_parts:
         turns = _split_placeholders(turns)
@@ -75,6 +81,8 @@ def read_dialogue(row: Row, images: str | Path | None = None) -> list[Message]:
     messages = []
     for number, (role, parts) in enumerate(turns, start=1):
         _check_content(role, parts, number)
+        for part in parts:
+            check_text(part.get("text", ""), f"Message {number}")
         resolved = [_resolved(part, images) if _is_image(part) else part for part in parts]
         messages.append({"role": role, "content": resolved})
     return messages
@@ -180,7 +188,10 @@ def _pictures_of(row: Row) -> list[Any]:
 def _source_of(picture: Any) -> Any:
     """What a picture is read from; None where a part leaves it to the pictures of the row."""
     while isinstance(picture, dict):
-        picture = next((picture[key] for key in SOURCE_KEYS if picture.get(key) is not None), None)
+        key = next((key for key in SOURCE_KEYS if picture.get(key) is not None), None)
+        picture = None if key is None else picture[key]
+        if key == "base64" and isinstance(picture, str) and not picture.startswith("data:"):
+            picture = f"data:;base64,{picture}"  # no path
     return picture
 
 
@@ -226,12 +237,9 @@ def _resolved(part: Part, images: str | Path | None) -> Part:
     source = part["image"]
     if source is None:
         raise ValueError("A picture is null.")
-    if not isinstance(source, (str, Path)) or str(source).startswith(("http://", "https://", "data:")):
+    if not is_path(source):
         return part
-    path = Path(images or "", source)
-    if not path.is_file():
-        raise ValueError(f"The picture `{source}` is missing: there is no file `{path}`.")
-    return {**part, "image": str(path)}
+    return {**part, "image": str(picture_file(source, images))}
 
 
 # --------------------------------------------------------------------------------------------------------- the tensors

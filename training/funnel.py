@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from .broken_rows import BrokenRows
 from .pair_rows import IMAGE_COLUMNS, add_size, caption_of, metadata_of, picture_of
+from .recipes import FUNNEL_STAGES as STAGES
 from .shards import find_shards, read_shards
 
 
-STAGES = (1, 2)
 PAPER_PAIRS = {0: 6.03e9, 1: 4.98e9, 2: 1.03e9}  # before the funnel, and what stages 1 and 2 trained on
 
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
@@ -194,11 +194,15 @@ class Funnel:
 
         Raises:
             MissingColumnError: If a rule that is not optional finds no column.
+            ValueError: If a value cannot be compared; the row is not counted then.
         """
+        values = [self._value(row, rule) for rule in self.rules]
+        verdicts = [_holds(rule, value) for rule, value in zip(self.rules, values, strict=True)]
         self.seen += 1
         passes = True
-        for rule, tally in zip(self.rules, self._tallies, strict=True):
-            if self._passes(row, rule, tally):
+        for tally, value, holds in zip(self._tallies, values, verdicts, strict=True):
+            tally.missing += value is None
+            if holds:
                 continue
             tally.failing += 1
             tally.removed += passes
@@ -215,13 +219,14 @@ class Funnel:
 
         Each rule has its fields, "removed" (rows of which it is the first that fails) and "removed_share" of the rows
         seen, "failing" (rows that fail it, whatever the others say) and "failing_share", "missing" (rows without a
-        value), and "left", the rows that are left behind it.
+        value), "left", the rows that are left behind it, and "skipped", whether it judged none because all lack its column.
         """
         left, rows = self.seen, []
         for rule, tally in zip(self.rules, self._tallies, strict=True):
             left -= tally.removed
             shares = {"removed_share": self._share(tally.removed), "failing_share": self._share(tally.failing)}
-            rows.append({**asdict(rule), **asdict(tally), **shares, "left": left})
+            is_skipped = 0 < self.seen == tally.missing and rule.is_optional
+            rows.append({**asdict(rule), **asdict(tally), **shares, "left": left, "skipped": is_skipped})
         return {
             "stage": self.stage,
             "seen": self.seen,
@@ -234,21 +239,27 @@ class Funnel:
     def _share(self, count: int) -> float:
         return count / self.seen if self.seen else 0.0
 
-    def _passes(self, row: Mapping[str, Any], rule: Rule, tally: _Tally) -> bool:
+    @staticmethod
+    def _value(row: Mapping[str, Any], rule: Rule) -> Any:
+        """What the rule compares; None where there is nothing."""
         try:
-            value = _value_of(row, rule.column)
+            return _value_of(row, rule.column)
         except MissingColumnError as error:
             if rule.is_optional:
-                tally.missing += 1
-                return True
+                return None
             raise MissingColumnError(
                 f"The rule `{rule.name}` finds no {error}; the data has {', '.join(map(str, row))}. Rename the column, "
                 "or make the rule optional."
             ) from error
-        if value is None:
-            tally.missing += 1
-            return rule.is_optional
-        return COMPARISONS[rule.comparison](value, rule.value)
+
+
+def _holds(rule: Rule, value: Any) -> bool:
+    if value is None:
+        return rule.is_optional
+    try:
+        return bool(COMPARISONS[rule.comparison](value, rule.value))
+    except TypeError as error:
+        raise ValueError(f"The column `{rule.column}` cannot be compared: it is {value!r:.80}.") from error
 
 
 def _value_of(row: Mapping[str, Any], column: str) -> Any:
@@ -256,7 +267,10 @@ def _value_of(row: Mapping[str, Any], column: str) -> Any:
     if column in DERIVED and column not in row:
         sources, compute = DERIVED[column]
         values = [_value_of(row, source) for source in sources]
-        return None if None in values else compute(*values)
+        try:
+            return None if any(value is None for value in values) else compute(*values)
+        except (ArithmeticError, AttributeError, TypeError) as error:
+            raise ValueError(f"The column `{column}` cannot be computed from {values!r:.80}.") from error
     names = COLUMNS.get(column, (column,))
     name = next((name for name in names if name in row), None)
     if name is None:
@@ -280,7 +294,7 @@ def plot_report(report: Mapping[str, Any], path: str | Path) -> None:
 
     rules = report["rules"]
     seen = max(report["seen"], 1)
-    labels = ["all", *(f"{row['column']} {row['comparison']} {row['value']}" for row in rules)]
+    labels = ["all", *(_name_of(row) + " (skipped)" * row["skipped"] for row in rules)]
     left = [1.0, *(row["left"] / seen for row in rules)]
     colours = ["0.6", *("tab:blue" if row["stage"] == 1 else "tab:orange" for row in rules)]
     figure = Figure(figsize=(8, 1.2 + 0.32 * len(labels)), layout="constrained")
@@ -320,18 +334,17 @@ def metadata_rows(shards: Sequence[str], broken_rows: BrokenRows) -> Iterator[Ma
         yield row
 
 
-def add_command(commands: Any) -> None:
-    """Adds `funnel` to the sub-commands of a command line."""
-    parser = commands.add_parser("funnel", help="what the filter rules of a stage remove from image-text shards")
-    parser.add_argument("data", metavar="DATA", nargs="+", help="tar or parquet shards; paths, patterns, addresses")
-    parser.add_argument("--stage", type=int, choices=STAGES, default=2, help="rules up to this stage (default: 2)")
-    parser.add_argument("--rules", metavar="FILE", help="JSON table of rules, instead of the package's own")
-    parser.add_argument(
-        "--without", metavar="COLUMN", action="append", default=[], help="the data lacks it; its rules then pass"
-    )
-    parser.add_argument("--output", metavar="FILE", help="write the report to this JSON file")
-    parser.add_argument("--plot", metavar="FILE", help="draw the funnel to this picture file")
-    parser.set_defaults(run=run)
+def _name_of(row: Mapping[str, Any]) -> str:
+    return f"{row['column']} {row['comparison']} {row['value']}"
+
+
+def _outcome_of(row: Mapping[str, Any]) -> str:
+    """What a rule of the report did, in words: a rule that judged nothing removed nothing, which is not the same."""
+    if row["skipped"]:
+        return "skipped: the data has no such column"
+    outcome = f"removed {row['removed']:>9} ({row['removed_share']:6.2%})"
+    passed = row["missing"] if row["is_optional"] else 0
+    return outcome + (f", {passed} without a value passed" if passed else "")
 
 
 def run(options: argparse.Namespace, tell: Callable[[str], None]) -> int:
@@ -347,12 +360,16 @@ def run(options: argparse.Namespace, tell: Callable[[str], None]) -> int:
     rules = RULES if options.rules is None else read_rules(options.rules)
     funnel, broken_rows = Funnel(options.stage, with_optional(rules, options.without)), BrokenRows()
     rows = metadata_rows(find_shards(options.data), broken_rows)
-    for _ in funnel(tqdm(rows, desc="funnel", unit="pair", leave=False, disable=None)):
-        pass
+    for row in tqdm(rows, desc="funnel", unit="pair", leave=False, disable=None):
+        try:
+            funnel.keeps(row)
+        except MissingColumnError:  # of all rows, not of this one
+            raise
+        except ValueError as error:
+            broken_rows.count(f"{row['__shard__']}, sample `{row['__key__']}`", error)
     report = {**funnel.report(), "broken": broken_rows.broken}
     for row in report["rules"]:
-        name = f"{row['column']} {row['comparison']} {row['value']}"
-        tell(f"stage {row['stage']}  {name:<26} removed {row['removed']:>9} ({row['removed_share']:6.2%})")
+        tell(f"stage {row['stage']}  {_name_of(row):<26} {_outcome_of(row)}")
     tell(
         f"{report['kept']} of {report['seen']} pairs are kept ({report['kept_share']:.2%}), {report['broken']} broken."
     )

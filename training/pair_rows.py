@@ -3,18 +3,22 @@
 import json
 from collections.abc import Sequence
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from ..image_decoding_internvl import DECODER_ERRORS
+from .picture_files import is_path, picture_file
 from .shards import FAULT_COLUMN, Row
+from .texts import check_text
 
 
 # Where pictures and captions are found, in this order; the first that a row has is taken.
 IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp", "image", "image_bytes", "bytes")
 TEXT_COLUMNS = ("txt", "caption", "text", "TEXT")
 JSON_COLUMN = "json"
+MAX_CAPTION = 20_000  # characters; tokenizers take seconds for a megabyte
 
 
 def metadata_of(row: Row) -> Row:
@@ -36,6 +40,8 @@ def metadata_of(row: Row) -> Row:
     if isinstance(metadata, (bytes, str)):
         try:
             metadata = json.loads(metadata)
+        except RecursionError as error:
+            raise ValueError("The metadata is broken JSON: it is nested too deeply.") from error
         except ValueError as error:
             raise ValueError(f"The metadata is broken JSON: {error}.") from error
     if metadata is not None and not isinstance(metadata, dict):
@@ -64,13 +70,17 @@ def caption_of(row: Row, columns: Sequence[str] = TEXT_COLUMNS) -> str:
             raise ValueError(f"The caption is not UTF-8: {error}.") from error
     if not isinstance(value, str):
         raise ValueError(f"The caption is no text: it is of type {type(value).__name__}.")
-    if not value.strip():
+    value = value.strip()
+    if not value:
         raise ValueError("The caption is empty.")
-    return value.strip()
+    if len(value) > MAX_CAPTION:
+        raise ValueError(f"The caption is too long: {len(value)} characters, at most {MAX_CAPTION} are read.")
+    check_text(value, "The caption")
+    return value
 
 
 def picture_of(row: Row, columns: Sequence[str] = IMAGE_COLUMNS) -> Any:
-    """The picture as it is stored: bytes, or a path or address.
+    """The picture as it is stored: bytes, an address, or a file, which must lie below the folder of a local shard.
 
     Args:
         row: What `metadata_of` returned.
@@ -80,12 +90,20 @@ def picture_of(row: Row, columns: Sequence[str] = IMAGE_COLUMNS) -> Any:
         The source.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or it names a file elsewhere.
     """
     value = _first_of(row, columns)
     if isinstance(value, dict):  # how `datasets` writes pictures to parquet
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
-    return value
+    if isinstance(value, (bytes, bytearray)):
+        return bytes(value)
+    if not isinstance(value, str):
+        raise ValueError(f"The picture is neither bytes nor a path: it is of type {type(value).__name__}.")
+    if not is_path(value):
+        return value
+    if "://" in row["__shard__"]:
+        raise ValueError("The picture is named by a path, which a shard at an address cannot have.")
+    return str(picture_file(value, Path(row["__shard__"]).parent))
 
 
 def add_size(row: Row, picture: Any) -> None:

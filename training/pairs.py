@@ -9,6 +9,7 @@ Not covered: mixing sources by weights (list the shards of one source more than 
 """
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import islice
 from random import Random
@@ -26,7 +27,7 @@ from ..image_loading_internvl import read_image, to_pil
 from ..image_processing_internvl import InternVLImageProcessor
 from ..processing_internvl import InternVLProcessor
 from .broken_rows import BrokenRows
-from .funnel import Funnel
+from .funnel import Funnel, MissingColumnError
 from .pair_rows import IMAGE_COLUMNS, TEXT_COLUMNS, add_size, caption_of, metadata_of, picture_of
 from .shards import Row, find_shards, read_shards
 
@@ -125,6 +126,13 @@ class PairStream(torch.utils.data.IterableDataset):
                 "number of shards a multiple of the number of processes."
             )
 
+    def from_the_beginning(self) -> "PairStream":
+        """The same stream as it was made, with a count of its own."""
+        stream = copy(self)
+        stream._position, stream._is_over = _Position(), False
+        stream.broken_rows = BrokenRows(self.broken_rows.max_rate, self.broken_rows.grace)
+        return stream
+
     def set_epoch(self, epoch: int) -> None:
         """Begins the next pass with this epoch, unless the stream is in the midst of it or never ends.
 
@@ -184,7 +192,10 @@ class PairStream(torch.utils.data.IterableDataset):
             if is_whole and num_rows > 0 and num_pairs == 0:
                 raise ValueError(f"None of {num_rows} samples is left to train on. Look at the rules of the funnel.")
             self._is_over = True
-            is_idle = is_whole and num_rows == 0  # a worker without a shard
+            is_idle = is_whole and num_rows == 0
+            if is_idle and not _has_other_workers():
+                self._check_has_samples()
+                is_idle = self.epochs is not None  # an endless stream looks into the shards of its next epoch
             if is_idle or (self.epochs is not None and (self._position.epoch + 1) % self.epochs == 0):
                 return
 
@@ -210,13 +221,24 @@ class PairStream(torch.utils.data.IterableDataset):
 
     def _source(self, epoch: int) -> datasets.IterableDataset:
         """This process's undecoded samples."""
-        shards = list(self.shards)
-        if self.shuffle_buffer > 1:
-            Random(f"shards/{self.seed}/{epoch}").shuffle(shards)  # every process must come to the same order
-        source = datasets.IterableDataset.from_generator(read_shards, gen_kwargs={"shards": shards})
+        source = datasets.IterableDataset.from_generator(read_shards, gen_kwargs={"shards": self._order(epoch)})
         if self.world_size > 1:
             source = split_dataset_by_node(source, rank=self.rank, world_size=self.world_size)
         return source
+
+    def _order(self, epoch: int) -> list[str]:
+        """All shards in the order of an epoch, to which every process must come."""
+        shards = list(self.shards)
+        if self.shuffle_buffer > 1:
+            Random(f"shards/{self.seed}/{epoch}").shuffle(shards)
+        return shards
+
+    def _check_has_samples(self) -> None:
+        """Refuses a first epoch without samples; in later ones other shards may fall to this process."""
+        if self._position.epoch == 0:
+            is_split = len(self.shards) % self.world_size == 0
+            own = self._order(0)[self.rank :: self.world_size] if is_split else self.shards
+            raise ValueError(f"Process {self.rank} of {self.world_size} finds no sample in {', '.join(own)}.")
 
     def _pair(self, row: Row) -> dict[str, Any] | None:
         place = f"{row['__shard__']}, sample `{row['__key__']}`"
@@ -226,14 +248,12 @@ class PairStream(torch.utils.data.IterableDataset):
             row["caption"] = caption_of(row, self.text_columns)
             if self.funnel is not None:
                 add_size(row, image)
-        except ValueError as error:
-            self.broken_rows.count(place, error)
-            return None
-        if self.funnel is not None and not self.funnel.keeps(row):
-            self.broken_rows.count()
-            return None
-        try:
+                if not self.funnel.keeps(row):
+                    self.broken_rows.count()
+                    return None
             picture = self._decode(image)
+        except MissingColumnError:  # of all rows, not of this one
+            raise
         except ValueError as error:
             self.broken_rows.count(place, error)
             return None
@@ -243,6 +263,12 @@ class PairStream(torch.utils.data.IterableDataset):
     def _decode(self, image: Any) -> Image.Image:
         picture = read_image(image, "The picture", self.max_image_pixels)
         return to_pil(picture, "The picture", self.max_image_pixels, True, None)
+
+
+def _has_other_workers() -> bool:
+    """Whether the samples that this worker lacks may be another's."""
+    worker = get_worker_info()
+    return worker is not None and worker.num_workers > 1
 
 
 class PairCollator:

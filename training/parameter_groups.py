@@ -12,45 +12,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from .parts import PARTS, part_of, plain_name
 
-# The first pattern that matches the beginning of a name says its part.
-PARTS = {
-    "vision": r"vision_model\.",
-    "pooling": r"clip_projector\.",  # InternVL-C's
-    "text_projection": r"text_projection$",
-    "temperature": r"logit_(scale|bias)$",
-    "queries": r"query_tokens$|qllama\..*\bcross_attn\.",
-    "query_heads": r"(clip_projector2|itm_head)\.",  # InternVL-G's, and matching
-    "language_head": r"qllama\.lm_head\.",
-    "qllama": r"qllama\.",  # the LLaMA that QLLaMA is made of
-    "projector": r"mlp[12]\.",
-    "language": r"language_model\.",  # the decoder of a chat model
-}
+
 LORA_PARTS = ("vision", "qllama", "language")
 _NEVER_DECAYED = ("query_tokens", "position_embedding", "class_embedding")
-# What PEFT, FSDP and torch.compile put into names.
-_WRAPPERS = re.compile(r"^base_model\.model\.|\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 _VISION_BLOCK = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.")
-
-
-def part_of(name: str) -> str:
-    """The part that a parameter or module belongs to.
-
-    Args:
-        name: From the model's root, also where PEFT, FSDP or torch.compile has wrapped it.
-
-    Raises:
-        ValueError: If it belongs to none.
-    """
-    name = _plain(name)
-    for part, pattern in PARTS.items():
-        if re.match(pattern, name):
-            return part
-    raise ValueError(f"`{name}` belongs to none of the parts {', '.join(PARTS)}.")
-
-
-def _plain(name: str) -> str:
-    return _WRAPPERS.sub("", name)
 
 
 def train_parts(model: nn.Module, parts: Collection[str], adapted: Collection[str] = ()) -> None:
@@ -87,7 +54,7 @@ def vision_depth(name: str, num_layers: int) -> int:
     """
     if part_of(name) != "vision":
         return 0
-    block = _VISION_BLOCK.match(_plain(name))
+    block = _VISION_BLOCK.match(plain_name(name))
     return num_layers - 1 - int(block[1]) if block else num_layers
 
 

@@ -13,6 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 
+FUNNEL_STAGES = (1, 2)  # whose data the funnel filters
+
+
 @dataclass(frozen=True)
 class Phase:
     """A stretch of training with a warm-up and a cosine decay of its own.
@@ -336,6 +339,7 @@ def with_steps(recipe: RecipeType, steps: int) -> RecipeType:
 
 
 __all__ = [
+    "FUNNEL_STAGES",
     "RECIPES",
     "ContrastiveRecipe",
     "DialogueRecipe",

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..configuration_internvl import InternVLConfig
 from ..modeling_internvl import InternVLModel
+from .whole_folders import written_whole
 
 
 SCALARS = ("logit_scale", "logit_bias")
@@ -45,14 +46,16 @@ class SavedAsInternVLModel(InternVLModel):
         state_dict: dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Saves an `InternVLModel`, for use without this package; arguments as in transformers."""
+        """Saves an `InternVLModel`, for use without this package; arguments as in transformers. A kill leaves the folder with the
+        weights that it had, or with these."""
         state_dict = dict(self.state_dict() if state_dict is None else state_dict)
         for name in SCALARS:
             if name in state_dict:
                 state_dict[name] = state_dict[name].reshape([])
         plain = InternVLModel.__new__(InternVLModel)  # no copy: FSDP2 gives the model a class that cannot be copied
         plain.__dict__ = dict(self.__dict__)  # shares the parameters, and lacks only the methods of training
-        plain.save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        with written_whole(save_directory, is_main_process) as folder:
+            plain.save_pretrained(folder, is_main_process, state_dict, **kwargs)
 
     def _hold_scalars_as_vectors(self) -> None:
         for name in SCALARS:

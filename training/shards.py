@@ -5,13 +5,17 @@ bytes and plain values, so that one broken picture or text cannot end a shard. `
 texts and JSON while it reads and takes the columns from the first five samples, which noisy data does not survive.
 """
 
+import lzma
+import struct
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 
 Row = dict[str, Any]
@@ -20,8 +24,23 @@ TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
 PARQUET_ENDINGS = (".parquet",)
 FAULT_COLUMN = "__fault__"
 PARQUET_ROWS = 64  # read at once
-# What reading a damaged or unreachable shard raises. Errors of pyarrow are OSError or ValueError.
-SHARD_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error)
+MAX_ROW_BYTES = 2**28  # of all columns of a row
+MAX_HEADER_BYTES = 2**20  # of what a tar file says about a member
+# What reading a damaged, hostile or unreachable shard raises. Errors of pyarrow derive from these.
+SHARD_ERRORS = (
+    ArithmeticError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    lzma.LZMAError,
+    struct.error,
+    tarfile.TarError,
+    zlib.error,
+)
 
 
 def find_shards(patterns: str | Sequence[str]) -> list[str]:
@@ -49,6 +68,9 @@ def find_shards(patterns: str | Sequence[str]) -> list[str]:
         found = sorted(system.glob(path))
         if not found:
             raise OSError(f"No shard found: there is no file `{pattern}`.")
+        is_local = isinstance(system, LocalFileSystem)
+        if is_local and (others := [name for name in found if not Path(name).is_file()]):
+            raise OSError(f"`{others[0]}` is no regular file, and no shard.")
         shards += [system.unstrip_protocol(name) if "://" in pattern else name for name in found]
     for shard in shards:
         if not _ending(shard).endswith(TAR_ENDINGS + PARQUET_ENDINGS):
@@ -94,23 +116,43 @@ def _ending(shard: str) -> str:
     return shard.partition("?")[0].lower() if "://" in shard else shard.lower()
 
 
+class _BoundedTarInfo(tarfile.TarInfo):
+    """A member whose long names and attributes, which are read at once, are bounded."""
+
+    _READ_AT_ONCE = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+
+    @classmethod
+    def frombuf(cls, *settings: Any) -> "_BoundedTarInfo":
+        """As in the library."""
+        member = super().frombuf(*settings)
+        if member.type in cls._READ_AT_ONCE and member.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a member's name or attributes take {member.size} bytes")
+        return member
+
+
 def _read_tar(file: BinaryIO, shard: str) -> Iterator[Row]:
     """Samples: neighbouring members whose names are equal up to the first dot."""
     row: Row = {}
-    with tarfile.open(fileobj=file, mode="r|*") as archive:
+    # A local file is read by seeking, which passes over what is too large; others come as a stream.
+    with tarfile.open(fileobj=file, mode="r|*" if "://" in shard else "r:*", tarinfo=_BoundedTarInfo) as archive:
         for member in archive:
             # The archive remembers every member it has passed, which for a large shard is a lot of memory.
             archive.members = []  # type: ignore[attr-defined]
             folder, slash, name = member.name.rpartition("/")
             stem, dot, column = name.partition(".")
-            if not member.isfile() or not stem or not dot:
+            if not member.isfile() or not stem or not dot or column.startswith("__"):
                 continue
             key = folder + slash + stem
             if row and row["__key__"] != key:
                 yield row
                 row = {}
-            content = archive.extractfile(member)
-            row.update({"__shard__": shard, "__key__": key, column.lower(): content.read() if content else b""})
+            row.update({"__shard__": shard, "__key__": key})
+            size = sum(len(value) for value in row.values()) + member.size
+            if size > MAX_ROW_BYTES:
+                row[FAULT_COLUMN] = f"The sample is too large: {size} bytes, at most {MAX_ROW_BYTES} are read."
+            else:
+                content = archive.extractfile(member)
+                row[column.lower()] = content.read() if content else b""
     if row:
         yield row
 
@@ -120,9 +162,19 @@ def _read_parquet(file: BinaryIO, shard: str) -> Iterator[Row]:
 
     number = 0
     for batch in parquet.ParquetFile(file).iter_batches(batch_size=PARQUET_ROWS):
-        for row in batch.to_pylist():
-            yield {"__shard__": shard, "__key__": str(number), **row}
+        for row in _rows_of(batch):
+            yield {**row, "__shard__": shard, "__key__": str(number)}
             number += 1
+
+
+def _rows_of(batch: Any) -> list[Row]:
+    """Rows of a batch; where one cannot be read, it alone stands for its fault."""
+    try:
+        return [{**row} for row in batch.to_pylist()]
+    except SHARD_ERRORS as error:
+        if len(batch) == 1:
+            return [{FAULT_COLUMN: f"The row cannot be read: {error}"}]
+        return [row for number in range(len(batch)) for row in _rows_of(batch.slice(number, 1))]
 
 
 __all__ = ["FAULT_COLUMN", "Row", "find_shards", "read_shard", "read_shards"]

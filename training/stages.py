@@ -8,29 +8,30 @@ Not covered: LoRA under ZeRO-3, where no process could merge the adapters at the
 where it was.
 """
 
-import argparse
 import json
 import os
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
+from transformers.utils import logging
 
-from ..conversation_internvl import list_conversation_templates
 from ..processing_internvl import InternVLProcessor
+from .checkpoints import LOG_FILE, WholeCheckpointTrainer, check_same_recipe, record_recipe
 from .collators import GenerativeCollator, RetrievalCollator
 from .dialogues import DialogueCollator, DialogueDataset, DialogueEncoder
-from .funnel import STAGES as FUNNEL_STAGES
 from .funnel import Funnel
 from .pairs import PairCollator, PairStream, stream_loader
-from .parameter_groups import PARTS, lora_targets, parameter_groups, train_parts
+from .parameter_groups import lora_targets, parameter_groups, train_parts
 from .recipes import (
-    RECIPES,
     ContrastiveRecipe,
     DialogueRecipe,
     GenerativeRecipe,
@@ -38,7 +39,6 @@ from .recipes import (
     Recipe,
     RecipeType,
     RetrievalRecipe,
-    with_steps,
 )
 from .stage_models import (
     Folder,
@@ -49,7 +49,10 @@ from .stage_models import (
     processor_of,
     retrieval_model,
 )
+from .whole_folders import checkpoints_in, recovered, written_whole
 
+
+logger = logging.get_logger(__name__)
 
 # What a phase trains on: the dataset, and the collator that makes its batches.
 Data = tuple[Dataset, Callable[[Any], dict[str, Any]]]
@@ -76,6 +79,10 @@ class Run:
     lora_parts: tuple[str, ...] = ()
     funnel_stage: int | None = None
 
+    def settings(self) -> dict[str, Any]:
+        """What of this decides about the weights."""
+        return {"lora_rank": self.lora_rank, "lora_parts": self.lora_parts, "funnel_stage": self.funnel_stage}
+
 
 class FrozenPartsWithoutGradient(TrainerCallback):
     """Where transformers checkpoints activations, it makes the embeddings of every part require gradients, of the vision tower too:
@@ -86,7 +93,17 @@ class FrozenPartsWithoutGradient(TrainerCallback):
         model.disable_input_require_grads()
 
 
-class StageTrainer(Trainer):
+class RanksDrawTheirOwn(TrainerCallback):
+    """Random numbers that differ between processes: kept patches, stochastic depth, hard negatives. `Trainer` seeds all processes
+    alike, which the weights and the order of the data need; the first process goes on with that."""
+
+    def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+        """Seeds this process, where it is not the first; a checkpoint brings each process's own state."""
+        if args.process_index:
+            set_seed(args.seed + args.process_index)
+
+
+class StageTrainer(WholeCheckpointTrainer):
     """`Trainer` with the learning rates of a recipe, which reads streams as they are.
 
     Args:
@@ -101,12 +118,13 @@ class StageTrainer(Trainer):
         self.phase = phase
         self.optimizer: torch.optim.Optimizer | None
         self.add_callback(FrozenPartsWithoutGradient)
+        self.add_callback(RanksDrawTheirOwn)
 
-    def get_train_dataloader(self) -> DataLoader:
+    def make_train_dataloader(self) -> DataLoader:
         """As in `Trainer`, but a stream is not shared out a second time."""
         if isinstance(self.train_dataset, PairStream):
             return stream_loader(self.train_dataset, self.data_collator, self.args)
-        return super().get_train_dataloader()
+        return super().make_train_dataloader()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with the groups of `parameter_groups`."""
@@ -205,14 +223,28 @@ def train(
     Returns:
         The model.
     """
+    with _cleared_on_failure(run):
+        return _train(model, processor, recipe, run, data, rows_per_process)
+
+
+def _train(
+    model: PreTrainedModel,
+    processor: InternVLProcessor,
+    recipe: Recipe,
+    run: Run,
+    data: Callable[[int, Phase, TrainingArguments], Data],
+    rows_per_process: int | None,
+) -> PreTrainedModel:
     adapters = _add_adapters(model, run)
-    log: dict[str, Any] = {"recipe": asdict(recipe)}
+    log: dict[str, Any] = {"recipe": asdict(recipe), "settings": run.settings()}
     for number, phase in enumerate(recipe.phases):
         if isinstance(recipe, ContrastiveRecipe):
             model.dropped_patches = phase.dropped_patches
         train_parts(model, phase.rates, run.lora_parts if adapters is not None else ())
         arguments = training_arguments(recipe, phase, run, rows_per_process)
         dataset, collator = data(number, phase, arguments)
+        if isinstance(dataset, PairStream):
+            check_has_pairs(dataset)
         trainer = StageTrainer(
             recipe,
             phase,
@@ -222,20 +254,99 @@ def train(
             train_dataset=dataset,
             processing_class=processor,
         )
-        is_resumed = run.resume and any(Path(arguments.output_dir).glob("checkpoint-*"))
-        trainer.train(resume_from_checkpoint=is_resumed or None)
-        log[phase.name] = trainer.state.log_history
-    if adapters is not None:
-        # Where weights are in pieces, all processes put them together, and each merges its pieces.
-        whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        if trainer.is_world_process_zero():
-            named = {f"base_model.model.{name}": value for name, value in whole.items()}
-            adapters.save_pretrained(run.output / "adapter", state_dict=named)
-        adapters.merge_and_unload()
-    trainer.save_model(str(run.output))
-    if trainer.is_world_process_zero():
-        (run.output / "training_log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+        if number == 0 and trainer.is_world_process_zero():
+            _mark_begun(recipe, run)
+        log[phase.name] = trainer.run(run.resume)
+    is_writer = trainer.is_world_process_zero()
+    with written_whole(run.output, is_writer) as folder:
+        if adapters is not None:
+            # Where weights are in pieces, all processes put them together, and each merges its pieces.
+            whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+            if is_writer:
+                named = {f"base_model.model.{name}": value for name, value in whole.items()}
+                adapters.save_pretrained(folder / "adapter", state_dict=named)
+            adapters.merge_and_unload()
+        trainer.save_model(str(folder))
+        if is_writer:
+            (folder / LOG_FILE).write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+    trainer.accelerator.wait_for_everyone()
     return model
+
+
+def check_has_pairs(stream: PairStream) -> None:
+    """Looks for a first pair that every process can train on, so that none waits for another that has nothing.
+
+    Args:
+        stream: Of this process; what it gives is left as it is.
+
+    Raises:
+        ValueError: In all processes alike, if one finds none; it names them and their shards.
+    """
+    reason = ""
+    try:
+        next(iter(stream.from_the_beginning()))
+    except (ValueError, OSError) as error:
+        reason = str(error)
+    reasons = gather_object([reason])
+    if any(reasons):
+        found = "; ".join(f"process {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
+        raise ValueError(f"There is nothing to train on for {found}")
+
+
+# ----------------------------------------------------------------------------------------------------- the output folder
+def finished_model(recipe: Recipe, run: Run) -> PreTrainedModel | None:
+    """Looks at the output folder before anything else is done.
+
+    Args:
+        recipe: The recipe.
+        run: How to run it.
+
+    Returns:
+        The model of a finished stage that was to be resumed, which nothing changes any more; None where there is work.
+
+    Raises:
+        ValueError: If the folder holds a run of another recipe, or a stopped one that was not to be resumed.
+    """
+    if is_first_process():
+        recovered(run.output)
+    is_finished = (run.output / LOG_FILE).is_file()
+    if run.resume:
+        check_same_recipe(run.output, recipe, **run.settings())
+    elif not is_finished and any(checkpoints_in(folder) for folder in (run.output / "trainer").glob("*")):
+        raise ValueError(
+            f"{run.output} holds a run that was stopped: go on with it by `--resume`, or take another folder."
+        )
+    if not (run.resume and is_finished):
+        return None
+    logger.warning(f"The stage in {run.output} is finished; nothing is changed.")
+    return AutoModel.from_pretrained(run.output)
+
+
+@contextmanager
+def _cleared_on_failure(run: Run) -> Iterator[None]:
+    """A start that fails before its first checkpoint leaves no folder behind."""
+    trainer, was_there = run.output / "trainer", run.output.exists()
+    try:
+        yield
+    finally:
+        is_of_use = (run.output / LOG_FILE).exists() or any(map(checkpoints_in, trainer.glob("*")))
+        if is_first_process() and not is_of_use:
+            shutil.rmtree(trainer, ignore_errors=True)
+            if not was_there and run.output.exists() and not any(run.output.iterdir()):
+                run.output.rmdir()
+
+
+def _mark_begun(recipe: Recipe, run: Run) -> None:
+    """Takes away what a finished run has left, and records what this one does."""
+    if not run.resume:
+        shutil.rmtree(run.output / "trainer", ignore_errors=True)
+        (run.output / LOG_FILE).unlink(missing_ok=True)
+    record_recipe(run.output, recipe, **run.settings())
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes, as launchers tell."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _add_adapters(model: PreTrainedModel, run: Run) -> Any:
@@ -287,6 +398,8 @@ def run_stage1(
     Raises:
         ValueError: If there is no tokenizer.
     """
+    if (finished := finished_model(recipe, run)) is not None:
+        return finished
     set_seed(recipe.seed)
     folder = tokenizer or source or llama
     if folder is None:
@@ -316,6 +429,8 @@ def run_stage2(
     Returns:
         The trained model.
     """
+    if (finished := finished_model(recipe, run)) is not None:
+        return finished
     set_seed(recipe.seed)
     processor = processor_of(source, recipe)
     prefix_lengths = GenerativeCollator(processor, recipe.max_text_length).prefix_lengths()
@@ -335,6 +450,8 @@ def run_retrieval(recipe: RetrievalRecipe, shards: list[str], run: Run, source: 
     Returns:
         The trained model.
     """
+    if (finished := finished_model(recipe, run)) is not None:
+        return finished
     set_seed(recipe.seed)
     processor = processor_of(source, recipe)
     model = retrieval_model(recipe, source)
@@ -376,6 +493,8 @@ def run_stage3(
     Returns:
         The trained model.
     """
+    if (finished := finished_model(recipe, run)) is not None:
+        return finished
     set_seed(recipe.seed)
     model, processor = chat_model(recipe, source, decoder)
     encoder = DialogueEncoder(processor, recipe.max_length)
@@ -383,106 +502,16 @@ def run_stage3(
     return train(model, processor, recipe, run, lambda *_: (dataset, collator), recipe.rows_at_a_time)
 
 
-# ---------------------------------------------------------------------------------------------------- the command line
-def add_command(commands: Any) -> None:
-    """Adds `stage1`, `stage2`, `stage3` and `retrieval` to the sub-commands of a command line."""
-    parser = _add_stage(commands, "stage1", "contrastive training of InternViT and LLaMA", "pairs")
-    parser.add_argument("--tokenizer", metavar="DIR", help="folder of the tokenizer (default: that of MODEL or LLAMA)")
-    parser.add_argument("--model", metavar="DIR", help="InternVL-C to go on from (default: start from nothing)")
-    parser.add_argument("--llama", metavar="DIR", help="LLaMA that the text encoder starts from")
-    parser = _add_stage(commands, "stage2", "queries and cross-attention of QLLaMA", "pairs")
-    parser.add_argument("--model", metavar="DIR", required=True, help="folder of stage 1")
-    parser.add_argument("--llama", metavar="DIR", help="LLaMA whose language head is taken (default: a fresh one)")
-    parser = _add_stage(commands, "retrieval", "fine-tuning for retrieval", "pairs")
-    parser.add_argument("--model", metavar="DIR", required=True, help="folder of stage 2")
-    parser.add_argument("--image-size", metavar="N", type=int, help="side of the pictures (full: 364, or 224)")
-    parser = _add_stage(commands, "stage3", "instruction tuning of a chat model", "dialogues")
-    parser.add_argument("--model", metavar="DIR", required=True, help="folder of stage 2")
-    parser.add_argument("--decoder", metavar="DIR", required=True, help="causal language model with its tokenizer")
-    parser.add_argument(
-        "--connector",
-        choices=("patches", "queries_and_patches"),
-        default="patches",
-        help="InternVL-Chat, simple (patches, the default) or full",
-    )
-    parser.add_argument("--freeze-language", action="store_true", help="leave the decoder as it is")
-    parser.add_argument("--template", choices=list_conversation_templates(), help="conversation template")
-    parser.add_argument("--images", metavar="DIR", help="folder of the pictures (default: the folder of each file)")
-
-
-def _add_stage(commands: Any, name: str, what: str, data: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=what)
-    files = "tar or parquet shards" if data == "pairs" else "JSON arrays or JSON lines"
-    parser.add_argument("--data", metavar="FILE", nargs="+", required=True, help=f"{data}: {files}")
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of the finished model")
-    parser.add_argument("--recipe", choices=("small", "full"), default="small", help="scale (default: small)")
-    parser.add_argument("--resume", action="store_true", help="go on from what a stopped run left in the folder")
-    parser.add_argument("--steps", metavar="N", type=int, help="steps of each phase, instead of the recipe's")
-    parser.add_argument("--batch-size", metavar="N", type=int, help="samples of a step, instead of the recipe's")
-    parser.add_argument("--workers", metavar="N", type=int, default=0, help="processes that prepare batches")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lora-rank", metavar="N", type=int, default=0, help="train LoRA adapters of this rank")
-    parser.add_argument(
-        "--lora-parts", metavar="PART", nargs="+", choices=PARTS, default=[], help="parts that get them"
-    )
-    if data == "pairs":
-        parser.add_argument("--funnel", type=int, choices=FUNNEL_STAGES, help="leave out pairs by this stage's rules")
-    parser.set_defaults(run=run, stage=name, funnel=None)
-    return parser
-
-
-def _recipe_of(options: argparse.Namespace) -> Any:
-    choices = {}
-    if options.stage == "stage3":
-        choices = {"connector": options.connector, "freeze_language": options.freeze_language}
-    if options.stage == "retrieval" and options.image_size is not None:
-        choices = {"image_size": options.image_size}
-    recipe = replace(RECIPES[options.stage][options.recipe](**choices), seed=options.seed)
-    if getattr(options, "template", None):
-        recipe = replace(recipe, template=options.template)
-    if options.steps is not None:
-        recipe = with_steps(recipe, options.steps)
-    if options.batch_size is not None:
-        phases = tuple(replace(phase, batch_size=options.batch_size) for phase in recipe.phases)
-        recipe = replace(recipe, phases=phases)
-    return with_lora(recipe, options.lora_parts)
-
-
-def run(options: argparse.Namespace, tell: Callable[[str], None]) -> int:
-    """Runs a stage.
-
-    Args:
-        options: Arguments of the command line.
-        tell: Takes the lines to show.
-
-    Returns:
-        Exit code 0.
-
-    Raises:
-        ValueError: If LoRA is asked for in part.
-    """
-    if bool(options.lora_rank) != bool(options.lora_parts):
-        raise ValueError("`--lora-rank` and `--lora-parts` belong together: give both or none.")
-    recipe = _recipe_of(options)
-    how = Run(
-        output=options.output,
-        resume=options.resume,
-        num_workers=options.workers,
-        lora_rank=options.lora_rank,
-        lora_parts=tuple(options.lora_parts),
-        funnel_stage=options.funnel,
-    )
-    if options.stage == "stage1":
-        run_stage1(recipe, options.data, how, options.tokenizer, options.model, options.llama)
-    elif options.stage == "stage2":
-        run_stage2(recipe, options.data, how, options.model, options.llama)
-    elif options.stage == "retrieval":
-        run_retrieval(recipe, options.data, how, options.model)
-    else:
-        run_stage3(recipe, options.data, how, options.model, options.decoder, options.images)
-    if os.environ.get("RANK", "0") == "0":
-        tell(f"The model is in {options.output}.")
-    return 0
-
-
-__all__ = ["Run", "StageTrainer", "run_retrieval", "run_stage1", "run_stage2", "run_stage3", "train", "with_lora"]
+__all__ = [
+    "Run",
+    "StageTrainer",
+    "check_has_pairs",
+    "finished_model",
+    "is_first_process",
+    "run_retrieval",
+    "run_stage1",
+    "run_stage2",
+    "run_stage3",
+    "train",
+    "with_lora",
+]

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 from transformers import AutoProcessor
@@ -14,6 +13,7 @@ from ..image_loading_internvl import read_image
 from ..image_processing_internvl import InternVLImageProcessor
 from .dialogues import DialogueEncoder, read_dialogue
 from .json_rows import JsonRows, Row
+from .texts import printable
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Fault:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {' '.join(self.reason.split())}"
+        return f"{self.file}:{self.line}: {printable(self.reason)}"
 
 
 def find_faults(
@@ -60,21 +60,6 @@ def _read_pictures(row: Row, images: str | Path) -> None:
                 source = part["image"]
                 name = f"The picture `{source}`" if isinstance(source, str) and len(source) <= 200 else "A picture"
                 read_image(source, name, InternVLImageProcessor.max_image_pixels)
-
-
-def add_command(commands: Any) -> None:
-    """Adds `validate` to the sub-commands of a command line."""
-    parser = commands.add_parser("validate", help="file, line and reason of each row that cannot be trained on")
-    parser.add_argument("data", metavar="DATA", nargs="+", help="dialogue files: a JSON array or JSON lines")
-    parser.add_argument("--images", metavar="DIR", help="folder of the pictures (default: the folder of each file)")
-    parser.add_argument("--model", metavar="DIR", help="encode the rows with this model's processor too")
-    parser.add_argument(
-        "--max-length",
-        metavar="N",
-        type=int,
-        help="with --model: most tokens of a row (default: its tokenizer's limit)",
-    )
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace, tell: Callable[[str], None]) -> int:

@@ -1,0 +1,132 @@
+"""The command line's arguments. Nothing here imports torch, so that a wrong argument is told at once.
+
+Each command names the module whose `run(options, tell)` does the work and returns the exit code.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..conversation_internvl import list_conversation_templates
+from .cluster import DECODERS, SHARDINGS, Cluster
+from .parts import PARTS
+from .recipes import FUNNEL_STAGES
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's arguments; `module` of what it parses says where the command is."""
+    parser = argparse.ArgumentParser(prog="python -m internvl.training", description="Training, and what prepares it.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (add_validate, add_funnel, add_stages, add_costs):
+        add(commands)
+    return parser
+
+
+def add_validate(commands: Any) -> None:
+    """Adds `validate` to the sub-commands of a command line."""
+    parser = commands.add_parser("validate", help="file, line and reason of each row that cannot be trained on")
+    parser.add_argument("data", metavar="DATA", nargs="+", help="dialogue files: a JSON array or JSON lines")
+    parser.add_argument("--images", metavar="DIR", help="folder of the pictures (default: the folder of each file)")
+    parser.add_argument("--model", metavar="DIR", help="encode the rows with this model's processor too")
+    parser.add_argument(
+        "--max-length",
+        metavar="N",
+        type=int,
+        help="with --model: most tokens of a row (default: its tokenizer's limit)",
+    )
+    parser.set_defaults(module="validation")
+
+
+def add_funnel(commands: Any) -> None:
+    """Adds `funnel` to the sub-commands of a command line."""
+    parser = commands.add_parser("funnel", help="what the filter rules of a stage remove from image-text shards")
+    parser.add_argument("data", metavar="DATA", nargs="+", help="tar or parquet shards; paths, patterns, addresses")
+    parser.add_argument(
+        "--stage", type=int, choices=FUNNEL_STAGES, default=2, help="rules up to this stage (default: 2)"
+    )
+    parser.add_argument("--rules", metavar="FILE", help="JSON table of rules, instead of the package's own")
+    parser.add_argument(
+        "--without", metavar="COLUMN", action="append", default=[], help="the data lacks it; its rules then pass"
+    )
+    parser.add_argument("--output", metavar="FILE", help="write the report to this JSON file")
+    parser.add_argument("--plot", metavar="FILE", help="draw the funnel to this picture file")
+    parser.set_defaults(module="funnel")
+
+
+def add_stages(commands: Any) -> None:
+    """Adds `stage1`, `stage2`, `stage3` and `retrieval` to the sub-commands of a command line."""
+    parser = _add_stage(commands, "stage1", "contrastive training of InternViT and LLaMA", "pairs")
+    parser.add_argument("--tokenizer", metavar="DIR", help="folder of the tokenizer (default: that of MODEL or LLAMA)")
+    parser.add_argument("--model", metavar="DIR", help="InternVL-C to go on from (default: start from nothing)")
+    parser.add_argument("--llama", metavar="DIR", help="LLaMA that the text encoder starts from")
+    parser = _add_stage(commands, "stage2", "queries and cross-attention of QLLaMA", "pairs")
+    parser.add_argument("--model", metavar="DIR", required=True, help="folder of stage 1")
+    parser.add_argument("--llama", metavar="DIR", help="LLaMA whose language head is taken (default: a fresh one)")
+    parser = _add_stage(commands, "retrieval", "fine-tuning for retrieval", "pairs")
+    parser.add_argument("--model", metavar="DIR", required=True, help="folder of stage 2")
+    parser.add_argument("--image-size", metavar="N", type=int, help="side of the pictures (full: 364, or 224)")
+    parser = _add_stage(commands, "stage3", "instruction tuning of a chat model", "dialogues")
+    parser.add_argument("--model", metavar="DIR", required=True, help="folder of stage 2")
+    parser.add_argument("--decoder", metavar="DIR", required=True, help="causal language model with its tokenizer")
+    parser.add_argument(
+        "--connector",
+        choices=("patches", "queries_and_patches"),
+        default="patches",
+        help="InternVL-Chat, simple (patches, the default) or full",
+    )
+    parser.add_argument("--freeze-language", action="store_true", help="leave the decoder as it is")
+    parser.add_argument("--template", choices=list_conversation_templates(), help="conversation template")
+    parser.add_argument("--images", metavar="DIR", help="folder of the pictures (default: the folder of each file)")
+
+
+def _add_stage(commands: Any, name: str, what: str, data: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=what)
+    files = "tar or parquet shards" if data == "pairs" else "JSON arrays or JSON lines"
+    parser.add_argument("--data", metavar="FILE", nargs="+", required=True, help=f"{data}: {files}")
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of the finished model")
+    parser.add_argument("--recipe", choices=("small", "full"), default="small", help="scale (default: small)")
+    parser.add_argument("--resume", action="store_true", help="go on from what a stopped run left in the folder")
+    parser.add_argument("--steps", metavar="N", type=int, help="steps of each phase, instead of the recipe's")
+    parser.add_argument("--batch-size", metavar="N", type=int, help="samples of a step, instead of the recipe's")
+    parser.add_argument("--workers", metavar="N", type=int, default=0, help="processes that prepare batches")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lora-rank", metavar="N", type=int, default=0, help="train LoRA adapters of this rank")
+    parser.add_argument(
+        "--lora-parts", metavar="PART", nargs="+", choices=PARTS, default=[], help="parts that get them"
+    )
+    if data == "pairs":
+        parser.add_argument("--funnel", type=int, choices=FUNNEL_STAGES, help="leave out pairs by this stage's rules")
+    parser.set_defaults(module="stage_command", stage=name, funnel=None)
+    return parser
+
+
+def add_costs(commands: Any) -> None:
+    """Adds `costs` to the sub-commands of a command line."""
+    parser: argparse.ArgumentParser = commands.add_parser("costs", help="memory and days of the full recipes")
+    parser.add_argument("--gpus", metavar="N", type=int, default=Cluster.gpus, help="default: %(default)s")
+    parser.add_argument(
+        "--gpu-memory", metavar="GB", type=float, default=Cluster.gpu_memory, help="of each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--peak-tflops",
+        metavar="N",
+        type=float,
+        default=Cluster.peak_tflops,
+        help="of each, dense bfloat16 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--utilization",
+        metavar="SHARE",
+        type=float,
+        default=Cluster.utilization,
+        help="of the peak, recomputed operations counted (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sharding", choices=SHARDINGS, default=Cluster.sharding, help="of states (default: %(default)s)"
+    )
+    parser.add_argument("--decoder", choices=DECODERS, default="13b", help="of stage 3 (default: %(default)s)")
+    parser.add_argument("--text-length", metavar="N", type=int, help="tokens of text in a dialogue")
+    parser.set_defaults(module="costs")
+
+
+__all__ = ["build_parser"]

@@ -1,0 +1,66 @@
+"""Runs a stage from the command line."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from .recipes import RECIPES, with_steps
+from .stages import Run, is_first_process, run_retrieval, run_stage1, run_stage2, run_stage3, with_lora
+
+
+def _recipe_of(options: argparse.Namespace) -> Any:
+    choices = {}
+    if options.stage == "stage3":
+        choices = {"connector": options.connector, "freeze_language": options.freeze_language}
+    if options.stage == "retrieval" and options.image_size is not None:
+        choices = {"image_size": options.image_size}
+    recipe = replace(RECIPES[options.stage][options.recipe](**choices), seed=options.seed)
+    if getattr(options, "template", None):
+        recipe = replace(recipe, template=options.template)
+    if options.steps is not None:
+        recipe = with_steps(recipe, options.steps)
+    if options.batch_size is not None:
+        phases = tuple(replace(phase, batch_size=options.batch_size) for phase in recipe.phases)
+        recipe = replace(recipe, phases=phases)
+    return with_lora(recipe, options.lora_parts)
+
+
+def run(options: argparse.Namespace, tell: Callable[[str], None]) -> int:
+    """Runs a stage.
+
+    Args:
+        options: Arguments of the command line.
+        tell: Takes the lines to show.
+
+    Returns:
+        Exit code 0.
+
+    Raises:
+        ValueError: If LoRA is asked for in part.
+    """
+    if bool(options.lora_rank) != bool(options.lora_parts):
+        raise ValueError("`--lora-rank` and `--lora-parts` belong together: give both or none.")
+    recipe = _recipe_of(options)
+    how = Run(
+        output=options.output,
+        resume=options.resume,
+        num_workers=options.workers,
+        lora_rank=options.lora_rank,
+        lora_parts=tuple(options.lora_parts),
+        funnel_stage=options.funnel,
+    )
+    if options.stage == "stage1":
+        run_stage1(recipe, options.data, how, options.tokenizer, options.model, options.llama)
+    elif options.stage == "stage2":
+        run_stage2(recipe, options.data, how, options.model, options.llama)
+    elif options.stage == "retrieval":
+        run_retrieval(recipe, options.data, how, options.model)
+    else:
+        run_stage3(recipe, options.data, how, options.model, options.decoder, options.images)
+    if is_first_process():
+        tell(f"The model is in {options.output}.")
+    return 0
+
+
+__all__ = ["run"]

@@ -1,0 +1,208 @@
+"""Folders that are whole or not there: a process may be killed at any moment of a write, and nothing half-written is taken for a model.
+
+`written_whole` writes beside the final names and moves the files in at the end; `recovered` completes a move that was cut off.
+`fault_of` says what a checkpoint of `Trainer` lacks, and `newest_whole` finds the one to go on from.
+
+Not covered: file systems that lose what was written when the machine itself goes down.
+"""
+
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# Inside of the folder that is written: what is being written, and what only has to be moved.
+INCOMPLETE, READY = ".incomplete", ".ready"
+NAMES_FILE = ".names.json"  # of all that is in READY
+# A folder without its configuration is not read, and one without its log is not finished: they go first and come last.
+OPENING_FILES = ("config.json", "training_log.json")
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)([-.].*)?\.(safetensors|bin)(\.index\.json)?")
+# Either of these is a checkpoint's model, its optimizer. DeepSpeed keeps both in `global_step...`, FSDP in folders of its own.
+_MODELS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model_fsdp*", "global_step*")
+_OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+@contextmanager
+def written_whole(folder: str | Path, is_writer: bool = True) -> Iterator[Path]:
+    """Gives a place to write to; what is there at the end replaces the model in `folder`, old shards included.
+
+    Args:
+        folder: The final folder. Files of other names and sub-folders in it stay.
+        is_writer: False for processes that write nothing and only need the place.
+
+    Yields:
+        The place.
+    """
+    folder = Path(folder)
+    place, was_there = folder / INCOMPLETE, folder.exists()
+    if not is_writer:
+        yield place
+        return
+    recovered(folder)
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    try:
+        yield place
+        names = [entry.name for entry in place.iterdir()]
+        (place / NAMES_FILE).write_text(json.dumps(names), encoding="utf-8")
+        place.rename(folder / READY)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        if not was_there and not any(folder.iterdir()):
+            folder.rmdir()
+    recovered(folder)
+
+
+def recovered(folder: str | Path) -> Path:
+    """Completes what a kill has cut off between the last byte written and the last file moved; gives the folder back."""
+    folder = Path(folder)
+    ready = folder / READY
+    if not ready.is_dir():
+        return folder
+    names = json.loads((ready / NAMES_FILE).read_text(encoding="utf-8"))
+    for name in OPENING_FILES:
+        if (ready / name).exists():
+            (folder / name).unlink(missing_ok=True)
+    for entry in list(folder.iterdir()):
+        if _WEIGHTS.fullmatch(entry.name) and entry.name not in names:
+            entry.unlink()
+    others = [name for name in names if name not in OPENING_FILES]
+    for name in (*others, *OPENING_FILES):
+        source, target = ready / name, folder / name
+        if source.is_dir() and target.is_dir():
+            shutil.rmtree(target)
+        if source.exists():
+            source.replace(target)
+    shutil.rmtree(ready)
+    return folder
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    """Writes a file that is there with all of its text or as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+def step_of(checkpoint: Path) -> int | None:
+    """The step in the name of a checkpoint; None for anything else."""
+    found = _CHECKPOINT.fullmatch(checkpoint.name)
+    return int(found[1]) if found and checkpoint.is_dir() else None
+
+
+def checkpoints_in(folder: str | Path) -> list[Path]:
+    """Checkpoints of `Trainer`, whole or not, the newest first."""
+    steps = [(step, entry) for entry in Path(folder).glob("checkpoint-*") if (step := step_of(entry)) is not None]
+    return [entry for _, entry in sorted(steps, reverse=True)]
+
+
+def newest_whole(folder: str | Path, processes: int = 1) -> Path | None:
+    """The newest checkpoint that a run can go on from; newer ones that are not whole are passed over, with one warning.
+
+    Args:
+        folder: `output_dir` of a `Trainer`.
+        processes: Which wrote it.
+    """
+    faults = []
+    for checkpoint in checkpoints_in(folder):
+        fault = fault_of(checkpoint, processes)
+        if fault is None:
+            if faults:
+                logger.warning(f"{checkpoint} is the newest whole checkpoint. Passed over: {'; '.join(faults)}.")
+            return checkpoint
+        faults.append(f"{checkpoint.name} ({fault})")
+    if faults:
+        logger.warning(f"{folder} has no whole checkpoint, so training starts anew. Passed over: {'; '.join(faults)}.")
+    return None
+
+
+def fault_of(checkpoint: Path, processes: int = 1) -> str | None:
+    """What makes a checkpoint of `Trainer` unfit to go on from; None where nothing does.
+
+    Args:
+        checkpoint: Its folder.
+        processes: Which wrote it.
+
+    Returns:
+        A few words with the name of the file.
+    """
+    is_deepspeed = any(checkpoint.glob("global_step*"))
+    states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    wanted = [("trainer_state.json",), _MODELS, _OPTIMIZERS, *((state,) for state in states)]
+    wanted.append(("latest",) if is_deepspeed else ("scheduler.pt",))
+    for patterns in wanted:
+        if not any(any(checkpoint.glob(pattern)) for pattern in patterns):
+            return f"no {patterns[0]}"
+    for path in sorted(checkpoint.rglob("*")):
+        if fault := _fault_in_file(path) if path.is_file() else _fault_in_folder(path):
+            return f"{path.relative_to(checkpoint)} {fault}"
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    if not isinstance(state, dict) or state.get("global_step") != step_of(checkpoint):
+        return "trainer_state.json is of another step"
+    return None
+
+
+def _fault_in_folder(path: Path) -> str | None:
+    """torch.distributed.checkpoint writes its table of contents last."""
+    return "has no .metadata" if any(path.glob("*.distcp")) and not (path / ".metadata").exists() else None
+
+
+def _fault_in_file(path: Path) -> str | None:
+    """What shows that a file was not written to its end."""
+    if path.suffix == ".safetensors":
+        return None if _is_whole_safetensors(path) else "ends too early"
+    if path.suffix in (".pt", ".pth", ".bin"):  # torch.save writes archives, whose table of contents is their end
+        return None if zipfile.is_zipfile(path) else "ends too early"
+    if path.suffix == ".json":
+        return _fault_in_json(path)
+    return None
+
+
+def _fault_in_json(path: Path) -> str | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return "is broken JSON"
+    shards: Any = content.get("weight_map") if isinstance(content, dict) and path.name.endswith(".index.json") else {}
+    missing = sorted({name for name in shards.values() if not (path.parent / name).is_file()})
+    return f"names {missing[0]}, which is missing" if missing else None
+
+
+def _is_whole_safetensors(path: Path) -> bool:
+    """Whether the file is as long as its header says."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            return False
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            return False
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return size == 8 + length + max(ends, default=0)
+
+
+__all__ = [
+    "checkpoints_in",
+    "fault_of",
+    "newest_whole",
+    "recovered",
+    "step_of",
+    "write_text_whole",
+    "written_whole",
+]
