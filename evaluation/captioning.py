@@ -212,7 +212,7 @@ def evaluate_captioning(
 
 def main() -> None:
     """Evaluate a checkpoint from the command line."""
-    run_command("Captions of held-out scenes in five languages.", evaluate_captioning, pictures=200)
+    run_command("Captions of held-out scenes in five languages.", evaluate_captioning, ("InternVL-G",), pictures=200)
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ def evaluate_dialogue(
 def main() -> None:
     """Evaluate a checkpoint from the command line."""
     description = "Dialogue accuracy on held-out generated pictures."
-    run_command(description, evaluate_dialogue, questions=500, batch_size=8)
+    run_command(description, evaluate_dialogue, ("chat",), questions=500, batch_size=8)
 
 
 if __name__ == "__main__":

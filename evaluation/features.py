@@ -13,8 +13,11 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
 
+from ..kinds import check_kind
 from ..modeling_internvl import MODES
 
+
+C_AND_G = ("InternVL-C", "InternVL-G")
 
 Item = TypeVar("Item")
 
@@ -85,12 +88,15 @@ def embed_texts(
     return torch.cat(rows)
 
 
-def run_command(description: str, evaluate: Callable[..., dict[str, Any]], **numbers: int) -> None:
+def run_command(
+    description: str, evaluate: Callable[..., dict[str, Any]], kinds: Sequence[str] = C_AND_G, **numbers: int
+) -> None:
     """Runs an evaluation from the command line and writes its report.
 
     Args:
         description: What the command does.
         evaluate: Takes model, processor, and by name the numbers; gives the report.
+        kinds: Of models that it takes, see `check_kind`.
         **numbers: Options of the command with their defaults.
     """
     parser = argparse.ArgumentParser(description=description)
@@ -102,8 +108,13 @@ def run_command(description: str, evaluate: Callable[..., dict[str, Any]], **num
     options = vars(parser.parse_args())
     where = {"pretrained_model_name_or_path": options.pop("model"), "subfolder": options.pop("subfolder")}
     output: Path | None = options.pop("output")
-    model = AutoModel.from_pretrained(**where).eval()
-    report = evaluate(model, AutoProcessor.from_pretrained(**where), **options)
+    try:
+        folder, subfolder = where.values()
+        check_kind(folder, *kinds, door="this evaluation", subfolder=subfolder)
+        model = AutoModel.from_pretrained(**where).eval()
+        report = evaluate(model, AutoProcessor.from_pretrained(**where), **options)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"error: {' '.join(str(error).split())}\n")
     text = json.dumps(report, indent=2)
     if output:
         output.write_text(text + "\n", encoding="utf-8")

@@ -122,6 +122,20 @@ def load_in_tensor_parallel(folder: Path) -> dict:
     return found
 
 
+def stage_of_two(rank: int, folder: Path) -> dict:
+    """Stage 1 on FOLDER/bad/*.tar, which is refused, and on FOLDER/good/*.tar: the errors, and what was drawn in each step."""
+    from .test_stage_faults import numbers_drawn
+
+    # As launchers do; the group is there already.
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", LOCAL_WORLD_SIZE="2")
+    found = {}
+    try:
+        numbers_drawn(folder / "bad")
+    except ValueError as error:
+        found = {"error": str(error), "is_there": (folder / "bad" / "out").exists()}
+    return {**found, "drawn": numbers_drawn(folder / "good")}
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """What FSDP2 has spread over the ranks."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -303,6 +303,8 @@ class DialogueEncoder:
         encoded = {"input_ids": features["input_ids"][0], "labels": features["labels"][0]}
         if "pixel_values" in features:
             encoded["pixel_values"] = features["pixel_values"]
+        if (encoded["labels"] == IGNORED_LABEL).all():
+            raise UnusableRowError("The row has no answer from which to learn.")
         length = len(encoded["input_ids"])
         if self.max_length is not None and length > self.max_length:
             self._shorten(encoded, self.max_length)
@@ -408,9 +410,16 @@ class DialogueCollator:
         Returns:
             `input_ids`, `labels` (B, L), -100 = not learned, `attention_mask` (B, L), 1 = attend, and `pixel_values`
             (T, 3, H, W) if there are pictures. Packed: (1, sum of L), and `position_ids` in place of the mask.
+
+        Raises:
+            ValueError: If no row has a label, so that there is nothing to learn.
         """
         encoded = [row if "input_ids" in row else self.encoder(row) for row in rows]
         batch = self._packed(encoded) if self.pack else self._padded(encoded)
+        if (batch["labels"] == IGNORED_LABEL).all():
+            raise ValueError(
+                f"None of the {len(encoded)} rows of a batch has a label: there is no answer to learn from."
+            )
         tiles = [row["pixel_values"] for row in encoded if "pixel_values" in row]
         if tiles:
             batch["pixel_values"] = torch.cat(tiles)

@@ -190,7 +190,11 @@ class PairStream(torch.utils.data.IterableDataset):
                     num_pairs += 1
                     yield pair
             if is_whole and num_rows > 0 and num_pairs == 0:
-                raise ValueError(f"None of {num_rows} samples is left to train on. Look at the rules of the funnel.")
+                faults = ", ".join(f"{count} x {kind}" for kind, count in self.broken_rows.reasons.items())
+                raise ValueError(
+                    f"None of {num_rows} samples is left to train on. "
+                    + (f"Broken: {faults}." if faults else "Look at the rules of the funnel.")
+                )
             self._is_over = True
             is_idle = is_whole and num_rows == 0
             if is_idle and not _has_other_workers():

@@ -20,13 +20,47 @@ _NEVER_DECAYED = ("query_tokens", "position_embedding", "class_embedding")
 _VISION_BLOCK = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.")
 
 
-def train_parts(model: nn.Module, parts: Collection[str], adapted: Collection[str] = ()) -> None:
-    """Trains these parts of a model and freezes all others.
+def idle_modules(model: nn.Module) -> list[str]:
+    """Names of the modules that no forward of the model runs: vision blocks above the layer that gives the features.
+
+    Gradients never reach them, which DistributedDataParallel waits for, and adapters on them would learn nothing.
+    """
+    config = model.config
+    if getattr(config, "connector", None) == "patches":  # queries read the last block
+        used = config.num_vision_layers
+    elif hasattr(model, "decode_head"):
+        used = max(config.out_indices_from_front)
+    else:
+        return []
+    blocks = ((name, _VISION_BLOCK.fullmatch(f"{plain_name(name)}.")) for name, _ in model.named_modules())
+    return [name for name, block in blocks if block and int(block[1]) >= used]
+
+
+def freeze_idle(model: nn.Module) -> list[str]:
+    """Freezes what `idle_modules` names, whatever wraps the model or sits on it; for trainers of one's own, after PEFT.
+
+    Returns:
+        The names of the modules in which something was to be trained.
+    """
+    frozen = []
+    for name in idle_modules(model):
+        module = model.get_submodule(name)
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            module.requires_grad_(False)
+            frozen.append(name)
+    return frozen
+
+
+def train_parts(model: nn.Module, parts: Collection[str], adapted: Collection[str] = ()) -> list[str]:
+    """Trains these parts of a model and freezes all others, and what no forward uses.
 
     Args:
         model: Any model of the package.
         parts: Names in `PARTS`.
         adapted: Parts that were given LoRA adapters: of these only the adapters are trained.
+
+    Returns:
+        Names of the modules in these parts that no forward uses.
 
     Raises:
         ValueError: If the model has no such part.
@@ -37,6 +71,7 @@ def train_parts(model: nn.Module, parts: Collection[str], adapted: Collection[st
     for name, parameter in model.named_parameters():
         part = part_of(name)
         parameter.requires_grad_(part in parts and (part not in adapted or "lora_" in name))
+    return freeze_idle(model)
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -91,7 +126,8 @@ def parameter_groups(
 
 
 def lora_targets(model: PreTrainedModel, parts: Collection[str] = LORA_PARTS) -> list[str]:
-    """Names for `LoraConfig(target_modules=...)`: the linear layers of some parts, output layers left out.
+    """Names for `LoraConfig(target_modules=...)`: the linear layers of some parts, without output layers and those that no forward
+    runs.
 
     Args:
         model: Any model of the package.
@@ -107,7 +143,12 @@ def lora_targets(model: PreTrainedModel, parts: Collection[str] = LORA_PARTS) ->
         raise ValueError(f"`parts` must be among {', '.join(PARTS)}, got {', '.join(unknown)}.")
     head = model.get_output_embeddings()
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    names = [name for name, layer in layers if layer is not head and part_of(f"{name}.weight") in parts]
+    idle = tuple(f"{name}." for name in idle_modules(model))
+    names = [
+        name
+        for name, layer in layers
+        if layer is not head and part_of(f"{name}.weight") in parts and not name.startswith(idle)
+    ]
     if not names:
         raise ValueError(f"This model has no linear layer in {', '.join(parts) or 'no part'}.")
     return names
@@ -117,6 +158,8 @@ __all__ = [
     "LORA_PARTS",
     "PARTS",
     "decays",
+    "freeze_idle",
+    "idle_modules",
     "lora_targets",
     "parameter_groups",
     "part_of",

@@ -1,9 +1,10 @@
 """The model and the processor that each stage starts from: nothing, a LLaMA, a decoder, or the folder of the stage before.
 
-Weights keep the dtype they are stored in, but for the parts that the recipe trains: these are float32. Where a folder
-holds narrower weights, frozen parts stay narrow, and the recipe must compute under autocast (`use_bf16`).
+Weights are float32. Where the recipe computes under autocast (`use_bf16`), frozen parts keep the narrower dtype that a folder
+may store them in.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,8 +18,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
-from ..configuration_internvl import InternVLChatConfig, InternVLConfig
+from ..configuration_internvl import InternViTConfig, InternVLChatConfig, InternVLConfig
 from ..conversation_internvl import (
     IMAGE_CONTEXT_TOKEN,
     IMAGE_END_TOKEN,
@@ -26,6 +28,7 @@ from ..conversation_internvl import (
     get_conversation_template,
 )
 from ..image_processing_internvl import InternVLImageProcessor
+from ..kinds import check_kind
 from ..modeling_internvl import InternVLModel
 from ..modeling_internvl_chat import InternVLChatForConditionalGeneration
 from ..processing_internvl import InternVLProcessor
@@ -35,20 +38,48 @@ from .pretraining import (
     InternVLForGenerativeTraining,
     InternVLForRetrievalTraining,
 )
-from .recipes import ContrastiveRecipe, DialogueRecipe, GenerativeRecipe, Recipe, RetrievalRecipe
+from .recipes import ContrastiveRecipe, DialogueRecipe, GenerativeRecipe, Recipe, RecipeType, RetrievalRecipe
 
+
+logger = logging.get_logger(__name__)
 
 Folder = str | Path
+C_AND_G = ("InternVL-C", "InternVL-G")
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def trained_in_float32(model: Model, recipe: Recipe) -> Model:
-    """The model with the parts that the recipe trains in float32, in place."""
+def in_dtypes_of(recipe: Recipe, model: Model) -> Model:
+    """The model in the dtypes that the recipe computes in, in place: all of it in float32 where it does not use autocast, else
+    the parts that it trains."""
+    if not recipe.use_bf16:
+        return model.float()
     parts = {part for phase in recipe.phases for part in phase.rates}
     for name, parameter in model.named_parameters():
         if part_of(name) in parts:
             parameter.data = parameter.data.float()
     return model
+
+
+def fitting(recipe: RecipeType, source: Folder | None = None) -> RecipeType:
+    """The recipe with picture sizes that whole patches fill, those of the model it starts from: the next larger ones.
+
+    Args:
+        recipe: The recipe.
+        source: Folder of the model; None for one that starts from nothing.
+    """
+    if source is not None:
+        patch_size = check_kind(source, *C_AND_G, door="`--model`").vision_config.patch_size
+    else:
+        patch_size = InternViTConfig(**getattr(recipe, "vision_config", {})).patch_size
+    unit = round(patch_size / getattr(recipe, "downsample_ratio", 1))  # of stage 3: patches that become one token
+    phases = [replace(phase, image_size=-(-phase.image_size // unit) * unit) for phase in recipe.phases]
+    for phase, given in zip(phases, recipe.phases, strict=True):
+        if phase != given:
+            logger.warning(
+                f"Phase {phase.name} has pictures of {phase.image_size} px instead of {given.image_size}, which {unit} px "
+                "do not divide."
+            )
+    return replace(recipe, phases=tuple(phases))
 
 
 # -------------------------------------------------------------------------------------------------------- the processor
@@ -96,6 +127,7 @@ def chat_processor(
 
 # --------------------------------------------------------------------------------------------------- stages 1 and 2
 def _config_of(source: Folder, recipe: Recipe) -> InternVLConfig:
+    check_kind(source, *(("InternVL-G",) if isinstance(recipe, RetrievalRecipe) else C_AND_G), door="`--model`")
     config = InternVLConfig.from_pretrained(source)
     config.vision_config.drop_path_rate = recipe.drop_path_rate
     config.force_image_size = recipe.phases[-1].image_size
@@ -103,6 +135,7 @@ def _config_of(source: Folder, recipe: Recipe) -> InternVLConfig:
 
 
 def _read_llama(folder: Folder, num_tokens: int) -> LlamaForCausalLM:
+    check_kind(folder, "llama", door="`--llama`")
     llama = LlamaForCausalLM.from_pretrained(folder)
     if llama.config.vocab_size != num_tokens:
         llama.resize_token_embeddings(num_tokens)  # new words start around the mean of the others
@@ -149,7 +182,7 @@ def contrastive_model(
             raise ValueError(f"The text encoder starts from {source} or from {llama}; give one of them.")
         config = _config_of(source, recipe)
         model = InternVLForContrastiveTraining.from_pretrained(source, config=config, **settings)
-        return trained_in_float32(model, recipe)
+        return in_dtypes_of(recipe, model)
     start = None if llama is None else _read_llama(llama, len(tokenizer))
     text_config = dict(recipe.text_config if start is None else start.config.to_dict())
     for key in ("model_type", "architectures", "auto_map"):
@@ -171,7 +204,7 @@ def contrastive_model(
     model = InternVLForContrastiveTraining(config, **settings)
     if start is not None:
         _copy_weights(model.qllama.model, start.model.state_dict(), str(llama))
-    return trained_in_float32(model, recipe)
+    return in_dtypes_of(recipe, model)
 
 
 def generative_model(
@@ -198,14 +231,14 @@ def generative_model(
     if llama is not None:
         head = _read_llama(llama, config.qllama_config.vocab_size).lm_head
         _copy_weights(model.qllama.lm_head, head.state_dict(), llama)
-    return trained_in_float32(model, recipe)
+    return in_dtypes_of(recipe, model)
 
 
 def retrieval_model(recipe: RetrievalRecipe, source: Folder) -> InternVLForRetrievalTraining:
     """The model of retrieval fine-tuning, from the folder of stage 2."""
     settings: dict[str, Any] = {"rows_per_chunk": recipe.rows_at_a_time, "max_logit_scale": recipe.max_logit_scale}
     model = InternVLForRetrievalTraining.from_pretrained(source, config=_config_of(source, recipe), **settings)
-    return trained_in_float32(model, recipe)
+    return in_dtypes_of(recipe, model)
 
 
 # -------------------------------------------------------------------------------------------------------------- stage 3
@@ -225,6 +258,8 @@ def chat_model(
     Raises:
         ValueError: If the full configuration is wanted of a model without queries.
     """
+    check_kind(source, *C_AND_G, door="`--model`")
+    check_kind(decoder, "language", door="`--decoder`")
     base = InternVLModel.from_pretrained(source)
     is_full = recipe.connector != "patches"
     if is_full and not base.config.has_queries:
@@ -244,7 +279,7 @@ def chat_model(
     _fill_chat(model, base, language, str(source), str(decoder))
     ends = get_conversation_template(recipe.template).end_token_ids(processor.tokenizer)
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=processor.tokenizer.pad_token_id)
-    return trained_in_float32(model, recipe), processor
+    return in_dtypes_of(recipe, model), processor
 
 
 def _chat_config(
@@ -294,9 +329,10 @@ __all__ = [
     "chat_model",
     "chat_processor",
     "contrastive_model",
+    "fitting",
     "generative_model",
+    "in_dtypes_of",
     "pair_processor",
     "processor_of",
     "retrieval_model",
-    "trained_in_float32",
 ]

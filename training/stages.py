@@ -44,6 +44,7 @@ from .stage_models import (
     Folder,
     chat_model,
     contrastive_model,
+    fitting,
     generative_model,
     pair_processor,
     processor_of,
@@ -240,7 +241,9 @@ def _train(
     for number, phase in enumerate(recipe.phases):
         if isinstance(recipe, ContrastiveRecipe):
             model.dropped_patches = phase.dropped_patches
-        train_parts(model, phase.rates, run.lora_parts if adapters is not None else ())
+        idle = train_parts(model, phase.rates, run.lora_parts if adapters is not None else ())
+        if idle:
+            logger.warning(f"Phase {phase.name}: no forward uses {', '.join(idle)}, which stay as they are.")
         arguments = training_arguments(recipe, phase, run, rows_per_process)
         dataset, collator = data(number, phase, arguments)
         if isinstance(dataset, PairStream):
@@ -398,6 +401,7 @@ def run_stage1(
     Raises:
         ValueError: If there is no tokenizer.
     """
+    recipe = fitting(recipe, source)
     if (finished := finished_model(recipe, run)) is not None:
         return finished
     set_seed(recipe.seed)
@@ -429,6 +433,7 @@ def run_stage2(
     Returns:
         The trained model.
     """
+    recipe = fitting(recipe, source)
     if (finished := finished_model(recipe, run)) is not None:
         return finished
     set_seed(recipe.seed)
@@ -450,6 +455,7 @@ def run_retrieval(recipe: RetrievalRecipe, shards: list[str], run: Run, source: 
     Returns:
         The trained model.
     """
+    recipe = fitting(recipe, source)
     if (finished := finished_model(recipe, run)) is not None:
         return finished
     set_seed(recipe.seed)
@@ -493,6 +499,7 @@ def run_stage3(
     Returns:
         The trained model.
     """
+    recipe = fitting(recipe, source)
     if (finished := finished_model(recipe, run)) is not None:
         return finished
     set_seed(recipe.seed)
