@@ -2,13 +2,11 @@
 
 import json
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from ..image_decoding_internvl import DECODER_ERRORS
+from ..image_loading_internvl import read_image_size
+from ..image_processing_internvl import InternVLImageProcessor
 from .picture_files import is_path, picture_file
 from .shards import FAULT_COLUMN, Row
 from .texts import check_text
@@ -118,11 +116,8 @@ def add_size(row: Row, picture: Any) -> None:
     """
     if not isinstance(picture, bytes) or ("width" in row and "height" in row):
         return
-    try:
-        with Image.open(BytesIO(picture)) as header:
-            row["width"], row["height"] = header.size
-    except DECODER_ERRORS as error:
-        raise ValueError(f"The picture cannot be read: {error}.") from error
+    limit = InternVLImageProcessor.max_image_pixels
+    row["width"], row["height"] = read_image_size(picture, "The picture", limit)
 
 
 def _first_of(row: Row, columns: Sequence[str]) -> Any:
