@@ -25,7 +25,7 @@ def idle_modules(model: nn.Module) -> list[str]:
 
     Gradients never reach them, which DistributedDataParallel waits for, and adapters on them would learn nothing.
     """
-    config = model.config
+    config: Any = model.config
     if getattr(config, "connector", None) == "patches":  # queries read the last block
         used = config.num_vision_layers
     elif hasattr(model, "decode_head"):

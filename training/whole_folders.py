@@ -35,7 +35,7 @@ _OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
 
 # ------------------------------------------------------------------------------------------------------------- writing
 @contextmanager
-def written_whole(folder: str | Path, is_writer: bool = True) -> Iterator[Path]:
+def written_whole(folder: str | os.PathLike, is_writer: bool = True) -> Iterator[Path]:
     """Gives a place to write to; what is there at the end replaces the model in `folder`, old shards included.
 
     Args:
@@ -117,7 +117,7 @@ def newest_whole(folder: str | Path, processes: int = 1) -> Path | None:
         folder: `output_dir` of a `Trainer`.
         processes: Which wrote it.
     """
-    faults = []
+    faults: list[str] = []
     for checkpoint in checkpoints_in(folder):
         fault = fault_of(checkpoint, processes)
         if fault is None:

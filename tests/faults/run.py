@@ -26,6 +26,7 @@ def main() -> None:
     if unknown:
         parser.error(f"there is no {', '.join(unknown)}")
     sys.path.insert(0, str(FOLDER))
+    sys.path.append(str(FOLDER.parents[1]))  # the tests' fixtures
     for name in options.names or known:
         start = time.monotonic()
         print(f"\n## {name}\n", flush=True)

@@ -11,6 +11,7 @@ import shutil
 import signal
 import tempfile
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def main(kills: int, seed: int) -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
     rng = random.Random(seed)
     models = [tiny_model(InternVLForContrastiveTraining, 0) for _ in range(2)]
     tiny.randomize(models[1], seed=1)
@@ -53,7 +55,7 @@ def main(kills: int, seed: int) -> None:
             door = doors[name]
             door.prepare()
             process = started(door.save)
-            time.sleep(rng.uniform(0, took[name]))
+            time.sleep(rng.uniform(0, 1.2 * took[name]))
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
             found = weights_of(door.load())

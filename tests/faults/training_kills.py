@@ -14,6 +14,7 @@ import signal
 import socket
 import tempfile
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def main(kills: int, seed: int) -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(temporary)
@@ -58,7 +60,7 @@ def main(kills: int, seed: int) -> None:
             processes = 2 if number % 10 in (3, 6, 9) else 1
             out = data / "out"
             running = started(data, "out", processes)
-            time.sleep(rng.uniform(0, took[processes]))
+            time.sleep(rng.uniform(0, 1.2 * took[processes]))
             for process in rng.sample(running, len(running)):
                 os.kill(process, signal.SIGKILL)
             for process in running:
