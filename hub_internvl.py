@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import LogRecord
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -65,7 +66,11 @@ class HubModelMixin(_PreTrained):
         if kwargs.get("quantization_config") is not None:
             kept = cls._modules_kept_unquantized
             kwargs["quantization_config"] = _with_default_skip_list(kwargs["quantization_config"], kept)
-        return super().from_pretrained(*args, **kwargs)
+        loaded = super().from_pretrained(*args, **kwargs)
+        if getattr(loaded[0] if isinstance(loaded, tuple) else loaded, "is_loaded_in_8bit", False):
+            # It says of every layer in every step that int8 casts its inputs.
+            logging.get_logger("bitsandbytes.autograd._functions").addFilter(_is_first)
+        return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in transformers; the folder can be moved and loads anywhere, through every Auto class, with its own code.
@@ -76,6 +81,17 @@ class HubModelMixin(_PreTrained):
         _restore_scales_for_bitsandbytes(self)
         with _readable_by_torchao(getattr(self, "hf_quantizer", None)):
             super().save_pretrained(save_directory, *args, **kwargs)
+
+
+_said: set[str] = set()
+
+
+def _is_first(record: LogRecord) -> bool:
+    """Whether a message of a logger was not said before."""
+    message = record.getMessage()
+    is_first = message not in _said
+    _said.add(message)
+    return is_first
 
 
 # What the configurations of transformers' quantisers call the modules to leave alone.

@@ -97,6 +97,17 @@ def quantized_layers(model: nn.Module) -> set[str]:
     }
 
 
+@torch.no_grad()
+def test_int8_says_once_that_it_casts_its_inputs_not_for_every_layer_and_token(tmp_path, caplog):
+    make, inputs, _ = MODELS["chat-full"]
+    make().save_pretrained(tmp_path)
+    model = make().__class__.from_pretrained(tmp_path, dtype=torch.float32, **with_bitsandbytes(load_in_8bit=True))
+    for _ in range(3):
+        model(**inputs(model))
+    said = [record for record in caplog.records if "MatMul8bitLt" in record.getMessage()]
+    assert len(said) <= 1
+
+
 @pytest.mark.parametrize(("name", "quantizer"), everywhere)
 @torch.no_grad()
 def test_exactly_the_intended_layers_are_quantized_and_the_outputs_stay_close(name, quantizer, tmp_path):

@@ -1,14 +1,17 @@
 """Chat repositories, bundled and converted, where others do the work: transformers' pipelines and bare tokenizers, TRL's batches."""
 
+import copy
 import random
 
 import pytest
+import torch
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, pipeline
 
 import internvl
 from internvl.conversion.convert import convert
 from internvl.conversion.output.tokenizer_files import copy_tokenizer
 
+from . import engine_jobs
 from .fixtures_published import (
     INTERNLM2_TOKENS,
     LLAMA_TOKENS,
@@ -78,6 +81,55 @@ def test_sub_folders_load_by_their_path_with_the_package_imported(root):
     assert found[0]["label"] == "a red star"
     features = pipeline("image-feature-extraction", model=str(root / "internvit"))
     assert len(features(str(root / "examples" / "star.png"))[0]) > 1
+
+
+# --------------------------------------------------------------------------------------------------------- TRL's batches
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> list[dict]:
+    """Images of one tile, of four, both, and none."""
+    small, wide = make_image(56, 56), make_image(168, 56, seed=1)
+    asked = {"role": "user", "content": "What is shown in the image?"}
+    answers = ("A red bus.", "Two people and a dog.", "No.", "Nothing.")
+    return [
+        {"images": images, "messages": [asked, {"role": "assistant", "content": answer}]}
+        for images, answer in zip(([small], [wide], [small, wide], []), answers, strict=True)
+    ]
+
+
+def test_trl_with_assistant_only_loss_learns_answers_and_no_placeholder(rows):
+    sft = pytest.importorskip("trl.trainer.sft_trainer")
+    processor = engine_jobs.make_processor()
+    batch = sft.DataCollatorForVisionLanguageModeling(processor, assistant_only_loss=True)(copy.deepcopy(rows))
+    messages = []
+    for row in rows:
+        parts = [{"type": "image", "image": image} for image in row["images"]]
+        question = {"role": "user", "content": [*parts, {"type": "text", "text": row["messages"][0]["content"]}]}
+        messages.append([question, row["messages"][1]])
+    expected = processor.apply_chat_template(
+        messages,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        return_labels=True,
+        padding=True,
+        add_special_tokens=False,
+    )
+    assert torch.equal(batch["labels"], expected["labels"])
+    assert torch.equal(batch["pixel_values"], expected["pixel_values"])
+    assert not (batch["labels"] == processor.image_token_id).any()
+    assert (batch["input_ids"] == processor.image_token_id).any()
+
+
+def test_trl_learns_completions_and_no_placeholder_of_the_prompt(rows):
+    sft = pytest.importorskip("trl.trainer.sft_trainer")
+    processor = engine_jobs.make_processor()
+    pairs = [
+        {"images": row["images"], "prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in rows
+    ]
+    batch = sft.DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)(copy.deepcopy(pairs))
+    for row, labels in zip(rows, batch["labels"], strict=True):
+        assert row["messages"][1]["content"] in processor.decode(labels[labels != -100])
+    assert not (batch["labels"] == processor.image_token_id).any()
 
 
 # ------------------------------------------------------------------------------------- converted sentencepiece tokenizers
