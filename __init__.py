@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # Registering imports torch and transformers, seconds in which nobody is told that an argument is wrong. So these commands call
 # `register` themselves, once they have read their arguments.
-COMMANDS = ("chat", "demo", "memory")
+COMMANDS = ("chat", "conversion", "demo", "memory")
 
 
 def register() -> None:
@@ -40,12 +40,12 @@ def register() -> None:
     import_module(".registration", __name__)
 
 
-def starts(commands: tuple[str, ...]) -> bool:
-    """Whether `python -m` is starting one of the commands: `sys.argv[0]` is "-m" for as long as Python looks for the module."""
-    return sys.argv[:1] == ["-m"] and any(f"{__name__}.{command}" in sys.orig_argv for command in commands)
+def starts_a_command() -> bool:
+    """Whether `python -m` is starting one of `COMMANDS`: `sys.argv[0]` is "-m" for as long as Python looks for the module."""
+    return sys.argv[:1] == ["-m"] and any(f"{__name__}.{command}" in sys.orig_argv for command in COMMANDS)
 
 
-if not starts(COMMANDS):
+if not starts_a_command():
     register()
 
 __all__ = [

@@ -9,7 +9,10 @@
 - content: the model between reading and writing
 """
 
-from .convert import convert
+from .. import starts_a_command
 
+
+if not starts_a_command():
+    from .convert import convert
 
 __all__ = ["convert"]

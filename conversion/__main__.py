@@ -5,10 +5,11 @@ import inspect
 import sys
 import warnings
 
-from .convert import convert
-from .output.forms import FORMS, OwnForm
-from .output.publish import create_repository, upload
-from .plan import DTYPES, plan_conversion
+from .. import register
+
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+FORMS = ("internvl", "published", "native")  # the first is this package's own
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,12 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--vision-config", metavar="FILE", help="config.json of a LLaVA checkpoint's vision tower, or its folder"
     )
-    parser.add_argument(
-        "--dtype", choices=["auto", *DTYPES], default="auto", help="type of the weights (default: as they are)"
-    )
-    parser.add_argument(
-        "--to", choices=list(FORMS), default=OwnForm.name, help="form of the result (default: this package's)"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="type of the weights (default: as they are)")
+    parser.add_argument("--to", choices=FORMS, default=FORMS[0], help="form of the result (default: this package's)")
     parser.add_argument("--llama-decoder", action="store_true", help="write an InternLM2 decoder as a plain LLaMA")
     parser.add_argument(
         "--max-shard-size", metavar="SIZE", default="5GB", help="largest file with weights (default: 5GB)"
@@ -92,6 +89,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.out is None and not options.dry_run:
         parser.error("OUT is missing: name a folder to write, or look only with --dry-run")
+    register()
+    from .convert import convert
+    from .output.publish import create_repository, upload
+    from .plan import plan_conversion
+
     inputs = {
         name: getattr(options, name)
         for name in inspect.signature(plan_conversion).parameters

@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 
 import internvl
+from internvl import memory, planner
+from internvl.conversion import __main__ as conversion
+from internvl.conversion.output.forms import FORMS, OwnForm
+from internvl.conversion.plan import DTYPES
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,6 +37,14 @@ def test_a_command_reads_its_arguments_before_it_imports_torch(command, argument
     names = imported(done.stderr)
     assert {"argparse", "internvl"} <= names
     assert not names & HEAVY
+
+
+def test_the_choices_of_a_command_are_those_of_what_it_starts():
+    """They are written out, because the tables they come from need torch."""
+    assert ("auto", *DTYPES) == conversion.DTYPES
+    assert tuple(FORMS) == conversion.FORMS
+    assert conversion.FORMS[0] == OwnForm.name
+    assert tuple(planner.COMPUTE_DTYPES) == memory.DTYPES
 
 
 def test_a_command_registers_the_classes_once_it_has_read_its_arguments():
