@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .code import list_code, pinned_snippet
+from .. import register
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,6 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
         Exit code: 0 where all code is this package's, 1 where something is not, 2 where the folder could not be read.
     """
     options = build_parser().parse_args(arguments)
+    register()
+    from .code import list_code, pinned_snippet
+
     try:
         listing = list_code(options.folder)
         snippet = pinned_snippet(options.folder, options.repo, options.revision)

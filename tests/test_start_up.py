@@ -72,6 +72,24 @@ def test_importing_the_package_registers_the_classes_and_imports_nothing_that_on
     assert done.returncode == 0, done.stderr
 
 
+ONLY_FOR_TRAINING = """
+import sys
+from importlib import import_module
+for name in sys.argv[1:]:
+    import_module(f"internvl.{name}")
+    print(name, *{"datasets", "peft", "matplotlib", "sklearn"} & set(sys.modules))
+"""
+
+
+def test_no_command_imports_what_only_training_needs():
+    """An evaluation needs scikit-learn or matplotlib when it fits or draws, not before."""
+    evaluations = [f"evaluation.{path.stem}" for path in (ROOT / "evaluation").glob("[!_]*.py")]
+    names = ["chat", "demo", "planner", "conversion.__main__", "conversion.verify", "publishing.code", *evaluations]
+    done = run("-c", ONLY_FOR_TRAINING, *names)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == names
+
+
 def test_names_that_are_not_there_are_not_made_up():
     with pytest.raises(AttributeError, match="no attribute 'InternVLModle'"):
         internvl.InternVLModle  # noqa: B018
