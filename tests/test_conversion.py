@@ -180,6 +180,17 @@ def test_the_processor_of_a_contrastive_result_feeds_its_model(converted):
     assert model(**inputs).logits_per_image.shape == (1, 2)
 
 
+def test_sentence_transformers_finds_its_files_beside_contrastive_models_alone(converted):
+    """As its own `save_pretrained` writes them; `make engines` loads such a folder in it."""
+    for kind, folder in converted.items():
+        names = {"modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"}
+        assert {name for name in names if (folder / name).exists()} == (names if kind == "contrastive" else set())
+    settings = json.loads((converted["contrastive"] / "sentence_bert_config.json").read_text())
+    model = AutoModel.from_pretrained(converted["contrastive"])
+    for modality in settings["modality_config"].values():
+        assert callable(getattr(model, modality["method"]))
+
+
 # ------------------------------------------------------------------------------------------------------ what is written
 def test_weights_are_the_source_bit_by_bit_under_their_published_names(converted, tmp_path):
     for kind, case in {"vision": "intern_vit_6b", "contrastive": "internvl_14b", "chat": "chat_qwen2_v2"}.items():

@@ -27,6 +27,7 @@ from .published_files import write_clip_settings, write_published_code, write_pu
 from .published_layout import LORA_KEYS, PUBLISHED_KINDS, spelled_out
 from .records import Record, overlaid, recorded_source, restore_files
 from .repository import copy_code, keep_written_code, write_generation_config, write_json, write_processor
+from .sentence_files import write_sentence_files
 
 
 class OwnForm:
@@ -98,6 +99,8 @@ class OwnForm:
         auto_maps = write_processor(folder, content.layout, content.config, content.image_processor, content.tokenizer)
         write_generation_config(folder, content.layout, content.config, content.source, content.tokenizer)
         copy_code(folder, [content.result.auto_map, *auto_maps])
+        if content.result.kind == "contrastive" and content.tokenizer is not None:
+            write_sentence_files(folder)
 
     def _kept_config(self, content: Content, record: Record) -> dict[str, Any] | None:
         """The remembered configuration with the changes since; None where it is not one of this model's layout."""

@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).resolve().parents[2]
 KEPT_IMAGE_SETTINGS = ("image_mean", "image_std", "resample")
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any] | list[dict[str, Any]]) -> None:
     """Writes a JSON object as transformers does: sorted, indented by two."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
