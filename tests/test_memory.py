@@ -7,8 +7,9 @@ import torch
 from transformers import InternVLConfig as NativeConfig
 
 from internvl import memory, planner
-from internvl.configuration_internvl import InternViTConfig, InternVLChatConfig
+from internvl.configuration_internvl import InternViTConfig, InternVLChatConfig, InternVLConfig
 from internvl.modeling_internvit import InternVisionModel
+from internvl.modeling_internvl import InternVLModel
 from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
 
 from . import tiny
@@ -192,6 +193,28 @@ def test_wider_numbers_and_written_out_scores_take_more():
     assert taken["bfloat16", "sdpa"] < taken["float16", "sdpa"] < taken["float32", "sdpa"]
     for dtype in FLOATS:
         assert taken[dtype, "sdpa"] == taken[dtype, "flash_attention_2"] < taken[dtype, "eager"]
+
+
+@torch.no_grad()
+def test_sixteen_pairs_take_what_is_said(only_config):
+    """InternVL-14B at a thirty-second of its widths: the vision tower at work is the most that images, texts and both heads take."""
+    vision = {"hidden_size": 100, "intermediate_size": 400, "num_attention_heads": 25, "num_hidden_layers": 2}
+    qllama = {
+        "hidden_size": 128,
+        "intermediate_size": 344,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 2,
+        "num_query_token": 96,
+        "vision_hidden_size": 100,
+        "vocab_size": 50,
+    }
+    config = InternVLConfig(vision_config=vision, qllama_config=qllama, clip_embed_dim=24, attn_pool_num_heads=4)
+    model = tiny.randomize(InternVLModel(config)).to(torch.bfloat16)
+    pixels, ids = tiny.pixels(16, 224, 224), torch.ones((16, 80), dtype=torch.long)
+    said = planner.inspect_model(only_config(config), batch=16).vision_activations
+    with LiveBytes() as live:
+        model(pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids), mode="InternVL-G")
+    assert live.peak + pixels.nbytes == pytest.approx(said, rel=0.02)
 
 
 def test_images_are_counted_as_their_tiles():
