@@ -6,6 +6,7 @@ The class defaults are the released 1.0 sizes (InternViT-6B, QLLaMA-8B). Keys of
 refused when the configuration is built, so that no layer has to check them.
 """
 
+from copy import deepcopy
 from typing import Any
 
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
@@ -60,6 +61,8 @@ class InternViTConfig(BackboneConfigMixin, PretrainedConfig):
 
     model_type = "intern_vit_6b"
     base_config_key = "vision_config"
+    published_model_types = ()  # others that its checkpoints name
+    keys_to_ignore_at_inference = ["hidden_states", "attentions"]
     hub_auto_map = {  # what `config.json` of a repository says, see hub_internvl
         "AutoConfig": "configuration_internvl.InternViTConfig",
         "AutoModel": "modeling_internvit.InternVisionModel",
@@ -147,6 +150,7 @@ class QLlamaConfig(LlamaConfig):
 
     model_type = "qllama"
     base_config_key = "qllama_config"
+    keys_to_ignore_at_inference = ["past_key_values", "hidden_states", "attentions"]
     base_model_tp_plan = {
         **LlamaConfig.base_model_tp_plan,
         "layers.*.cross_attn.q_proj": "colwise",
@@ -203,7 +207,11 @@ def _as_qllama_config(
     top_level = {key: setting for key, setting in top_level.items() if setting is not None}
     if value is None or isinstance(value, dict):
         return QLlamaConfig(**{**(value or {}), "vision_hidden_size": vision_hidden_size, **top_level})
-    for key, setting in {"vision_hidden_size": vision_hidden_size, **top_level}.items():
+    changed = {"vision_hidden_size": vision_hidden_size, **top_level}
+    if all(getattr(value, key) == setting for key, setting in changed.items()):
+        return value
+    value = deepcopy(value)  # another model may share it
+    for key, setting in changed.items():
         setattr(value, key, setting)
     return value
 
@@ -236,6 +244,9 @@ class InternVLConfig(PretrainedConfig):
     """
 
     model_type = "internvl_14b"
+    published_model_types = ("internvl",)
+    # What `Trainer.evaluate` leaves: the similarities, a row per image.
+    keys_to_ignore_at_inference = ["logits_per_text", "image_embeds", "text_embeds"]
     sub_configs = {"vision_config": InternViTConfig, "qllama_config": QLlamaConfig}
     attribute_map = {"text_config": "qllama_config"}
     hub_auto_map = {
@@ -310,6 +321,16 @@ class InternVLChatConfig(PretrainedConfig):
 
     # Not the published "internvl_chat": transformers may claim that name for its own model (huggingface/transformers#47047).
     model_type = "internvl_chat_model"
+    published_model_types = ("internvl_chat",)
+    # What `Trainer.evaluate` leaves: logits. Features of every image would fill the memory.
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "hidden_states",
+        "attentions",
+        "image_hidden_states",
+        "router_logits",
+        "aux_loss",
+    ]
     sub_configs = {"vision_config": InternViTConfig, "text_config": AutoConfig, "qllama_config": QLlamaConfig}
     attribute_map = {"llm_config": "text_config", "img_context_token_id": "image_token_id"}
     hub_auto_map = {

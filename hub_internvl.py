@@ -9,15 +9,40 @@ from logging import LogRecord
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import is_flash_attn_2_available, logging
 
 
 logger = logging.get_logger(__name__)
 
+# What of `from_pretrained` says where the files beside the weights are. No token: it has no place in an object that may be saved.
+SOURCE_SETTINGS = ("subfolder", "revision", "cache_dir", "local_files_only")
+
 # The mixin calls what `PreTrainedModel` brings; for type checkers it is one, at run time it stands in front of it.
 _PreTrained: Any = PreTrainedModel if TYPE_CHECKING else object
+
+
+class OwnParameters(nn.Module):
+    """Stands among the parts of a model for the parameters that belong to none of them, such as learned queries.
+
+    PEFT's prompt methods freeze what the parts of a model hold, part by part. Otherwise this is an empty module: the names of the
+    parameters, and where they live, stay as published.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._of_model = (
+            model._parameters
+        )  # the dictionary itself: a parameter that is replaced is replaced here as well
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        return (parameter for parameter in self._of_model.values() if parameter is not None)
+
+
+def put_first(model: nn.Module, name: str) -> None:
+    """Makes a part the first: PEFT's prompt methods take the first model among the parts for the one that reads texts."""
+    model._modules = {name: model._modules[name], **model._modules}
 
 
 class HubModelMixin(_PreTrained):
@@ -30,6 +55,8 @@ class HubModelMixin(_PreTrained):
 
     _auto_class: str | None = "AutoModel"
     _modules_kept_unquantized: tuple[str, ...] = ()
+    # Where `from_pretrained` found the model: folder or repository, and how to reach it; empty for a model built in memory.
+    _source: dict[str, Any] = {}  # noqa: RUF012  (never changed, only replaced)
 
     @classmethod
     def from_pretrained(
@@ -50,8 +77,10 @@ class HubModelMixin(_PreTrained):
             **kwargs: As in transformers.
 
         Raises:
-            ValueError: `load_in_8bit` and `load_in_4bit` together, or beside a `quantization_config`.
+            ValueError: `load_in_8bit` and `load_in_4bit` together, or beside a `quantization_config`; a checkpoint of another kind.
         """
+        folder = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        _check_kind(cls, folder, kwargs)
         if use_flash_attn is not None:
             kwargs.setdefault("attn_implementation", _attention_for(use_flash_attn))
         if load_in_8bit or load_in_4bit:
@@ -67,9 +96,15 @@ class HubModelMixin(_PreTrained):
             kept = cls._modules_kept_unquantized
             kwargs["quantization_config"] = _with_default_skip_list(kwargs["quantization_config"], kept)
         loaded = super().from_pretrained(*args, **kwargs)
-        if getattr(loaded[0] if isinstance(loaded, tuple) else loaded, "is_loaded_in_8bit", False):
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
+        if getattr(model, "is_loaded_in_8bit", False):
             # It says of every layer in every step that int8 casts its inputs.
             logging.get_logger("bitsandbytes.autograd._functions").addFilter(_is_first)
+        if folder is not None:
+            model._source = {
+                "folder": str(folder),
+                **{name: kwargs[name] for name in SOURCE_SETTINGS if name in kwargs},
+            }
         return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
@@ -77,10 +112,34 @@ class HubModelMixin(_PreTrained):
 
         Whatever repository the model came from, the saved `auto_map` names the files beside it.
         """
-        self.config.auto_map = dict(type(self.config).hub_auto_map)
         _restore_scales_for_bitsandbytes(self)
-        with _readable_by_torchao(getattr(self, "hf_quantizer", None)):
-            super().save_pretrained(save_directory, *args, **kwargs)
+        own = self.config
+        self.config = copy.deepcopy(own)  # transformers writes into it what it saves
+        self.config.auto_map = dict(type(own).hub_auto_map)
+        try:
+            with _readable_by_torchao(getattr(self, "hf_quantizer", None)):
+                super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.config = own
+
+
+def _check_kind(cls: Any, folder: Any, settings: dict[str, Any]) -> None:
+    """Refuses a checkpoint of another kind of model, which transformers would load as far as names agree."""
+    config, wanted = settings.get("config"), cls.config_class
+    if isinstance(config, PretrainedConfig):
+        found: Any = config.model_type
+    elif folder is None:
+        return
+    else:
+        source = {name: settings[name] for name in (*SOURCE_SETTINGS, "token") if name in settings}
+        written, _ = PretrainedConfig.get_config_dict(config or folder, **source)
+        # A composite checkpoint may give one of its parts.
+        found = wanted.model_type if wanted.base_config_key in written else written.get("model_type")
+    if found not in (None, "", wanted.model_type, *wanted.published_model_types):
+        raise ValueError(
+            f"`{folder}` holds a model of the kind '{found}', but {cls.__name__} loads '{wanted.model_type}'. Load it with `AutoModel`, "
+            f"or name a folder of the kind '{wanted.model_type}'."
+        )
 
 
 _said: set[str] = set()

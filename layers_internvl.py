@@ -1,4 +1,4 @@
-"""Layers that InternViT, QLLaMA and InternVL-C/G share. Shape letters as in modeling_internvit."""
+"""Layers that InternViT, QLLaMA and InternVL-C/G share, and what they do with a batch without labels. Shape letters as in modeling_internvit."""
 
 from collections.abc import Callable
 
@@ -68,6 +68,11 @@ def plan_without_cut_heads(plan: dict[str, str], config: PretrainedConfig) -> di
         for name, how in plan.items()
         if name not in attention or how not in PARTIAL_GRADIENTS
     }
+
+
+def zero_without_labels(loss: torch.Tensor, is_labelled: torch.Tensor) -> torch.Tensor:
+    """The loss, or 0 where no position has a label, so that there is no mean; either way part of the graph."""
+    return torch.where(is_labelled.any().to(loss.device), loss, torch.zeros_like(loss))
 
 
 class InternVLRMSNorm(nn.Module):

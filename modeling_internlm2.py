@@ -27,6 +27,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_internlm2 import InternLM2Config
+from .keywords_internvl import refuse_unknown
 
 
 class InternLM2Attention(nn.Module):
@@ -143,6 +144,7 @@ class InternLM2Model(InternLM2PreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Hidden states (B, L, D) of `input_ids` or `inputs_embeds`; arguments as in every decoder of transformers."""
+        refuse_unknown(kwargs, "`InternLM2Model.forward`")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         hidden_states = self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds

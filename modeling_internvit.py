@@ -37,11 +37,13 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_internvl import InternViTConfig
 from .hub_internvl import HubModelMixin
+from .keywords_internvl import refuse_unknown
 from .layers_internvl import (
     InternVLAttentionPooling,
     InternVLPoolingAttention,
     InternVLRMSNorm,
     eager_attention_forward,
+    zero_without_labels,
 )
 
 
@@ -387,8 +389,9 @@ class InternVisionModel(InternViTPreTrainedModel):
             embeddings and the output of every block that was run, each (B, N, D), of an fp16 model in fp32.
 
         Raises:
-            ValueError: Not exactly one input, or a shape that does not fit.
+            ValueError: Not exactly one input, a shape that does not fit, or an unknown keyword.
         """
+        refuse_unknown(kwargs, "`InternVisionModel.forward`")
         hidden_states = self._embed(pixel_values, pixel_embeds)
         hidden_states = self.encoder(hidden_states, stop=num_layers, **kwargs)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0])
@@ -481,6 +484,7 @@ class InternViTBackbone(BackboneMixin, InternViTPreTrainedModel):
             the sides are 4, 2, 1 and 1/2 times that, an odd side halved downwards. When asked for, `hidden_states`, of all blocks, and
             `attentions` (B, H, N, N), of the blocks that were run.
         """
+        refuse_unknown(kwargs, "`InternViTBackbone.forward`")
         tokens = self.embeddings(pixel_values)
         stages = [tokens.float() if tokens.dtype == torch.float16 else tokens]  # as the encoder's stream
         is_deep = kwargs.get("output_hidden_states", self.config.output_hidden_states)
@@ -617,7 +621,8 @@ class InternViTForSemanticSegmentation(InternViTPreTrainedModel):
                 f"`labels` must be ({logits.shape[0]}, height, width), a class per pixel of each picture, got {tuple(labels.shape)}."
             )
         ignored = self.config.semantic_loss_ignore_index
-        return self.loss_function(logits.float(), labels.to(logits.device), ignore_index=ignored)
+        loss = self.loss_function(logits.float(), labels.to(logits.device), ignore_index=ignored)
+        return zero_without_labels(loss, labels != ignored)
 
 
 __all__ = [

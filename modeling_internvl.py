@@ -2,11 +2,12 @@
 
 InternVL-C pools InternViT; InternVL-G adds the pooled queries of QLLaMA. Text features of both come from QLLaMA as a causal text
 encoder. A checkpoint of stage 1 is InternVL-C alone: its QLLaMA has no queries (`num_query_token` 0) and is a plain LLaMA, and what
-belongs to the queries is absent. The prefix `summarize:` and the end token are the processor's work. Shape letters as in
-modeling_internvit.
+belongs to the queries is absent. Contrastive texts that lack the prefix `summarize:` or the end token, the processor's work, are
+completed. Shape letters as in modeling_internvit.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,14 +15,17 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.generation import BaseStreamer
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_internvl import InternVLConfig
-from .hub_internvl import HubModelMixin
+from .hub_internvl import HubModelMixin, OwnParameters, put_first
+from .keywords_internvl import refuse_unknown
 from .layers_internvl import InternVLAttentionPooling, InternVLPoolingAttention
 from .modeling_internvit import InternVisionModel
 from .modeling_qllama import QLlamaForCausalLM, QLlamaTextEncoder
+from .texts_internvl import PROCESSOR_HINT, ContrastiveTexts, pad_row, pad_token_id
 
 
 MODES = ("InternVL-C", "InternVL-G")
@@ -41,11 +45,31 @@ def contrastive_loss(logits_per_image: torch.Tensor) -> torch.Tensor:
     return (F.cross_entropy(logits_per_image, target) + F.cross_entropy(logits_per_image.T, target)) / 2
 
 
-def last_token_states(hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """(B, L, D), (B, L) -> (B, D): the state of each row's last real token, whichever side is padded."""
+def last_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """(B, L) -> (B,): where each row's last real token is, whichever side is padded."""
     positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    last = (positions * attention_mask).argmax(dim=1)
+    return (positions * attention_mask).argmax(dim=1)
+
+
+def last_token_states(hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """(B, L, D), (B, L) -> (B, D): the state of each row's last real token."""
+    last = last_positions(attention_mask)
     return hidden_states[torch.arange(len(last), device=last.device), last]
+
+
+class CaptionStreamer(BaseStreamer):
+    """Hands on what a generation streams, without the placeholders in front of the prompt."""
+
+    def __init__(self, streamer: BaseStreamer, num_queries: int) -> None:
+        self.streamer = streamer
+        self.num_queries = num_queries
+
+    def put(self, value: torch.Tensor) -> None:
+        value, self.num_queries = value[..., self.num_queries :], 0
+        self.streamer.put(value)
+
+    def end(self) -> None:
+        self.streamer.end()
 
 
 @dataclass
@@ -106,7 +130,13 @@ class InternVLModel(InternVLPreTrainedModel):
     """InternViT and QLLaMA with the contrastive, matching and language heads ("InternVL-14B").
 
     Without queries, InternVL-C alone: parts of stage 1 under the names they have here, so that the full model starts from them.
+
+    Contrastive texts stand behind `summarize:` and end in the end token. Ids without them, as stock pipelines give, are completed with
+    the tokenizer that lies beside the weights, and are then those of the processor. `completes_texts` may be set to False on a model to
+    take all ids as they are.
     """
+
+    completes_texts: bool = True
 
     def __init__(self, config: InternVLConfig) -> None:
         super().__init__(config)
@@ -126,6 +156,12 @@ class InternVLModel(InternVLPreTrainedModel):
             self.clip_projector2 = InternVLAttentionPooling(config, text_width, num_heads, joint_width)
             self.itm_head = nn.Linear(text_width, 2)
         self.post_init()
+        self.own_parameters = OwnParameters(self)
+        put_first(self, "qllama")
+
+    def get_decoder(self) -> nn.Module:
+        """QLLaMA without its head."""
+        return self.qllama.model
 
     def get_input_embeddings(self) -> nn.Module:
         return self.qllama.get_input_embeddings()
@@ -169,30 +205,33 @@ class InternVLModel(InternVLPreTrainedModel):
         return_loss: bool = False,
         image: torch.Tensor | None = None,
         text: torch.Tensor | None = None,
+        num_patches: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> InternVLOutput | tuple:
         """Similarities of pictures and texts.
 
         Args:
-            input_ids: (B_text, L), texts with the prefix `summarize:` and an end token.
+            input_ids: (B_text, L) texts, as in `get_text_features`.
             pixel_values: (B_image, 3, height, width).
-            attention_mask: (B_text, L), 1 = attend, padding on either side; derived from `pad_token_id` when absent.
+            attention_mask: (B_text, L), as in `get_text_features`.
             mode: "InternVL-C" or "InternVL-G".
             return_loss: Whether to compute the contrastive loss of a batch of pairs.
             image: The published name of `pixel_values`. A call with it returns the plain pair
                 `(logits_per_image, logits_per_text)`, as published snippets unpack it.
             text: The published name of `input_ids`, likewise.
-            **kwargs: `return_dict`.
+            num_patches: Accepted and unused, so that the whole output of the processor can be passed.
+            **kwargs: `return_dict`; the rest that transformers hands to every model is accepted and unused.
 
         Returns:
             `InternVLOutput`.
 
         Raises:
-            ValueError: Pictures or texts missing, an unknown `mode`, or `return_loss` with unequal numbers of both.
+            ValueError: Pictures or texts missing, an unknown keyword or `mode`, or `return_loss` with unequal numbers of both.
         """
         is_published_call = image is not None or text is not None
         pixel_values = image if pixel_values is None else pixel_values
         input_ids = text if input_ids is None else input_ids
+        refuse_unknown(kwargs, "`InternVLModel.forward`")
         if pixel_values is None or input_ids is None:
             raise ValueError(
                 "`forward` compares pictures with texts and needs both `pixel_values` and `input_ids`; for one of them use "
@@ -217,7 +256,12 @@ class InternVLModel(InternVLPreTrainedModel):
         Args:
             pixel_values: (B, 3, height, width).
             mode: "InternVL-C" or "InternVL-G".
+            **kwargs: Accepted and unused: what transformers hands to every model.
+
+        Raises:
+            ValueError: An unknown keyword or `mode`, or no queries for "InternVL-G".
         """
+        refuse_unknown(kwargs, "`get_image_features`", ("num_patches",))
         mode = check_mode(mode)
         if mode == "InternVL-G":
             self._check_has_queries('`mode` "InternVL-G"')
@@ -254,14 +298,16 @@ class InternVLModel(InternVLPreTrainedModel):
         """Text embeddings (B, E), not normalised: the hidden state at the last real token, projected.
 
         Args:
-            input_ids: (B, L).
+            input_ids: (B, L), with the prefix `summarize:` and the end token, as the processor gives them in mode "contrastive"; rows
+                that lack either are completed to that.
             attention_mask: (B, L), 1 = attend, padding on either side. When absent, tokens equal to `pad_token_id` of the QLLaMA
                 configuration are padding.
 
         Raises:
-            ValueError: A row without a single real token.
+            ValueError: A row without a single real token, or one that lacks the end token and cannot be completed; an unknown keyword.
         """
-        attention_mask = self._text_mask(input_ids, attention_mask)
+        refuse_unknown(kwargs, "`get_text_features`")
+        input_ids, attention_mask = self._completed_texts(input_ids, self._over_text(input_ids, attention_mask))
         outputs = self.qllama.model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True
         )
@@ -285,11 +331,12 @@ class InternVLModel(InternVLPreTrainedModel):
             ValueError: B is no multiple of P, or a row without a single real token.
         """
         self._check_has_queries("`get_matching_logits`")
+        attention_mask = self._text_mask(input_ids, attention_mask)
         tokens = self.vision_model(pixel_values, return_dict=True).last_hidden_state
         query_embeds = self.query_tokens.expand(input_ids.shape[0], -1, -1)
         outputs = self.qllama.model(
             input_ids=input_ids,
-            attention_mask=self._text_mask(input_ids, attention_mask),
+            attention_mask=attention_mask,
             query_embeds=query_embeds,
             vision_hidden_states=tokens,
             visibility="matching",
@@ -310,12 +357,17 @@ class InternVLModel(InternVLPreTrainedModel):
 
         Args:
             pixel_values: (B, 3, height, width).
-            input_ids: (B, L) prompt such as `English caption:`, padded on the left; without it a caption starts from `<s>`.
-            attention_mask: (B, L).
-            generate_kwargs: As for `generate` of transformers.
+            input_ids: (B, L) prompts such as `English caption:`, padded on the left, or (1, L), one for all; without it a caption
+                starts from `<s>`.
+            attention_mask: Of the prompts.
+            generate_kwargs: As for `generate` of transformers. `max_length` and `min_length` count prompt and caption, not the queries,
+                and a `streamer` gets no queries.
 
         Returns:
             (B, new tokens), without the prompt; or the output object with `return_dict_in_generate=True`, likewise cut.
+
+        Raises:
+            ValueError: No queries, no images, or neither one prompt nor as many as images.
         """
         self._check_has_queries("`generate`")
         if pixel_values is None:
@@ -324,6 +376,11 @@ class InternVLModel(InternVLPreTrainedModel):
         if input_ids is None:
             input_ids = torch.full((len(tokens), 1), self.qllama.config.bos_token_id or 0, device=tokens.device)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if len(input_ids) not in (1, len(tokens)):
+            raise ValueError(
+                f"Give one prompt, or one for each image: got {len(input_ids)} prompts for {len(tokens)} images."
+            )
+        input_ids, attention_mask = (x.expand(len(tokens), -1) for x in (input_ids, attention_mask))
         query_embeds = self.query_tokens.expand(len(tokens), -1, -1)
         placeholders = input_ids.new_zeros(len(tokens), query_embeds.shape[1])
         prompt = torch.cat([placeholders, input_ids], dim=1)
@@ -332,12 +389,23 @@ class InternVLModel(InternVLPreTrainedModel):
             attention_mask=torch.cat([torch.ones_like(placeholders), attention_mask], dim=1),
             query_embeds=query_embeds,
             vision_hidden_states=tokens,
-            **generate_kwargs,
+            **self._behind_queries(generate_kwargs),
         )
         if isinstance(outputs, torch.Tensor):
             return outputs[:, prompt.shape[1] :]
         outputs.sequences = outputs.sequences[:, prompt.shape[1] :]
         return outputs
+
+    def _behind_queries(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of a generation whose prompt begins with a placeholder for each query: these are counted, but not shown."""
+        settings, defaults = dict(settings), settings.get("generation_config") or self.qllama.generation_config
+        given = {**defaults.to_dict(), **settings}
+        for name, in_new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            if given.get(name) and given.get(in_new_tokens) is None:
+                settings[name] = given[name] + self.config.num_query_token
+        if settings.get("streamer") is not None:
+            settings["streamer"] = CaptionStreamer(settings["streamer"], self.config.num_query_token)
+        return settings
 
     def encode_image(self, image: torch.Tensor, mode: str = "InternVL-C") -> torch.Tensor:
         """Published name of `get_image_features`."""
@@ -354,12 +422,70 @@ class InternVLModel(InternVLPreTrainedModel):
                 'mode "InternVL-C" and `get_text_features`, or load a checkpoint of InternVL-G (stage 2).'
             )
 
-    def _text_mask(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    def _over_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         if attention_mask is None:
-            attention_mask = (input_ids != self.config.qllama_config.pad_token_id).long()
-        if not bool((attention_mask.sum(dim=1) > 0).all()):
-            raise ValueError("Every text needs at least one real token, but a row is all padding.")
+            return (input_ids != self.config.qllama_config.pad_token_id).long()
         return attention_mask
+
+    def _text_mask(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        attention_mask = self._over_text(input_ids, attention_mask)
+        _check_texts(bool(attention_mask.any(dim=1).all()))
+        return attention_mask
+
+    @cached_property
+    def contrastive_texts(self) -> ContrastiveTexts | None:
+        """What completes texts, of the tokenizer beside the weights; None where there is none."""
+        return ContrastiveTexts.from_folder(config=self.config, **self._source) if self._source else None
+
+    def _completed_texts(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask of a batch whose texts all have the form that is compared. The host waits once for what it has to know."""
+        is_complete = self._are_complete(input_ids, attention_mask)
+        have_tokens, are_complete = torch.stack([attention_mask.any(dim=1), is_complete]).all(dim=1).tolist()
+        _check_texts(have_tokens)
+        if are_complete:
+            return input_ids, attention_mask
+        texts = self.contrastive_texts
+        if texts is None:
+            raise ValueError(
+                f"Text {is_complete.tolist().index(False)} does not end in the end token, at which its feature is read, and there is no "
+                f"tokenizer beside the weights to complete it with. {PROCESSOR_HINT} To take all ids as they are, set "
+                "`model.completes_texts = False`."
+            )
+        given = [ids[mask].tolist() for ids, mask in zip(input_ids, attention_mask.bool(), strict=True)]
+        rows = [row if known else texts.completed(row) for row, known in zip(given, is_complete.tolist(), strict=True)]
+        if rows == given:
+            return input_ids, attention_mask
+        # As wide as the processor makes them, so that the figures are its own to the last bit.
+        width = max(texts.max_length, *map(len, rows))
+        padded = [pad_row(row, width, pad_token_id(texts.tokenizer)) for row in rows]
+        masks = [pad_row([1] * len(row), width, 0) for row in rows]
+        return input_ids.new_tensor(padded), attention_mask.new_tensor(masks)
+
+    def _are_complete(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Which rows (B,) begin with the prefix and end in the end token; without a tokenizer, which end in the end token."""
+        texts = self.contrastive_texts if self.completes_texts else None
+        end_ids: Any = self.config.qllama_config.eos_token_id if texts is None else texts.end_id
+        prefix_ids = [] if texts is None else texts.prefix_ids
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        is_complete = torch.ones_like(rows, dtype=torch.bool)
+        if not self.completes_texts or end_ids is None:
+            return is_complete
+        last = input_ids[rows, last_positions(attention_mask)]
+        is_complete = torch.stack([last == end for end in ([end_ids] if isinstance(end_ids, int) else end_ids)]).any(
+            dim=0
+        )
+        first = attention_mask.int().argmax(dim=1)
+        for offset, index in enumerate(prefix_ids):
+            position = (first + offset).clamp(max=input_ids.shape[1] - 1)
+            is_complete &= input_ids[rows, position] == index
+        return is_complete
+
+
+def _check_texts(have_tokens: bool) -> None:
+    if not have_tokens:
+        raise ValueError("Every text needs at least one real token, but a row is all padding.")
 
 
 __all__ = ["InternVLModel", "InternVLOutput", "InternVLPreTrainedModel"]

@@ -8,10 +8,11 @@ A tile becomes `config.num_image_token` features, which take the place of as man
 modeling_internvit.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,8 +47,9 @@ from .conversation_internvl import (
     get_conversation_template,
     with_image_placeholder,
 )
-from .hub_internvl import HubModelMixin
-from .layers_internvl import plan_without_cut_heads
+from .hub_internvl import HubModelMixin, OwnParameters, put_first
+from .keywords_internvl import refuse_unknown
+from .layers_internvl import plan_without_cut_heads, zero_without_labels
 from .modeling_internlm2 import InternLM2ForCausalLM, InternLM2Model
 from .modeling_internvit import InternVisionModel, activation_bytes_per_token
 from .modeling_qllama import QLlamaModel
@@ -58,11 +60,15 @@ logger = logging.get_logger(__name__)
 IGNORED_LABEL = -100
 PLACEHOLDERS_HINT = (
     "The number of image placeholders in the text differs from that of the image features. Pass the tiles of every picture in the text, "
-    "in order, and do not truncate the text. Run it on the CPU to see the numbers."
+    "in order, and do not truncate the text. Run it uncompiled to see the numbers."
 )
 # Weights of a decoder's head, by the names of the published checkpoints.
 LANGUAGE_HEADS = ("language_model.lm_head.", "language_model.output.")
 TILES_HINT = "`num_patches` does not sum to the number of tiles in `pixel_values`."
+# Arguments of the published `generate`, by position.
+PUBLISHED_ORDER = ("pixel_values", "input_ids", "attention_mask", "visual_features", "generation_config")
+# What `generate` tells its own steps.
+SEARCH_STATE = ("prompt_length", "assistant_image_embeds")
 NO_IMAGE_TOKEN = (
     "`config.image_token_id` is not set, so pictures have no place in the text. Set it to the id of "
     f"`{IMAGE_CONTEXT_TOKEN}` in the tokenizer, or convert the checkpoint with `--image-token-id`."
@@ -99,9 +105,9 @@ def next_along(values: torch.Tensor, last: float) -> torch.Tensor:
 def weighted_loss(
     logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor, total_weight: torch.Tensor
 ) -> torch.Tensor:
-    """Loss of logits (P, V) for `targets` (P,), -100 ignored: the sum weighted by `weight` (P,), over `total_weight`."""
+    """Loss of logits (P, V) for `targets` (P,), -100 ignored: the sum weighted by `weight` (P,), over `total_weight`; 0 if that is 0."""
     losses = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-    return (losses * weight).sum() / total_weight
+    return (losses * weight).sum() / total_weight.where(total_weight != 0, 1)
 
 
 def _joined(parts: Sequence) -> Any:
@@ -115,22 +121,27 @@ def _joined(parts: Sequence) -> Any:
     return tuple(_joined(layer) for layer in zip(*parts, strict=True))
 
 
-def require(condition: torch.Tensor, hint: str, message: Callable[[], str]) -> None:
-    """Stops unless `condition`, a single boolean, holds.
+def on_host(number: torch.Tensor) -> int | torch.Tensor:
+    """The value of a single number; the tensor itself where there is none to read yet: in compiled or captured code, on the meta device."""
+    is_captured = number.is_cuda and torch.cuda.is_current_stream_capturing()
+    return number if torch.compiler.is_compiling() or number.is_meta or is_captured else int(number)
 
-    On a CPU by a `ValueError` with `message()`. On a GPU the host would have to wait for all that is queued to read it, so there, and
-    in compiled code, the device asserts it and prints `hint` (ROCm has no such assertions).
+
+def require(condition: bool | torch.Tensor, hint: str, message: Callable[[], str]) -> None:
+    """Stops unless `condition` holds.
+
+    A value of the host stops by a `ValueError` with `message()`, whatever device the model is on, and leaves the device as it was. A
+    tensor, of compiled or captured code, is asserted by the device, which prints `hint`; on CUDA no kernel runs in that process after.
 
     Args:
-        condition: ().
+        condition: A boolean, or one as a tensor ().
         hint: What was expected and what to do, less than 256 characters, without numbers of the batch.
-        message: The same with numbers; may read tensors.
+        message: The same with numbers.
 
     Raises:
         ValueError: It does not hold.
     """
-    device = condition.device.type
-    if torch.compiler.is_compiling() or device == "meta" or (device == "cuda" and torch.version.hip is None):
+    if isinstance(condition, torch.Tensor):
         torch._assert_async(condition, hint)
     elif not condition:
         raise ValueError(message())
@@ -153,6 +164,27 @@ def build_decoder(config: Any, has_head: bool) -> PreTrainedModel:
 def is_for_vllm(config: Any) -> bool:
     """Whether vLLM builds the model around this decoder configuration: it has the attention that exists only inside vLLM."""
     return config._attn_implementation == "vllm"
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The images of a call to `generate`, as in its arguments."""
+
+    pixel_values: torch.Tensor | None
+    image_flags: torch.Tensor | None
+    num_patches: torch.Tensor | None
+    visual_features: torch.Tensor | None
+
+    def __len__(self) -> int:
+        given: Any = self.pixel_values if self.visual_features is None else self.visual_features
+        return len(given)
+
+    def only(self, is_kept: list[bool]) -> "Tiles":
+        """Those of the tiles that are marked."""
+        given: Any = self.pixel_values if self.visual_features is None else self.visual_features
+        kept = given[torch.tensor(is_kept, device=given.device)]
+        is_pixels = self.visual_features is None
+        return Tiles(kept if is_pixels else None, self.image_flags, None, None if is_pixels else kept)
 
 
 class ImageTokenBlocker(LogitsProcessor):
@@ -219,7 +251,6 @@ class InternVLChatPreTrainedModel(HubModelMixin, PreTrainedModel):
         "vision_model",
         "mlp1",
         "mlp2",
-        "qllama",
         "language_model.lm_head",
         "language_model.output",
     )
@@ -253,6 +284,7 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
     """
 
     vision_chunk_bytes: int = 2**30
+    _image_token_id: int | None = None  # of the tokenizer that `chat` was given, where it is another
     _has_language_head = False
 
     def __init__(self, config: InternVLChatConfig) -> None:
@@ -260,6 +292,7 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
         width = config.text_config.hidden_size
         self.vision_model = InternVisionModel(config.vision_config)
         self.language_model = build_decoder(config.text_config, self._has_language_head)
+        self._decoder_keywords = frozenset(inspect.signature(self.language_model.forward).parameters)
         self.mlp1: Any = None
         self.mlp2: Any = None
         self.qllama: Any = None
@@ -273,6 +306,9 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
             self.query_tokens = nn.Parameter(torch.empty(1, qllama_config.num_query_token, qllama_config.hidden_size))
             self.mlp2 = build_projector(qllama_config.hidden_size, width, config.projector_type)
         self.post_init()
+        if self.query_tokens is not None:
+            self.own_parameters = OwnParameters(self)
+        put_first(self, "language_model")
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         """As in transformers; a headless model is not surprised by the head of the checkpoint.
@@ -292,8 +328,8 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
 
     @property
     def img_context_token_id(self) -> int | None:
-        """Id of the image placeholder."""
-        return self.config.image_token_id
+        """Id of the image placeholder; setting it sets that of the configuration."""
+        return self.config.image_token_id if self._image_token_id is None else self._image_token_id
 
     @img_context_token_id.setter
     def img_context_token_id(self, value: int) -> None:
@@ -303,6 +339,10 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
     def select_layer(self) -> int:
         """Hidden state of the vision tower that gives the patches."""
         return self.config.select_layer
+
+    def get_decoder(self) -> nn.Module:
+        """The language model without its head."""
+        return self.language_model.get_decoder()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -328,7 +368,12 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
         Returns:
             `pooler_output` (tiles, num_image_token, D); `last_hidden_state` (tiles, N, D_vision): the output of the last vision
             block that was run. Blocks above `select_layer` are run only for the queries.
+
+        Raises:
+            ValueError: A shape that does not fit, or an unknown keyword.
         """
+        for name in ("num_patches", "num_image_patches"):  # of the processor and of vLLM
+            kwargs.pop(name, None)
         return _joined([self._encode_chunk(tiles, **kwargs) for tiles in self._chunks(pixel_values)])
 
     def extract_feature(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -399,8 +444,10 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> InternVLChatBaseOutput:
         """Hidden states of the decoder; arguments as in `InternVLChatForConditionalGeneration`, without those of the head."""
+        refuse_unknown(kwargs, f"`{type(self).__name__}.forward`", self._decoder_keywords)
+        placeholders = self._find_placeholders(input_ids, inputs_embeds, pixel_values, image_embeds)
         features = self._encode_pictures(pixel_values, image_flags, num_patches, image_embeds)
-        inputs_embeds = self._embed(input_ids, inputs_embeds, features, image_embeds)
+        inputs_embeds = self._embed(input_ids, inputs_embeds, features, image_embeds, placeholders)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -441,10 +488,10 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
     ) -> torch.Tensor | None:
         if pixel_values is None:
             return None
-        if self.config.image_token_id is None:
+        if self.img_context_token_id is None:
             raise ValueError(NO_IMAGE_TOKEN)
         if num_patches is not None:
-            total, given = torch.as_tensor(num_patches).sum(), len(pixel_values)
+            total, given = on_host(torch.as_tensor(num_patches).sum()), len(pixel_values)
             require(total == given, TILES_HINT, lambda: f"`num_patches` sums to {int(total)}, got {given} tiles.")
         if image_flags is not None:
             if image_flags.numel() != len(pixel_values):
@@ -454,26 +501,43 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
                 return None
         return self.extract_feature(pixel_values)
 
+    def _find_placeholders(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        image_embeds: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, int | torch.Tensor] | None:
+        """Where the placeholders are (B, L), and how many; None in a decoding step, since `generate` never emits one.
+
+        The number is read on the host before anything of this forward is queued, so that the host waits for no tower.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        length = (inputs_embeds if input_ids is None else input_ids).shape[1]
+        if pixel_values is None and image_embeds is None and length == 1:
+            return None
+        is_image = self._image_positions(input_ids, inputs_embeds)
+        return is_image, on_host(is_image.sum())
+
     def _embed(
         self,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
         features: torch.Tensor | None,
         image_embeds: torch.Tensor | None,
+        placeholders: tuple[torch.Tensor, int | torch.Tensor] | None,
     ) -> torch.Tensor:
-        """What the decoder reads, pictures in their places: (B, L, D)."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        """What the decoder reads, images in their places: (B, L, D)."""
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if features is None and image_embeds is None and inputs_embeds.shape[1] == 1:
-            return inputs_embeds  # a decoding step: `generate` never emits a placeholder
-        is_image = self._image_positions(input_ids, inputs_embeds)
+        if placeholders is None:
+            return inputs_embeds
         if features is None and image_embeds is not None:
-            if self.config.image_token_id is None:
+            if self.img_context_token_id is None:
                 raise ValueError(NO_IMAGE_TOKEN)
-            return self._place_rows(inputs_embeds, is_image, image_embeds)
-        return self._place(inputs_embeds, is_image, features)
+            return self._place_rows(inputs_embeds, placeholders[0], image_embeds)
+        return self._place(inputs_embeds, *placeholders, features)
 
     def _features_of_nothing(self) -> torch.Tensor:
         """No features (0, num_image_token, D), computed from a blank tile.
@@ -488,26 +552,29 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
         blank = torch.zeros(1, channels, size, size, dtype=weight.dtype, device=weight.device)
         return self.extract_feature(blank)[:0]
 
-    def _image_positions(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    def _image_positions(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Where the placeholders are: (B, L)."""
-        if self.config.image_token_id is None:
-            return torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+        given: Any = inputs_embeds if input_ids is None else input_ids
+        if self.img_context_token_id is None:
+            return torch.zeros(given.shape[:2], dtype=torch.bool, device=given.device)
         if input_ids is not None:
-            return input_ids == self.config.image_token_id
+            return input_ids == self.img_context_token_id
         # Filled there: a tensor made from a number would be copied there, and the host would wait for it.
-        token = torch.full((), self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(token)).all(dim=-1)
+        token = torch.full((), self.img_context_token_id, device=given.device)
+        return (given == self.get_input_embeddings()(token)).all(dim=-1)
 
     def _place(
-        self, inputs_embeds: torch.Tensor, is_image: torch.Tensor, features: torch.Tensor | None
+        self,
+        inputs_embeds: torch.Tensor,
+        is_image: torch.Tensor,
+        found: int | torch.Tensor,
+        features: torch.Tensor | None,
     ) -> torch.Tensor:
         """Puts the features (tiles, num_image_token, D), in order, where the placeholders are.
 
         Neither this nor its backward reads a value on the host, as indexing by a mask and `masked_scatter` do."""
         count = 0 if features is None else features.shape[:-1].numel()
-        require(
-            is_image.sum() == count, PLACEHOLDERS_HINT, lambda: self._mismatch(is_image.sum(dim=1).tolist(), count)
-        )
+        require(found == count, PLACEHOLDERS_HINT, lambda: self._mismatch(is_image.sum(dim=1).tolist(), count))
         if features is None:
             return inputs_embeds
         positions = is_image.flatten().int().argsort(descending=True, stable=True)[:count].to(inputs_embeds.device)
@@ -521,7 +588,7 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
         most = image_embeds.shape[1]
         order = is_image.cumsum(dim=1) - 1
         require(
-            (order[:, -1] < most).all(),
+            on_host(order[:, -1].max()) < most,
             PLACEHOLDERS_HINT,
             lambda: self._mismatch(is_image.sum(dim=1).tolist(), int(is_image.sum(dim=1).clamp(max=most).sum())),
         )
@@ -560,8 +627,13 @@ register_checkpoint_conversion_mapping(
 
 
 class InternVLChatForConditionalGeneration(InternVLChatBaseModel, GenerationMixin):
-    """InternVL-Chat; `config.connector` says what the decoder sees of a tile."""
+    """InternVL-Chat; `config.connector` says what the decoder sees of a tile.
 
+    `skips_unlabelled_logits` may be set on a model: training steps then compute the logits of positions with a label alone, which saves
+    memory and time where most positions are prompts and images. The logits of such a step are (positions, V).
+    """
+
+    skips_unlabelled_logits: bool = False
     _auto_class = "AutoModelForImageTextToText"
     _has_language_head = True
 
@@ -625,8 +697,8 @@ class InternVLChatForConditionalGeneration(InternVLChatBaseModel, GenerationMixi
             position_ids: As in every decoder of transformers.
             past_key_values: Cache of earlier positions.
             inputs_embeds: (B, L, D) in place of `input_ids`.
-            labels: (B, L), -100 ignored. In a training step, logits are then computed only for the positions that predict a label,
-                and are (positions, V).
+            labels: (B, L), -100 ignored; the loss of a batch without any is 0. With `self.skips_unlabelled_logits`, a training step
+                computes logits only for the positions that predict a label, and they are (positions, V).
             image_flags: (tiles,) or (tiles, 1); tiles with 0 are dummies and are left out (published training code). Read on the
                 host: leave it out where no tile is a dummy.
             image_embeds: (B, most placeholders of a row, D), features encoded before, in place of `pixel_values`.
@@ -634,16 +706,18 @@ class InternVLChatForConditionalGeneration(InternVLChatBaseModel, GenerationMixi
             logits_to_keep: Number of last positions (or their indices) to compute logits for; 0 means all.
             num_patches: Tiles per picture, as the image processor returns them; their sum is checked.
             mm_token_type_ids: Accepted and unused: placeholders are found by their id.
-            **kwargs: Passed on to the decoder.
+            **kwargs: Passed on to the decoder; what neither it nor transformers knows is refused.
 
         Raises:
-            ValueError: Placeholders and features differ in number, or an argument is missing.
+            ValueError: Placeholders and features differ in number, an argument is missing, or a keyword is unknown.
         """
+        refuse_unknown(kwargs, f"`{type(self).__name__}.forward`", self._decoder_keywords)
         # First, while nothing of this step is queued: it reads the labels on the host.
         wants_all = not isinstance(logits_to_keep, int) or logits_to_keep != 0 or "shift_labels" in kwargs
         positions = None if wants_all else self._positions_with_labels(labels)
+        placeholders = self._find_placeholders(input_ids, inputs_embeds, pixel_values, image_embeds)
         features = self._encode_pictures(pixel_values, image_flags, num_patches, image_embeds)
-        inputs_embeds = self._embed(input_ids, inputs_embeds, features, image_embeds)
+        inputs_embeds = self._embed(input_ids, inputs_embeds, features, image_embeds, placeholders)
         with nullcontext() if positions is None else self._head_reads_only(positions):
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds,
@@ -655,7 +729,7 @@ class InternVLChatForConditionalGeneration(InternVLChatBaseModel, GenerationMixi
                 **self._with_own_choice(kwargs),
             )
         if self.config.mask_image_token_logit:
-            outputs.logits[..., self.config.image_token_id] = torch.finfo(outputs.logits.dtype).min
+            outputs.logits[..., self.img_context_token_id] = torch.finfo(outputs.logits.dtype).min
         loss = None
         if labels is not None:
             loss = self._loss(outputs, labels, loss_weight, positions, **kwargs)
@@ -671,8 +745,9 @@ class InternVLChatForConditionalGeneration(InternVLChatBaseModel, GenerationMixi
         )
 
     def _positions_with_labels(self, labels: torch.Tensor | None) -> torch.Tensor | None:
-        """Positions (P,) of all B x L that predict a label, in a training step; None elsewhere, where callers want all logits."""
-        if labels is None or not (self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        """Positions (P,) of all B x L that predict a label, in a training step that asks for these alone; None elsewhere."""
+        is_training_step = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if labels is None or not (self.skips_unlabelled_logits and is_training_step):
             return None
         return (next_along(labels, IGNORED_LABEL).flatten() != IGNORED_LABEL).nonzero().flatten()
 
@@ -707,6 +782,7 @@ class InternVLChatForConditionalGeneration(InternVLChatBaseModel, GenerationMixi
             if positions is not None:
                 kwargs["shift_labels"] = targets
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+            loss = zero_without_labels(loss, targets != IGNORED_LABEL)
         else:
             weight = next_along(torch.as_tensor(loss_weight, dtype=torch.float32, device=labels.device), 0.0).flatten()
             loss = weighted_loss(
@@ -722,79 +798,149 @@ class InternVLChatForConditionalGeneration(InternVLChatBaseModel, GenerationMixi
         self,
         inputs: torch.Tensor | None = None,
         generation_config: Any = None,
-        *,
+        *published: Any,
         pixel_values: torch.Tensor | None = None,
         image_flags: torch.Tensor | None = None,
         num_patches: torch.Tensor | None = None,
+        visual_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As in transformers: the prompt followed by the new tokens.
+        """As in transformers: the prompt followed by the new tokens, or the new tokens alone after `inputs_embeds`.
 
-        Pictures are encoded once, before the search begins, whatever the number of beams or samples. With `past_key_values` of
-        earlier turns, pictures whose placeholders the cache covers are not encoded again; `pixel_values` may hold the tiles of all
-        turns or only the new ones.
+        Images are encoded once, before the search begins, whatever the number of beams or samples. With `past_key_values` of
+        earlier turns, images whose placeholders the cache covers are not encoded again; `pixel_values` may hold the tiles of all
+        turns or only the new ones. Drafts of assisted decoding (an assistant model, prompt lookup, generators of one's own) never hold
+        an image; an assistant that is an InternVL-Chat itself sees the images with its own tower.
+
+        The published positional call `generate(pixel_values, input_ids, attention_mask, visual_features)` is understood too.
 
         Args:
             inputs: (B, L), also as `input_ids`.
             generation_config: A `GenerationConfig`.
+            *published: The rest of a published positional call.
             pixel_values: As in `forward`.
             image_flags: As in `forward`.
             num_patches: As in `forward`.
-            **kwargs: Everything else that `generate` of transformers takes.
+            visual_features: (tiles, num_image_token, D), what `extract_feature` gives, in place of `pixel_values`.
+            **kwargs: Everything else that `generate` of transformers takes; `inputs_embeds` (B, L, D) may hold embedded placeholders.
+
+        Raises:
+            ValueError: Placeholders and features differ in number, or the arguments do not go together.
         """
+        if published or isinstance(generation_config, torch.Tensor) or _is_pixels(inputs):
+            named = dict(zip(PUBLISHED_ORDER, (inputs, generation_config, *published), strict=False))
+            given = {"pixel_values": pixel_values, "visual_features": visual_features, **kwargs}
+            return self.generate(image_flags=image_flags, num_patches=num_patches, **_merged(given, named))
         inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
         settings = generation_config or self.generation_config
         chosen = {
             key: kwargs.get(key, getattr(settings, key, None))
             for key in ("do_sample", "num_beams", "prefill_chunk_size")
         }
-        if pixel_values is not None:
-            if inputs is None:
-                raise ValueError("`generate` with `pixel_values` needs `input_ids` that hold the image placeholders.")
+        if pixel_values is not None or visual_features is not None:
             if chosen["prefill_chunk_size"]:
                 raise ValueError("`prefill_chunk_size` would cut pictures apart; leave it out where there are any.")
-            kwargs["image_embeds"] = self._image_embeds_of_new_tiles(
-                inputs, pixel_values, image_flags, num_patches, kwargs.get("past_key_values")
-            )
-        if self.config.image_token_id is not None:
+            tiles = Tiles(pixel_values, image_flags, num_patches, visual_features)
+            kwargs |= self._with_images(inputs, tiles, kwargs)
+        if self.img_context_token_id is not None:
             is_greedy = not chosen["do_sample"] and (chosen["num_beams"] or 1) == 1
-            blocker = ImageTokenBlocker(self.config.image_token_id, is_greedy)
+            blocker = ImageTokenBlocker(self.img_context_token_id, is_greedy)
             kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), blocker])
+            kwargs["prompt_length"] = None if inputs is None else inputs.shape[1]
         return super().generate(inputs, generation_config, **kwargs)
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, image_embeds: torch.Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Passes the pictures on in the steps that may hold placeholders: all but those of one new token."""
-        model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        if model_inputs["input_ids"] is not None and model_inputs["input_ids"].shape[1] > 1:
-            model_inputs["image_embeds"] = image_embeds
-        return model_inputs
-
-    def _image_embeds_of_new_tiles(
         self,
         input_ids: torch.Tensor,
-        pixel_values: torch.Tensor,
-        image_flags: torch.Tensor | None,
-        num_patches: torch.Tensor | None,
-        past_key_values: Cache | None,
+        image_embeds: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        prompt_length: int | None = None,
+        assistant_image_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Passes the images on in the steps that may hold placeholders: all but those of one new token.
+
+        Behind the prompt a placeholder can only be part of a draft, copied from the prompt. It is never accepted, whatever it reads
+        as; so it reads as another token.
+        """
+        cache = kwargs.get("past_key_values")
+        reads_all = kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is None
+        if reads_all and cache is not None and (seen := int(cache.get_seq_length())):
+            # The first step of assisted decoding would read again what a cache of earlier turns holds.
+            kwargs["next_sequence_length"] = input_ids.shape[1] - seen
+        model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        ids = model_inputs.get("input_ids")
+        if ids is None or ids.shape[1] == 1:
+            return model_inputs
+        model_inputs["image_embeds"] = image_embeds
+        if prompt_length is not None and input_ids.shape[1] > prompt_length:
+            image_token = self.img_context_token_id
+            positions = torch.arange(input_ids.shape[1], device=ids.device)[-ids.shape[1] :]
+            is_draft = (ids == image_token) & (positions >= prompt_length)
+            model_inputs["input_ids"] = ids.masked_fill(is_draft, 0 if image_token else 1)
+        return model_inputs
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """As in transformers, which asks `prepare_inputs_for_generation` for its arguments; PEFT puts another in its place."""
+        super()._validate_model_kwargs({name: v for name, v in model_kwargs.items() if name not in SEARCH_STATE})
+
+    def _get_candidate_generator(self, *, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; an assistant gets the images as it sees them, or none if it is a language model alone."""
+        seen = model_kwargs.get("assistant_image_embeds")
+        ours = ("image_embeds", *SEARCH_STATE)
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name not in ours}
+        if seen is not None:
+            model_kwargs["image_embeds"] = seen
+        return super()._get_candidate_generator(model_kwargs=model_kwargs, **kwargs)
+
+    def _with_images(self, input_ids: torch.Tensor | None, tiles: "Tiles", kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of the search that hold the images: embeddings with the images in place, or the features of each row."""
+        inputs_embeds = kwargs.get("inputs_embeds")
+        if inputs_embeds is not None:
+            is_image = self._image_positions(input_ids, None if input_ids is not None else inputs_embeds)
+            features = self._features_of(tiles)
+            return {"inputs_embeds": self._place(inputs_embeds, is_image, int(is_image.sum()), features)}
+        if input_ids is None:
+            raise ValueError(
+                "`generate` with images needs `input_ids` or `inputs_embeds` that hold their placeholders."
+            )
+        cache, assistant = kwargs.get("past_key_values"), kwargs.get("assistant_model")
+        found: dict[str, Any] = {"image_embeds": self._image_embeds_of_new_tiles(input_ids, tiles, cache)}
+        if isinstance(assistant, InternVLChatForConditionalGeneration) and tiles.pixel_values is not None:
+            if assistant.num_image_token != self.num_image_token:
+                raise ValueError(
+                    f"The `assistant_model` takes {assistant.num_image_token} positions for a tile, this model {self.num_image_token}: "
+                    "take an assistant that reads the same prompts, or a language model alone."
+                )
+            pixels = replace(tiles, visual_features=None)
+            found["assistant_image_embeds"] = assistant._image_embeds_of_new_tiles(input_ids, pixels, None)
+        return found
+
+    def _features_of(self, tiles: "Tiles") -> torch.Tensor | None:
+        if tiles.visual_features is not None:
+            return tiles.visual_features
+        return self._encode_tiles(tiles.pixel_values, tiles.image_flags, tiles.num_patches)
+
+    def _image_embeds_of_new_tiles(
+        self, input_ids: torch.Tensor, tiles: "Tiles", past_key_values: Cache | None
     ) -> torch.Tensor | None:
         """Features of the tiles that the cache does not cover: (B, most new placeholders of a row, D), padded with zeros.
 
         Reads on the host how many placeholders each row has, once and before any work is queued."""
-        if self.config.image_token_id is None:
+        if self.img_context_token_id is None:
             raise ValueError(NO_IMAGE_TOKEN)
-        is_image = input_ids == self.config.image_token_id
+        is_image = input_ids == self.img_context_token_id
         cached_length = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         counts = torch.stack([is_image.sum(dim=1), is_image[:, :cached_length].sum(dim=1)])
         found, cached = counts.tolist()
         if cached_length:
-            tiles, old = ([count // self.num_image_token for count in row] for row in (found, cached))
-            if sum(tiles) == len(pixel_values):
-                is_new = [i >= known for all_, known in zip(tiles, old, strict=True) for i in range(all_)]
-                pixel_values, num_patches = pixel_values[torch.tensor(is_new, device=pixel_values.device)], None
+            all_tiles, old = ([count // self.num_image_token for count in row] for row in (found, cached))
+            if sum(all_tiles) == len(tiles):
+                tiles = tiles.only(
+                    [i >= known for all_, known in zip(all_tiles, old, strict=True) for i in range(all_)]
+                )
         new = [all_ - known for all_, known in zip(found, cached, strict=True)]
-        features = self._encode_tiles(pixel_values, image_flags, num_patches) if len(pixel_values) else None
+        features = self._features_of(tiles) if len(tiles) else None
         num_features = 0 if features is None else features.shape[:-1].numel()
         if sum(new) != num_features:
             raise ValueError(self._mismatch(new, num_features))
@@ -920,6 +1066,23 @@ class InternVLChatForConditionalGeneration(InternVLChatBaseModel, GenerationMixi
             self.config.use_image_start_end,
         )
 
+    @contextmanager
+    def _placeholder_of(self, token: str, index: int) -> Iterator[None]:
+        """The id of the placeholder is that of the user's tokenizer, for this call; from then on where none was known."""
+        known = self._image_token_id
+        if self.img_context_token_id not in (None, index):
+            logger.warning_once(
+                f"The model's image placeholder has the id {self.img_context_token_id}, the tokenizer's `{token}` {index}: using the "
+                "tokenizer's."
+            )
+        is_new = self.img_context_token_id is None
+        self._image_token_id = index
+        try:
+            yield
+        finally:
+            if not is_new:
+                self._image_token_id = known
+
     def _answer(
         self,
         tokenizer: Any,
@@ -929,30 +1092,34 @@ class InternVLChatForConditionalGeneration(InternVLChatBaseModel, GenerationMixi
         image_token: str,
     ) -> list[str]:
         image_token_id = tokenizer.convert_tokens_to_ids(image_token)
-        if self.config.image_token_id not in (None, image_token_id):
-            logger.warning_once(
-                f"`config.image_token_id` is {self.config.image_token_id}, the tokenizer's `{image_token}` is {image_token_id}: "
-                "using the tokenizer's."
-            )
-        self.config.image_token_id = image_token_id
-        if isinstance(query, str):
-            encoded = tokenizer(query, return_tensors="pt")
-        else:
-            tokenizer.padding_side = "left"  # stays set, as after the published call
-            encoded = tokenizer(query, return_tensors="pt", padding=True)
+        is_batch = not isinstance(query, str)
+        encoded = tokenizer(query, return_tensors="pt", padding=is_batch, padding_side="left")
         settings = dict(generation_config)
         stop_id = tokenizer.convert_tokens_to_ids(self.conv_template.stop.strip())
         if stop_id is not None and stop_id != getattr(tokenizer, "unk_token_id", None):
             settings.setdefault("eos_token_id", stop_id)
         input_ids = encoded["input_ids"].to(self.device)
-        output = self.generate(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=encoded["attention_mask"].to(self.device),
-            **settings,
-        )
+        with self._placeholder_of(image_token, image_token_id):
+            output = self.generate(
+                input_ids=input_ids,
+                pixel_values=pixel_values,
+                attention_mask=encoded["attention_mask"].to(self.device),
+                **settings,
+            )
         texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
         return [self.conv_template.cut_answer(text) for text in texts]
+
+
+def _is_pixels(inputs: torch.Tensor | None) -> bool:
+    return isinstance(inputs, torch.Tensor) and inputs.is_floating_point()
+
+
+def _merged(given: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
+    """Arguments given by name and by position, as one."""
+    named = {name: value for name, value in named.items() if value is not None}
+    if twice := sorted(name for name in named if given.get(name) is not None):
+        raise ValueError(f"`generate` got {', '.join(f'`{name}`' for name in twice)} by position and by name.")
+    return {**given, **named}
 
 
 def _check_image_tokens(start: str, end: str) -> None:

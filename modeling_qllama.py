@@ -31,7 +31,13 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_internvl import QLlamaConfig
-from .layers_internvl import InternVLRMSNorm, eager_attention_forward, plan_without_cut_heads
+from .keywords_internvl import refuse_unknown
+from .layers_internvl import (
+    InternVLRMSNorm,
+    eager_attention_forward,
+    plan_without_cut_heads,
+    zero_without_labels,
+)
 from .visibility_qllama import VISIBILITIES, Readings, mask_functions, rows_of, text_positions
 
 
@@ -273,9 +279,10 @@ class QLlamaModel(QLlamaPreTrainedModel):
             `last_hidden_state` (B, M + L, D), `past_key_values`.
 
         Raises:
-            ValueError: Neither text nor queries, both kinds of text, an unknown or unfitting `visibility`, or pictures that do not
-                fit the rows.
+            ValueError: Neither text nor queries, both kinds of text, an unknown or unfitting `visibility`, pictures that do not
+                fit the rows, or an unknown keyword.
         """
+        refuse_unknown(kwargs, "`QLlamaModel.forward`")
         hidden_states, num_queries = self._embed(input_ids, inputs_embeds, query_embeds)
         self._check_pictures(vision_hidden_states, len(hidden_states))
         rows = rows_of(visibility, num_queries, *hidden_states.shape[:2])
@@ -444,6 +451,7 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = zero_without_labels(loss, labels[:, 1:] != -100)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

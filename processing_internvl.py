@@ -49,6 +49,7 @@ from .messages_internvl import (
     is_nothing,
     prepare_conversations,
 )
+from .texts_internvl import MAX_TEXT_LENGTH, TEXT_PREFIX, encode_rows, pad_row, pad_token_id, with_prefix
 
 
 MODES = {"chat": "chat", "contrastive": "contrastive", "retrieval": "contrastive", "caption": "caption"}
@@ -97,8 +98,8 @@ class InternVLProcessor(ProcessorMixin):
         image_seq_length: int = 256,
         chat_template: str | dict[str, str] | None = None,
         mode: str = "chat",
-        max_text_length: int = 80,
-        text_prefix: str = "summarize:",
+        max_text_length: int = MAX_TEXT_LENGTH,
+        text_prefix: str = TEXT_PREFIX,
         caption_prompt: str = "English caption:",
         use_image_start_end: bool = True,
     ) -> None:
@@ -319,47 +320,21 @@ class InternVLProcessor(ProcessorMixin):
         max_length = _requested(kwargs, "max_length")
         padding = _requested(kwargs, "padding")
         padding_side = _requested(kwargs, "padding_side")
-        end: list[int] = []
-        if mode == "contrastive":
-            text = [sample if sample.startswith(self.text_prefix) else self.text_prefix + sample for sample in text]
-            end = [self._end_token_id()]
+        is_contrastive = mode == "contrastive"
+        if is_contrastive:
+            text = [with_prefix(sample, self.text_prefix) for sample in text]
             max_length = max_length or self.max_text_length
             padding = "max_length" if padding is None else padding
-        rows = self._first_ids(text, max_length)
-        rows = [row[: max_length - len(end)] + end if max_length else row + end for row in rows]
+        rows = encode_rows(self.tokenizer, text, max_length, with_end=is_contrastive)
         width = max_length if padding == "max_length" and max_length else max(map(len, rows), default=0)
         if padding in (False, "do_not_pad"):
             width = 0
-        is_left = (padding_side or ("right" if mode == "contrastive" else "left")) == "left"
-        # The model goes by the mask, so any id serves as padding; 0 is what published code sets.
-        pad_id = self.tokenizer.pad_token_id or 0
+        is_left = (padding_side or ("right" if is_contrastive else "left")) == "left"
+        pad_id = pad_token_id(self.tokenizer)
         return {
-            "input_ids": [_pad(row, width, pad_id, is_left) for row in rows],
-            "attention_mask": [_pad([1] * len(row), width, 0, is_left) for row in rows],
+            "input_ids": [pad_row(row, width, pad_id, is_left) for row in rows],
+            "attention_mask": [pad_row([1] * len(row), width, 0, is_left) for row in rows],
         }
-
-    def _first_ids(self, text: list[str], max_length: int | None, characters: int = 4096) -> list[list[int]]:
-        """Ids without end token, of a long text no more than the first `max_length` need: so many characters at first."""
-        longest = max(map(len, text), default=0)
-        length = longest if max_length is None else max(32 * max_length, characters)
-        rows = self.tokenizer([sample[:length] for sample in text], padding=False, truncation=False)["input_ids"]
-        rows = [_without_end(row, self.tokenizer.eos_token_id) for row in rows]
-        if max_length is None or longest <= length:
-            return rows
-        for index, (sample, row) in enumerate(zip(text, rows, strict=True)):
-            # Where a text was cut, the last ids may differ from those of the whole.
-            if len(sample) > length and len(row) < 2 * max_length:
-                rows[index] = self._first_ids([sample], max_length, 4 * length)[0]
-        return rows
-
-    def _end_token_id(self) -> int:
-        end = self.tokenizer.eos_token_id
-        if end is None:
-            raise ValueError(
-                "The tokenizer has no end token, at which mode `contrastive` reads the feature of a text. Set "
-                "`tokenizer.eos_token`."
-            )
-        return end
 
     # ------------------------------------------------------------------------------------------------------- dialogues
     def apply_chat_template(
@@ -612,18 +587,6 @@ def _check_placeholders(text: list[str], given: list[int] | None, total: int) ->
     raise ValueError(
         f"The number of image tokens in the prompts should be the same as the number of images: {where}. {fix}"
     )
-
-
-def _without_end(row: list[int], end: int | None) -> list[int]:
-    row = list(row)
-    while row and row[-1] == end:
-        row.pop()
-    return row
-
-
-def _pad(row: list[int], width: int, value: int, is_left: bool) -> list[int]:
-    padding = [value] * (width - len(row))
-    return padding + row if is_left else row + padding
 
 
 __all__ = ["InternVLProcessor", "InternVLProcessorKwargs"]

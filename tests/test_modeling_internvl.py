@@ -44,7 +44,7 @@ def padded(ids: torch.Tensor, side: str, pad_id: int, amount: int = 3):
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_padding_does_not_change_text_features(text_model, side, pad_id):
-    ids = tiny.text_ids(3, 6)
+    ids = tiny.summary_ids(3, 6)
     expected = text_model.get_text_features(ids, torch.ones_like(ids))
     got = text_model.get_text_features(*padded(ids, side, pad_id))
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
@@ -52,7 +52,7 @@ def test_padding_does_not_change_text_features(text_model, side, pad_id):
 
 @torch.no_grad()
 def test_text_features_of_a_batch_equal_one_by_one(text_model):
-    rows = [tiny.text_ids(1, length, seed=length)[0] for length in (3, 7, 5)]
+    rows = [tiny.summary_ids(1, length, seed=length)[0] for length in (3, 7, 5)]
     batch = tiny.pad(rows, "left")
     together = text_model.get_text_features(**batch)
     alone = torch.cat([text_model.get_text_features(row[None]) for row in rows])
@@ -63,7 +63,7 @@ def test_text_features_of_a_batch_equal_one_by_one(text_model):
 @torch.no_grad()
 def test_the_mask_is_derived_from_the_configured_pad_id(num_queries):
     model = tiny.internvl_model(num_query_token=num_queries)
-    ids = tiny.text_ids(2, 5)
+    ids = tiny.summary_ids(2, 5)
     model.config.qllama_config.pad_token_id = 88
     got = model.get_text_features(padded(ids, "right", 88)[0])
     torch.testing.assert_close(got, model.get_text_features(ids, torch.ones_like(ids)), atol=1e-5, rtol=1e-5)
@@ -71,7 +71,7 @@ def test_the_mask_is_derived_from_the_configured_pad_id(num_queries):
 
 @torch.no_grad()
 def test_text_feature_is_the_projected_state_of_the_last_token(model):
-    ids = tiny.text_ids(2, 5)
+    ids = tiny.summary_ids(2, 5)
     states = model.qllama.model(input_ids=ids).last_hidden_state
     torch.testing.assert_close(model.get_text_features(ids), states[:, -1] @ model.text_projection)
 
@@ -88,7 +88,7 @@ def test_g_is_the_sum_of_two_unit_vectors_and_c_is_one_of_them(model):
 
 @torch.no_grad()
 def test_logits_are_scaled_cosines_and_the_published_call_gives_the_pair(model):
-    pictures, ids = tiny.pixels(), tiny.text_ids(4)
+    pictures, ids = tiny.pixels(), tiny.summary_ids(4)
     for mode in ("InternVL-C", "InternVL-G"):
         image, text = model.get_image_features(pictures, mode=mode), model.get_text_features(ids)
         cosines = torch.stack([torch.stack([F.cosine_similarity(i, t, dim=0) for t in text]) for i in image])
@@ -100,7 +100,7 @@ def test_logits_are_scaled_cosines_and_the_published_call_gives_the_pair(model):
 
 
 def test_return_loss_is_symmetric_infonce(model):
-    outputs = model(pixel_values=tiny.pixels(), input_ids=tiny.text_ids(3), return_loss=True)
+    outputs = model(pixel_values=tiny.pixels(), input_ids=tiny.summary_ids(3), return_loss=True)
     logits, by_hand = outputs.logits_per_image, 0.0
     for i in range(3):
         by_hand -= (logits[i, i] - logits[i].logsumexp(0) + logits[i, i] - logits[:, i].logsumexp(0)) / 6
@@ -114,7 +114,7 @@ def test_return_loss_is_symmetric_infonce(model):
 
 @torch.no_grad()
 def test_matching_sees_picture_and_text_and_no_padding(model):
-    pictures, ids = tiny.pixels(), tiny.text_ids(3, 6)
+    pictures, ids = tiny.pixels(), tiny.summary_ids(3, 6)
     scores = model.get_matching_logits(pictures, ids)
     assert scores.shape == (3, 2)
     for side in ("left", "right"):
@@ -127,7 +127,7 @@ def test_matching_sees_picture_and_text_and_no_padding(model):
 
 @torch.no_grad()
 def test_texts_of_one_picture_share_its_keys_and_values(model):
-    pictures, ids = tiny.pixels(2), tiny.text_ids(6)
+    pictures, ids = tiny.pixels(2), tiny.summary_ids(6)
     rows = []
     hook = model.qllama.model.layers[0].cross_attn.k_proj.register_forward_hook(
         lambda m, given, _: rows.append(len(given[0]))
@@ -153,7 +153,7 @@ def test_a_checkpoint_of_the_sigmoid_loss_loads_without_a_word_about_its_bias(c_
 
 def test_captions_hold_no_prompt_and_batch_equals_single(model):
     pictures, settings = tiny.pixels(), {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
-    rows = [tiny.text_ids(1, length, seed=length)[0] for length in (2, 5, 3)]
+    rows = [tiny.summary_ids(1, length, seed=length)[0] for length in (2, 5, 3)]
     batch = model.generate(pixel_values=pictures, **tiny.pad(rows, "left"), **settings)
     assert batch.shape == (3, 6)
     for i, row in enumerate(rows):
@@ -176,15 +176,15 @@ def test_captions_hold_no_prompt_and_batch_equals_single(model):
     [
         (lambda m: m(pixel_values=tiny.pixels()), "needs both `pixel_values` and `input_ids`"),
         (
-            lambda m: m(pixel_values=tiny.pixels(), input_ids=tiny.text_ids(), mode="D"),
+            lambda m: m(pixel_values=tiny.pixels(), input_ids=tiny.summary_ids(), mode="D"),
             r"`mode` must be one of .*, got 'D'",
         ),
         (
-            lambda m: m(pixel_values=tiny.pixels(2), input_ids=tiny.text_ids(), return_loss=True),
+            lambda m: m(pixel_values=tiny.pixels(2), input_ids=tiny.summary_ids(), return_loss=True),
             "got 2 pictures and 3 texts",
         ),
         (lambda m: m.get_text_features(torch.zeros(1, 4).long()), "a row is all padding"),
-        (lambda m: m.generate(input_ids=tiny.text_ids()), "needs `pixel_values`"),
+        (lambda m: m.generate(input_ids=tiny.summary_ids()), "needs `pixel_values`"),
     ],
 )
 def test_unfitting_input_is_refused(model, call, message):
@@ -259,7 +259,7 @@ def test_c_alone_has_no_part_of_the_queries(c_alone, model):
 
 def test_c_alone_reaches_every_parameter_from_the_loss(c_alone):
     """So that training on several processes finds no unused parameter."""
-    c_alone(pixel_values=tiny.pixels(), input_ids=tiny.text_ids(), return_loss=True).loss.backward()
+    c_alone(pixel_values=tiny.pixels(), input_ids=tiny.summary_ids(), return_loss=True).loss.backward()
     assert [name for name, p in c_alone.named_parameters() if p.grad is None] == []
     c_alone.zero_grad()
 
@@ -267,7 +267,7 @@ def test_c_alone_reaches_every_parameter_from_the_loss(c_alone):
 def test_trainer_takes_steps_with_c_alone(tmp_path):
     model = tiny.internvl_model(num_query_token=0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    pictures, ids = tiny.pixels(4), tiny.text_ids(4)
+    pictures, ids = tiny.pixels(4), tiny.summary_ids(4)
     pairs = [{"pixel_values": picture, "input_ids": row} for picture, row in zip(pictures, ids, strict=True)]
 
     def collate(samples: list[dict]) -> dict:
@@ -291,7 +291,7 @@ def test_the_full_model_starts_from_stage_1(c_alone, tmp_path):
     for name, value in c_alone.state_dict().items():
         assert torch.equal(full.state_dict()[name], value), name
     with torch.no_grad():
-        ids = tiny.text_ids()
+        ids = tiny.summary_ids()
         torch.testing.assert_close(full.eval().get_text_features(ids), c_alone.get_text_features(ids))
 
 
@@ -299,9 +299,9 @@ def test_the_full_model_starts_from_stage_1(c_alone, tmp_path):
     ("call", "name"),
     [
         (lambda m: m.get_image_features(tiny.pixels(), mode="G"), '`mode` "InternVL-G"'),
-        (lambda m: m(pixel_values=tiny.pixels(), input_ids=tiny.text_ids(), mode="G"), '`mode` "InternVL-G"'),
+        (lambda m: m(pixel_values=tiny.pixels(), input_ids=tiny.summary_ids(), mode="G"), '`mode` "InternVL-G"'),
         (lambda m: m.get_query_features(tiny.pixels()), "`get_query_features`"),
-        (lambda m: m.get_matching_logits(tiny.pixels(), tiny.text_ids()), "`get_matching_logits`"),
+        (lambda m: m.get_matching_logits(tiny.pixels(), tiny.summary_ids()), "`get_matching_logits`"),
         (lambda m: m.generate(pixel_values=tiny.pixels()), "`generate`"),
     ],
 )

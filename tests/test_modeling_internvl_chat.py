@@ -348,7 +348,7 @@ def test_published_names_are_there():
     assert (model.select_layer, model.num_image_token, model.img_context_token_id) == (-1, 4, tiny.IMAGE_TOKEN_ID)
     assert model.vision_model is not None
     assert model.mlp1 is not None
-    assert model.get_decoder() is model.language_model
+    assert model.get_decoder() is model.language_model.model
 
 
 def test_use_flash_attn_falls_back_with_one_warning(tmp_path):
@@ -412,16 +412,17 @@ def test_transformers_serve_takes_a_folder_with_its_code_for_a_model_of_pictures
     assert done.stdout.splitlines()[-1] == "MULTIMODAL"
 
 
-def test_load_in_4bit_keeps_everything_but_the_decoder_in_full_precision(tmp_path):
+def test_load_in_4bit_keeps_everything_but_the_language_models_in_full_precision(tmp_path):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     decoder = {**tiny.DECODERS["llama"], "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-    model = tiny.chat_model(connector="queries_and_patches", text_config=decoder)
+    vision, queries = ({**part, "hidden_size": 64, "intermediate_size": 128} for part in (tiny.VISION, tiny.QLLAMA))
+    parts = {"vision_config": vision, "text_config": decoder, "qllama_config": queries}
+    model = tiny.chat_model(connector="queries_and_patches", **parts)
     model.save_pretrained(tmp_path)
     small = type(model).from_pretrained(tmp_path, load_in_4bit=True, dtype=torch.bfloat16)
     quantized = {name for name, module in small.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
-    assert quantized
-    assert all(name.startswith("language_model.model.") for name in quantized)
-    assert {p.dtype for n, p in small.named_parameters() if not n.startswith("language_model")} == {torch.bfloat16}
+    assert {name.partition(".layers.")[0] for name in quantized} == {"language_model.model", "qllama"}
+    assert {p.dtype for n, p in small.named_parameters() if n.rpartition(".")[0] not in quantized} == {torch.bfloat16}
     assert small.generate(**tiny.chat_inputs(small), **GREEDY).shape[0] == 3
     with pytest.raises(ValueError, match="only one of `load_in_8bit`, `load_in_4bit`"):
         type(model).from_pretrained(tmp_path, load_in_4bit=True, load_in_8bit=True)

@@ -126,6 +126,13 @@ def text_ids(batch: int = 3, length: int = 7, seed: int = 2) -> torch.Tensor:
     return torch.randint(3, 80, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def summary_ids(batch: int = 3, length: int = 7, seed: int = 2) -> torch.Tensor:
+    """Texts to compare: they end in the end token, at which their feature is read."""
+    ids = text_ids(batch, length, seed)
+    ids[:, -1] = 2
+    return ids
+
+
 def chat_rows(model: InternVLChatForConditionalGeneration, tiles: list[list[int]]) -> list[torch.Tensor]:
     """One row of ids per sample, with the placeholders of its pictures among random text of a length of its own."""
     rows = []
@@ -185,15 +192,15 @@ MODELS = {
     ),
     "InternVLModel-C": (
         internvl_model,
-        lambda model: {"input_ids": text_ids(4), "pixel_values": pixels(), "mode": "C"},
+        lambda model: {"input_ids": summary_ids(4), "pixel_values": pixels(), "mode": "C"},
     ),
     "InternVLModel-C-alone": (
         lambda: internvl_model(num_query_token=0),
-        lambda model: {"input_ids": text_ids(4), "pixel_values": pixels(), "mode": "C"},
+        lambda model: {"input_ids": summary_ids(4), "pixel_values": pixels(), "mode": "C"},
     ),
     "InternVLModel-G": (
         internvl_model,
-        lambda model: {"input_ids": text_ids(4), "pixel_values": pixels(), "mode": "G"},
+        lambda model: {"input_ids": summary_ids(4), "pixel_values": pixels(), "mode": "G"},
     ),
     "chat-llama": (chat_model, chat_inputs),
     "chat-internlm2": (lambda: chat_model("internlm2"), chat_inputs),

@@ -138,6 +138,7 @@ def build_model(
         initializer_range=0.05,
     )
     model = InternVLChatForConditionalGeneration(config)
+    model.skips_unlabelled_logits = True
     model.generation_config = GenerationConfig(
         eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id],
         pad_token_id=tokenizer.pad_token_id,

@@ -276,6 +276,7 @@ def chat_model(
     if language.get_input_embeddings().num_embeddings < len(processor.tokenizer):
         language.resize_token_embeddings(len(processor.tokenizer))
     model = InternVLChatForConditionalGeneration(_chat_config(recipe, base, language, processor))
+    model.skips_unlabelled_logits = True
     _fill_chat(model, base, language, str(source), str(decoder))
     ends = get_conversation_template(recipe.template).end_token_ids(processor.tokenizer)
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=processor.tokenizer.pad_token_id)

@@ -95,6 +95,7 @@ class InternVLTrainingModel(SavedAsInternVLModel):
 
     # A contrastive loss is no sum over samples: `Trainer` averages it over accumulation steps and processes.
     accepts_loss_kwargs = False
+    completes_texts = False  # the collators do
 
     def __init__(
         self, config: InternVLConfig, rows_per_chunk: int | None = None, max_logit_scale: float = 100.0

@@ -101,12 +101,13 @@ def _copied(source: Path, target: Path, config: PretrainedConfig, is_for_retriev
     if is_for_retrieval and name == "LlamaTokenizer":
         _keep_begin_token(target)
     try:
-        return AutoTokenizer.from_pretrained(target, config=config, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(target, config=config, trust_remote_code=False)
     except Exception as error:
         if type(error) is not Exception:
             raise
         # The tokenizers library raises nothing narrower.
         raise ValueError(f"`{source / 'tokenizer.json'}` is no tokenizer: {error}. Copy it again.") from error
+    return tokenizer if tokenizer.pad_token is not None else _with_padding(target, config, tokenizer)
 
 
 def pad_left(target: Path) -> None:
@@ -211,6 +212,16 @@ def _keep_begin_token(target: Path) -> None:
         return
     unused = dict.fromkeys(("prefix_token", "middle_token", "suffix_token", "eot_token", "fill_token"))
     _write_settings(target, {**settings, **unused, "tokenizer_class": "CodeLlamaTokenizer"})
+
+
+def _with_padding(
+    target: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedTokenizerBase:
+    """Names what to pad with, where the source leaves it to the user: stock pipelines pad with the tokenizer itself."""
+    index = config.get_text_config().pad_token_id
+    token = tokenizer.unk_token or tokenizer.eos_token if index is None else tokenizer.convert_ids_to_tokens(index)
+    _write_settings(target, {**read_json(target / "tokenizer_config.json"), "pad_token": token})
+    return AutoTokenizer.from_pretrained(target, config=config, trust_remote_code=False)
 
 
 def _write_settings(target: Path, settings: dict[str, Any]) -> None:

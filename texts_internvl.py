@@ -1,0 +1,153 @@
+"""Texts as InternVL-C and -G compare them: `summarize:` in front, the end token behind, at which a text's feature is read.
+
+The processor writes them so. `ContrastiveTexts` brings ids that did not pass it (of a bare tokenizer, of a stock pipeline) into the
+same form. Not by putting ids in front: a tokenizer may join the last characters of the prefix with the first of the text.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PretrainedConfig
+from transformers.utils import cached_file, logging
+
+
+logger = logging.get_logger(__name__)
+
+TEXT_PREFIX = "summarize:"
+MAX_TEXT_LENGTH = 80
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+PROCESSOR_HINT = 'Prepare texts with `processor(text=..., mode="contrastive")`.'
+
+
+def without_end(row: Sequence[int], end: int | None) -> list[int]:
+    """The ids without the end tokens behind them."""
+    row = list(row)
+    while row and row[-1] == end:
+        row.pop()
+    return row
+
+
+def pad_row(row: list[int], width: int, value: int, is_left: bool = False) -> list[int]:
+    """The ids, filled up to `width`."""
+    padding = [value] * (width - len(row))
+    return padding + row if is_left else row + padding
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """What stands for padding. The model goes by the mask, so any id serves; 0 is what published code sets."""
+    return tokenizer.pad_token_id or 0
+
+
+def first_ids(tokenizer: Any, texts: Sequence[str], max_length: int | None, characters: int = 4096) -> list[list[int]]:
+    """Ids without end token, of a long text no more than the first `max_length` need: so many characters at first."""
+    longest = max(map(len, texts), default=0)
+    length = longest if max_length is None else max(32 * max_length, characters)
+    rows = tokenizer([text[:length] for text in texts], padding=False, truncation=False)["input_ids"]
+    rows = [without_end(row, tokenizer.eos_token_id) for row in rows]
+    if max_length is None or longest <= length:
+        return rows
+    for index, (text, row) in enumerate(zip(texts, rows, strict=True)):
+        # Where a text was cut, the last ids may differ from those of the whole.
+        if len(text) > length and len(row) < 2 * max_length:
+            rows[index] = first_ids(tokenizer, [text], max_length, 4 * length)[0]
+    return rows
+
+
+def encode_rows(tokenizer: Any, texts: Sequence[str], max_length: int | None, with_end: bool) -> list[list[int]]:
+    """Ids of texts, at most `max_length`; the end token is there once or never, whatever the tokenizer adds.
+
+    Raises:
+        ValueError: If the tokenizer has no end token, but it is asked for.
+    """
+    if with_end and tokenizer.eos_token_id is None:
+        raise ValueError(
+            "The tokenizer has no end token, at which mode `contrastive` reads the feature of a text. Set `tokenizer.eos_token`."
+        )
+    end = [tokenizer.eos_token_id] if with_end else []
+    rows = first_ids(tokenizer, texts, max_length)
+    return [row[: max_length - len(end)] + end if max_length else row + end for row in rows]
+
+
+def with_prefix(text: str, prefix: str) -> str:
+    """The text with the prefix in front, once."""
+    return text if text.startswith(prefix) else prefix + text
+
+
+def file_beside(folder: str, name: str, **source: Any) -> str | None:
+    """Path of a file of a checkpoint, arguments as in `from_pretrained`; None if it has none or cannot be reached."""
+    try:
+        return cached_file(folder, name, **source)
+    except OSError:
+        return None
+
+
+class ContrastiveTexts:
+    """Brings ids of texts into the form that is compared.
+
+    Args:
+        tokenizer: Of the model.
+        prefix: What stands in front of every text.
+        max_length: Most ids of a text, the end token included.
+
+    Raises:
+        ValueError: If the tokenizer has no end token.
+    """
+
+    def __init__(self, tokenizer: Any, prefix: str = TEXT_PREFIX, max_length: int = MAX_TEXT_LENGTH) -> None:
+        self.tokenizer = tokenizer
+        self.prefix = prefix
+        self.max_length = max_length
+        *self.prefix_ids, self.end_id = encode_rows(tokenizer, [prefix], None, with_end=True)[0]
+
+    @classmethod
+    def from_folder(cls, folder: str, config: PretrainedConfig, **source: Any) -> "ContrastiveTexts | None":
+        """Of a checkpoint's folder or repository; None if there is no tokenizer.
+
+        Args:
+            folder: As in `from_pretrained`.
+            config: Of the model.
+            **source: `subfolder`, `revision`... as in `from_pretrained`.
+        """
+        if not any(file_beside(folder, name, **source) for name in TOKENIZER_FILES):
+            return None
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, **source)
+        written = file_beside(folder, "processor_config.json", **source)
+        settings = json.loads(Path(written).read_text(encoding="utf-8")) if written else {}
+        return cls(
+            tokenizer, settings.get("text_prefix", TEXT_PREFIX), settings.get("max_text_length", MAX_TEXT_LENGTH)
+        )
+
+    def completed(self, row: list[int]) -> list[int]:
+        """A row of ids, without padding, in the form that is compared; one that has it already stays as it is.
+
+        Raises:
+            ValueError: If the ids do not say which text they are.
+        """
+        body = without_end(row, self.end_id)
+        has_end = len(body) < len(row)
+        text = self._text(body)
+        if text is None and not has_end:
+            raise ValueError(
+                f"A text without `{self.prefix}` in front and `{self.tokenizer.eos_token}` behind cannot be completed: its ids are "
+                f"not those that the tokenizer of the checkpoint gives for the text they spell. {PROCESSOR_HINT}"
+            )
+        if text is None:
+            logger.warning_once(
+                f"A text ends in `{self.tokenizer.eos_token}`, but does not begin with `{self.prefix}`. {PROCESSOR_HINT}"
+            )
+        if text is None or (has_end and text.startswith(self.prefix)):
+            return row
+        return encode_rows(self.tokenizer, [with_prefix(text, self.prefix)], self.max_length, with_end=True)[0]
+
+    def _text(self, body: list[int]) -> str | None:
+        """The text that has these ids, with or without a begin token; None if they are no text's."""
+        begin = [self.tokenizer.bos_token_id]
+        spelled = body[1:] if body[:1] == begin else body
+        text = self.tokenizer.decode(spelled, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        ids = encode_rows(self.tokenizer, [text], None, with_end=False)[0]
+        return text if ids in (body, [*begin, *body]) else None
+
+
+__all__ = ["ContrastiveTexts", "encode_rows", "pad_row", "pad_token_id", "with_prefix"]
