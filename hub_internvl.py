@@ -53,6 +53,7 @@ class HubModelMixin(_PreTrained):
     every `quantization_config` that names no modules of its own to leave alone.
     """
 
+    config: Any
     _auto_class: str | None = "AutoModel"
     _modules_kept_unquantized: tuple[str, ...] = ()
     # Where `from_pretrained` found the model: folder or repository, and how to reach it; empty for a model built in memory.
