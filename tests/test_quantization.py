@@ -48,7 +48,7 @@ MODELS = {
     "chat-full": (
         lambda: chat("internlm2", "queries_and_patches"),
         tiny.chat_inputs,
-        r"language_model\.model\.layers\.",
+        r"(language_model\.model|qllama)\.layers\.",
     ),
     "chat-base": (
         lambda: tiny.chat_base_model("qwen2", **chat_settings("qwen2", "patches")),
