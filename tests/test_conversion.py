@@ -868,7 +868,7 @@ def test_what_came_to_the_place_meanwhile_is_kept(vit, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "out", [".", "..", "/", "", "{vit}/inside", "{vit}/../{name}/a/b", "file", "circle", "link/x/.."]
+    "out", [".", "..", "/", "", "{vit}/part", "{vit}/../{name}/part", "file", "circle", "link/part/..", "link"]
 )
 def test_places_that_cannot_be_replaced_are_refused_in_one_line(out, vit, tmp_path, monkeypatch, capsys):
     work = tmp_path / "work" / "here"
@@ -877,12 +877,22 @@ def test_places_that_cannot_be_replaced_are_refused_in_one_line(out, vit, tmp_pa
     (work / "file").touch()
     (work / "circle").symlink_to("circle")
     (work / "link").symlink_to(vit)
+    (vit / "part").mkdir()
+    (vit / "part" / "precious.txt").write_text("mine")
     before = state_of(tmp_path)
     assert main([str(vit), out.format(vit=vit, name=vit.name), "--overwrite"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: OUT (`")
     assert error.count("\n") == 1
     assert state_of(tmp_path) == before
+
+
+def test_a_new_folder_within_the_source_is_one_of_its_own(vit, tmp_path):
+    before = state_of(vit)
+    out = run(vit, vit / "out")
+    assert {name: digest for name, digest in state_of(vit).items() if not name.startswith("out/")} == before
+    with pytest.raises(ValueError, match="is a part of the input"):
+        run(vit, out, overwrite=True)
 
 
 @pytest.mark.parametrize("is_there", [True, False])

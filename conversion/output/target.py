@@ -37,7 +37,7 @@ def place_of(out: Path, overwrite: bool, inputs: list[Path]) -> Path:
 
     Raises:
         OSError: Something is there that may not be replaced.
-        ValueError: The place holds the inputs, lies within them, or is where the command runs.
+        ValueError: The place holds the inputs, is a part of them, or is where the command runs.
     """
     try:
         place = out.resolve()
@@ -45,9 +45,11 @@ def place_of(out: Path, overwrite: bool, inputs: list[Path]) -> Path:
         raise ValueError(f"OUT (`{out}`) is a link that leads nowhere. Give another name.") from error
     for path in inputs:
         real = path.resolve()
-        if real.is_relative_to(place) or (real.is_dir() and place.is_relative_to(real)):
+        if real.is_relative_to(place):
+            raise ValueError(f"OUT (`{out}`) must be a folder of its own, and not hold the input `{path}`.")
+        if place.is_relative_to(real) and place.is_dir() and any(place.iterdir()):
             raise ValueError(
-                f"OUT (`{out}`) must be a folder of its own: it may neither hold the input `{path}` nor lie within it."
+                f"OUT (`{out}`) must be a folder of its own, and is a part of the input `{path}`. Name a new folder in it."
             )
     if Path.cwd().is_relative_to(place):
         raise ValueError(
