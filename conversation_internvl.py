@@ -31,14 +31,7 @@ _IMAGE_TOKENS = re.compile(r"<(?=(?:/?img|IMG_CONTEXT|image|video)>)")
 _IMAGE_TOKENS_BUT_PLACEHOLDER = re.compile(r"<(?=(?:/?img|IMG_CONTEXT|video)>)")
 
 _JINJA = """\
-{%- if tools -%}
-{{- raise_exception('`tools` was given, which this chat template does not render: describe them in a message.') -}}
-{%- endif -%}
 {%- for message in messages -%}
-{%- if message['tool_calls'] -%}
-{{- raise_exception('Message ' ~ loop.index0 ~ ' has `tool_calls`, which this chat template does not render: write them '
-  ~ 'into its content.') -}}
-{%- endif -%}
 {%- set body -%}
 {%- if message['content'] is string -%}
 {{- message['content'] -}}

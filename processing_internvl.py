@@ -179,7 +179,8 @@ class InternVLProcessor(ProcessorMixin):
         kinds = InternVLProcessorKwargs.__annotations__
         groups = {name: set(kind.__annotations__) for name, kind in kinds.items() if name.endswith("_kwargs")}
         groups["images_kwargs"] |= set(getattr(self.image_processor, "valid_kwargs", ImagesKwargs).__annotations__)
-        known = {*kinds, *CALL_SETTINGS, *groups["text_kwargs"], *groups["images_kwargs"]}
+        # Those of videos and sound too: general code passes them whether or not there is something for them.
+        known = {*kinds, *CALL_SETTINGS}.union(*groups.values())
         unused = set() if mode == "chat" else groups["text_kwargs"] - PLAIN_TEXT_SETTINGS
         unknown = []
         for group, names in {"": known, **groups, "common_kwargs": known}.items():
@@ -384,6 +385,7 @@ class InternVLProcessor(ProcessorMixin):
 
         processor_kwargs["mode"] = "chat"
         if any(is_frame):
+            _check_no_sampling(processor_kwargs)
             processor_kwargs = self._with_single_tile_frames(processor_kwargs, is_frame)
         spans = None
         if return_assistant_tokens_mask or return_labels:
@@ -493,6 +495,14 @@ def _of_picture(images_kwargs: dict[str, Any], index: int) -> dict[str, Any]:
         name: value[index] if name in per_picture and isinstance(value, (list, tuple)) else value
         for name, value in images_kwargs.items()
     }
+
+
+def _check_no_sampling(settings: dict[str, Any]) -> None:
+    """Refuses to leave out frames of a video: those that a message holds are taken."""
+    nested = settings.get("videos_kwargs") or {}
+    for name in ("num_frames", "fps", "do_sample_frames"):
+        if settings.get(name) or nested.get(name):
+            raise ValueError(f"`{name}` was given, but the frames in a message are all taken: choose them before.")
 
 
 def _split_settings(

@@ -418,6 +418,8 @@ WITH_TOOLS = (
 
 
 def test_tools_are_rendered_or_refused(processor: InternVLProcessor) -> None:
+    """Refused by the processor: that a template has the word `tool` in it is read by others as being able to."""
+    assert not any("tool" in get_conversation_template(name).to_jinja() for name in list_conversation_templates())
     hi = {"role": "user", "content": "Hi"}
     answer = {"role": "tool", "content": "3"}
     assert "[f]" in processor.apply_chat_template([hi, CALL, answer], WITH_TOOLS, tools=[TOOL])
@@ -567,6 +569,13 @@ def test_pictures_beside_frames_keep_their_tiles(processor: InternVLProcessor, k
 def test_too_few_settings_beside_frames_raise(processor: InternVLProcessor) -> None:
     with pytest.raises(ValueError, match=r"`max_num` has 1 value\(s\) for 2 picture"):
         chat(processor, [user([WIDE], WIDE, WIDE)], max_num=[2])
+
+
+def test_frames_are_not_sampled_again_without_a_word(processor: InternVLProcessor) -> None:
+    for kwargs in ({"num_frames": 2}, {"fps": 1.0}, {"processor_kwargs": {"videos_kwargs": {"num_frames": 2}}}):
+        with pytest.raises(ValueError, match="the frames in a message are all taken"):
+            chat(processor, [user([SQUARE] * 3)], **kwargs)
+        assert "pixel_values" in chat(processor, [user(SQUARE)], **kwargs)
 
 
 @pytest.mark.parametrize("video", ["film.mp4", [], None, np.zeros((4, 4, 3))])
