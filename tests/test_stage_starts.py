@@ -64,6 +64,11 @@ def test_a_model_of_another_kind_is_one_line_at_every_door(door, folders, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_validate_needs_a_chat_model_to_count_tokens_by(folders, capsys):
+    assert main(["validate", str(folders["data"] / "rows.jsonl"), "--model", str(folders["InternVL-G"])]) == 2
+    assert "but `--model` needs an InternVL-Chat model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("module", "kind", "wanted"),
     [

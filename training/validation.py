@@ -11,6 +11,7 @@ from transformers import AutoProcessor
 
 from ..image_loading_internvl import read_image
 from ..image_processing_internvl import InternVLImageProcessor
+from ..kinds import check_kind
 from .dialogues import DialogueEncoder, read_dialogue
 from .json_rows import JsonRows, Row
 from .texts import printable
@@ -98,6 +99,7 @@ def _encoder(options: argparse.Namespace) -> DialogueEncoder | None:
         if options.max_length is not None:
             raise ValueError("`--max-length` counts tokens, for which `--model` must be given.")
         return None
+    check_kind(options.model, "chat", door="`--model`")
     processor = AutoProcessor.from_pretrained(options.model)
     return DialogueEncoder(processor, options.max_length or processor.tokenizer.model_max_length)
 
