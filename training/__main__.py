@@ -3,6 +3,7 @@
 import sys
 from importlib import import_module
 
+from .. import register
 from .commands import build_parser
 from .texts import printable
 
@@ -17,6 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
         Exit code of the command, or 2 where it was refused.
     """
     options = build_parser().parse_args(arguments)
+    register()
     try:
         return import_module(f".{options.module}", __package__).run(options, print)
     except (ValueError, OSError) as error:
