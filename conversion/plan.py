@@ -152,7 +152,7 @@ def plan_conversion(
         layout = recognise(opened)
         _check_effect(layout, tokenizer=tokenizer, image_token_id=image_token_id, num_heads=num_heads)
         folder = Path(tokenizer) if tokenizer is not None else opened.folder
-        check_links(folder)
+        check_links(folder, depth=0)
         has_text = layout.result.kind != "vision" and (tokenizer is not None or has_tokenizer(folder))
         tokenizer_folder = folder if has_text else None
         records = read_records(opened)

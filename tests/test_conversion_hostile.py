@@ -241,6 +241,21 @@ def test_folders_that_are_links_are_refused_too(depth, vit, tmp_path, capsys):
     assert "holds links that leave it" in refused(capsys, tmp_path / "run", tmp_path / "out")
 
 
+def test_links_that_nobody_reads_may_lead_anywhere(vit, tmp_path):
+    (vit / "notes.pdf").symlink_to(secret(tmp_path))
+    (vit / "mine").symlink_to(tmp_path / "home")
+    run(vit / "model.safetensors", tmp_path / "out")  # of a file, folders beside it are not looked into
+    (vit / "mine").unlink()
+    run(vit, tmp_path / "out2")
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "README.md", "head.pth"])
+def test_links_beside_a_file_are_refused_where_they_are_read(name, vit, tmp_path, capsys):
+    (vit / name).unlink(missing_ok=True)
+    (vit / name).symlink_to(secret(tmp_path))
+    assert name in refused(capsys, vit / "model.safetensors", tmp_path / "out")
+
+
 def test_links_within_the_source_and_the_source_itself_as_a_link_are_followed(vit, tmp_path):
     (vit / "weights").mkdir()
     (vit / "model.safetensors").replace(vit / "weights" / "w.safetensors")

@@ -3,16 +3,23 @@
 import os
 from pathlib import Path
 
+from .checkpoint_files import WEIGHT_SUFFIXES
+
 
 # How far below SOURCE anything is read: run/checkpoint-N/global_stepM/file.
 DEPTH = 3
 
 
-def check_links(folder: Path) -> None:
+# What is read, by the end of its name; other files may be links to anywhere.
+READ = (*WEIGHT_SUFFIXES, ".distcp", ".jinja", ".json", ".metadata", ".model", "README.md", "latest", "merges.txt")
+
+
+def check_links(folder: Path, depth: int = DEPTH) -> None:
     """Refuses links that lead out of a folder, but for those of the Hub's cache from a snapshot to that repository's own files.
 
     Args:
         folder: Given by the user, so that it may be a link itself.
+        depth: Of folders in it that are looked at; 0 where only files beside a file are read.
 
     Raises:
         ValueError: With all such links, and where they lead.
@@ -21,7 +28,7 @@ def check_links(folder: Path) -> None:
     snapshots = hub_snapshot(root)
     allowed = [root] if snapshots is None else [root, snapshots.parent / "blobs"]
     leaving = {}
-    for place in _links_below(root):
+    for place in _links_below(root, depth):
         target = Path(os.path.realpath(place))  # through all links; a circle of them ends at itself
         if not any(target.is_relative_to(known) for known in allowed):
             leaving[place.relative_to(root)] = target
@@ -43,10 +50,11 @@ def hub_snapshot(folder: Path) -> Path | None:
     return next((place for place in places if place.parent.name.startswith("models--")), None)
 
 
-def _links_below(root: Path) -> list[Path]:
+def _links_below(root: Path, depth: int) -> list[Path]:
     found = []
     for place, folders, files in os.walk(root):
-        found += [Path(place, name) for name in (*folders, *files) if Path(place, name).is_symlink()]
-        if len(Path(place).relative_to(root).parts) + 1 >= DEPTH + 1:
+        if len(Path(place).relative_to(root).parts) >= depth:
             folders.clear()
+        names = [*folders, *(name for name in files if name.endswith(READ))]
+        found += [Path(place, name) for name in names if Path(place, name).is_symlink()]
     return found

@@ -119,10 +119,13 @@ def open_source(path: str | Path) -> Source:
         raise FileNotFoundError(f"There is no `{path}`. Give the folder of a downloaded checkpoint.")
     if not (path.is_file() or path.is_dir()):
         raise ValueError(f"`{path}` is neither a folder nor a file. Give the folder of a downloaded checkpoint.")
-    check_links(path if path.is_dir() else path.parent)
+    if path.is_dir():
+        check_links(path)
+    else:
+        check_links(path.parent, depth=0)
     found = _open(path)
     if not found.folder.resolve().is_relative_to(path.resolve()):
-        check_links(found.folder)
+        check_links(found.folder, depth=0)
     return dequantised(found, open_file)
 
 
