@@ -6,7 +6,7 @@ PYTHON := .venv/bin/python
 READY := .venv/ready
 endif
 
-.PHONY: demo test test-all check style bench bench-conversion conformance faults versions fuzz default-run ablation clean
+.PHONY: demo test test-all check style bench bench-conversion conformance faults versions engines fuzz default-run ablation clean
 .DEFAULT_GOAL := test
 
 .venv/ready: constraints.txt pyproject.toml
@@ -69,6 +69,11 @@ SEED ?= 0
 fuzz: $(READY)
 	$(PYTHON) -m tests.fuzz --seed $(SEED)
 
+# Real engines and harnesses, each in an environment of its own, answer as `generate` does (tests/engines/). `make engines
+# ENGINES="vllm lm_eval"` runs some. Takes an hour on two cores, the first time, and 8 GB of disk.
+engines: $(READY)
+	$(PYTHON) tests/engines/run.py $(ENGINES)
+
 # The root checkpoint from nothing, stage by stage; what was stopped goes on. glibc returns large blocks to the system after
 # each use: keeping them makes a step a fifth faster.
 RUN ?= runs_output/default
@@ -80,4 +85,4 @@ ablation: $(READY)
 	$(KEEP_MEMORY) $(PYTHON) -m internvl.training.ablation --output $(RUN)_ablation --resume
 
 clean:
-	rm -rf .venv .versions .conformance .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf .venv .versions .conformance .engines .mypy_cache .pytest_cache .ruff_cache build *.egg-info
