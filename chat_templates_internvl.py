@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from traceback import walk_tb
 
 from transformers.utils import is_jinja_available
 
@@ -59,11 +60,16 @@ def template_names(jinja: str) -> TemplateNames:
 
 @contextmanager
 def refusals_as_value_errors() -> Iterator[None]:
-    """Turns what a template raises (`raise_exception`, a missing variable, broken syntax) into a `ValueError`."""
+    """Turns what a template raises (`raise_exception`, a missing variable, broken syntax, a content of a type that it does not
+    expect) into a `ValueError`."""
     try:
         yield
     except TemplateError as error:
         raise ValueError(f"The chat template refuses this conversation: {error}") from error
+    except TypeError as error:
+        if not any(frame.f_code.co_filename == "<template>" for frame, _ in walk_tb(error.__traceback__)):
+            raise
+        raise ValueError(f"The chat template cannot render this conversation: {error}") from error
 
 
 __all__ = ["TemplateNames", "refusals_as_value_errors", "template_names"]

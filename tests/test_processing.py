@@ -407,6 +407,9 @@ def test_only_undeclared_variables_belong_to_the_template(processor: InternVLPro
             processor.apply_chat_template([{"role": "user", "content": "Hi"}], jinja, **{name: True})
     with pytest.raises(ValueError, match="refuses"):
         processor.apply_chat_template([user("Hi")], "{% for m in messages %}")
+    for settings in ({}, {"tokenize": True}, {"tokenize": True, "return_labels": True}):
+        with pytest.raises(ValueError, match="cannot render"):
+            processor.apply_chat_template([user("Hi")], "{{ 'a' + messages[0]['content'] }}", **settings)
 
 
 TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}

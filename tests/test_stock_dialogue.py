@@ -54,6 +54,8 @@ def test_the_stock_pipeline_answers_in_batches_as_one_by_one(root, converted, re
         assert len(set(one_by_one)) > 1 or chats is without
         for size in (2, len(chats)):
             assert answers(pipe(text=chats, batch_size=size, **settings)) == one_by_one
+    with pytest.raises(ValueError, match=r"different keys.*pixel_values"):  # transformers' own; by name
+        pipe(text=[*with_images, *without], batch_size=5, **settings)
     if repository == "bundled":
         assert answers(pipe(text=with_images[:2], batch_size=2, **settings)) == ["4", "red"]
 
