@@ -16,6 +16,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from internvl.conversion.output import tokenizer_files
+
 from .test_source import ROOT, SHIPPED, dotted, found, nodes
 
 
@@ -164,6 +166,16 @@ def test_rows_are_read_by_our_own_readers():
     assert not uses_of("pandas", "pyarrow.parquet.encryption", "pyarrow.parquet_encryption")
     calls = [node for path in SHIPPED for node in nodes(path, ast.Call)]
     assert not [c for c in calls if {k.arg for k in c.keywords} & {"decryption_properties", "decryption_config"}]
+
+
+def test_an_older_sentencepiece_that_is_installed_all_the_same_reads_no_model(monkeypatch, tmp_path):
+    """pip does not ask for the extra `convert`, so the floor alone would not keep it out."""
+    crafted = tmp_path / "tokenizer.model"
+    crafted.write_bytes(b"crafted")
+    with pytest.raises(RuntimeError):
+        tokenizer_files._compare_with_sentencepiece(crafted, None, {}, False)
+    monkeypatch.setattr(tokenizer_files, "version", lambda package: {"sentencepiece": "0.2.0"}[package])
+    assert tokenizer_files._compare_with_sentencepiece(crafted, None, {}, False) is None
 
 
 def test_scikit_learn_reads_no_text():

@@ -8,9 +8,11 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import is_sentencepiece_available
 
@@ -266,8 +268,11 @@ def _content(token: str | dict[str, Any]) -> str:
 def _compare_with_sentencepiece(
     path: Path, backend: Any, added_tokens: dict[int, dict[str, Any]], is_legacy: bool
 ) -> None:
-    """Encodes samples with the library that the published slow tokenizer runs on, if it is installed."""
-    if not is_sentencepiece_available():
+    """Encodes samples with the library that the published slow tokenizer runs on, if it is installed.
+
+    Not with releases before 0.2.1, in which a crafted model writes past its buffer.
+    """
+    if not is_sentencepiece_available() or Version(version("sentencepiece")) < Version("0.2.1"):
         return
     from sentencepiece import SentencePieceProcessor
 
