@@ -390,6 +390,17 @@ def test_an_archive_that_grows_is_refused_before_it_does(vit, tmp_path, capsys):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 2**10
 
 
+@pytest.mark.parametrize("cut", [5, 40, 300, 2000])
+@pytest.mark.parametrize("is_archive", [True, False])
+def test_every_truncation_of_a_pytorch_file_has_its_name(is_archive, cut, vit, tmp_path, capsys):
+    file = as_bin(vit, load_file(vit / "model.safetensors"), _use_new_zipfile_serialization=is_archive)
+    whole = file.read_bytes()
+    without_table = [whole[:-22] + bytes(22)] if is_archive else []
+    for data in (whole[:cut], whole[:-cut], whole[: len(whole) // 2] + whole[-cut:], *without_table):
+        file.write_bytes(data)
+        assert "pytorch_model.bin" in refused(capsys, vit, tmp_path / "out")
+
+
 class Allocation:
     """Pickled as a call that makes memory."""
 
@@ -450,6 +461,8 @@ def test_mutated_files_are_answered_or_converted_and_never_a_traceback(kind, tmp
         assert main(arguments) in (0, 2), number
         error = capsys.readouterr().err
         assert "Traceback" not in error
+        said = [line for line in error.splitlines() if line.startswith("error: ")]
+        assert all(str(source) in line or "config.json" in line for line in said), said
 
 
 # --------------------------------------------------------------------------------------------------- broken configurations

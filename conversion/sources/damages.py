@@ -49,7 +49,9 @@ def naming(
     """
     try:
         yield
-    except DAMAGES as error:
+    except (*DAMAGES, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # not what it holds, but the file itself
         raise error_class(f"`{file}` is no {kind} ({reason_of(error)}). {advice}") from error
 
 
