@@ -6,7 +6,7 @@ PYTHON := .venv/bin/python
 READY := .venv/ready
 endif
 
-.PHONY: demo test test-all check style bench bench-conversion conformance faults versions engines fuzz default-run ablation clean
+.PHONY: demo test test-all check style bench bench-conversion conformance deepspeed faults versions engines fuzz default-run ablation clean
 .DEFAULT_GOAL := test
 
 .venv/ready: constraints.txt pyproject.toml
@@ -55,6 +55,19 @@ bench-conversion: $(READY)
 # transformers' own test mixins against every class of this package.
 conformance: $(READY)
 	$(PYTHON) tests/conformance/run.py
+
+# DeepSpeed comes as source whose set-up imports torch, so it is built in the environment itself.
+ifdef READY
+DEEPSPEED := .venv/deepspeed
+endif
+.venv/deepspeed: .venv/ready
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ninja setuptools wheel
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation deepspeed
+	touch $@
+
+# The engines in full, ZeRO-3 too: it trains as one process does.
+deepspeed: $(DEEPSPEED) $(READY)
+	$(PYTHON) -m pytest -m slow tests/test_engines.py
 
 # Processes that write are killed at random points, and nothing may be lost (tests/faults/).
 faults: $(READY)

@@ -168,7 +168,7 @@ def test_adapters_trained_in_pieces_are_saved_and_merged_whole(folder):
 @pytest.fixture(scope="module")
 def zero3(tmp_path_factory):
     if find_spec("deepspeed") is None:
-        pytest.skip("DeepSpeed is an optional engine: `pip install deepspeed`")
+        pytest.skip("DeepSpeed is an optional engine: `make deepspeed`")
     folder = tmp_path_factory.mktemp("zero3")
     engine_jobs.write_data(folder)
     return engine_jobs.launch("zero3", "parity", folder, DS_ACCELERATOR="cpu")

@@ -127,8 +127,9 @@ class PairStream(torch.utils.data.IterableDataset):
             )
 
     def from_the_beginning(self) -> "PairStream":
-        """The same stream as it was made, with a count of its own."""
+        """The same stream as it was made, with counts of its own."""
         stream = copy(self)
+        stream.funnel = None if self.funnel is None else Funnel(self.funnel.stage, self.funnel.rules)
         stream._position, stream._is_over = _Position(), False
         stream.broken_rows = BrokenRows(self.broken_rows.max_rate, self.broken_rows.grace)
         return stream
