@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import is_flash_attn_2_available, logging
 
@@ -81,6 +82,10 @@ class HubModelMixin(_PreTrained):
             ValueError: `load_in_8bit` and `load_in_4bit` together, or beside a `quantization_config`; a checkpoint of another kind.
         """
         folder = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        own: Any = _class_in_folder(cls, folder, kwargs)
+        if own is not cls:
+            flags = {"use_flash_attn": use_flash_attn, "load_in_8bit": load_in_8bit, "load_in_4bit": load_in_4bit}
+            return own.from_pretrained(*args, **flags, **kwargs)
         _check_kind(cls, folder, kwargs)
         if use_flash_attn is not None:
             kwargs.setdefault("attn_implementation", _attention_for(use_flash_attn))
@@ -122,6 +127,19 @@ class HubModelMixin(_PreTrained):
                 super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.config = own
+
+
+def _class_in_folder(cls: Any, folder: Any, settings: dict[str, Any]) -> Any:
+    """The class of this name in a folder's own code, where that code is trusted.
+
+    The Auto classes remember a model class by its configuration class: of two folders of one name, whose code differs but for the
+    configuration, the second would get the class of the first.
+    """
+    package, file = cls.__module__.partition(".")[0], cls.__module__.rpartition(".")[2]
+    is_trusted = package == "transformers_modules" and settings.get("trust_remote_code")
+    if not is_trusted or folder is None or not os.path.isfile(os.path.join(folder, f"{file}.py")):
+        return cls
+    return get_class_from_dynamic_module(f"{file}.{cls.__name__}", folder)
 
 
 def _check_kind(cls: Any, folder: Any, settings: dict[str, Any]) -> None:

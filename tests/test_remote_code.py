@@ -139,3 +139,25 @@ def test_the_installed_package_serves_every_door_without_trust(checkpoints, tmp_
     """transformers has classes of its own named `InternVLProcessor` and `InternVLModel`; they must not be taken."""
     env = {**without_repository(tmp_path), "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
     assert set(run(["-c", INSTALLED, checkpoints], tmp_path, env).split()) == {"internvl"}
+
+
+TWO_RELEASES = """
+import sys
+sys.modules["internvl"] = None
+from transformers import AutoModel, AutoModelForImageTextToText
+first, second = sys.argv[1:]
+for auto in (AutoModel, AutoModelForImageTextToText):
+    found = [auto.from_pretrained(folder, trust_remote_code=True) for folder in (first, second, first, second)]
+    assert [getattr(model, "release", 1) for model in found] == [1, 2, 1, 2], found
+    assert type(found[0]) is type(found[2]) and type(found[1]) is type(found[3])
+"""
+
+
+def test_two_folders_of_one_name_keep_their_own_modeling_code(checkpoints, tmp_path):
+    """Their configuration code is the same, and it is what transformers remembers classes by."""
+    folders = [shutil.copytree(checkpoints / "chat", tmp_path / parent / "model") for parent in ("first", "second")]
+    code = folders[1] / "modeling_internvl_chat.py"
+    own = "    _has_language_head = True\n"
+    assert own in code.read_text()
+    code.write_text(code.read_text().replace(own, own + "    release = 2\n"))
+    run(["-c", TWO_RELEASES, *folders], tmp_path / "work")
