@@ -320,7 +320,7 @@ class InternVLModel(InternVLPreTrainedModel):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Scores (B, 2) that a picture and a text do not (0) or do (1) belong together: mean of the head over the queries.
+        """Scores (B, 2) of a picture and a text: column 1 that they match, column 0 that they do not; mean of the head over the queries.
 
         Args:
             pixel_values: (P, 3, height, width).

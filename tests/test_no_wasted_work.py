@@ -1,8 +1,8 @@
-"""The chat model does no work that nobody asked for, and never makes the host wait for the device.
+"""The chat model does no work that nobody asked for, and lets the host wait for the device once, before a forward is queued.
 
 What a forward reads on the host is shown in two ways. On the meta device tensors have no values: whatever reads one fails, so a forward
-that runs there queues its work without waiting, and there the placeholders are checked as on a GPU. On the CPU, where waiting costs
-nothing, each read is counted. (Transformers reads a padding mask on the host to choose a kernel; these forwards have none.)
+that runs there queues its work without waiting, and there the placeholders are checked as in compiled code. On the CPU, where waiting
+costs nothing, each read is counted. (Transformers reads a padding mask on the host to choose a kernel; these forwards have none.)
 """
 
 import weakref
@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
+from internvl import modeling_internvl_chat
 from internvl.configuration_internvl import InternVLChatConfig
 from internvl.modeling_internvl_chat import PLACEHOLDERS_HINT, TILES_HINT, InternVLChatForConditionalGeneration
 
@@ -98,7 +99,29 @@ def test_on_the_cpu_one_value_is_read_in_the_prefill_and_none_after():
     assert step.among(READS) == {}
 
 
-def test_a_gpu_prints_messages_that_fit_into_its_assertion():
+@pytest.mark.parametrize("connector", CONNECTORS)
+@torch.no_grad()
+def test_placeholders_are_counted_on_the_host_before_a_tower_runs(connector, monkeypatch):
+    """On every device, so that a mismatch raises a `ValueError` and leaves a GPU's context alone, and the wait is for what came before."""
+    model, order = tiny.chat_model(connector=connector), []
+    read = modeling_internvl_chat.on_host
+    monkeypatch.setattr(modeling_internvl_chat, "on_host", lambda number: order.append("read") or read(number))
+    for part in (model.vision_model, model.get_decoder()):
+        part.register_forward_pre_hook(lambda module, _: order.append(type(module).__name__))
+    inputs = tiny.chat_inputs(model)
+    model(**inputs)
+    assert order == ["read", "InternVisionModel", "LlamaModel"]
+    order.clear()
+    with pytest.raises(ValueError, match="image placeholders but"):
+        model(**{**inputs, "pixel_values": inputs["pixel_values"][1:]})
+    assert order == ["read", "InternVisionModel"]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert read(torch.tensor(3)).ndim == 0
+    monkeypatch.undo()
+    assert isinstance(read(torch.tensor(3)), int)
+
+
+def test_compiled_code_prints_messages_that_fit_into_its_assertion():
     for hint in (PLACEHOLDERS_HINT, TILES_HINT):
         assert len(hint.encode()) < 256
         with pytest.raises(RuntimeError, match=hint[:40]):
