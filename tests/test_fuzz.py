@@ -2,7 +2,7 @@
 
 import pytest
 
-from .fuzz import checkpoints, images, messages
+from .fuzz import checkpoints, images, messages, rows
 from .fuzz.watch import watch
 
 
@@ -12,8 +12,9 @@ KINDS = {
     "image tokens": messages.injections,
     "messages": lambda: messages.malformed(SEED, 200),
     "checkpoints": lambda: checkpoints.inputs(SEED, 16),
+    "rows": lambda: rows.inputs(SEED, 60),
 }
-INPUTS = {"images": 275, "image tokens": 161, "messages": 200, "checkpoints": 16}
+INPUTS = {"images": 275, "image tokens": 161, "messages": 200, "checkpoints": 16, "rows": 60}
 
 
 @pytest.mark.parametrize("kind", KINDS)
