@@ -85,7 +85,7 @@ def vllm(python: Path) -> Iterator[Row]:
     jobs = [(name, 1) for name in checkpoints()] + [("root", 2), ("converted-llama", 2)]
     for name, processes in jobs:
         checkpoint = checkpoints()[name]
-        job = {**checkpoint, "new_tokens": 12, "tensor_parallel": processes, "compiled": name == "simple-tied"}
+        job = {**checkpoint, "new_tokens": 12, "tensor_parallel": processes}
         found = answers_of("in_vllm.py", python, [], job, vllm_variables(processes))
         expected = [question["tokens"] for question in checkpoint["questions"]]
         asked = "tokens" + (f", tensor parallel {processes}" if processes > 1 else "")
@@ -93,7 +93,7 @@ def vllm(python: Path) -> Iterator[Row]:
 
 
 def vllm_serve(python: Path) -> Iterator[Row]:
-    """The command as a user types it; fp32, so that answers can be compared."""
+    """The command as a user types it, compiled; fp32, so that answers can be compared."""
     command = [python.with_name("vllm"), "serve", ROOT, "--trust-remote-code", "--dtype", "float32"]
     yield from over_http(python, command, vllm_variables(1))
 
@@ -172,7 +172,7 @@ def lm_eval(python: Path) -> Iterator[Row]:
 
 
 def lmms_eval(python: Path) -> Iterator[Row]:
-    settings = f"model_id={ROOT},trust_remote_code=True,device_map=cpu"
+    settings = f"pretrained={ROOT},trust_remote_code=True,device=cpu,device_map=cpu"
     command = [python, "-m", "lmms_eval", "--model", "huggingface", "--model_args", settings]
     yield harness(command, variables("lmms_eval"), "internvl_examples_lmms_eval")
 
@@ -192,9 +192,12 @@ def harness(command: list[Any], env: dict[str, str], task: str) -> Row:
         "1",
         "--log_samples",
     ]
-    call([*command, *files], {**env, "INTERNVL_EXAMPLES": str(ROOT / "examples")})
-    (file,) = out.rglob(f"*samples_{task}*.jsonl")
-    samples = sorted((json.loads(line) for line in file.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+    said = call([*command, *files], {**env, "INTERNVL_EXAMPLES": str(ROOT / "examples")})
+    written = list(out.rglob(f"*samples_{task}*.jsonl"))
+    if not written:  # lmms-eval ends with code 0 after an error too
+        raise FailedError(said[-3000:])
+    lines = written[0].read_text().splitlines()
+    samples = sorted(map(json.loads, lines), key=lambda sample: sample["doc_id"])
     found = [first(sample["filtered_resps"]).strip() for sample in samples]
     return Row("root", "examples/questions.json", sum(map(str.__eq__, found, expected)), len(expected))
 
