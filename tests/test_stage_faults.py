@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from transformers import AutoModel
 from internvl.training import stages, training_model
 from internvl.training.__main__ import main
 from internvl.training.checkpoints import check_same_recipe, record_recipe
+from internvl.training.default_run import finish
 from internvl.training.recipes import stage1_small
 from internvl.training.stages import Run, run_stage1
 from internvl.training.whole_folders import checkpoints_in, fault_of, newest_whole
@@ -233,6 +234,20 @@ def test_the_recipe_of_every_kind_of_run_is_compared(tmp_path):
         check_same_recipe(tmp_path, replace(RECIPE, vision_config={**VISION, "hidden_size": 64}))
     with pytest.raises(ValueError, match="`funnel_stage` was 1, is None"):
         check_same_recipe(tmp_path, RECIPE, funnel_stage=None)
+
+
+def test_the_bundled_run_and_the_ablation_refuse_a_changed_recipe_too(tmp_path):
+    """Both go through `finish`, whether a stage is finished or was stopped."""
+    calls = []
+    finish(tmp_path, RECIPE, resume=True, train=lambda **how: calls.append(how))
+    changed = replace(RECIPE, seed=5)
+    with pytest.raises(ValueError, match="`seed` was 0, is 5"):
+        finish(tmp_path, changed, resume=True, train=lambda **how: calls.append(how))
+    (tmp_path / "training_log.json").write_text(json.dumps({"recipe": json.loads(json.dumps(asdict(RECIPE)))}))
+    with pytest.raises(ValueError, match="`seed` was 0, is 5"):
+        finish(tmp_path, changed, resume=True, train=lambda **how: calls.append(how))
+    finish(tmp_path, RECIPE, resume=True, train=lambda **how: calls.append(how))
+    assert calls == [{"output": tmp_path, "resume": True}]
 
 
 def test_a_stopped_run_is_not_begun_again_by_mistake(data, tmp_path, monkeypatch):
