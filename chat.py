@@ -11,15 +11,10 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from .kinds import MODEL_TYPES, WORDS, check_kind, wrong_kind
+
 
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent
-# What other folders hold, by `model_type`.
-OTHER_KINDS = {
-    "intern_vit_6b": "a vision tower (InternViT), which gives features",
-    "internvl_14b": "InternVL-C or InternVL-G, for retrieval and captions",
-    "qllama": "QLLaMA alone",
-    "internvl_chat": "a chat model in the published layout, which `python -m internvl.conversion` turns into one that loads",
-}
 
 
 # transformers is imported where a model is needed, so that `--help` and wrong arguments do not wait for it.
@@ -36,9 +31,9 @@ class Conversation:
     """
 
     def __init__(self, model: str | Path, max_new_tokens: int = 256, max_num: int | None = None) -> None:
-        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        check_model_type(AutoConfig.from_pretrained(model).model_type, model)
+        check_kind(model, "chat", door="a conversation")
         self.processor = AutoProcessor.from_pretrained(model)
         self.model = AutoModelForImageTextToText.from_pretrained(model, device_map="auto").eval()
         self.max_new_tokens = max_new_tokens
@@ -117,20 +112,6 @@ class Conversation:
         return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
-def check_model_type(model_type: str | None, where: str | Path) -> None:
-    """Refuses what is known to be no chat model.
-
-    Args:
-        model_type: Of its configuration.
-        where: Its folder or name, for the error.
-
-    Raises:
-        ValueError: If it is another model.
-    """
-    if model_type in OTHER_KINDS:
-        raise ValueError(f"`{where}` is {OTHER_KINDS[model_type]}; a conversation needs a chat checkpoint.")
-
-
 def check_model(model: str | Path) -> None:
     """Looks at a folder without loading anything from it; names that may be on the Hub are left to transformers.
 
@@ -153,7 +134,9 @@ def check_model(model: str | Path) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"`{folder / 'config.json'}` cannot be read: {error}") from error
-    check_model_type(config.get("model_type") if isinstance(config, dict) else None, model)
+    kind = MODEL_TYPES.get(config.get("model_type")) if isinstance(config, dict) else None
+    if kind not in (None, "chat"):
+        raise wrong_kind(model, WORDS[kind], "chat", door="a conversation")
 
 
 def check_images(images: list[str]) -> None:

@@ -1,34 +1,52 @@
 """What kind of model a folder holds, asked of its configuration before weights are read: a wrong one is refused in a sentence."""
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, PretrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+if TYPE_CHECKING:  # commands look at a folder before they wait for transformers
+    from transformers import PretrainedConfig
 
 WORDS = {
+    "published chat": "a published chat checkpoint (`python -m internvl.conversion` turns it into one that loads)",
+    "qllama": "a QLLaMA alone",
     "vision": "an InternViT vision tower",
     "InternVL-C": "an InternVL-C (contrastive, without queries)",
     "InternVL-G": "an InternVL-G (with QLLaMA's queries)",
+    "InternVL-C or -G": "an InternVL-C or InternVL-G (for retrieval and captions)",
     "chat": "an InternVL-Chat model",
     "llama": "a LLaMA",
     "language": "a causal language model",
 }
-_MODEL_TYPES = {"intern_vit_6b": "vision", "internvl_chat_model": "chat", "llama": "llama", "internlm2": "language"}
+# What a `model_type` says by itself.
+MODEL_TYPES = {
+    "intern_vit_6b": "vision",
+    "internlm2": "language",
+    "internvl_14b": "InternVL-C or -G",
+    "internvl_chat": "published chat",
+    "internvl_chat_model": "chat",
+    "llama": "llama",
+    "qllama": "qllama",
+}
 
 
-def kind_of(config: PretrainedConfig) -> str | None:
+def kind_of(config: "PretrainedConfig") -> str | None:
     """A key of `WORDS`; None for models of any other kind."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     if config.model_type == "internvl_14b":
         return "InternVL-G" if config.has_queries else "InternVL-C"
-    if config.model_type in _MODEL_TYPES:
-        return _MODEL_TYPES[config.model_type]
-    return "language" if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
+    is_language = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return MODEL_TYPES.get(config.model_type, "language" if is_language else None)
 
 
-def check_kind(folder: str | os.PathLike, *expected: str, door: str, **where: Any) -> PretrainedConfig:
+def wrong_kind(folder: str | os.PathLike, what: str, *expected: str, door: str) -> ValueError:
+    """The error that a folder holds `what` where `door` needs one of `expected`, keys of `WORDS`."""
+    wanted = " or ".join(WORDS[kind] for kind in expected)
+    return ValueError(f"{os.fspath(folder)} holds {what}, but {door} needs {wanted}.")
+
+
+def check_kind(folder: str | os.PathLike, *expected: str, door: str, **where: Any) -> "PretrainedConfig":
     """The configuration in a folder.
 
     Args:
@@ -41,6 +59,9 @@ def check_kind(folder: str | os.PathLike, *expected: str, door: str, **where: An
         OSError: If there is no configuration.
         ValueError: If it is one of another kind.
     """
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
     config = AutoConfig.from_pretrained(folder, **where)
     found = kind_of(config)
     # Types that transformers does not have are others' own, and may well be language models.
@@ -48,8 +69,7 @@ def check_kind(folder: str | os.PathLike, *expected: str, door: str, **where: An
     if found in expected or ("language" in expected and is_language):
         return config
     what = f"a model of type {config.model_type!r}" if found is None else WORDS[found]
-    wanted = " or ".join(WORDS[kind] for kind in expected)
-    raise ValueError(f"{os.fspath(folder)} holds {what}, but {door} needs {wanted}.")
+    raise wrong_kind(folder, what, *expected, door=door)
 
 
-__all__ = ["check_kind", "kind_of"]
+__all__ = ["MODEL_TYPES", "WORDS", "check_kind", "kind_of", "wrong_kind"]
