@@ -129,6 +129,10 @@ def check_model(model: str | Path) -> None:
             raise FileNotFoundError(f"`{model}` is {'a file' if folder.exists() else 'not there'}: expected a folder.")
         return
     if not (folder / "config.json").is_file():
+        if folder == DEFAULT_CHECKPOINT:
+            raise FileNotFoundError(
+                "The bundled checkpoint comes with a clone of the repository, not with the installed package: give `--model DIR`."
+            )
         raise FileNotFoundError(f"`{model}` is a folder without config.json, so it holds no model.")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

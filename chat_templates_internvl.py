@@ -1,4 +1,4 @@
-"""What a chat template reads, found by parsing it, and its refusals as errors of this package.
+"""Which variables and keys a chat template reads, found by parsing it, and its errors as `ValueError`.
 
 jinja2 is an optional dependency of transformers, which alone runs templates; here they are only parsed.
 """

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw, ImageFont
 
 from . import register
-from .chat import DEFAULT_CHECKPOINT, Conversation
+from .chat import DEFAULT_CHECKPOINT, Conversation, check_model
 
 
 if TYPE_CHECKING:
@@ -70,9 +70,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m internvl.demo", description="Show the bundled checkpoint at work."
     )
-    parser.add_argument("--model", default=DEFAULT_CHECKPOINT, metavar="DIR")
-    parser.add_argument("--pictures", default=DEFAULT_CHECKPOINT / "examples", type=Path, metavar="DIR")
-    parser.add_argument("--output", default=Path("demo_output"), type=Path, metavar="DIR")
+    parser.add_argument(
+        "--model", default=DEFAULT_CHECKPOINT, metavar="DIR", help="chat checkpoint (default: the bundled)"
+    )
+    parser.add_argument(
+        "--pictures",
+        default=DEFAULT_CHECKPOINT / "examples",
+        type=Path,
+        metavar="DIR",
+        help="images with a questions.json (default: the bundled)",
+    )
+    parser.add_argument(
+        "--output",
+        default=Path("demo_output"),
+        type=Path,
+        metavar="DIR",
+        help="where tiles.png is written (default: demo_output)",
+    )
     options = parser.parse_args()
     register()
     import torch
@@ -80,8 +94,12 @@ def main() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    with torch.inference_mode():
-        show(options)
+    try:
+        check_model(options.model)
+        with torch.inference_mode():
+            show(options)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
 
 
 def show(options: argparse.Namespace) -> None:

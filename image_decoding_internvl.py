@@ -1,8 +1,8 @@
 # Copyright 2026 The InternVL package authors
-"""Decoding image files safely: which formats are decoded, what anything else is, and how many pixels it may have.
+"""Safe decoding of image files: which formats are accepted, how other files are described in errors, and how many pixels are allowed.
 
 Every failure is a ValueError that names the image. The number of pixels is looked up in the header before anything is
-decoded. Pillow's process-wide limits are neither read nor changed; they hold besides ours.
+decoded. Pillow's process-wide limits are neither read nor changed; they apply as well.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Keyword arguments that no model takes are refused: forward methods pass theirs on, and a misspelt one would get lost on the way."""
+"""Rejects unknown keyword arguments: `forward` methods pass theirs on to the decoder, where a misspelt one would be ignored silently."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from transformers.utils import TransformersKwargs
 
 
-# What transformers, its generation and trainers, tokenizers and serving engines hand to any model, besides what it names itself.
+# Keywords that transformers, its generation and trainers, tokenizers and serving engines pass to any model.
 KNOWN_KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
     "attention_instances",  # vLLM
     "cache_position",
@@ -17,19 +17,19 @@ KNOWN_KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
 
 
 class UnknownKeywordError(TypeError, ValueError):
-    """What Python raises for an unknown keyword, and what this package raises for bad input."""
+    """An unknown keyword argument: a `TypeError`, as Python raises, and a `ValueError`, as this package raises for bad input."""
 
 
 def refuse_unknown(keywords: Mapping[str, Any], where: str, also: Iterable[str] = ()) -> None:
-    """Refuses keywords that are given (not None) but known to nobody.
+    """Rejects keyword arguments that are set (not None) but unknown.
 
     Args:
-        keywords: What a method got beside its own arguments.
-        where: The method, for the message.
-        also: Further names that it takes.
+        keywords: The `**kwargs` of a method.
+        where: Name of the method, for the message.
+        also: Further names that it accepts.
 
     Raises:
-        UnknownKeywordError: There is one; it is a `TypeError` and a `ValueError`.
+        UnknownKeywordError: If there is one.
     """
     unknown = sorted(name for name, value in keywords.items() if value is not None and name not in KNOWN_KEYWORDS)
     if unknown := [name for name in unknown if name not in also]:

@@ -1,4 +1,4 @@
-"""What kind of model a folder holds, asked of its configuration before weights are read: a wrong one is refused in a sentence."""
+"""Which kind of model a folder holds, read from its configuration, so that a wrong one is rejected before weights are loaded."""
 
 import os
 from typing import TYPE_CHECKING, Any
@@ -52,7 +52,7 @@ def check_kind(folder: str | os.PathLike, *expected: str, door: str, **where: An
     Args:
         folder: Folder or Hub id.
         *expected: Keys of `WORDS`, any of which will do. A LLaMA is a language model too.
-        door: What wants the model, for the message.
+        door: What needs the model, for the message.
         **where: As for `from_pretrained`.
 
     Raises:

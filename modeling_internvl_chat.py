@@ -267,8 +267,7 @@ class InternVLChatPreTrainedModel(HubModelMixin, PreTrainedModel):
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """As in transformers, but "eager" unless asked: the decoder, which has the experts, chooses for itself. With another default,
-        `generate` of 5.12 sets it for every part when the model is on an accelerator, and those without experts refuse."""
+        """As in transformers, but "eager" unless asked: the decoder, which has the experts, chooses for itself."""
         return "eager" if requested_experts is None else super().get_correct_experts_implementation(requested_experts)
 
 

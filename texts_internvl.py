@@ -1,7 +1,8 @@
 """Texts as InternVL-C and -G compare them: `summarize:` in front, the end token behind, at which a text's feature is read.
 
-The processor writes them so. `ContrastiveTexts` brings ids that did not pass it (of a bare tokenizer, of a stock pipeline) into the
-same form. Not by putting ids in front: a tokenizer may join the last characters of the prefix with the first of the text.
+The processor adds both. `ContrastiveTexts` completes ids that come without them, from a bare tokenizer or a stock pipeline: it decodes
+the text and tokenizes it again with the prefix, because a tokenizer may merge the last characters of the prefix with the first of the
+text.
 """
 
 import json

@@ -61,9 +61,9 @@ def table(rows: Iterable[Row]) -> str:
 
 def main() -> None:
     """Measure the topics named, or all."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Runs benchmarks and prints one table.")
     parser.add_argument("topics", nargs="*", help=f"of {', '.join(TOPICS)}; all of these unless named")
-    parser.add_argument("--rounds", type=int, default=Options.rounds)
+    parser.add_argument("--rounds", type=int, default=Options.rounds, help="of each row (default: %(default)s)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     arguments = parser.parse_args()
     logging.disable_progress_bar()  # of loading and saving; that of the rows stays

@@ -118,7 +118,7 @@ def measure(folder: Path, num_layers: int, rounds: int, max_shard_size: str) -> 
 
 def main() -> None:
     """Measures, prints and writes the result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.conversion", description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-shard-size", default="5GB")

@@ -99,7 +99,9 @@ def run_command(
         kinds: Of models that it takes, see `check_kind`.
         **numbers: Options of the command with their defaults.
     """
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m internvl.evaluation.{Path(sys.argv[0]).stem}", description=description
+    )
     parser.add_argument("model", help="checkpoint folder")
     parser.add_argument("--subfolder", default="", help="where in the folder the model lies")
     for name, value in {"seed": 0, "batch_size": 64, **numbers}.items():

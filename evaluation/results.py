@@ -292,7 +292,9 @@ _TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 
 def main() -> None:
     """Evaluate a run from the command line."""
-    parser = argparse.ArgumentParser(description="The results page of a default run.")
+    parser = argparse.ArgumentParser(
+        prog="python -m internvl.evaluation.results", description="The results page of a default run."
+    )
     parser.add_argument("run", type=Path, help="folder that `python -m internvl.training.default_run` wrote")
     parser.add_argument("--output", type=Path, help="folder of the results (default: RUN/results)")
     parser.add_argument("--ablation", type=Path, help="report of `python -m internvl.training.ablation`")

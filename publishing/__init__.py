@@ -1,1 +1,1 @@
-"""What a folder is, before it is published or trusted: `python -m internvl.publishing code DIR`."""
+"""Checks of a folder before it is published or trusted: `python -m internvl.publishing code DIR`."""

@@ -85,13 +85,18 @@ class Listing:
         lines = [f"Loading `{self.folder}` with trust_remote_code=True runs:"]
         lines += [f"{file.sha256 or '-' * 64}  {file.name}  ({file.whose})" for file in self.files]
         lines += [f"{'elsewhere':64}  {reference}" for reference in self.foreign]
-        others = [file.name for file in self.files if not file.is_ours] + self.foreign
-        said = (
-            "All of it is this package's."
-            if self.is_ours
-            else f"Not this package's, so read it first: {', '.join(others)}."
-        )
-        return [*lines, said]
+        missing = [file.name for file in self.files if file.sha256 is None]
+        others = [file.name for file in self.files if file.sha256 and not file.is_ours] + self.foreign
+        if self.is_ours:
+            lines.append("All of it is this package's.")
+        if others:
+            lines.append(f"Not this package's, so read it first: {', '.join(others)}.")
+        if missing:
+            lines.append(
+                f"Not in this folder: {', '.join(missing)}. For a sub-folder, transformers takes them from the top of the repository: "
+                "list that one as well."
+            )
+        return lines
 
 
 def list_code(folder: Path) -> Listing:

@@ -485,8 +485,7 @@ def test_clip_image_processor_reads_the_saved_file_alike(settings, size, tmp_pat
 
 LOAD = """
 import json, sys
-# transformers 5.12 and 5.16 hide this class at their top level where torchvision is missing
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers import AutoImageProcessor
 processor = AutoImageProcessor.from_pretrained(sys.argv[1], trust_remote_code=True, max_num=3)
 again = AutoImageProcessor.from_pretrained(sys.argv[2], trust_remote_code=True)
 assert type(processor).__module__.startswith("transformers_modules"), type(processor)

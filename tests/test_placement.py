@@ -185,7 +185,7 @@ def tensor_parallel_runs(tmp_path_factory):
         model, inputs = build(name)
         arguments = caption_inputs(name, model, inputs)
         if "input_ids" in inputs:
-            model.resize_token_embeddings(100)  # transformers 5.16 shares out only a vocabulary that divides evenly
+            model.resize_token_embeddings(100)  # divides evenly among the processes
         (folder / name).mkdir()
         model.save_pretrained(folder / name / "model")
         job = {"class": type(model).__name__, "inputs": inputs, "generate": arguments}

@@ -813,9 +813,7 @@ def test_saved_processor_reloads_equal(tmp_path: Path) -> None:
 
 RELOAD = """
 import sys, json
-from transformers import AutoProcessor, AutoTokenizer
-# By its full path: without torchvision the short one is a stand-in that refuses, up to transformers 5.16.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 folder = sys.argv[1]
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)

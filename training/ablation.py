@@ -114,9 +114,9 @@ def main() -> None:
     """Run the ablation from the command line; `--seed` is the first of the seeds."""
     parser = command_line("Train the default checkpoint without one stage or another, at a small scale.")
     parser.add_argument("--scale", type=float, default=0.1, help="share of the default run's steps")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--questions", type=int, default=500)
-    parser.add_argument("--pairs", type=int, default=500)
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from --seed on (default: 3)")
+    parser.add_argument("--questions", type=int, default=500, help="of the dialogue evaluation (default: 500)")
+    parser.add_argument("--pairs", type=int, default=500, help="of the retrieval evaluation (default: 500)")
     arguments = parser.parse_args()
 
     def make_run(number: int) -> DefaultRun:

@@ -166,9 +166,11 @@ def write_run(model: PreTrainedModel, processor: InternVLProcessor, log: dict[st
 
 def command_line(description: str) -> argparse.ArgumentParser:
     """Return the command line that scripts share which train by a recipe of their own."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m internvl.training.{Path(sys.argv[0]).stem}", description=description
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--resume", action="store_true", help="go on from the last saved step in the folder")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of data and weights (default: 0)")
     parser.add_argument("--fp32", action="store_true", help="for CPUs without fast bfloat16")
     return parser

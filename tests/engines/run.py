@@ -6,6 +6,7 @@ and on loopback. Prints a line per question put to an engine; the exit code is 1
 could not be run.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -242,9 +243,12 @@ def run(name: str) -> tuple[int, bool]:
     return differing, True
 
 
-def main(names: list[str]) -> int:
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compares the answers of engines and harnesses with those of `generate`.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RUNS)} (default: all)")
+    names = parser.parse_args().names
     if unknown := [name for name in names if name not in RUNS]:
-        raise SystemExit(f"Unknown engine {', '.join(unknown)}: one of {', '.join(RUNS)}.")
+        parser.error(f"there is no {', '.join(unknown)}")
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
     outcomes = {name: run(name) for name in names or RUNS}
@@ -255,4 +259,4 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
