@@ -1,12 +1,12 @@
 # Every target works on a fresh machine: the first one that runs makes `.venv` from constraints.txt, once.
-# `make test PYTHON=/path/to/python` uses an environment of your own instead and installs nothing.
+# `make test PYTHON=/path/to/python` uses an environment of your own instead and installs nothing. `make help` lists the targets.
 
 ifneq ($(origin PYTHON), command line)
 PYTHON := .venv/bin/python
 READY := .venv/ready
 endif
 
-.PHONY: demo test test-all check style bench bench-conversion conformance deepspeed faults versions engines fuzz default-run ablation clean
+.PHONY: help demo test test-all check style bench bench-conversion conformance deepspeed faults versions engines fuzz default-run ablation clean
 .DEFAULT_GOAL := test
 
 .venv/ready: constraints.txt pyproject.toml
@@ -14,26 +14,29 @@ endif
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,plot]'
 	touch $@
 
-demo: $(READY)
+help: ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' Makefile | awk -F '|' '{ printf "%-18s %s\n", $$1, $$2 }'
+
+demo: $(READY) ## the bundled checkpoint answers questions about the bundled images
 	$(PYTHON) -m internvl.demo
 
 # One worker a core, but no more than eight: each takes some 3 GB. A file's tests stay together, since they share fixtures.
 PYTEST := -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
-test: $(READY)
+test: $(READY) ## the CPU test suite (default)
 	$(PYTHON) $(PYTEST)
 
-test-all: $(READY)
+test-all: $(READY) ## with the slow tests, and those of a GPU where there is one
 	$(PYTHON) $(PYTEST) -m 'not released'
 
 # mypy names a package after its folder, and a clone may be called anything: it reads the sources through a link.
-check: $(READY)
+check: $(READY) ## ruff and mypy
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	mkdir -p .mypy_cache/package && ln -sfn ../.. .mypy_cache/package/internvl
 	cd .mypy_cache/package && $(abspath $(PYTHON)) -m mypy --config-file ../../pyproject.toml internvl
 
-style: $(READY)
+style: $(READY) ## formats the sources
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
@@ -45,15 +48,13 @@ endif
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps open_clip_torch
 	touch $@
 
-bench: $(BENCH) $(READY)
+bench: $(BENCH) $(READY) ## speed and memory, one table (benchmarks/README.md)
 	$(PYTHON) -m benchmarks
 
-# Needs 40 GB of disk and some minutes.
-bench-conversion: $(READY)
+bench-conversion: $(READY) ## conversion of InternViT-6B's size: 40 GB of disk, some minutes
 	$(PYTHON) -m benchmarks.conversion
 
-# transformers' own test mixins against every class of this package.
-conformance: $(READY)
+conformance: $(READY) ## transformers' own tests against every class of this package
 	$(PYTHON) tests/conformance/run.py
 
 # DeepSpeed comes as source whose set-up imports torch, so it is built in the environment itself.
@@ -65,37 +66,33 @@ endif
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation deepspeed
 	touch $@
 
-# The engines in full, ZeRO-3 too: it trains as one process does.
-deepspeed: $(DEEPSPEED) $(READY)
+# ZeRO-3 too: it trains as one process does.
+deepspeed: $(DEEPSPEED) $(READY) ## installs DeepSpeed and tests training on many processes in full
 	$(PYTHON) -m pytest -m slow tests/test_engines.py
 
-# Processes that write are killed at random points, and nothing may be lost (tests/faults/).
-faults: $(READY)
+faults: $(READY) ## kills conversion, saving and training at random points (tests/faults)
 	$(PYTHON) tests/faults/run.py
 
-# The same checkpoints give the same tokens on every supported transformers release (tests/versions/).
-versions: $(READY)
+versions: $(READY) ## the same tokens on every supported transformers release (tests/versions)
 	$(PYTHON) tests/versions/matrix.py
 
-# Thousands of damaged images, messages, checkpoints and rows; SEED is that of the damage (tests/fuzz/).
 SEED ?= 0
-fuzz: $(READY)
+fuzz: $(READY) ## damaged images, messages, checkpoints and rows; SEED=N for other damage (tests/fuzz)
 	$(PYTHON) -m tests.fuzz --seed $(SEED)
 
-# Real engines and harnesses, each in an environment of its own, answer as `generate` does (tests/engines/). `make engines
-# ENGINES="vllm lm_eval"` runs some. Takes an hour on two cores, the first time, and 8 GB of disk.
-engines: $(READY)
+# Each in an environment of its own. Takes an hour on two cores, the first time, and 8 GB of disk.
+engines: $(READY) ## vLLM and others answer as `generate` does; ENGINES="vllm lm_eval" for some (tests/engines)
 	$(PYTHON) tests/engines/run.py $(ENGINES)
 
 # The root checkpoint from nothing, stage by stage; what was stopped goes on. glibc returns large blocks to the system after
 # each use: keeping them makes a step a fifth faster.
 RUN ?= runs_output/default
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
-default-run: $(READY)
+default-run: $(READY) ## trains the bundled checkpoint from nothing
 	$(KEEP_MEMORY) $(PYTHON) -m internvl.training.default_run --output $(RUN) --resume
 
-ablation: $(READY)
+ablation: $(READY) ## trains it without one stage or another, at a tenth of the steps
 	$(KEEP_MEMORY) $(PYTHON) -m internvl.training.ablation --output $(RUN)_ablation --resume
 
-clean:
+clean: ## removes environments and caches
 	rm -rf .venv .versions .conformance .engines .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -123,6 +123,8 @@ def test_what_is_named_and_missing_is_marked(folder, capsys):
     code, text = said(capsys, folder)
     assert code == 1
     assert "modeling_missing.py  (named, but not there)" in text
+    assert "Not in this folder: modeling_missing.py." in text
+    assert "read it first" not in text
 
 
 def test_a_generation_of_its_own_is_listed(folder, capsys):

@@ -244,7 +244,9 @@ def run(name: str) -> tuple[int, bool]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Compares the answers of engines and harnesses with those of `generate`.")
+    parser = argparse.ArgumentParser(
+        description="Compares the answers of engines and harnesses with those of `generate`."
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RUNS)} (default: all)")
     names = parser.parse_args().names
     if unknown := [name for name in names if name not in RUNS]:
