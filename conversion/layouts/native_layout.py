@@ -37,21 +37,26 @@ def native_obstacles(config: InternVLChatConfig) -> list[str]:
     fold = 1 / config.downsample_ratio
     scaled = [name for name in HEAD_SETTINGS if getattr(decoder, name, None) not in (None, 1, 1.0)]
     reasons = {
-        f"`connector` is {config.connector!r}, and it has no QLLaMA": config.connector != "patches",
-        f"`projector_type` is {config.projector_type!r}, and its projector begins with a LayerNorm": (
+        f"`connector` is {config.connector!r}, and the native model has no QLLaMA": config.connector != "patches",
+        f"`projector_type` is {config.projector_type!r}, and the native projector begins with a LayerNorm": (
             config.projector_type != "layer_norm_mlp"
         ),
-        f"`ps_version` is {config.ps_version!r}, and it lays pixel-shuffled patches row by row; the decoder would see them at other "
-        "positions": config.ps_version != "v2",
-        f"`layer_norm_eps` is {vision.layer_norm_eps:g}, and the eps of its q/k norm is {QK_NORM_EPS:g}": (
+        f"`ps_version` is {config.ps_version!r}, and the native model lays pixel-shuffled patches row by row; the decoder "
+        "would see them at other positions": config.ps_version != "v2",
+        f"`layer_norm_eps` is {vision.layer_norm_eps:g}, and the eps of the native q/k norm is {QK_NORM_EPS:g}": (
             vision.qk_normalization and vision.layer_norm_eps != QK_NORM_EPS
         ),
-        f"`downsample_ratio` is {config.downsample_ratio:g}, and it takes 1 over a whole number that floats hold exactly": (
+        f"`downsample_ratio` is {config.downsample_ratio:g}, and the native model takes 1 over a whole number that floats "
+        "hold exactly": (
             int(fold) != round(fold) or config.image_size // vision.patch_size % config.downsample_ratio != 0
         ),
-        "pictures stand between no `<img>` and `</img>`, and its processor writes them": not config.use_image_start_end,
-        "`mask_image_token_logit` is set, and it gives the image token a logit": config.mask_image_token_logit,
-        f"the decoder has `{'`, `'.join(scaled)}`, and it takes logits as its head gives them": bool(scaled),
+        "pictures stand between no `<img>` and `</img>`, and the native processor writes them": (
+            not config.use_image_start_end
+        ),
+        "`mask_image_token_logit` is set, and the native model gives the image token a logit": config.mask_image_token_logit,
+        f"the decoder has `{'`, `'.join(scaled)}`, and the native model takes logits as its head gives them": bool(
+            scaled
+        ),
     }
     return [reason for reason, is_true in reasons.items() if is_true]
 
