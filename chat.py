@@ -154,8 +154,9 @@ def check_images(images: list[str]) -> None:
     """
     for image in images:
         is_address = image.startswith(("http://", "https://", "data:", "file:"))
-        if not is_address and not Path(image).exists():
-            raise FileNotFoundError(f"`{image}` is not there: expected an image file or an http(s) address.")
+        if not is_address and not Path(image).is_file():
+            what = "no file" if Path(image).exists() else "not there"
+            raise FileNotFoundError(f"`{image}` is {what}: expected an image file or an http(s) address.")
 
 
 def positive(text: str) -> int:

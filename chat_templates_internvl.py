@@ -53,9 +53,10 @@ def template_names(jinja: str) -> TemplateNames:
     environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     with refusals_as_value_errors():
         tree = environment.parse(_GENERATION_MARKS.sub("", jinja))
+        variables = meta.find_undeclared_variables(tree)  # refuses filters that do not exist
     attributes = {node.attr for node in tree.find_all(nodes.Getattr)}
     strings = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
-    return TemplateNames(frozenset(meta.find_undeclared_variables(tree)), frozenset(attributes | strings))
+    return TemplateNames(frozenset(variables), frozenset(attributes | strings))
 
 
 @contextmanager
@@ -66,7 +67,7 @@ def refusals_as_value_errors() -> Iterator[None]:
         yield
     except TemplateError as error:
         raise ValueError(f"The chat template refuses this conversation: {error}") from error
-    except TypeError as error:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         if not any(frame.f_code.co_filename == "<template>" for frame, _ in walk_tb(error.__traceback__)):
             raise
         raise ValueError(f"The chat template cannot render this conversation: {error}") from error

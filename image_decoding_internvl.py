@@ -80,7 +80,19 @@ MAGIC_OF_OTHERS = {
     b"\xc5\xd0\xd3\xc6": "an EPS program",
     b"8BPS": "a Photoshop document",
     b"\0\0\1\0": "an ICO icon",
+    b"\0\0\2\0\0\0": "a TGA image",
+    b"\0\0\x0a\0\0\0": "a TGA image",
     b"\0\0\2\0": "a CUR cursor",
+    b"BLP1": "a BLP texture",
+    b"BLP2": "a BLP texture",
+    b"\x0a\5\1": "a PCX image",
+    b"\1\xda": "an SGI image",
+    b"\x59\xa6\x6a\x95": "a Sun raster image",
+    b"DanM": "a Microsoft Paint image",
+    b"LinS": "a Microsoft Paint image",
+    b"GRIB": "a GRIB file",
+    b"BUFR": "a BUFR file",
+    b"II\xbc\1": "a JPEG XR image",
     b"icns": "an ICNS icon",
     b"\0\0\0\x0cjP  ": "a JPEG 2000 image",
     b"\xff\x4f\xff\x51": "a JPEG 2000 image",
@@ -132,13 +144,15 @@ TEXTS = {  # the first that is found
 
 
 @contextmanager
-def decoding(name: str) -> Iterator[None]:
+def decoding(name: str, advice: str = "Give a complete image file.") -> Iterator[None]:
     """Turns what a decoder raises into a ValueError that names the image."""
     try:
         yield
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} has more pixels than Pillow decodes ({error}) Shrink the image.") from error
     except DECODER_ERRORS as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{name} cannot be read as a picture ({reason}). Give a complete picture file.") from error
+        raise ValueError(f"{name} cannot be read as an image ({reason}). {advice}") from error
 
 
 def check_image_size(width: int, height: int, name: str, max_image_pixels: int) -> None:
@@ -148,7 +162,7 @@ def check_image_size(width: int, height: int, name: str, max_image_pixels: int) 
     if width * height > max_image_pixels:
         raise ValueError(
             f"{name} has {width} x {height} = {width * height} pixels, `max_image_pixels` is {max_image_pixels}. "
-            "Shrink the picture or raise the limit."
+            "Shrink the image or raise the limit."
         )
 
 
@@ -211,7 +225,7 @@ def open_image(handle: BinaryIO, name: str, max_image_pixels: int) -> Image.Imag
         raise ValueError(f"{name} is empty.")
     if not is_readable(start):
         what = name_content(start) or "in no format that is known here"
-        raise ValueError(f"{name} cannot be read as a picture: it is {what}. Give a {READABLE} file.")
+        raise ValueError(f"{name} cannot be read as an image: it is {what}. Give a {READABLE} file.")
     canvas = _webp_canvas(start)
     if canvas is not None:
         check_image_size(*canvas, name, max_image_pixels)
@@ -234,7 +248,7 @@ def _check_undecoded(image: Image.Image, name: str, max_image_pixels: int) -> No
     boxes = [box for _, box, *_ in image.tile if box is not None]
     covered = sum((right - left) * (lower - upper) for left, upper, right, lower in boxes)
     if covered > MOST_PASSES * image.width * image.height:
-        raise ValueError(f"{name} cannot be read as a picture: its parts cover it more than {MOST_PASSES} times.")
+        raise ValueError(f"{name} cannot be read as an image: its parts cover it more than {MOST_PASSES} times.")
     if isinstance(image, JpegImagePlugin.JpegImageFile):
         _check_jpeg(image, name, max_image_pixels)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -274,7 +288,7 @@ def _check_tiff(image: TiffImagePlugin.TiffImageFile, name: str, max_image_pixel
         )
     width, length = (image.tag_v2.get(tag, 1) for tag in (TIFF_TILE_WIDTH, TIFF_TILE_LENGTH))
     if not (isinstance(width, int) and isinstance(length, int)):
-        raise ValueError(f"{name} cannot be read as a picture: its tiles have no size.")
+        raise ValueError(f"{name} cannot be read as an image: its tiles have no size.")
     check_image_size(width, length, f"A tile of {name}", max_image_pixels)
 
 
@@ -285,7 +299,9 @@ def _is_decoded(image: ImageFile.ImageFile) -> bool:
 
 def load_image(image: Image.Image, name: str, max_image_pixels: int) -> None:
     """Decodes a file that the caller opened, if that was not done yet, by the same rules as all others."""
-    if isinstance(image, ImageFile.ImageFile) and not _is_decoded(image):
+    with decoding(name, "Open it anew."):  # it may be closed
+        is_decoded = not isinstance(image, ImageFile.ImageFile) or _is_decoded(image)
+    if not is_decoded:
         _check_undecoded(image, name, max_image_pixels)
     check_image_size(*image.size, name, max_image_pixels)
     with decoding(name):

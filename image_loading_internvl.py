@@ -12,7 +12,7 @@ import re
 import stat
 from collections.abc import Callable, Mapping
 from errno import EINVAL, ENAMETOOLONG
-from io import BytesIO
+from io import BytesIO, TextIOBase
 from typing import Any, BinaryIO
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
@@ -41,6 +41,7 @@ MOST_FILE_BYTES = 2**30
 FLOAT_TOLERANCE = 1e-3
 DEFAULT_BACKGROUND = "white"
 NO_BACKGROUND = "none"
+MOST_NESTING = 32
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]+(?=:)", re.IGNORECASE)
 KINDS_OF_FILE: list[tuple[Callable[[int], bool], str]] = [
     (stat.S_ISDIR, "a folder"),
@@ -178,21 +179,33 @@ def _read_row(row: Mapping[str, Any], name: str) -> Any:
     return source
 
 
-def _read_file_object(handle: Any, name: str) -> bytes:
-    """Content of a file that the caller opened, from its position on; it stays open, and where it was."""
+def _check_is_open(handle: Any, name: str) -> None:
+    """Raises a ValueError for files that are closed, opened as text, or no files at all."""
+    if getattr(handle, "closed", False) is True:
+        raise ValueError(f"{name} is a closed file. Open it again.")
+    if isinstance(handle, TextIOBase):
+        raise ValueError(f"{name} is a file that was opened as text: open it with mode 'rb'.")
     try:
         descriptor = handle.fileno()
     except (AttributeError, OSError, ValueError):  # it is held in memory, or closed
         descriptor = None
     if isinstance(descriptor, int):
         _check_is_file(os.fstat(descriptor).st_mode, name)
-    with decoding(name):
+
+
+def _read_file_object(handle: Any, name: str) -> bytes:
+    """Content of a file that the caller opened, from its position on; it stays open, and where it was."""
+    _check_is_open(handle, name)
+    with decoding(name, "Give a file that is open for reading."):
         is_seekable = handle.seekable() if hasattr(handle, "seekable") else False
         position = handle.tell() if is_seekable else 0
         content = bytearray()
-        while len(content) <= MOST_FILE_BYTES and (chunk := handle.read(2**20)):
-            if not isinstance(chunk, (bytes, bytearray)):
-                raise ValueError("it was opened as text: open it with mode 'rb'")
+        while len(content) <= MOST_FILE_BYTES:
+            chunk = handle.read(2**20)
+            if not isinstance(chunk, (bytes, bytearray, memoryview)):
+                raise ValueError(f"`read` gives {type(chunk).__name__} in place of bytes")
+            if not chunk:
+                break
             content += chunk
         if is_seekable:
             handle.seek(position)
@@ -255,10 +268,14 @@ def read_image_size(source: ImageSource, name: str, max_image_pixels: int) -> tu
 
 
 # ---------------------------------------------------------------------------------------------------- nesting
-def flatten_images(images: NestedImages) -> list[ImageSource]:
+def flatten_images(images: NestedImages, depth: int = 0) -> list[ImageSource]:
     """Images of nested lists and of 4-dimensional batches, in order."""
     if isinstance(images, (list, tuple)):
-        return [image for group in images for image in flatten_images(group)]
+        if depth > MOST_NESTING:
+            raise ValueError(
+                f"The images lie in more than {MOST_NESTING} lists of lists. Give them in one list, or one for each sample."
+            )
+        return [image for group in images for image in flatten_images(group, depth + 1)]
     if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
         return list(images)
     return [images]
@@ -270,7 +287,11 @@ def name_images(sources: list[ImageSource]) -> list[str]:
     for index, source in enumerate(sources):
         origin = source.get("path") if isinstance(source, Mapping) else getattr(source, "filename", source)
         origin = os.fsdecode(origin) if isinstance(origin, (str, os.PathLike)) else ""
-        origin = origin.encode("utf-8", "backslashreplace").decode()  # names that are no UTF-8 can be printed too
+        origin = (
+            origin[:201].encode("utf-8", "backslashreplace").decode()
+        )  # names that are no UTF-8 can be printed too
+        # Control characters would move the cursor, or begin another line of a log.
+        origin = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in origin)
         shown = f" ({origin if len(origin) <= 200 else origin[:60] + '...'})" if origin else ""
         names.append(f"Image {index + 1} of {len(sources)}{shown}")
     return names
@@ -339,7 +360,7 @@ def _array_to_pil(
     height, width = shape[1:] if channels_first else shape[:2]
     check_image_size(width, height, name, max_image_pixels)
     if isinstance(array, torch.Tensor):
-        with decoding(name):  # tensors without storage, sparse ones
+        with decoding(name, "Give a dense tensor that holds its values."):
             array = (array.float() if array.is_floating_point() else array).detach().cpu().numpy()
     if array.ndim == 3:
         array = array.transpose(1, 2, 0) if channels_first else array  # (H, W, C)
@@ -362,13 +383,16 @@ def _deep_to_grey(image: Image.Image, name: str) -> Image.Image:
 
 def parse_background(background: Background) -> tuple[int, int, int] | None:
     """(R, G, B) of a colour's name, of "#rrggbb" or of three numbers; None for "none"."""
-    if background == NO_BACKGROUND:
-        return None
     if isinstance(background, str):
+        if background == NO_BACKGROUND:
+            return None
         try:
-            return ImageColor.getrgb(background)[:3]
+            *colour, alpha = (*ImageColor.getrgb(background), 255)[:4]
         except ValueError as error:
             raise ValueError(f"`background_color` names no colour: {error}.") from error
+        if alpha != 255:
+            raise ValueError(f"`background_color` must be opaque, got {background!r}.")
+        background = colour
     is_list = isinstance(background, (list, tuple)) and len(background) == 3
     if not is_list or not all(type(value) is int and 0 <= value <= 255 for value in background):
         raise ValueError(
@@ -381,8 +405,6 @@ def parse_background(background: Background) -> tuple[int, int, int] | None:
 
 def _over(background: tuple[int, int, int], image: Image.Image) -> Image.Image:
     """RGB image of what shows through a transparent image; opaque pixels keep their bytes."""
-    if image.mode == "La":  # premultiplied
-        image = image.convert("LA")
     key = image.info.get("transparency")
     if isinstance(key, tuple) and max(key) > 255:  # of a PNG with 16 bits, of which Pillow reads the upper 8
         image = image.copy()
@@ -401,7 +423,7 @@ def to_pil(
     input_data_format: str | ChannelDimension | None,
     background: Background = DEFAULT_BACKGROUND,
 ) -> Image.Image:
-    """8-bit RGB image of a decoded image; without `do_convert_rgb`, grey and RGBA images stay what they are.
+    """8-bit RGB image of a decoded image; without `do_convert_rgb`, grey images stay grey and RGBA images keep alpha.
 
     Transparent images are read over `background`; with "none" alpha is dropped, which uncovers the colours below.
     """
@@ -412,14 +434,16 @@ def to_pil(
     load_image(image, name, max_image_pixels)
     if image.mode.startswith("I") or image.mode == "F":
         image = _deep_to_grey(image, name)
-        image = image if do_convert_rgb else image.getchannel("L")
-    if image.mode in ("L", "RGBA") and not do_convert_rgb:
+    if image.mode in ("La", "RGBa"):  # premultiplied, of which Pillow converts hardly anything
+        image = image.convert(image.mode.upper())
+    if image.mode == "RGBA" and not do_convert_rgb:
         return image
     colour = parse_background(background)
+    mode = "L" if image.mode in ("L", "LA", "La") and not do_convert_rgb else "RGB"
     with decoding(name):
         if colour is not None and image.has_transparency_data:
-            return _over(colour, image)
-        return image if image.mode == "RGB" else image.convert("RGB")
+            image = _over(colour, image)
+        return image if image.mode == mode else image.convert(mode)
 
 
 __all__ = [

@@ -42,6 +42,7 @@ from .image_loading_internvl import (
 )
 from .image_settings_internvl import (
     LOADING_SETTINGS,
+    MOST_TILES,
     TILE_SETTINGS,
     InternVLImageProcessorKwargs,
     canonical_settings,
@@ -51,6 +52,9 @@ from .image_settings_internvl import (
     switch_of,
     tile_limits,
 )
+
+
+MOST_OUTPUT_PIXELS = MOST_TILES * 448 * 448
 
 
 @lru_cache(maxsize=64)
@@ -162,6 +166,16 @@ def _pad_to_square(image: Image.Image, background: tuple[int, ...], name: str, m
     return canvas
 
 
+def _check_output(tiles: int, size: SizeDict, name: str) -> None:
+    """Refuses tiles that would need more memory than the most tiles of the published size."""
+    height, width = size.height or size.shortest_edge, size.width or size.shortest_edge
+    if tiles * height * width > MOST_OUTPUT_PIXELS:
+        raise ValueError(
+            f"{name} would become {tiles} tile(s) of {height} x {width} pixels, more than {MOST_OUTPUT_PIXELS} pixels in all. "
+            "Give a smaller `size` or `max_num`."
+        )
+
+
 def _fit(
     image: Image.Image, name: str, limits: tuple[int, int, bool], settings: Mapping[str, Any]
 ) -> list[np.ndarray]:
@@ -169,6 +183,7 @@ def _fit(
     mode, size, resample, max_pixels = (
         settings[key] for key in ("resize_mode", "size", "resample", "max_image_pixels")
     )
+    _check_output(1, size, name)
     if mode == "crop":
         shortest_edge = size.shortest_edge if settings["do_resize"] else min(image.size)
         return [_pixels(_resize_and_crop(image, shortest_edge, settings["crop_size"], resample, max_pixels))]
@@ -177,6 +192,7 @@ def _fit(
     if mode == "tiles":
         min_num, max_num, use_thumbnail = limits
         grid = choose_grid(*image.size, min_num, max_num, size.height)
+        _check_output(grid[0] * grid[1], size, name)
         return _cut_into_tiles(image, grid, size.height, use_thumbnail, resample)
     if mode == "pad":
         mean = np.broadcast_to(settings["image_mean"], len(image.getbands()))
@@ -328,6 +344,11 @@ class InternVLImageProcessor(PilBackend):
         Raises:
             ValueError: A setting is invalid or contradicts another, or a picture cannot be read.
         """
+        unknown = sorted(kwargs.keys() - self.valid_kwargs.__annotations__.keys())
+        if unknown:
+            raise ValueError(
+                f"`{'`, `'.join(unknown)}` is no setting of `{type(self).__name__}`: leave it out, or see `{self.valid_kwargs.__name__}`."
+            )
         return super().preprocess(images, *args, **canonical_settings(kwargs, self.resize_mode))
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:

@@ -4,7 +4,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from transformers.image_utils import SizeDict
+from transformers.image_utils import ChannelDimension, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
 from .image_loading_internvl import DEFAULT_BACKGROUND, Background, parse_background
@@ -20,6 +20,8 @@ SPELLINGS = {
 }
 # Booleans of transformers, and the mode that each means.
 SWITCHES = {"crop_to_patches": "tiles", "do_center_crop": "crop"}
+FLOATS = ("image_mean", "image_std", "rescale_factor")
+BOOLEANS = ("allow_local_files", "do_convert_rgb", "do_normalize", "do_rescale", "do_resize")
 TILE_SETTINGS = ("min_num", "max_num", "use_thumbnail")
 # 256 tiles of 448 x 448 pixels are 617 MB of float32; published checkpoints use 40 at most. Servers let clients ask.
 MOST_TILES = 256
@@ -90,6 +92,9 @@ def canonical_settings(settings: Mapping[str, Any], current_mode: str) -> dict[s
             mode = meant
         elif value is not None and current_mode == meant:
             fallback = "squash"
+    for name in FLOATS:
+        if settings.get(name) is not None:
+            settings[name] = _as_floats(settings[name], name)
     mode = mode or fallback
     settings = settings if mode is None else {**settings, "resize_mode": mode}
     check_settings(settings)
@@ -100,6 +105,14 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
+def _as_floats(value: Any, name: str) -> float | list[float]:
+    """Numbers as the base class checks for them, which takes no 0 and no 1 for a float."""
+    try:
+        return [float(item) for item in value] if isinstance(value, (list, tuple)) else float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{name}` must be a number, or a list with one for each channel, got {value!r}.") from error
+
+
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Raises a ValueError for values of our own settings that can never be right; settings may be missing."""
     if settings.get("resize_mode", "tiles") not in RESIZE_MODES:
@@ -108,14 +121,26 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         for value in _as_list(settings.get(name, 1)):
             if type(value) is not int or not 1 <= value <= largest:
                 raise ValueError(f"`{name}` must be a whole number from 1 to {largest}, got {value!r}.")
-    switches = [("allow_local_files", settings.get("allow_local_files", True))]
     for name, value in [
-        *switches,
+        *((name, settings[name]) for name in BOOLEANS if settings.get(name) is not None),
         *(("use_thumbnail", each) for each in _as_list(settings.get("use_thumbnail", True))),
     ]:
         if type(value) is not bool:
             raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+    _check_base_settings(settings)
     parse_background(settings.get("background_color", DEFAULT_BACKGROUND))
+
+
+def _check_base_settings(settings: Mapping[str, Any]) -> None:
+    """The same for settings that every image processor has, where the base class would go on or speak of its own types."""
+    for name in ("image_std", "rescale_factor"):
+        if settings.get(name) is not None and not all(value > 0 for value in _as_list(settings[name])):
+            raise ValueError(f"`{name}` must be greater than 0, got {settings[name]!r}.")
+    size = settings.get("size")
+    if not isinstance(size, (int, list, tuple, Mapping, SizeDict, type(None))):
+        raise ValueError(f"`size` must be a number or a dict with `height` and `width`, got {size!r}.")
+    if settings.get("data_format") not in (None, ChannelDimension.FIRST):
+        raise ValueError(f"`data_format` can be `channels_first` only, got {settings['data_format']!r}.")
 
 
 def tile_limits(count: int, settings: Mapping[str, Any]) -> list[tuple[int, int, bool]]:
@@ -150,6 +175,7 @@ def fixed_sizes(mode: str, size: SizeDict, crop_size: SizeDict | None) -> tuple[
 
 __all__ = [
     "LOADING_SETTINGS",
+    "MOST_TILES",
     "SPELLINGS",
     "TILE_SETTINGS",
     "InternVLImageProcessorKwargs",

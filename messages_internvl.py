@@ -9,7 +9,7 @@ Not covered: reading video files, and rendering, which is the chat template's wo
 
 import reprlib
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from .chat_templates_internvl import TemplateNames
 from .conversation_internvl import escape_image_tokens
+from .image_loading_internvl import flatten_images
 
 
 logger = logging.get_logger(__name__)
@@ -27,14 +28,17 @@ Message = dict[str, Any]
 
 IGNORED_LABEL = -100  # what the losses of transformers and torch leave out
 
-_IMAGE_SOURCES = ("image", "url", "path", "base64")  # keys of an image part, as transformers reads them
+_IMAGE_SOURCES = ("image", "url", "path", "base64", "image_url")
 _VIDEO_SOURCES = ("video", "url", "path")
+# Keys of a part that something here reads, by its type.
+_PART_KEYS = {"text": ("text",), "image": _IMAGE_SOURCES, "image_url": _IMAGE_SOURCES, "video": _VIDEO_SOURCES}
+_MOST_NESTING = 32
 
 
-def is_nothing(value: Any) -> bool:
+def is_nothing(value: Any, depth: int = 0) -> bool:
     """Whether an argument was left out: None, or a container with nothing in it, nested ones included."""
     if isinstance(value, (list, tuple, set, frozenset)):
-        return all(map(is_nothing, value))
+        return depth < _MOST_NESTING and all(is_nothing(item, depth + 1) for item in value)
     if isinstance(value, (np.ndarray, torch.Tensor)):
         return value.ndim > 0 and len(value) == 0
     return value is None or (isinstance(value, Mapping) and not value)
@@ -99,7 +103,7 @@ def prepare_conversations(
 
 
 def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))
 
 
 def _shown(value: Any) -> str:
@@ -149,12 +153,14 @@ def _prepare_part(part: Any, where: str, names: TemplateNames, is_frame: list[bo
     # Rows of a data set have the keys of all kinds of parts, those of other kinds without a value.
     part = {name: value for name, value in part.items() if value is not None}
     kind = part.get("type")
+    if isinstance(kind, str) and kind in _PART_KEYS:
+        _check_keys(part, where, names)
     if kind == "text":
         if not isinstance(part.get("text"), str):
             raise ValueError(f"{where} has a text part whose `text` is no string: {_shown(part.get('text'))}.")
     elif kind in ("image", "image_url"):
-        _check_image_part(part, where)
         is_frame.append(False)
+        return [_image_part(part, where)]
     elif kind == "video":
         return _frames_as_parts(part, where, is_frame)
     elif not isinstance(kind, str) or kind not in names.words:
@@ -164,18 +170,86 @@ def _prepare_part(part: Any, where: str, names: TemplateNames, is_frame: list[bo
     return [part]
 
 
-def _check_image_part(part: Message, where: str) -> None:
-    """A part may name one image, or none: then it only marks the place of an image that is passed beside the messages."""
-    sources = [name for name in _IMAGE_SOURCES if name in part]
+def _check_keys(part: Message, where: str, names: TemplateNames) -> None:
+    """Refuses what a part holds beside its own keys and nobody would read, such as an image in a text part."""
+    kind = part["type"]
+    of_others = {name for keys in _PART_KEYS.values() for name in keys}.difference(_PART_KEYS[kind])
+    dropped = [
+        str(name)
+        for name, value in part.items()
+        if name not in ("type", *_PART_KEYS[kind])
+        and (name in of_others or name not in names.words)
+        and not (is_nothing(value) or (isinstance(value, str) and not value))
+    ]
+    if dropped:
+        raise ValueError(
+            f"{where} has a part of type `{kind}` with `{'`, `'.join(dropped)}`, which nothing reads there. Give every text, image "
+            "and video a part of its own, and settings as arguments of the call."
+        )
+
+
+def _only_source(part: Message, where: str, what: str, names: tuple[str, ...]) -> str | None:
+    """Key under which a part has its content; None if it has none."""
+    sources = [name for name in names if name in part]
     if len(sources) > 1:
-        raise ValueError(f"{where} has an image part with several images: `{'`, `'.join(sources)}`. Give one of them.")
-    address = part.get("image_url")
-    if part["type"] == "image_url" and address is not None:
-        address = address.get("url") if isinstance(address, Mapping) else address
+        raise ValueError(
+            f"{where} has {what} part with several {what.split()[1]}s: `{'`, `'.join(sources)}`. Give one of them."
+        )
+    return sources[0] if sources else None
+
+
+def _image_part(part: Message, where: str) -> Message:
+    """A part with one image, under a key that transformers reads, or with none: then it only marks the place of an image
+    that is passed beside the messages."""
+    source = _only_source(part, where, "an image", _IMAGE_SOURCES)
+    part = {**part, "type": "image"}
+    if source == "image_url":
+        given = part.pop("image_url")
+        address = given.get("url") if isinstance(given, Mapping) else given
         if not isinstance(address, str):
             raise ValueError(
-                f"{where} has an `image_url` that is neither a string nor a dict with a `url`: {_shown(part['image_url'])}."
+                f"{where} has an `image_url` that is neither a string nor a dict with a `url`: {_shown(given)}."
             )
+        part["url"] = address
+    return part
+
+
+def images_beside(images: Any, conversations: list[list[Message]]) -> list[list[Any]]:
+    """Images that are passed beside messages, for each conversation.
+
+    Args:
+        images: Images, flat or nested for each conversation.
+        conversations: As `prepare_conversations` gives them.
+
+    Returns:
+        For each conversation its images, in order.
+
+    Raises:
+        ValueError: If the messages hold images themselves, which these would replace.
+    """
+    found = [
+        [part for message in messages for part in message.get("content") or () if _is_image(part)]
+        for messages in conversations
+    ]
+    if any(name in part for parts in found for part in parts for name in _IMAGE_SOURCES):
+        raise ValueError(
+            "`images` was given, but the messages hold images too, which it would replace. Put every image into its message, or "
+            '`{"type": "image"}` alone in each place of one of `images`.'
+        )
+    if len(found) == 1:
+        return [flatten_images(images)]
+    if isinstance(images, (list, tuple)) and any(
+        group is None or isinstance(group, (list, tuple)) for group in images
+    ):
+        return [flatten_images(group or []) for group in images]
+    flat = iter(flatten_images(images))
+    groups = [list(islice(flat, len(parts))) for parts in found]
+    groups[-1].extend(flat)  # too many are refused with the placeholders
+    return groups
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "image"
 
 
 def _frames_as_parts(part: Message, where: str, is_frame: list[bool]) -> list[Message]:
@@ -189,8 +263,9 @@ def _frames_as_parts(part: Message, where: str, is_frame: list[bool]) -> list[Me
 
 
 def _frames_of(part: Message, where: str) -> list[Any]:
-    video = next((part[name] for name in _VIDEO_SOURCES if name in part), None)
-    if isinstance(video, (np.ndarray, torch.Tensor)) and video.ndim == 4:
+    source = _only_source(part, where, "a video", _VIDEO_SOURCES)
+    video = None if source is None else part[source]
+    if isinstance(video, (np.ndarray, torch.Tensor)) and video.ndim == 4 and len(video) > 0:
         return list(video)
     if isinstance(video, (list, tuple)) and len(video) > 0:
         return list(video)
@@ -296,6 +371,7 @@ __all__ = [
     "add_training_targets",
     "as_conversations",
     "assistant_masks",
+    "images_beside",
     "is_nothing",
     "prepare_conversations",
 ]

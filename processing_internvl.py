@@ -21,7 +21,8 @@ import copy
 import inspect
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from .messages_internvl import (
     add_training_targets,
     as_conversations,
     assistant_masks,
+    images_beside,
     is_nothing,
     prepare_conversations,
 )
@@ -57,6 +59,14 @@ MODES = {"chat": "chat", "contrastive": "contrastive", "retrieval": "contrastive
 
 # What a text of retrieval or a caption may be told; modes decide the rest (prefix, special tokens, where to cut).
 PLAIN_TEXT_SETTINGS = {"max_length", "padding", "padding_side", "return_tensors", "truncation", "verbose"}
+# What would make two prompts of one, or texts of no dialogue.
+UNUSED_TEXT_SETTINGS = {
+    "is_split_into_words",
+    "return_overflowing_tokens",
+    "text_pair",
+    "text_pair_target",
+    "text_target",
+}
 # Settings that the base class reads of a call itself.
 CALL_SETTINGS = {"common_kwargs", "return_metadata"}
 # What `processor_kwargs` of `apply_chat_template` may hold beside settings.
@@ -181,9 +191,11 @@ class InternVLProcessor(ProcessorMixin):
         groups["images_kwargs"] |= set(getattr(self.image_processor, "valid_kwargs", ImagesKwargs).__annotations__)
         # Those of videos and sound too: general code passes them whether or not there is something for them.
         known = {*kinds, *CALL_SETTINGS}.union(*groups.values())
-        unused = set() if mode == "chat" else groups["text_kwargs"] - PLAIN_TEXT_SETTINGS
+        unused = UNUSED_TEXT_SETTINGS if mode == "chat" else groups["text_kwargs"] - PLAIN_TEXT_SETTINGS
         unknown = []
         for group, names in {"": known, **groups, "common_kwargs": known}.items():
+            if group and not isinstance(kwargs.get(group) or {}, Mapping):
+                raise ValueError(f"`{group}` must be a dict of settings, got {kwargs[group]!r:.80}.")
             for name, value in (kwargs.get(group) or {} if group else kwargs).items():
                 if name not in names or (name in unused and value is not False and not is_nothing(value)):
                     unknown.append(f"{group}[{name!r}]" if group else name)
@@ -192,6 +204,7 @@ class InternVLProcessor(ProcessorMixin):
                 f"`{'`, `'.join(unknown)}` is no setting of `{type(self).__name__}` in mode `{mode}`. Known are `mode`, "
                 f"`return_num_patches` and {', '.join(sorted(known - unused))}."
             )
+        _check_text_settings(kwargs)
 
     # ------------------------------------------------------------------------------------------------------------ chat
     def _prepare_chat(self, images: ImageInput | None, text: list[str] | None, kwargs: dict[str, Any]) -> BatchFeature:
@@ -378,12 +391,20 @@ class InternVLProcessor(ProcessorMixin):
         prepared, is_frame = prepare_conversations(conversations, names)
         kwargs, processor_kwargs = _split_settings(kwargs, processor_kwargs, names.variables)
         self._check_settings({k: v for k, v in processor_kwargs.items() if k not in CALL_INPUTS}, "chat")
+        mode = processor_kwargs.pop("mode", None)
+        if mode is not None and _resolve_mode(mode) != "chat":
+            raise ValueError(f"`mode={mode!r}` has no dialogues: call the processor itself, with texts and images.")
+        if (return_assistant_tokens_mask or return_labels) and not (tokenize and return_dict):
+            raise ValueError("Assistant masks and labels come with `tokenize=True` and `return_dict=True` only.")
         messages = prepared if is_batched else prepared[0]
         if not tokenize:
             with refusals_as_value_errors():
                 return super().apply_chat_template(messages, chat_template=jinja, tokenize=False, **kwargs)
 
         processor_kwargs["mode"] = "chat"
+        if not is_nothing(images := processor_kwargs.pop("images", None)):
+            groups = images_beside(images, prepared)
+            processor_kwargs["images"] = groups if is_batched else groups[0]
         if any(is_frame):
             _check_no_sampling(processor_kwargs)
             processor_kwargs = self._with_single_tile_frames(processor_kwargs, is_frame)
@@ -412,7 +433,7 @@ class InternVLProcessor(ProcessorMixin):
         """The template itself, where the argument is one, the name of one, or nothing."""
         own = self.chat_template
         if isinstance(own, dict):
-            own = own.get(chat_template or "default", chat_template)
+            own = own.get("default" if chat_template is None else chat_template, chat_template)
         elif chat_template is not None:
             own = chat_template
         if own is None:
@@ -420,6 +441,13 @@ class InternVLProcessor(ProcessorMixin):
                 "The processor has no (default) chat template. Pass `chat_template`, or build the processor with one: "
                 "`get_conversation_template(name).to_jinja()`."
             )
+        if not isinstance(own, str) or "messages" not in template_names(own).variables:
+            named = (
+                f" Templates of this processor: {', '.join(self.chat_template)}."
+                if isinstance(self.chat_template, dict)
+                else ""
+            )
+            raise ValueError(f"`chat_template` is no template: it does not read `messages`, got {own!r:.80}.{named}")
         return own
 
     def _assistant_spans(self, prepared: list[list[Message]], jinja: str, kwargs: dict[str, Any]) -> list[Any]:
@@ -468,7 +496,7 @@ class InternVLProcessor(ProcessorMixin):
 
 # ------------------------------------------------------------------------------------------------------------ settings
 def _resolve_mode(mode: str) -> str:
-    if mode not in MODES:
+    if not isinstance(mode, str) or mode not in MODES:
         raise ValueError(f"`mode` must be one of {', '.join(MODES)}, got `{mode}`.")
     return MODES[mode]
 
@@ -477,6 +505,17 @@ def _requested(kwargs: dict[str, Any], name: str) -> Any:
     """Value of a tokenizer setting in the arguments of a call, flat or nested; None where it is not given."""
     places = (kwargs, kwargs.get("text_kwargs") or {}, kwargs.get("common_kwargs") or {})
     return next((place[name] for place in places if place.get(name) is not None), None)
+
+
+def _check_text_settings(kwargs: dict[str, Any]) -> None:
+    """Refuses lengths and sides that a tokenizer would not refuse, or not by name."""
+    for name in ("max_length", "pad_to_multiple_of"):
+        value = _requested(kwargs, name)
+        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+    side = _requested(kwargs, "padding_side")
+    if side not in (None, "left", "right"):
+        raise ValueError(f"`padding_side` must be `left` or `right`, got {side!r}.")
 
 
 def _set_text_setting(kwargs: dict[str, Any], name: str, value: Any) -> None:
@@ -523,11 +562,15 @@ def _split_settings(
     if kwargs.get("load_audio_from_video"):
         raise ValueError("`load_audio_from_video` was asked for, but these models do not hear.")
     known = inspect.signature(ProcessorMixin.apply_chat_template).parameters
+    if not isinstance(processor_kwargs or {}, Mapping):
+        raise ValueError(f"`processor_kwargs` must be a dict of settings, got {processor_kwargs!r:.80}.")
     settings = dict(processor_kwargs or {})
     kept = {}
     for name, value in kwargs.items():
         if name in known or name in variables:
             kept[name] = value
+        elif value is not None and settings.get(name) is not None:
+            raise ValueError(f"`{name}` was given twice: in `processor_kwargs` and as an argument. Give it once.")
         else:
             settings[name] = value
     return kept, settings
@@ -541,7 +584,10 @@ def _token_id(tokenizer: Any, token: str) -> int | None:
 
 # ---------------------------------------------------------------------------------------------------------- the inputs
 def _as_texts(text: str | list[str]) -> list[str]:
-    texts = [text] if isinstance(text, (str, Mapping)) or not isinstance(text, Iterable) else list(text)
+    is_one = isinstance(text, (str, bytes, Mapping, Set)) or not isinstance(text, Iterable)
+    texts = [text] if is_one else list(text)
+    if not texts:
+        raise ValueError("`text` holds no text. Give at least one.")
     for index, sample in enumerate(texts, start=1):
         if not isinstance(sample, str):
             raise ValueError(

@@ -414,5 +414,5 @@ def test_broken_pictures_make_a_row_unusable(tmp_path, encoder):
     content = io.BytesIO()
     make_image(64, 64).save(content, "PNG")
     (tmp_path / "a.png").write_bytes(content.getvalue()[:200])
-    with pytest.raises(UnusableRowError, match=r"a.png.*cannot be read as a picture"):
+    with pytest.raises(UnusableRowError, match=r"a.png.*cannot be read as an image"):
         encoder(llava("<image>", "b", image="a.png"), tmp_path)

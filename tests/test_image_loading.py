@@ -424,7 +424,7 @@ def test_broken_files_raise_with_their_name_and_position(processor, name, tmp_pa
 def test_a_truncated_file_that_the_caller_opened_is_named(processor, tmp_path):
     path = tmp_path / "half.png"
     path.write_bytes(broken_files()["truncated.png"])
-    with pytest.raises(ValueError, match=r"Image 1 of 1 \(.*half.png\) cannot be read as a picture"):
+    with pytest.raises(ValueError, match=r"Image 1 of 1 \(.*half.png\) cannot be read as an image"):
         processor(Image.open(path))
 
 
@@ -849,3 +849,95 @@ def test_damaged_files_of_many_formats_raise_value_errors_only(processor):
             except ValueError:
                 failures += 1
     assert failures > 200
+
+
+# ----------------------------------------------------------------------------------------------- what errors speak of
+def test_files_that_cannot_be_read_are_named(processor, tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_bytes(encoded(picture(9, 9)))
+    with open(path, encoding="utf-8") as text:  # whose first byte is no text
+        for source in (text, io.StringIO("text")):
+            with pytest.raises(ValueError, match=r"Image 1 of 1 .*opened as text.*'rb'"):
+                processor(source)
+    closed = Image.open(path)
+    closed.load()
+    closed.close()
+    with pytest.raises(ValueError, match=r"Image 1 of 1 .*closed image"):
+        processor(closed)
+
+
+def test_control_characters_of_a_name_are_escaped(processor):
+    with pytest.raises(ValueError, match=r"Image 1 of 1 \(a\\n\\x1b\.png\) does not exist"):
+        processor("a\n\x1b.png")
+
+
+def test_an_image_beyond_the_limit_of_pillow_is_told_so(processor):
+    with pytest.raises(ValueError, match=r"more pixels than Pillow decodes.*Shrink"):
+        processor(b"P6 100000 100000 255\n")
+
+
+@pytest.mark.parametrize("background", ["#ffffff80", "rgb(300, 0, 0)", np.array([1, 2, 3]), torch.tensor([1, 2, 3])])
+def test_a_background_that_cannot_be_painted_is_refused(processor, background):
+    with pytest.raises(ValueError, match="`background_color` must be"):
+        processor(picture(9, 9), background_color=background)
+
+
+def test_grey_images_stay_grey_over_the_background():
+    """Without `do_convert_rgb`, whatever marks them as transparent."""
+    settings = {
+        "do_convert_rgb": False,
+        "image_mean": [0],
+        "image_std": [1],
+        "max_num": 1,
+        "size": {"height": 9, "width": 9},
+    }
+    grey = InternVLImageProcessor(**settings)
+    key = Image.new("L", (9, 9), 77)
+    key.info["transparency"] = 77
+    deep = Image.new("I;16", (9, 9), 77)
+    deep.info["transparency"] = 77
+    alpha = Image.new("LA", (9, 9), (77, 0))
+    for image in (key, deep, alpha, alpha.convert("La")):
+        for colour, value in (("white", 255), ("black", 0)):
+            pixels = grey(image, background_color=colour, return_tensors="pt")["pixel_values"]
+            assert pixels.shape == (1, 1, 9, 9)
+            torch.testing.assert_close(pixels, torch.full_like(pixels, value / 255))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bacground_color": "red"}, "`bacground_color` is no setting"),
+        ({"image_std": [0, 1, 1]}, "`image_std` must be greater than 0"),
+        ({"rescale_factor": 0}, "`rescale_factor` must be greater than 0"),
+        ({"image_mean": "x"}, "`image_mean` must be a number"),
+        ({"do_resize": "no"}, "`do_resize` must be True or False"),
+        ({"size": "x"}, "`size` must be"),
+        ({"size": {"height": 10**9, "width": 10**9}}, r"Image 1 of 1 would become 1 tile"),
+        ({"size": {"height": 4000, "width": 4000}, "min_num": 12}, r"Image 1 of 1 would become 12 tile"),
+        ({"data_format": "channels_last"}, "`data_format` can be"),
+    ],
+)
+def test_settings_that_cannot_be_met_are_named(processor, settings, message):
+    with pytest.raises(ValueError, match=message):
+        processor(picture(9, 9), **settings)
+
+
+def test_whole_numbers_serve_as_mean_and_deviation(processor):
+    whole, broken = ({"image_mean": [kind(0)] * 3, "image_std": [kind(1)] * 3} for kind in (int, float))
+    image = picture(9, 9)
+    assert torch.equal(
+        processor(image, **whole, return_tensors="pt")["pixel_values"],
+        processor(image, **broken, return_tensors="pt")["pixel_values"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("file_format", "named"),
+    [("TGA", "a TGA image"), ("PCX", "a PCX image"), ("SGI", "an SGI image"), ("BLP", "a BLP")],
+)
+def test_rare_formats_are_named_by_their_first_bytes(processor, file_format, named):
+    buffer = io.BytesIO()
+    picture(9, 9).convert("P" if file_format == "BLP" else "RGB").save(buffer, file_format)
+    with pytest.raises(ValueError, match=named):
+        processor(buffer.getvalue())

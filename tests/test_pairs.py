@@ -1,5 +1,7 @@
 """Streams of image-text pairs: each pair once over ranks and workers, exact resumption, broken samples, flat memory."""
 
+import copy
+import io
 import json
 import logging
 import tracemalloc
@@ -8,16 +10,19 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 from accelerate import skip_first_batches
+from PIL import Image
 from torch.utils.data import DataLoader, get_worker_info
 from transformers import Trainer, TrainingArguments
 
 from internvl.image_processing_internvl import InternVLImageProcessor
 from internvl.processing_internvl import InternVLProcessor
+from internvl.training import stages
 from internvl.training.broken_rows import BrokenRows, TooManyBrokenRowsError
 from internvl.training.funnel import Funnel, MissingColumnError, Rule
 from internvl.training.pairs import PairCollator, PairStream, stream_loader
@@ -306,6 +311,26 @@ def test_the_collator_makes_model_inputs(tmp_path, processor):
     assert batch["pixel_values"].shape == (3, 3, 28, 28)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (3, 24)
     assert processor.tokenizer.decode(batch["input_ids"][1]).startswith("<s>summarize:caption 1</s>")
+
+
+def test_transparent_pictures_are_read_over_the_background_of_the_model(tmp_path):
+    """The stream and the processor agree, so that training sees what inference sees."""
+    buffer = io.BytesIO()
+    Image.new("RGBA", (28, 28), (9, 9, 9, 0)).save(buffer, "PNG")
+    path = str(write_tar(tmp_path / "a.tar", [{**sample(0), "png": buffer.getvalue()}]))
+    for colour, value in (("white", (255, 255, 255)), ([1, 2, 3], (1, 2, 3))):
+        (pair,) = PairStream(path, epochs=1, background_color=colour)
+        assert pair["image"].getpixel((0, 0)) == value
+
+
+def test_a_stage_hands_its_background_to_the_stream(tmp_path, processor):
+    recipe = SimpleNamespace(seed=0)
+    arguments = SimpleNamespace(process_index=0, world_size=1)
+    own = copy.deepcopy(processor)
+    own.image_processor.background_color = "red"
+    shards = [write_corpus(tmp_path, 1, 1)]
+    stream = stages._stream(shards, 0, arguments, recipe, SimpleNamespace(funnel_stage=None), own)
+    assert stream.background_color == "red"
 
 
 class Recorder(torch.nn.Module):

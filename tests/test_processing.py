@@ -389,9 +389,12 @@ def test_variables_and_other_templates_pass_through(processor: InternVLProcessor
     message = [{"role": "user", "content": "you"}]
     assert processor.apply_chat_template(message, jinja, greeting="Hello") == "Hello you"
     several = make_processor()
-    several.chat_template = {"default": "default", "other": "other {{ greeting }}"}
-    assert several.apply_chat_template(message) == "default"
-    assert several.apply_chat_template(message, "other", greeting="x") == "other x"
+    several.chat_template = {"default": "{{ messages | length }}", "other": "{{ messages | length }} {{ greeting }}"}
+    assert several.apply_chat_template(message) == "1"
+    assert several.apply_chat_template(message, "other", greeting="x") == "1 x"
+    for wrong in ("another", "", 5):  # the name of no template is a text that Jinja takes for one
+        with pytest.raises(ValueError, match=r"does not read `messages`.*default, other"):
+            several.apply_chat_template(message, wrong)
 
 
 def test_only_undeclared_variables_belong_to_the_template(processor: InternVLProcessor) -> None:
@@ -407,7 +410,7 @@ def test_only_undeclared_variables_belong_to_the_template(processor: InternVLPro
             processor.apply_chat_template([{"role": "user", "content": "Hi"}], jinja, **{name: True})
     with pytest.raises(ValueError, match="refuses"):
         processor.apply_chat_template([user("Hi")], "{% for m in messages %}")
-    for settings in ({}, {"tokenize": True}, {"tokenize": True, "return_labels": True}):
+    for settings in ({}, {"tokenize": True}, {"tokenize": True, "return_dict": True, "return_labels": True}):
         with pytest.raises(ValueError, match="cannot render"):
             processor.apply_chat_template([user("Hi")], "{{ 'a' + messages[0]['content'] }}", **settings)
 
@@ -501,6 +504,108 @@ def test_a_placeholder_typed_into_a_message_is_text_and_the_error_says_so(proces
         chat(processor, message, processor_kwargs={"images": [SQUARE]})
     with pytest.raises(ValueError, match=r"sample 0 has 0 and 1 image.*Write one `<IMG_CONTEXT>`"):
         processor(text="What?", images=[SQUARE])
+
+
+@pytest.mark.parametrize(
+    ("part", "dropped"),
+    [
+        ({"type": "text", "text": "a", "image": SQUARE}, "image"),
+        ({"type": "image", "image": SQUARE, "text": "a"}, "text"),
+        ({"type": "image", "image": SQUARE, "max_num": 1}, "max_num"),
+        ({"type": "image_url", "image_url": "a.png", "video": [SQUARE]}, "video"),
+        ({"type": "video", "video": [SQUARE], "fps": 2}, "fps"),
+        ({"type": "video", "video": [SQUARE], "url": "a.mp4"}, "video`, `url"),
+    ],
+)
+def test_what_nothing_reads_in_a_part_is_named(processor: InternVLProcessor, part: Any, dropped: str) -> None:
+    for settings in ({}, {"tokenize": True}):
+        with pytest.raises(ValueError, match=f"Message 0 .*`{dropped}`"):
+            processor.apply_chat_template([{"role": "user", "content": [part]}], **settings)
+
+
+@pytest.mark.parametrize("kind", ["image", "image_url"])
+def test_an_image_part_has_its_image_under_any_key_of_one(
+    processor: InternVLProcessor, kind: str, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "a.png")
+    WIDE.save(path)
+    expected = chat(processor, [user(WIDE)])
+    for source in ({"image": WIDE}, {"url": path}, {"path": path}, {"image_url": path}, {"image_url": {"url": path}}):
+        found = chat(processor, [{"role": "user", "content": [{"type": kind, **source}]}])
+        assert torch.equal(found["pixel_values"], expected["pixel_values"])
+
+
+def test_images_beside_messages_take_the_places_that_are_empty_and_replace_none(processor: InternVLProcessor) -> None:
+    empty = [{"role": "user", "content": [{"type": "image"}]}]
+    batch = [empty, [user("Hi")], [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}]]
+    expected = chat(processor, [user(WIDE)])["pixel_values"]
+    buffer = io.BytesIO()
+    WIDE.save(buffer, "PNG")
+    buffer.seek(0)
+    for images in (WIDE, np.asarray(WIDE), torch.tensor(np.asarray(WIDE)), buffer, [WIDE], [[WIDE]]):
+        assert torch.equal(chat(processor, empty, images=images)["pixel_values"], expected)
+    for images in ([WIDE, SQUARE, SQUARE], [[WIDE], None, [SQUARE, SQUARE]]):
+        assert torch.equal(chat(processor, batch, images=images)["pixel_values"][: len(expected)], expected)
+    for images in ([WIDE], [WIDE] * 4):
+        with pytest.raises(ValueError, match="number of image tokens"):
+            chat(processor, batch, images=images)
+    for filled in ([user(WIDE)], [[user(WIDE)], empty]):
+        with pytest.raises(ValueError, match="messages hold images too"):
+            chat(processor, filled, images=[SQUARE])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "contrastive"}, "has no dialogues"),
+        ({"mode": "nonsense"}, "`mode` must be"),
+        ({"max_num": 1, "processor_kwargs": {"max_num": 2}}, "`max_num` was given twice"),
+        ({"processor_kwargs": 5}, "`processor_kwargs` must be a dict"),
+        ({"images_kwargs": [1]}, "`images_kwargs` must be a dict"),
+        ({"truncation": True, "max_length": -1}, "`max_length` must be"),
+        ({"text_kwargs": {"max_length": "5"}}, "`max_length` must be"),
+        ({"padding_side": "centre"}, "`padding_side` must be"),
+        ({"pad_to_multiple_of": 0}, "`pad_to_multiple_of` must be"),
+        ({"text_pair": "b"}, "`text_pair` is no setting"),
+        ({"return_overflowing_tokens": True}, "`return_overflowing_tokens` is no setting"),
+        ({"return_labels": True, "return_dict": False}, "return_dict=True"),
+        ({"return_assistant_tokens_mask": True, "tokenize": False}, "tokenize=True"),
+    ],
+)
+def test_settings_of_a_dialogue_that_cannot_be_met_are_named(
+    processor: InternVLProcessor, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        chat(processor, [user("Hi"), assistant("a")], **settings)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "1 / (messages | length - 1)",
+        "messages[0].content[0]['x'].y",
+        "'{x}'.format(y=messages)",
+        "messages | nofilter",
+    ],
+)
+def test_whatever_a_template_raises_is_its_refusal(processor: InternVLProcessor, expression: str) -> None:
+    with pytest.raises(ValueError, match="The chat template"):
+        processor.apply_chat_template([user("Hi")], "{{ " + expression + " }}")
+
+
+@pytest.mark.parametrize("text", [b"a", {"a"}, iter(())])
+def test_texts_that_are_none_are_named(processor: InternVLProcessor, text: Any) -> None:
+    with pytest.raises(ValueError, match=r"`text` (must be|holds no)"):
+        processor(text=text, mode="caption")
+
+
+def test_images_in_bottomless_lists_are_refused(processor: InternVLProcessor) -> None:
+    images: Any = SQUARE
+    for _ in range(5000):
+        images = [images]
+    for call in (processor, processor.image_processor):
+        with pytest.raises(ValueError, match="lists of lists"):
+            call(images=images)
 
 
 def test_final_message_can_be_continued(processor: InternVLProcessor) -> None:

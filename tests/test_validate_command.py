@@ -87,9 +87,9 @@ def test_every_bad_row_is_named_with_its_line_and_reason(folder, capsys):
         5: "The questions have 2 place(s) for pictures",
         6: "The answer in message 2 is empty",
         7: "The last message must be an answer",
-        8: "broken.png` cannot be read as a picture",
+        8: "broken.png` cannot be read as an image",
         9: "A row must be a JSON object, got list",
-        10: "text.png` cannot be read as a picture",
+        10: "text.png` cannot be read as an image",
     }
     assert [int(line.removeprefix(f"{path}:").partition(":")[0]) for line in lines[:-1]] == list(expected)
     for line, reason in zip(lines, expected.values(), strict=False):
@@ -127,7 +127,7 @@ def test_a_model_finds_rows_that_are_too_long(folder, capsys, root):
     assert code == 1
     assert [line.removeprefix(f"{path}:").partition(":")[0] for line in lines[:-1]] == ["2", "3"]
     assert "tokens, `max_length` is 150" in lines[0]
-    assert "cannot be read as a picture" in lines[1]
+    assert "cannot be read as an image" in lines[1]
     path.write_text(as_lines([llava("Hello", "word " * 5000)]))
     assert "`max_length` is 4096" in validate(capsys, path, "--model", root)[1][0]
 

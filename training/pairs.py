@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from ..image_loading_internvl import read_image, to_pil
+from ..image_loading_internvl import DEFAULT_BACKGROUND, Background, read_image, to_pil
 from ..image_processing_internvl import InternVLImageProcessor
 from ..processing_internvl import InternVLProcessor
 from .broken_rows import BrokenRows
@@ -77,6 +77,7 @@ class PairStream(torch.utils.data.IterableDataset):
         broken_rows: The limit on broken samples, and their count. Shards that end too early or cannot be read count as
             one sample each.
         max_image_pixels: Larger pictures count as broken.
+        background_color: What transparent pictures are read over, as the processor of the model does.
 
     Raises:
         OSError: If there are no such files.
@@ -98,6 +99,7 @@ class PairStream(torch.utils.data.IterableDataset):
         text_column: str | None = None,
         broken_rows: BrokenRows | None = None,
         max_image_pixels: int = InternVLImageProcessor.max_image_pixels,
+        background_color: Background = DEFAULT_BACKGROUND,
     ) -> None:
         super().__init__()
         if not 0 <= rank < world_size:
@@ -118,6 +120,7 @@ class PairStream(torch.utils.data.IterableDataset):
         self.text_columns = TEXT_COLUMNS if text_column is None else (text_column,)
         self.broken_rows = broken_rows or BrokenRows()
         self.max_image_pixels = max_image_pixels
+        self.background_color = background_color
         self._position = _Position()
         self._is_over = False  # the last pass; the next one begins with the next epoch
         if len(self.shards) % world_size:
@@ -267,7 +270,7 @@ class PairStream(torch.utils.data.IterableDataset):
 
     def _decode(self, image: Any) -> Image.Image:
         picture = read_image(image, "The picture", self.max_image_pixels)
-        return to_pil(picture, "The picture", self.max_image_pixels, True, None)
+        return to_pil(picture, "The picture", self.max_image_pixels, True, None, self.background_color)
 
 
 def _has_other_workers() -> bool:

@@ -362,13 +362,22 @@ def _add_adapters(model: PreTrainedModel, run: Run) -> Any:
     return get_peft_model(model, LoraConfig(r=run.lora_rank, lora_alpha=2 * run.lora_rank, target_modules=targets))
 
 
-def _stream(shards: list[str], number: int, arguments: TrainingArguments, recipe: Recipe, run: Run) -> PairStream:
+def _stream(
+    shards: list[str],
+    number: int,
+    arguments: TrainingArguments,
+    recipe: Recipe,
+    run: Run,
+    processor: InternVLProcessor,
+) -> PairStream:
     return PairStream(
         shards,
         rank=arguments.process_index,
         world_size=arguments.world_size,
         seed=recipe.seed + number,  # the next phase goes through the data in another order
         funnel=None if run.funnel_stage is None else Funnel(run.funnel_stage),
+        max_image_pixels=processor.image_processor.max_image_pixels,
+        background_color=processor.image_processor.background_color,
     )
 
 
@@ -413,7 +422,9 @@ def run_stage1(
 
     def data(number: int, phase: Phase, arguments: TrainingArguments) -> Data:
         settings = {"max_length": recipe.max_text_length, **_pictures(phase.image_size)}
-        return _stream(shards, number, arguments, recipe, run), PairCollator(processor, "contrastive", **settings)
+        return _stream(shards, number, arguments, recipe, run, processor), PairCollator(
+            processor, "contrastive", **settings
+        )
 
     return train(model, processor, recipe, run, data)
 
@@ -473,7 +484,7 @@ def _pair_data(
 ) -> Callable[[int, Phase, TrainingArguments], Data]:
     def data(number: int, phase: Phase, arguments: TrainingArguments) -> Data:
         batches = collator(processor, recipe.max_text_length, **_pictures(phase.image_size))
-        return _stream(shards, number, arguments, recipe, run), batches
+        return _stream(shards, number, arguments, recipe, run, processor), batches
 
     return data
 
