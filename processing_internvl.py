@@ -585,7 +585,7 @@ def _token_id(tokenizer: Any, token: str) -> int | None:
 # ---------------------------------------------------------------------------------------------------------- the inputs
 def _as_texts(text: str | list[str]) -> list[str]:
     is_one = isinstance(text, (str, bytes, Mapping, Set)) or not isinstance(text, Iterable)
-    texts = [text] if is_one else list(text)
+    texts: list[Any] = [text] if is_one else list(text)
     if not texts:
         raise ValueError("`text` holds no text. Give at least one.")
     for index, sample in enumerate(texts, start=1):
