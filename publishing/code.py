@@ -2,11 +2,14 @@
 
 `auto_map`, wherever it stands in a JSON file, names `module.Class`, a file of the folder, or `repository--module.Class`, code that lies
 elsewhere; a file brings those that it imports by `from .name import`. Beside it transformers runs `custom_pipelines` of config.json and
-`custom_generate/generate.py`.
+`custom_generate/generate.py`, loads an attention that is called `user/kernel` from the Hub, and goes to the base of an adapter that lies
+alone; sentence-transformers makes the modules that modules.json names, and PEFT imports the library of an adapter's `auto_mapping`.
+Tokenizers besides the first lie in sub-folders, and what they name lies in the folder itself.
 """
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,16 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 from ..conversion.output.model_card import hub_id
 from ..conversion.output.published_files import own_contents
-from ..conversion.sources.checkpoint_files import is_plain, read_json
+from ..conversion.sources.checkpoint_files import is_plain, read_any_json, read_json
+from ..conversion.sources.foreign_settings import ATTENTION_KEYS
 from ..conversion.sources.links import hub_snapshot
 
 
 CUSTOM_GENERATE = "custom_generate/generate.py"
 # Read by no loader of code.
 DATA_FILES = ("conversion.json", "tokenizer.json", "vocab.json", "added_tokens.json")
+# Libraries whose classes are no code of a repository.
+LIBRARIES = ("internvl.", "sentence_transformers.", "transformers.")
 # Auto classes for the snippet, the first that there is.
 MODELS = (
     "AutoModelForImageTextToText",
@@ -157,15 +163,39 @@ def pinned_snippet(folder: Path, repository: str | None = None, revision: str | 
 # ------------------------------------------------------------------------------------------------------------- what is named
 def _references(folder: Path) -> Iterator[tuple[str, Any]]:
     """Where code is named, and by what."""
-    for file in sorted(folder.glob("*.json")):
-        if file.name in DATA_FILES or file.name.endswith(".index.json"):
-            continue
+    for file in sorted((*folder.glob("*.json"), *folder.glob("*/*.json"))):
+        if file.name not in DATA_FILES and not file.name.endswith(".index.json") and file.is_file():
+            name = file.relative_to(folder).as_posix()
+            for key, reference in (*_named(read_any_json(file)), *_named_by_libraries(file)):
+                yield f"{key} in {name}", reference
+
+
+def _named(content: Any) -> Iterator[tuple[str, Any]]:
+    """What transformers follows in any file: key and reference."""
+    for auto_map in _values_of(content, "auto_map"):
+        yield from (("auto_map", reference) for reference in _leaves(auto_map))
+    for pipelines in _values_of(content, "custom_pipelines"):
+        for task in pipelines.values() if isinstance(pipelines, dict) else [pipelines]:
+            yield "custom_pipelines", task.get("impl") if isinstance(task, dict) else task
+    for key in ATTENTION_KEYS:
+        for attention in _values_of(content, key):
+            kernels = (name for name in _leaves(attention) if isinstance(name, str) and "/" in name)
+            yield from ((key, kernel) for kernel in kernels)
+
+
+def _named_by_libraries(file: Path) -> Iterator[tuple[str, Any]]:
+    """What a file of sentence-transformers, or of PEFT, names."""
+    if file.name == "modules.json":
+        for name in _values_of(read_any_json(file), "type"):
+            if not str(name).startswith(LIBRARIES):
+                yield "type", name
+    if file.name == "adapter_config.json":
         content = read_json(file)
-        for auto_map in _values_of(content, "auto_map"):
-            yield from ((f"auto_map in {file.name}", reference) for reference in _leaves(auto_map))
-        for pipelines in _values_of(content, "custom_pipelines"):
-            for task in pipelines.values() if isinstance(pipelines, dict) else [pipelines]:
-                yield f"custom_pipelines in {file.name}", task.get("impl") if isinstance(task, dict) else task
+        if not (file.parent / "config.json").is_file():
+            yield "base_model_name_or_path", f"{content.get('base_model_name_or_path')}--its code"
+        for library in _values_of(content, "parent_library"):
+            if not f"{library}.".startswith(LIBRARIES):
+                yield "parent_library", f"{library}--all of it"
 
 
 def _values_of(content: Any, key: str) -> Iterator[Any]:
@@ -206,7 +236,8 @@ def _with_imports(folder: Path, names: list[str]) -> set[str]:
             continue
         found.add(name)
         if (folder / name).is_file():
-            waiting += [f"{module}.py" for module in get_relative_imports(folder / name)]
+            with suppress(UnicodeDecodeError):  # nor can such a file be run
+                waiting += [f"{module}.py" for module in get_relative_imports(folder / name)]
     return found
 
 

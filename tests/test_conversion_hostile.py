@@ -82,6 +82,9 @@ def poisoned(source: Path, auto_map: dict[str, str]) -> None:
     for part in parts.values():
         if part.get("model_type") == "qwen2":
             part["rope_scaling"] = {"type": "linear", "factor": 2.0, "auto_map": auto_map}
+        # Labels and tokens may have any name, and properties of their own.
+        part["id2label"] = {"0": {"auto_map": auto_map}, "1": "bus"}
+        part["label2id"] = {"auto_map": auto_map, "bus": 1, "trust_remote_code": True}
     del bad["quantization_config"]
     edit_json(source / "config.json", **bad, **parts)
     for part in parts.values():
@@ -92,7 +95,11 @@ def poisoned(source: Path, auto_map: dict[str, str]) -> None:
     for name in ("processor_config.json", "video_preprocessor_config.json", "feature_extractor_config.json"):
         edit_json(source / name, **bad, image_processor=bad)
     if (source / "tokenizer_config.json").exists():
-        edit_json(source / "tokenizer_config.json", **bad)
+        settings = json.loads((source / "tokenizer_config.json").read_text())
+        for token in settings.get("added_tokens_decoder", {}).values():
+            token.update(auto_map=auto_map, use_kernels=True, module="evil.Evil")
+        edit_json(source / "tokenizer_config.json", **{**settings, **bad}, another_token={"content": "<s>", **bad})
+        edit_json(source / "special_tokens_map.json", eos_token={"content": "</s>", **bad})
 
 
 def strings_of(content) -> list[str]:
@@ -528,6 +535,26 @@ def test_the_other_files_are_named_too(kind, name, tmp_path, capsys):
     source = published_chat(tmp_path)
     (source / name).write_text(TEXTS[kind])
     assert name in refused(capsys, source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["vision", "chat"])
+@pytest.mark.parametrize("key", ["image_mean", "image_std"])
+def test_means_and_deviations_that_no_image_has_are_refused(key, kind, tmp_path, capsys):
+    source = MAKERS[kind](tmp_path)
+    for value in ("x", 5, [], [1], [0.1] * 4, ["a", "b", "c"], [0.4, 0.4, "x"], {"a": 1}, [True] * 3, [math.inf] * 3):
+        edit_json(source / "preprocessor_config.json", **{key: value})
+        error = refused(capsys, source, tmp_path / "out")
+        assert f"`{key}` of `{source / 'preprocessor_config.json'}` must be three numbers" in error
+    edit_json(source / "preprocessor_config.json", **{key: [0, 0, 0]})
+    assert main([str(source), str(tmp_path / "out")]) == (2 if key == "image_std" else 0)
+
+
+@pytest.mark.parametrize("value", [False, 5, "evil.Evil", "int8", ["float32"], {"": "float32"}])
+def test_a_type_of_weights_that_is_none_is_not_passed_on(value, vit, tmp_path):
+    edit_json(vit / "config.json", torch_dtype=value, dtype=value)
+    config = json.loads((run(vit, tmp_path / "out", to="published", verify=True) / "config.json").read_text())
+    assert "dtype" not in config
+    assert config.get("torch_dtype") in (None, "float32")
 
 
 @pytest.mark.parametrize("way", ["relative", "upwards", "number", "downloaded"])

@@ -12,17 +12,18 @@ from internvl.conversion import convert
 from internvl.publishing.__main__ import main
 from internvl.publishing.code import list_code
 
-from .fixtures_published import published, published_chat
+from .fixtures_published import published, published_14b, published_chat
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("code")
     chat = published_chat(folder)
-    return {
+    found = {
         form: convert(chat, folder / form, show_progress=False, to=form)
         for form in ("internvl", "published", "native")
     }
+    return {**found, "contrastive": convert(published_14b(folder), folder / "contrastive", show_progress=False)}
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def said(capsys, folder, *options):
     return code, printed.out + printed.err
 
 
-@pytest.mark.parametrize("form", ["internvl", "published"])
+@pytest.mark.parametrize("form", ["internvl", "published", "contrastive"])
 def test_all_files_that_are_run_are_listed_with_their_hash_and_are_ours(form, results, capsys):
     folder = results[form]
     code, text = said(capsys, folder)
@@ -108,14 +109,40 @@ def test_a_file_that_a_listed_one_imports_is_listed(folder, capsys):
         ("config.json", {"auto_map": {"AutoModel": "../user/evil.Evil"}}),
         ("config.json", {"auto_map": {"AutoModel": "user/evil.deep.Evil"}}),
         ("config.json", {"auto_map": {"AutoModel": 5, "x": "user/evil--a.B"}}),
+        ("config.json", {"_attn_implementation": "user/evil"}),
+        ("config.json", {"text_config": {"attn_implementation": {"": "paged|user/evil@main:f"}}}),
+        ("generation_config.json", {"nested": [{"attn_implementation": "user/evil"}]}),
+        ("adapter_config.json", {"auto_mapping": {"parent_library": "user/evil"}}),
+        ("decoder_tokenizer/tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["user/evil--t.T", None]}}),
     ],
 )
 def test_code_that_lies_elsewhere_is_named_with_who_names_it(file, content, folder, capsys):
+    (folder / file).parent.mkdir(exist_ok=True)
     edit_json(folder / file, **content)
     code, text = said(capsys, folder)
     assert code == 1
     line = next(line for line in text.splitlines() if line.startswith("elsewhere") and "user/evil" in line)
     assert file in line
+
+
+def test_the_base_of_an_adapter_that_lies_alone_is_named(tmp_path, capsys):
+    edit_json(tmp_path / "adapter_config.json", base_model_name_or_path="user/base", peft_type="LORA")
+    code, text = said(capsys, tmp_path)
+    assert code == 1
+    assert "'user/base--its code' (base_model_name_or_path in adapter_config.json)" in text
+    (tmp_path / "config.json").write_text("{}")  # from which transformers then takes the model
+    assert said(capsys, tmp_path)[0] == 0
+
+
+@pytest.mark.parametrize("file", ["modules.json", "decoder_tokenizer/tokenizer_config.json"])
+def test_files_that_lists_and_sub_folders_name_lie_in_the_folder(file, folder, capsys):
+    content = {"modules.json": [{"type": "mine.Module"}]}.get(file, {"auto_map": {"AutoTokenizer": ["mine.T", None]}})
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_text(json.dumps(content))
+    (folder / "mine.py").write_bytes(b"\xff")
+    code, text = said(capsys, folder)
+    assert code == 1
+    assert "mine.py  (NOT this package's)" in text
 
 
 def test_what_is_named_and_missing_is_marked(folder, capsys):

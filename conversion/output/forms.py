@@ -161,6 +161,10 @@ class PublishedForm(OwnForm):
         facts["auto_map"] = config.get("auto_map") or self._map_config(content)["auto_map"]
         if record is None or record["dtype"] != content.settings["dtype"]:
             facts["torch_dtype"] = content.settings["dtype"]
+        # The published code leaves the size before stretching there, and builds positions of that size when it loads.
+        if "vision_config" in config:
+            size = content.config.vision_config.image_size
+            facts["vision_config"] = {**config["vision_config"], "image_size": size}
         return {**config, **facts}
 
     def _write_files(self, folder: Path, content: Content) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -121,7 +122,9 @@ def image_processor_for(
     published = source.read_json("preprocessor_config.json")
     if image_size is not None:
         published = {**published, **{key: image_size for key in ("size", "crop_size") if key in published}}
-    settings = {key: published[key] for key in KEPT_IMAGE_SETTINGS if key in published}
+    settings = {key: published[key] for key in KEPT_IMAGE_SETTINGS if published.get(key) is not None}
+    for key in ("image_mean", "image_std"):
+        _check_channels(source, key, settings.get(key))
     if layout.result.kind == "chat":
         # What came of the LLaVA code base says so in its own file when it is converted again.
         crops = "crop" in (layout.resize_mode, published.get("resize_mode"))
@@ -138,6 +141,23 @@ def image_processor_for(
     else:
         settings["resize_mode"] = published.get("resize_mode", "squash")
     return InternVLImageProcessor(**settings)
+
+
+def _check_channels(source: Source, key: str, value: Any) -> None:
+    """Refuses anything but a finite number for each of three colours, positive for the deviation."""
+    if value is None:
+        return
+    is_right = (
+        isinstance(value, list)
+        and len(value) == 3
+        and all(type(part) in (int, float) and math.isfinite(part) for part in value)
+        and (key == "image_mean" or all(part > 0 for part in value))
+    )
+    if not is_right:
+        raise ValueError(
+            f"`{key}` of `{source.folder / 'preprocessor_config.json'}` must be three numbers{' above 0' * (key == 'image_std')}, one for "
+            f"each colour, got {value!r:.80}. Put the file in its place that was published with the weights."
+        )
 
 
 def _chat_image_processor(config: Any, settings: dict[str, Any], resize_mode: str) -> InternVLImageProcessor:

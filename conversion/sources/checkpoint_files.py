@@ -112,6 +112,18 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
+    content = read_any_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"`{path}` must hold a JSON object, got a {type(content).__name__}.")
+    return content
+
+
+def read_any_json(path: Path) -> Any:
+    """What a JSON file holds, an object or not; else as `read_json`.
+
+    Args:
+        path: A file that is there.
+    """
     if path.stat().st_size > LARGEST_JSON:
         raise ValueError(
             f"`{path}` has {path.stat().st_size:,} bytes, and no JSON of a checkpoint has over {LARGEST_JSON:,}."
@@ -121,8 +133,6 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(text, object_pairs_hook=_each_once, parse_constant=_number_beyond_json)
         if SURROGATE.search(text):
             json.dumps(content, ensure_ascii=False).encode("utf-8")
-    if not isinstance(content, dict):
-        raise ValueError(f"`{path}` must hold a JSON object, got a {type(content).__name__}.")
     return content
 
 

@@ -20,6 +20,11 @@ from ..key_tables import LLAVA_KEYS, OWN_MODULES, RAW_ARGUMENTS
 REFERENCE = re.compile(r"(?P<module>\w+)\.\w+")
 # Flags that give consent are the user's to set.
 CONSENTS = ("trust_remote_code", "use_kernels")
+# Transformers looks such a name up in torch.
+DTYPE_KEYS = ("torch_dtype", "dtype")
+DTYPES = (None, "float32", "float16", "bfloat16", "float64")
+# Properties of a token, and of one of several chat templates.
+LABEL_FIELDS = frozenset("__type content id lstrip name normalized rstrip single_word special template".split())
 # The only names of attention that stand for no kernel to download.
 ATTENTION_KEYS = ("_attn_implementation", "attn_implementation", "_attn_implementation_internal")
 ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -46,18 +51,18 @@ class Allowed:
     Args:
         texts: Keys whose texts, or lists of texts, are data.
         parts: Keys of objects that are looked at in the same way.
-        trees: Keys under which everything is data.
-        endings: Ends of further keys that are trees.
+        labels: Keys of texts by name: tokens with their properties, templates, labels. What else is in them does not pass.
+        endings: Ends of further keys of that kind.
     """
 
     texts: frozenset[str]
     parts: frozenset[str]
-    trees: frozenset[str] = frozenset()
+    labels: frozenset[str] = frozenset()
     endings: tuple[str, ...] = ()
 
-    def is_tree(self, key: str) -> bool:
-        """Whether everything under a key is data."""
-        return key in self.trees or (bool(self.endings) and key.endswith(self.endings))
+    def holds_labels(self, key: str) -> bool:
+        """Whether texts by name stand under a key."""
+        return key in self.labels or (bool(self.endings) and key.endswith(self.endings))
 
 
 CONFIGURATION = Allowed(
@@ -73,7 +78,7 @@ CONFIGURATION = Allowed(
         "llm_config qllama_config rope_parameters rope_scaling text_config vision_config vision_tower_config "
         "DATA INTERN_VIT_6B MODEL auxiliary_head backbone decode_head fpn_variant full_attention model sliding_attention".split()
     ),
-    trees=frozenset(("id2label", "label2id")),
+    labels=frozenset(("id2label", "label2id")),
 )
 GENERATION = Allowed(
     texts=frozenset(("cache_implementation", "early_stopping", "stop_strings", "transformers_version")),
@@ -84,14 +89,14 @@ PROCESSOR = Allowed(
         "crop_size data_format feature_extractor_type image_mean image_processor_type image_std processor_class resample resize_mode "
         "size".split()
     ),
-    parts=frozenset("crop_size feature_extractor image_processor size video_processor".split()),
+    parts=frozenset("crop_size feature_extractor image_mean image_processor image_std size video_processor".split()),
 )
 TOKENIZER = Allowed(
     texts=frozenset(
         "backend errors model_input_names name_or_path padding_side processor_class tokenizer_class truncation_side".split()
     ),
     parts=frozenset(("sp_model_kwargs",)),
-    trees=frozenset(("added_tokens_decoder", "chat_template")),
+    labels=frozenset(("added_tokens_decoder", "chat_template")),
     endings=("_token", "_tokens"),
 )
 # By name of the file; what is in no file of these is looked at where it is read, and passed on nowhere.
@@ -135,12 +140,35 @@ def is_own_code(auto_map: Any) -> bool:
 def _data(content: dict[str, Any], allowed: Allowed, refused: list[str], path: str) -> dict[str, Any]:
     kept = {}
     for key, value in content.items():
-        if _passes(key, value, content, allowed):
+        if allowed.holds_labels(key):
+            kept[key] = _labels(value, refused, f"{path}{key}")
+        elif _passes(key, value, content, allowed):
             kept[key] = value
-        elif isinstance(value, dict) and (key in allowed.parts or key in _declared(content)):
+        elif isinstance(value, dict) and key not in DTYPE_KEYS and (key in allowed.parts or key in _declared(content)):
             kept[key] = _data(value, allowed, refused, f"{path}{key}.")
         else:
             refused.append(f"{path}{key}")
+    return kept
+
+
+def _labels(value: Any, refused: list[str], path: str) -> Any:
+    """Texts and numbers, and objects and lists of these; of an object within an object what a token or a template has."""
+    if isinstance(value, list):
+        return [_labels(part, refused, path) for part in value]
+    if not isinstance(value, dict):
+        return value
+    is_label = bool(value.keys() & {"content", "template"})
+    kept = {}
+    for key, part in value.items():
+        is_object = isinstance(part, dict) and not part.keys() & {"content", "template"}
+        if (
+            key in ("auto_map", *CONSENTS)
+            or is_object
+            or (is_label and (key not in LABEL_FIELDS or isinstance(part, (dict, list))))
+        ):
+            refused.append(f"{path}.{key}")
+        else:
+            kept[key] = _labels(part, refused, f"{path}.{key}")
     return kept
 
 
@@ -151,9 +179,14 @@ def _passes(key: str, value: Any, content: dict[str, Any], allowed: Allowed) -> 
         return is_own_code(value)
     if key in ATTENTION_KEYS:
         return value is None or (isinstance(value, str) and value in ATTENTIONS)
-    if _is_number(value) or value in ({}, "") or allowed.is_tree(key):
+    if key in DTYPE_KEYS:
+        return (value is None or isinstance(value, str)) and value in DTYPES
+    if _is_number(value) or value in ({}, ""):
         return True
-    is_text = isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+    # A text among numbers passes as well, to be refused where the numbers are used.
+    is_text = isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(item, str) or _is_number(item) for item in value)
+    )
     return is_text and (key in allowed.texts or key.startswith(LLAVA_KEYS) or key in _declared(content))
 
 
