@@ -128,6 +128,19 @@ DAMAGES = {
     "half of the optimizer": lambda folder: cut(folder / "optimizer.pt"),
     "half of the schedule": lambda folder: cut(folder / "scheduler.pt"),
     "empty": lambda folder: [shutil.rmtree(folder), folder.mkdir()],
+    **{
+        f"weights that begin with {header}": lambda folder, header=header: (folder / "model.safetensors").write_bytes(
+            len(header).to_bytes(8, "little") + header
+        )
+        for header in (b"[]", b"5", b'{"a":{}}', b'{"a":"b"}', b'{"a":{"data_offsets":[]}}')
+    },
+    **{
+        f"an index of {content:.20}": lambda folder, content=content: (
+            folder / "model.safetensors.index.json"
+        ).write_text(content)
+        for content in ("[]", "{}", '{"weight_map": null}', '{"weight_map": ["a"]}', '{"weight_map": {"a": 5}}')
+    },
+    "a deep trainer state": lambda folder: (folder / "trainer_state.json").write_text('{"a":' * 100_000),
 }
 
 
@@ -256,6 +269,27 @@ def test_a_stopped_run_is_not_begun_again_by_mistake(data, tmp_path, monkeypatch
     with pytest.raises(ValueError, match="holds a run that was stopped: go on with it by `--resume`"):
         run(data, stopped)
     assert digests(stopped) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "least"),
+    [
+        ("--steps", "0", 1),
+        ("--steps", "-1", 1),
+        ("--batch-size", "0", 1),
+        ("--batch-size", "two", 1),
+        ("--workers", "-1", 0),
+        ("--lora-rank", "1.5", 0),
+        ("--seed", "-1", 0),
+    ],
+)
+def test_numbers_that_cannot_be_are_told_at_once_by_the_name_of_the_option(option, value, least, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["stage1", "--data", "nowhere.tar", "--output", str(tmp_path / "out"), option, value])
+    assert end.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument {option}: must be a whole number from {least} on, got '{value}'" in message
+    assert not (tmp_path / "out").exists()
 
 
 # --------------------------------------------------------------------------------------------------- nothing to train on

@@ -13,6 +13,26 @@ from .parts import PARTS
 from .recipes import FUNNEL_STAGES
 
 
+def _whole_number(text: str, least: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number from {least} on, got {text!r}")
+    return number
+
+
+def positive(text: str) -> int:
+    """A number of things of which there must be one."""
+    return _whole_number(text, 1)
+
+
+def count(text: str) -> int:
+    """A number of things of which there may be none."""
+    return _whole_number(text, 0)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line's arguments; `module` of what it parses says where the command is."""
     parser = argparse.ArgumentParser(prog="python -m internvl.training", description="Training, and what prepares it.")
@@ -64,7 +84,7 @@ def add_stages(commands: Any) -> None:
     parser.add_argument("--llama", metavar="DIR", help="LLaMA whose language head is taken (default: a fresh one)")
     parser = _add_stage(commands, "retrieval", "fine-tuning for retrieval", "pairs")
     parser.add_argument("--model", metavar="DIR", required=True, help="folder of stage 2")
-    parser.add_argument("--image-size", metavar="N", type=int, help="side of the pictures (full: 364, or 224)")
+    parser.add_argument("--image-size", metavar="N", type=positive, help="side of the pictures (full: 364, or 224)")
     parser = _add_stage(commands, "stage3", "instruction tuning of a chat model", "dialogues")
     parser.add_argument("--model", metavar="DIR", required=True, help="folder of stage 2")
     parser.add_argument("--decoder", metavar="DIR", required=True, help="causal language model with its tokenizer")
@@ -86,11 +106,11 @@ def _add_stage(commands: Any, name: str, what: str, data: str) -> argparse.Argum
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--recipe", choices=("small", "full"), default="small", help="scale (default: small)")
     parser.add_argument("--resume", action="store_true", help="go on from what a stopped run left in the folder")
-    parser.add_argument("--steps", metavar="N", type=int, help="steps of each phase, instead of the recipe's")
-    parser.add_argument("--batch-size", metavar="N", type=int, help="samples of a step, instead of the recipe's")
-    parser.add_argument("--workers", metavar="N", type=int, default=0, help="processes that prepare batches")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lora-rank", metavar="N", type=int, default=0, help="train LoRA adapters of this rank")
+    parser.add_argument("--steps", metavar="N", type=positive, help="steps of each phase, instead of the recipe's")
+    parser.add_argument("--batch-size", metavar="N", type=positive, help="samples of a step, instead of the recipe's")
+    parser.add_argument("--workers", metavar="N", type=count, default=0, help="processes that prepare batches")
+    parser.add_argument("--seed", type=count, default=0)
+    parser.add_argument("--lora-rank", metavar="N", type=count, default=0, help="train LoRA adapters of this rank")
     parser.add_argument(
         "--lora-parts", metavar="PART", nargs="+", choices=PARTS, default=[], help="parts that get them"
     )

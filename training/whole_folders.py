@@ -14,7 +14,6 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from transformers.utils import logging
 
@@ -28,6 +27,8 @@ NAMES_FILE = ".names.json"  # of all that is in READY
 OPENING_FILES = ("config.json", "training_log.json")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)([-.].*)?\.(safetensors|bin)(\.index\.json)?")
+# What reading JSON raises, and going on as if it were what belongs there.
+_OF_OTHER_CONTENT = (ValueError, RecursionError, LookupError, TypeError, AttributeError)
 # Either of these is a checkpoint's model, its optimizer. DeepSpeed keeps both in `global_step...`, FSDP in folders of its own.
 _MODELS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model_fsdp*", "global_step*")
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
@@ -175,10 +176,10 @@ def _fault_in_file(path: Path) -> str | None:
 def _fault_in_json(path: Path) -> str | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        shards = content["weight_map"] if path.name.endswith(".index.json") else {}
+        missing = sorted({name for name in shards.values() if not (path.parent / name).is_file()})
+    except _OF_OTHER_CONTENT:
         return "is broken JSON"
-    shards: Any = content.get("weight_map") if isinstance(content, dict) and path.name.endswith(".index.json") else {}
-    missing = sorted({name for name in shards.values() if not (path.parent / name).is_file()})
     return f"names {missing[0]}, which is missing" if missing else None
 
 
@@ -191,10 +192,10 @@ def _is_whole_safetensors(path: Path) -> bool:
             return False
         try:
             header = json.loads(file.read(length))
-        except ValueError:
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            return size == 8 + length + max(ends, default=0)
+        except _OF_OTHER_CONTENT:
             return False
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return size == 8 + length + max(ends, default=0)
 
 
 __all__ = [
