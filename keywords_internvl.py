@@ -8,10 +8,12 @@ from transformers.utils import TransformersKwargs
 
 # Keywords that transformers, its generation and trainers, tokenizers and serving engines pass to any model.
 KNOWN_KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
+    "assistant_tokenizer",
     "attention_instances",  # vLLM
     "cache_position",
     "return_dict",
     "token_type_ids",  # of tokenizers that mark pairs of texts; without a meaning here
+    "tokenizer",  # `generate` with `stop_strings` hands it on
     "use_cache",
 }
 

@@ -1,6 +1,7 @@
 """Layers that InternViT, QLLaMA and InternVL-C/G share, and what they do with a batch without labels. Shape letters as in modeling_internvit."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,34 @@ def plan_without_cut_heads(plan: dict[str, str], config: PretrainedConfig) -> di
 def zero_without_labels(loss: torch.Tensor, is_labelled: torch.Tensor) -> torch.Tensor:
     """The loss, or 0 where no position has a label, so that there is no mean; either way part of the graph."""
     return torch.where(is_labelled.any().to(loss.device), loss, torch.zeros_like(loss))
+
+
+def next_token_loss(
+    loss_function: Callable[..., torch.Tensor],
+    logits: torch.Tensor,
+    labels: torch.Tensor | None,
+    vocab_size: int,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """A model's loss of next tokens, 0 where no position has a label; None without labels.
+
+    Args:
+        loss_function: Of the model.
+        logits: (B, L, V), or (P, V) of as many `shift_labels`.
+        labels: (B, L), -100 ignored.
+        vocab_size: V.
+        shift_labels: In place of `labels`: what each position predicts. Trainers that share out sequences give these.
+        **kwargs: Of the loss function.
+    """
+    if shift_labels is None:
+        if labels is None:
+            return None
+        targets = labels[:, 1:]
+    else:
+        targets = labels = shift_labels
+    loss = loss_function(logits=logits, labels=labels, vocab_size=vocab_size, shift_labels=shift_labels, **kwargs)
+    return zero_without_labels(loss, targets != -100)
 
 
 class InternVLRMSNorm(nn.Module):

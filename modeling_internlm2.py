@@ -28,6 +28,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_internlm2 import InternLM2Config
 from .keywords_internvl import refuse_unknown
+from .layers_internvl import next_token_loss
 
 
 class InternLM2Attention(nn.Module):
@@ -211,6 +212,7 @@ class InternLM2ForCausalLM(InternLM2PreTrainedModel, GenerationMixin):
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Logits (B, L, V), for the last `logits_to_keep` positions if given; the loss with `labels` (B, L), -100 ignored."""
+        shift_labels = kwargs.pop("shift_labels", None)  # no argument: Trainer takes those for labels
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -222,9 +224,8 @@ class InternLM2ForCausalLM(InternLM2PreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.output(outputs.last_hidden_state[:, kept, :])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        vocab_size = self.config.vocab_size
+        loss = next_token_loss(self.loss_function, logits, labels, vocab_size, shift_labels, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -536,7 +536,7 @@ class InternViTForImageClassification(InternViTPreTrainedModel):
 
         Args:
             pixel_values: (B, 3, height, width).
-            labels: (B,) class indices.
+            labels: (B,) class indices, -100 ignored.
             num_patches: Accepted and unused.
 
         Returns:
@@ -544,7 +544,11 @@ class InternViTForImageClassification(InternViTPreTrainedModel):
         """
         outputs = self.vision_model(pixel_values, return_dict=True, **kwargs)
         logits = self.head(self.norm(self._pool(outputs.last_hidden_state)))
-        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits, self.config, **kwargs)
+            is_class_index = not labels.is_floating_point()
+            loss = zero_without_labels(loss, labels != -100) if is_class_index else loss
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -29,6 +29,8 @@ from .texts_internvl import PROCESSOR_HINT, ContrastiveTexts, pad_row, pad_token
 
 
 MODES = ("InternVL-C", "InternVL-G")
+# Settings of a generation that count or cut a prompt without the queries in front of it.
+NOT_BEHIND_QUERIES = ("assistant_early_exit", "inputs_embeds", "position_ids", "prefill_chunk_size")
 
 
 def check_mode(mode: str) -> str:
@@ -162,6 +164,9 @@ class InternVLModel(InternVLPreTrainedModel):
     def get_decoder(self) -> nn.Module:
         """QLLaMA without its head."""
         return self.qllama.model
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        self.qllama.model = decoder
 
     def get_input_embeddings(self) -> nn.Module:
         return self.qllama.get_input_embeddings()
@@ -367,7 +372,7 @@ class InternVLModel(InternVLPreTrainedModel):
             (B, new tokens), without the prompt; or the output object with `return_dict_in_generate=True`, likewise cut.
 
         Raises:
-            ValueError: No queries, no images, or neither one prompt nor as many as images.
+            ValueError: No queries, no images, neither one prompt nor as many as images, or a setting that does not fit.
         """
         self._check_has_queries("`generate`")
         if pixel_values is None:
@@ -400,6 +405,10 @@ class InternVLModel(InternVLPreTrainedModel):
         """Arguments of a generation whose prompt begins with a placeholder for each query: these are counted, but not shown."""
         settings, defaults = dict(settings), settings.get("generation_config") or self.qllama.generation_config
         given = {**defaults.to_dict(), **settings}
+        if unfit := [name for name in NOT_BEHIND_QUERIES if given.get(name) is not None]:
+            raise ValueError(
+                f"`generate` of captions takes no `{unfit[0]}`: the queries stand in front of the prompt, and are read with it."
+            )
         for name, in_new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
             if given.get(name) and given.get(in_new_tokens) is None:
                 settings[name] = given[name] + self.config.num_query_token

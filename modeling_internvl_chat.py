@@ -49,7 +49,7 @@ from .conversation_internvl import (
 )
 from .hub_internvl import HubModelMixin, OwnParameters, put_first
 from .keywords_internvl import refuse_unknown
-from .layers_internvl import plan_without_cut_heads, zero_without_labels
+from .layers_internvl import next_token_loss, plan_without_cut_heads
 from .modeling_internlm2 import InternLM2ForCausalLM, InternLM2Model
 from .modeling_internvit import InternVisionModel, activation_bytes_per_token
 from .modeling_qllama import QLlamaModel
@@ -68,7 +68,7 @@ TILES_HINT = "`num_patches` does not sum to the number of tiles in `pixel_values
 # Arguments of the published `generate`, by position.
 PUBLISHED_ORDER = ("pixel_values", "input_ids", "attention_mask", "visual_features", "generation_config")
 # What `generate` tells its own steps.
-SEARCH_STATE = ("prompt_length", "assistant_image_embeds")
+SEARCH_STATE = ("prompt_length", "assistant_image_embeds", "is_assisted")
 NO_IMAGE_TOKEN = (
     "`config.image_token_id` is not set, so pictures have no place in the text. Set it to the id of "
     f"`{IMAGE_CONTEXT_TOKEN}` in the tokenizer, or convert the checkpoint with `--image-token-id`."
@@ -266,10 +266,6 @@ class InternVLChatPreTrainedModel(HubModelMixin, PreTrainedModel):
         """Always: a decoder may have experts. Transformers looks for `@use_experts_implementation` in this file; the decoder has it."""
         return True
 
-    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """As in transformers, but "eager" unless asked: the decoder, which has the experts, chooses for itself."""
-        return "eager" if requested_experts is None else super().get_correct_experts_implementation(requested_experts)
-
 
 class InternVLChatBaseModel(InternVLChatPreTrainedModel):
     """InternVL-Chat without its language head, for hidden states; `config.connector` says what the decoder sees of a tile.
@@ -342,6 +338,12 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
     def get_decoder(self) -> nn.Module:
         """The language model without its head."""
         return self.language_model.get_decoder()
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        if self._has_language_head:
+            setattr(self.language_model, self.language_model.base_model_prefix, decoder)
+        else:
+            self.language_model = decoder
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -512,7 +514,9 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
         The number is read on the host before anything of this forward is queued, so that the host waits for no tower.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+            raise ValueError(
+                "Give exactly one of `input_ids` and `inputs_embeds`; for the features of images alone use `get_image_features`."
+            )
         length = (inputs_embeds if input_ids is None else input_ids).shape[1]
         if pixel_values is None and image_embeds is None and length == 1:
             return None
@@ -705,14 +709,16 @@ class InternVLChatForConditionalGeneration(InternVLChatBaseModel, GenerationMixi
             logits_to_keep: Number of last positions (or their indices) to compute logits for; 0 means all.
             num_patches: Tiles per picture, as the image processor returns them; their sum is checked.
             mm_token_type_ids: Accepted and unused: placeholders are found by their id.
-            **kwargs: Passed on to the decoder; what neither it nor transformers knows is refused.
+            **kwargs: Passed on to the decoder; what neither it nor transformers knows is refused. `shift_labels` (B, L) in place of
+                `labels` are what each position predicts, from trainers that share out sequences.
 
         Raises:
             ValueError: Placeholders and features differ in number, an argument is missing, or a keyword is unknown.
         """
+        shift_labels: Any = kwargs.pop("shift_labels", None)  # no argument: Trainer takes those for labels
         refuse_unknown(kwargs, f"`{type(self).__name__}.forward`", self._decoder_keywords)
         # First, while nothing of this step is queued: it reads the labels on the host.
-        wants_all = not isinstance(logits_to_keep, int) or logits_to_keep != 0 or "shift_labels" in kwargs
+        wants_all = not isinstance(logits_to_keep, int) or logits_to_keep != 0 or shift_labels is not None
         positions = None if wants_all else self._positions_with_labels(labels)
         placeholders = self._find_placeholders(input_ids, inputs_embeds, pixel_values, image_embeds)
         features = self._encode_pictures(pixel_values, image_flags, num_patches, image_embeds)
@@ -730,8 +736,8 @@ class InternVLChatForConditionalGeneration(InternVLChatBaseModel, GenerationMixi
         if self.config.mask_image_token_logit:
             outputs.logits[..., self.img_context_token_id] = torch.finfo(outputs.logits.dtype).min
         loss = None
-        if labels is not None:
-            loss = self._loss(outputs, labels, loss_weight, positions, **kwargs)
+        if labels is not None or shift_labels is not None:
+            loss = self._loss(outputs, labels, loss_weight, positions, shift_labels=shift_labels, **kwargs)
         return InternVLChatOutput(
             loss=loss,
             logits=outputs.logits,
@@ -769,24 +775,23 @@ class InternVLChatForConditionalGeneration(InternVLChatBaseModel, GenerationMixi
     def _loss(
         self,
         outputs: CausalLMOutputWithPast,
-        labels: torch.Tensor,
+        labels: torch.Tensor | None,
         loss_weight: torch.Tensor | Sequence | None,
         positions: torch.Tensor | None,
+        shift_labels: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> Any:
         logits, chosen = outputs.logits, slice(None) if positions is None else positions
-        targets = next_along(labels, IGNORED_LABEL).flatten()[chosen].to(logits.device)
+        targets: Any = next_along(labels, IGNORED_LABEL) if shift_labels is None else shift_labels  # type: ignore[arg-type]
+        targets = targets.flatten()[chosen].to(logits.device)
         if loss_weight is None:
-            vocab_size = self.config.text_config.vocab_size
             if positions is not None:
-                kwargs["shift_labels"] = targets
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
-            loss = zero_without_labels(loss, targets != IGNORED_LABEL)
+                shift_labels = targets
+            vocab_size = self.config.text_config.vocab_size
+            loss: Any = next_token_loss(self.loss_function, logits, labels, vocab_size, shift_labels, **kwargs)
         else:
-            weight = next_along(torch.as_tensor(loss_weight, dtype=torch.float32, device=labels.device), 0.0).flatten()
-            loss = weighted_loss(
-                logits.flatten(0, -2), targets, weight[chosen].to(logits.device), weight.sum().to(logits.device)
-            )
+            weight = next_along(torch.as_tensor(loss_weight, dtype=torch.float32, device=logits.device), 0.0).flatten()
+            loss = weighted_loss(logits.flatten(0, -2), targets, weight[chosen], weight.sum())
         aux_loss = getattr(outputs, "aux_loss", None)
         if aux_loss is None:
             return loss
@@ -836,6 +841,7 @@ class InternVLChatForConditionalGeneration(InternVLChatBaseModel, GenerationMixi
             key: kwargs.get(key, getattr(settings, key, None))
             for key in ("do_sample", "num_beams", "prefill_chunk_size")
         }
+        self._check_search(inputs, kwargs, settings)
         if pixel_values is not None or visual_features is not None:
             if chosen["prefill_chunk_size"]:
                 raise ValueError("`prefill_chunk_size` would cut pictures apart; leave it out where there are any.")
@@ -848,6 +854,30 @@ class InternVLChatForConditionalGeneration(InternVLChatBaseModel, GenerationMixi
             kwargs["prompt_length"] = None if inputs is None else inputs.shape[1]
         return super().generate(inputs, generation_config, **kwargs)
 
+    def _check_search(self, input_ids: torch.Tensor | None, kwargs: dict[str, Any], settings: Any) -> None:
+        """Refuses searches that transformers would break off without saying why."""
+        drafts = {
+            name: value
+            for name in ("assistant_early_exit", "assistant_model", "prompt_lookup_num_tokens")
+            if (value := kwargs.get(name, getattr(settings, name, None))) is not None
+        }
+        if "assistant_early_exit" in drafts:
+            raise ValueError(
+                "`assistant_early_exit` needs a model that is nothing but a decoder: draft by `assistant_model` or "
+                "`prompt_lookup_num_tokens` instead."
+            )
+        # Without ids, prompt lookup finds its drafts in the new tokens alone.
+        is_read_by_drafts = input_ids is not None or "assistant_model" in drafts
+        if drafts and kwargs.get("inputs_embeds") is not None and is_read_by_drafts:
+            raise ValueError(
+                f"`{next(iter(drafts))}` drafts from ids: pass the prompt as `input_ids`, without `inputs_embeds`."
+            )
+        negative = kwargs.get("negative_prompt_ids")
+        if negative is not None and bool((negative == self.img_context_token_id).any()):
+            raise ValueError(
+                "`negative_prompt_ids` is read as text, without the images: leave their placeholders out of it."
+            )
+
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
@@ -855,6 +885,7 @@ class InternVLChatForConditionalGeneration(InternVLChatBaseModel, GenerationMixi
         inputs_embeds: torch.Tensor | None = None,
         prompt_length: int | None = None,
         assistant_image_embeds: torch.Tensor | None = None,
+        is_assisted: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Passes the images on in the steps that may hold placeholders: all but those of one new token.
@@ -863,7 +894,7 @@ class InternVLChatForConditionalGeneration(InternVLChatBaseModel, GenerationMixi
         as; so it reads as another token.
         """
         cache = kwargs.get("past_key_values")
-        reads_all = kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is None
+        reads_all = is_assisted and kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is None
         if reads_all and cache is not None and (seen := int(cache.get_seq_length())):
             # The first step of assisted decoding would read again what a cache of earlier turns holds.
             kwargs["next_sequence_length"] = input_ids.shape[1] - seen
@@ -885,6 +916,7 @@ class InternVLChatForConditionalGeneration(InternVLChatBaseModel, GenerationMixi
 
     def _get_candidate_generator(self, *, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers; an assistant gets the images as it sees them, or none if it is a language model alone."""
+        model_kwargs["is_assisted"] = True  # of the search, which goes on with this dictionary
         seen = model_kwargs.get("assistant_image_embeds")
         ours = ("image_embeds", *SEARCH_STATE)
         model_kwargs = {name: value for name, value in model_kwargs.items() if name not in ours}

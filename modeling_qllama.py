@@ -35,8 +35,8 @@ from .keywords_internvl import refuse_unknown
 from .layers_internvl import (
     InternVLRMSNorm,
     eager_attention_forward,
+    next_token_loss,
     plan_without_cut_heads,
-    zero_without_labels,
 )
 from .visibility_qllama import VISIBILITIES, Readings, mask_functions, rows_of, text_positions
 
@@ -432,6 +432,7 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
         `logits_to_keep` is the number of last positions (or their indices) to compute logits for, 0 meaning all. Everything else is
         as in `QLlamaModel.forward`.
         """
+        shift_labels = kwargs.pop("shift_labels", None)  # no argument: Trainer takes those for labels
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -448,10 +449,8 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
         text = outputs.last_hidden_state[:, num_queries:]
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(text[:, kept, :])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            loss = zero_without_labels(loss, labels[:, 1:] != -100)
+        vocab_size = self.config.vocab_size
+        loss = next_token_loss(self.loss_function, logits, labels, vocab_size, shift_labels, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

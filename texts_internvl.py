@@ -147,8 +147,12 @@ class ContrastiveTexts:
         begin = [self.tokenizer.bos_token_id]
         spelled = body[1:] if body[:1] == begin else body
         text = self.tokenizer.decode(spelled, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        ids = encode_rows(self.tokenizer, [text], None, with_end=False)[0]
-        return text if ids in (body, [*begin, *body]) else None
+        # Some decoders take a space off the front, although the tokenizer had read it.
+        for candidate in (text, " " + text):
+            ids = encode_rows(self.tokenizer, [candidate], None, with_end=False)[0]
+            if ids in (body, [*begin, *body]):
+                return candidate
+        return None
 
 
 __all__ = ["ContrastiveTexts", "encode_rows", "pad_row", "pad_token_id", "with_prefix"]

@@ -115,6 +115,72 @@ def test_prompt_lookup_equals_plain_greedy_though_drafts_hold_placeholders(conne
     assert any((ids[:, length:] == tiny.IMAGE_TOKEN_ID).any() for ids in seen)
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 20])
+def test_a_prompt_read_in_chunks_gives_the_same_tokens(chunk):
+    model = tiny.chat_model()
+    ids, mask = tiny.text_ids(2), torch.ones(2, 7).long()
+    mask[0, :3] = 0
+    for settings in ({}, {"attention_mask": mask}, {"num_beams": 2}, {"cache_implementation": "static"}):
+        expected = model.generate(ids, **GREEDY, **settings)
+        assert torch.equal(model.generate(ids, **GREEDY, **settings, prefill_chunk_size=chunk), expected)
+    inputs = prompt_with_a_repeated_image(model)
+    turn = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+    ids = torch.cat([turn.sequences, tiny.text_ids(1)], dim=1)
+    expected = model.generate(ids, pixel_values=inputs["pixel_values"], **GREEDY)
+    cache = turn.past_key_values
+    assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY, prefill_chunk_size=chunk), expected)
+
+
+@pytest.mark.parametrize("kind", ["chat", "captions"])
+def test_a_generation_ends_at_a_stop_string(kind):
+    tokenizer = make_tokenizer()
+    sizes = {"vocab_size": len(tokenizer)}
+    if kind == "chat":
+        model = tiny.chat_model(text_config={**tiny.DECODERS["llama"], **sizes})
+        inputs = tiny.chat_inputs(model, [[1]])
+    else:
+        model = tiny.internvl_model()
+        model.resize_token_embeddings(len(tokenizer))
+        inputs = {"pixel_values": tiny.pixels(1), "input_ids": tiny.text_ids(1)}
+    given = inputs["input_ids"].shape[1] if kind == "chat" else 0
+    expected = model.generate(**inputs, **GREEDY, bad_words_ids=[[2]])[0, given:]
+    stop = tokenizer.decode(expected[1])
+    assert stop
+    found = model.generate(**inputs, **GREEDY, bad_words_ids=[[2]], stop_strings=[stop], tokenizer=tokenizer)[
+        0, given:
+    ]
+    assert len(found) <= 2 < len(expected)
+    assert torch.equal(found, expected[: len(found)])
+
+
+def test_searches_that_cannot_be_right_are_refused_by_name():
+    model = tiny.chat_model()
+    inputs = prompt_with_a_repeated_image(model)
+    embeds = {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"])}
+    others = {name: value for name, value in inputs.items() if name != "input_ids"}
+    with pytest.raises(ValueError, match="`assistant_early_exit` needs"):
+        model.generate(**inputs, assistant_early_exit=1)
+    for given in (inputs, others):
+        with pytest.raises(ValueError, match="`assistant_model` drafts from ids"):
+            model.generate(**given, **embeds, assistant_model=model)
+    with pytest.raises(ValueError, match="`prompt_lookup_num_tokens` drafts from ids"):
+        model.generate(**inputs, **embeds, generation_config=GenerationConfig(prompt_lookup_num_tokens=3))
+    expected = model.generate(**others, **embeds, **GREEDY)
+    assert torch.equal(model.generate(**others, **embeds, **GREEDY, prompt_lookup_num_tokens=3), expected)
+    with pytest.raises(ValueError, match="`negative_prompt_ids` is read as text"):
+        model.generate(**inputs, guidance_scale=1.5, negative_prompt_ids=inputs["input_ids"])
+
+
+@pytest.mark.parametrize(
+    "setting", [{"assistant_early_exit": 1}, {"prefill_chunk_size": 2}, {"position_ids": torch.arange(3)[None]}]
+)
+def test_captions_refuse_by_name_what_would_overlook_the_queries(setting):
+    model = tiny.internvl_model()
+    with pytest.raises(ValueError, match=f"captions takes no `{next(iter(setting))}`"):
+        model.generate(tiny.pixels(1), tiny.text_ids(1, 3), **setting)
+    model.generate(tiny.pixels(1), tiny.text_ids(1, 3), max_new_tokens=1)
+
+
 def test_prompt_lookup_goes_on_from_a_cache_of_earlier_turns():
     model = tiny.chat_model()
     inputs = prompt_with_a_repeated_image(model)
@@ -227,14 +293,35 @@ def test_a_batch_without_labels_has_loss_0_and_gradients_of_0(extra, train, skip
 
 def test_other_models_give_0_without_labels_too():
     qllama, ids = tiny.qllama_model(), tiny.text_ids()
+    decoder, classifier = tiny.chat_model("internlm2").language_model, tiny.classifier().train()
     segmenter, pictures = tiny.segmenter().train(), tiny.pixels(2)
     for model, loss in (
         (qllama, qllama(input_ids=ids, labels=torch.full_like(ids, -100)).loss),
+        (decoder, decoder(input_ids=ids, labels=torch.full_like(ids, -100)).loss),
+        (classifier, classifier(pictures, labels=torch.full((2,), -100)).loss),
         (segmenter, segmenter(pictures, labels=torch.full((2, 8, 8), 255)).loss),
     ):
         loss.backward()
         assert loss == 0
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_labels_that_a_trainer_has_shifted_give_the_same_loss():
+    for model in (
+        tiny.chat_model(),
+        tiny.chat_model("internlm2", "queries_and_patches"),
+        tiny.chat_model("qwen3_moe"),
+        tiny.qllama_model(),
+        tiny.chat_model("internlm2").language_model,
+    ):
+        inputs = tiny.chat_inputs(model) if hasattr(model, "vision_model") else {"input_ids": tiny.text_ids()}
+        labels = inputs["input_ids"]
+        shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        expected = model(**inputs, labels=labels).loss
+        for given in ({"labels": labels}, {"labels": shifted}, {}):
+            assert torch.equal(model(**inputs, **given, shift_labels=shifted).loss, expected)
+        assert model(**inputs, shift_labels=torch.full_like(labels, -100)).loss == 0
+        assert model(**inputs).loss is None
 
 
 class Rows(torch.utils.data.Dataset):
@@ -445,3 +532,10 @@ def test_get_decoder_gives_the_language_model_without_its_head():
     assert tiny.MODELS["chat-base"][0]().get_decoder().embed_tokens is not None
     model = tiny.internvl_model()
     assert model.get_decoder() is model.qllama.model
+    for name in ("chat-llama", "chat-internlm2", "chat-full", "chat-base", "InternVLModel-G"):
+        make, inputs = tiny.MODELS[name]
+        model = make()
+        expected, other = tiny.main_output(model(**inputs(model))), copy.deepcopy(model.get_decoder())
+        model.set_decoder(other)
+        assert model.get_decoder() is other
+        assert torch.equal(tiny.main_output(model(**inputs(model))), expected)

@@ -91,6 +91,16 @@ def test_ids_of_the_bare_tokenizer_become_those_of_the_processor(seen, converted
         assert torch.equal(ids[-1][1], expected["attention_mask"])
 
 
+@pytest.mark.parametrize(
+    "text", ["  two  spaces ", "   ", "a\n", "a cat </s>", "  \n a </s>", "日本語", "<s> x", "a" * 500]
+)
+def test_texts_that_a_decoder_does_not_spell_exactly_are_completed_too(seen, text):
+    model, processor, _ = seen
+    bare = processor.tokenizer(text)["input_ids"]
+    expected = processor(text=text, mode="contrastive", padding=False)["input_ids"][0]
+    assert model.contrastive_texts.completed(bare) == expected
+
+
 @torch.no_grad()
 def test_a_prefix_that_the_tokenizer_joins_with_the_text_is_not_put_on_as_ids(byte_level):
     model = InternVLModel.from_pretrained(byte_level)
