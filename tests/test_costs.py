@@ -77,6 +77,7 @@ def retrieving(rows):
 def chatting(connector, phase=1, freeze_language=False):
     def make(rows):
         model = tiny.chat_model(connector=connector).train()
+        model.skips_unlabelled_logits = True  # as stage 3 has it
         recipe = stage3(connector, freeze_language)
         pictures = torch.full((BATCH, model.num_image_token), tiny.IMAGE_TOKEN_ID)
         ids = torch.cat([pictures, tiny.text_ids(BATCH, LENGTH)], dim=1)

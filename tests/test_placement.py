@@ -129,7 +129,7 @@ def test_any_part_alone_on_disk_changes_nothing(name, tmp_path):
     model, inputs = build(name)
     expected = run(model, inputs)
     for part, module in model.named_children():
-        if any(True for _ in module.parameters()):
+        if any(True for _ in module.named_parameters()):
             split = split_off(model, part, tmp_path)
             on_disk = {parameter.split(".")[0] for parameter, tensor in split.named_parameters() if tensor.is_meta}
             assert on_disk == {part}

@@ -200,7 +200,7 @@ def untrained_stages(monkeypatch):
     asked = []
 
     def train(recipe, *sources, output, **how):
-        output.mkdir(parents=True)
+        output.mkdir(parents=True, exist_ok=True)
         (output / "training_log.json").write_text("{}")
         asked.append((recipe, [source.name for source in sources], output.name))
 

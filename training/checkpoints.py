@@ -120,7 +120,7 @@ def recorded(folder: Path) -> dict[str, Any] | None:
     for name in (LOG_FILE, RECORD_FILE):
         if (folder / name).is_file():
             record = json.loads((folder / name).read_text(encoding="utf-8"))
-            return {**record["recipe"], **record.get("settings", {})}
+            return {**record.get("recipe", {}), **record.get("settings", {})}
     return None
 
 
