@@ -260,8 +260,8 @@ def test_two_cards_share_a_model_without_splitting_a_layer(dtype):
     assert 0 < first.weights <= first.budget
     assert 0 < second.weights <= second.budget
     assert first.kv_cache + second.kv_cache == report.kv_cache > 0
-    assert sorted([first.vision_activations, second.vision_activations]) == [0, report.vision_activations]
-    assert report.vision_activations > 0
+    # The tower lies behind the decoder: on the second card, or on both.
+    assert second.vision_activations == report.vision_activations > 0
     layers = [name for name in report.modules if ".layers." in name]
     assert layers
     assert all(name.rsplit(".", 1)[1].isdigit() for name in layers)
