@@ -12,6 +12,13 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 FORMS = ("internvl", "published", "native")  # the first is this package's own
 
 
+def path(text: str) -> str:
+    """The name of a place; an empty one, as of a variable that is not set, would be the current folder."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"must be a name, got {text!r}")
+    return text
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
     parser = argparse.ArgumentParser(
@@ -19,9 +26,12 @@ def build_parser() -> argparse.ArgumentParser:
         description="Converts a published InternVL checkpoint to a complete repository of this package.",
     )
     parser.add_argument(
-        "source", metavar="SOURCE", help="folder of the checkpoint, its file with weights, or user/name on the Hub"
+        "source",
+        metavar="SOURCE",
+        type=path,
+        help="folder of the checkpoint, its file with weights, or user/name on the Hub",
     )
-    parser.add_argument("out", metavar="OUT", nargs="?", help="folder to write; not needed with --dry-run")
+    parser.add_argument("out", metavar="OUT", type=path, nargs="?", help="folder to write; not needed with --dry-run")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of SOURCE on the Hub")
     parser.add_argument("--tokenizer", metavar="DIR", help="folder of a tokenizer, instead of the source's own")
     parser.add_argument(

@@ -537,6 +537,17 @@ def test_the_other_files_are_named_too(kind, name, tmp_path, capsys):
     assert name in refused(capsys, source, tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["", " ", "a\0b"])
+def test_a_name_that_is_none_is_not_the_current_folder(name, vit, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(vit)
+    for arguments in ([name, str(tmp_path / "out")], [str(vit), name]):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == 2
+        assert "must be a name, got" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("kind", ["vision", "chat"])
 @pytest.mark.parametrize("key", ["image_mean", "image_std"])
 def test_means_and_deviations_that_no_image_has_are_refused(key, kind, tmp_path, capsys):
