@@ -138,7 +138,7 @@ def check_model(model: str | Path) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"`{folder / 'config.json'}` cannot be read: {error}") from error
-    kind = MODEL_TYPES.get(config.get("model_type")) if isinstance(config, dict) else None
+    kind = MODEL_TYPES.get(str(config.get("model_type"))) if isinstance(config, dict) else None
     if kind not in (None, "chat"):
         raise wrong_kind(model, WORDS[kind], "chat", door="a conversation")
 

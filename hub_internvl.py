@@ -33,21 +33,17 @@ class OwnParameters(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._of_model = (
-            model._parameters
-        )  # the dictionary itself: a parameter that is replaced is replaced here as well
+        # The dictionary itself: a parameter that is replaced is replaced here as well.
+        self._of_model = model._parameters
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         return (parameter for parameter in self._of_model.values() if parameter is not None)
 
 
-def put_first(model: nn.Module, name: str) -> None:
-    """Makes a part the first: PEFT's prompt methods take the first model among the parts for the one that reads texts."""
-    model._modules = {name: model._modules[name], **model._modules}
-
-
 class HubModelMixin(_PreTrained):
     """Loading with published arguments, saving with code; list it before `PreTrainedModel`.
+
+    `_text_part` is the part that reads texts, where a model has several.
 
     `_auto_class` makes transformers copy the code into a saved folder. `_modules_kept_unquantized` holds full dotted paths:
     quantising the vision tower, the projector, the queries or a head costs more accuracy than it saves memory. It stands in
@@ -57,8 +53,18 @@ class HubModelMixin(_PreTrained):
     config: Any
     _auto_class: str | None = "AutoModel"
     _modules_kept_unquantized: tuple[str, ...] = ()
+    _text_part: str | None = None
     # Where `from_pretrained` found the model: folder or repository, and how to reach it; empty for a model built in memory.
     _source: dict[str, Any] = {}  # noqa: RUF012  (never changed, only replaced)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """As in torch, the part that reads texts first: PEFT's prompt methods take the first model among the parts for it.
+
+        Parameters keep their order, which optimizers and the sums over gradients follow.
+        """
+        parts = dict(super().named_children())
+        first = {name: parts.pop(name) for name in (self._text_part,) if name in parts}
+        yield from {**first, **parts}.items()
 
     @classmethod
     def from_pretrained(

@@ -20,7 +20,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_internvl import InternVLConfig
-from .hub_internvl import HubModelMixin, OwnParameters, put_first
+from .hub_internvl import HubModelMixin, OwnParameters
 from .keywords_internvl import refuse_unknown
 from .layers_internvl import InternVLAttentionPooling, InternVLPoolingAttention
 from .modeling_internvit import InternVisionModel
@@ -139,6 +139,7 @@ class InternVLModel(InternVLPreTrainedModel):
     """
 
     completes_texts: bool = True
+    _text_part = "qllama"
 
     def __init__(self, config: InternVLConfig) -> None:
         super().__init__(config)
@@ -159,7 +160,6 @@ class InternVLModel(InternVLPreTrainedModel):
             self.itm_head = nn.Linear(text_width, 2)
         self.post_init()
         self.own_parameters = OwnParameters(self)
-        put_first(self, "qllama")
 
     def get_decoder(self) -> nn.Module:
         """QLLaMA without its head."""

@@ -47,7 +47,7 @@ from .conversation_internvl import (
     get_conversation_template,
     with_image_placeholder,
 )
-from .hub_internvl import HubModelMixin, OwnParameters, put_first
+from .hub_internvl import HubModelMixin, OwnParameters
 from .keywords_internvl import refuse_unknown
 from .layers_internvl import next_token_loss, plan_without_cut_heads
 from .modeling_internlm2 import InternLM2ForCausalLM, InternLM2Model
@@ -281,6 +281,7 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
     vision_chunk_bytes: int = 2**30
     _image_token_id: int | None = None  # of the tokenizer that `chat` was given, where it is another
     _has_language_head = False
+    _text_part = "language_model"
 
     def __init__(self, config: InternVLChatConfig) -> None:
         super().__init__(config)
@@ -303,7 +304,6 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
         self.post_init()
         if self.query_tokens is not None:
             self.own_parameters = OwnParameters(self)
-        put_first(self, "language_model")
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         """As in transformers; a headless model is not surprised by the head of the checkpoint.
