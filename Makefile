@@ -80,7 +80,7 @@ SEED ?= 0
 fuzz: $(READY) ## damaged images, messages, checkpoints and rows; SEED=N for other damage (tests/fuzz)
 	$(PYTHON) -m tests.fuzz --seed $(SEED)
 
-# Each in an environment of its own. Takes an hour on two cores, the first time, and 8 GB of disk.
+# Each in an environment of its own. Takes an hour on two cores, the first time, and 11 GB of disk.
 engines: $(READY) ## vLLM and others answer as `generate` does; ENGINES="vllm lm_eval" for some (tests/engines)
 	$(PYTHON) tests/engines/run.py $(ENGINES)
 
