@@ -229,7 +229,7 @@ def _as_text_config(value: PretrainedConfig | dict | None) -> PretrainedConfig:
     return AutoConfig.for_model(model_type, **settings)
 
 
-class InternVLConfig(PretrainedConfig):
+class InternVL14BConfig(PretrainedConfig):
     """InternVL-C and InternVL-G in one model ("InternVL-14B"); with `num_query_token` 0 InternVL-C alone (stage 1).
 
     Args:
@@ -278,6 +278,9 @@ class InternVLConfig(PretrainedConfig):
         if self.has_queries:
             _check_multiple(of_part.format("QLLaMA"), self.qllama_config.hidden_size, "attn_pool_num_heads", heads)
         super().__post_init__(**kwargs)
+        # `config.json` names the class. Here the name would lead stock pipelines, in tasks that this model has not, to transformers'
+        # own `InternVLModel`, of 8 B random weights.
+        self.architectures = None
 
     @property
     def num_query_token(self) -> int:
@@ -292,6 +295,11 @@ class InternVLConfig(PretrainedConfig):
     def has_queries(self) -> bool:
         """Whether it is InternVL-G too, and not InternVL-C alone."""
         return self.qllama_config.has_queries
+
+
+# The public name. transformers has a configuration of that name too, and its Auto classes look models up by the name of a
+# configuration's class: under it they would build their own chat model around this one.
+InternVLConfig = InternVL14BConfig
 
 
 class InternVLChatConfig(PretrainedConfig):

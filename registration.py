@@ -56,10 +56,8 @@ def _register() -> None:
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         for auto_class, model_class in doors.items():
             auto_class.register(config_class, model_class, exist_ok=True)
-    # Not for `InternVLConfig`: transformers has a class of that name, so it would load and name its own image processor as well.
-    # Ours is found by its own name once it is registered for any configuration.
     image_processors = {"pil": InternVLImageProcessor, "torchvision": InternVLImageProcessor}
-    for config_class in (InternViTConfig, InternVLChatConfig):
+    for config_class in (InternViTConfig, InternVLConfig, InternVLChatConfig):
         AutoImageProcessor.register(config_class, image_processor_classes=image_processors, exist_ok=True)
     for config_class in (InternVLConfig, InternVLChatConfig):
         AutoProcessor.register(config_class, InternVLProcessor, exist_ok=True)

@@ -1,6 +1,7 @@
 """What transformers offers for any model, on these: each answers as the plain call does, or refuses by name."""
 
 import copy
+import json
 import re
 import threading
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     DynamicCache,
     GenerationConfig,
     TextIteratorStreamer,
     Trainer,
     TrainingArguments,
+    pipeline,
 )
 
 from internvl.configuration_internvl import InternVLChatConfig, InternVLConfig, QLlamaConfig
@@ -523,6 +526,20 @@ def test_a_folder_of_another_kind_is_refused_by_name(tmp_path):
     config = InternVLChatConfig.from_pretrained(tmp_path / "chat")
     with pytest.raises(ValueError, match="InternVLModel loads 'internvl_14b'"):
         InternVLModel.from_pretrained(tmp_path / "cg", config=config)
+
+
+@pytest.mark.parametrize("task", ["text-generation", "image-text-to-text", "image-classification"])
+def test_a_pipeline_of_a_task_that_a_model_has_not_is_refused(task, root):
+    """transformers has an `InternVLModel` and an `InternVLConfig` too, which must not be taken for these."""
+    assert json.loads((root / "internvl_g" / "config.json").read_text())["architectures"] == ["InternVLModel"]
+    with pytest.raises(ValueError, match="AutoModelFor"):
+        pipeline(task, model=str(root / "internvl_g"))
+
+
+@pytest.mark.parametrize("door", [AutoModelForImageTextToText, AutoModelForCausalLM])
+def test_an_auto_class_that_a_model_does_not_have_refuses_its_configuration(door):
+    with pytest.raises(ValueError, match="Unrecognized configuration class"):
+        door.from_config(tiny.internvl_model().config)
 
 
 def test_get_decoder_gives_the_language_model_without_its_head():
