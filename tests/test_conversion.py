@@ -120,7 +120,7 @@ EXPECTED_DOORS = {
         "AutoImageProcessor": "InternVLImageProcessor",
     },
     "contrastive": {
-        "AutoConfig": "InternVLConfig",
+        "AutoConfig": "InternVL14BConfig",
         "AutoModel": "InternVLModel",
         "AutoModelForZeroShotImageClassification": "InternVLModel",
         "AutoImageProcessor": "InternVLImageProcessor",

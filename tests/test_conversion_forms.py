@@ -451,7 +451,7 @@ def test_the_published_form_loads_by_its_published_names_without_the_package(tri
     assert done.returncode == 0, done.stderr
     assert [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("LOADED")] == [
         ["InternVisionConfig", "intern_vit_6b", "True"],
-        ["InternVLConfig", "internvl", "True"],
+        ["InternVL14BConfig", "internvl", "True"],
         ["InternVLChatConfig", "internvl_chat", "True"],
         ["InternVLChatConfig", "internvl_chat", "True"],
     ]
