@@ -173,8 +173,9 @@ def test_a_fresh_process_that_fails_says_why():
 
 
 def test_memory_grows_by_what_a_call_held_though_it_gave_it_back_and_not_by_what_others_did():
-    assert harness.memory_growth(lambda: torch.ones(2**22).sum()) > 8 * 2**20  # 16 MB
-    assert harness.memory_growth(lambda: None) < 8 * 2**20
+    # 64 MB: glibc never serves so much from memory that the process has kept, which would be resident before.
+    assert harness.memory_growth(lambda: torch.ones(2**24).sum()) > 32 * 2**20
+    assert harness.memory_growth(lambda: None) < 32 * 2**20
 
 
 # ------------------------------------------------------------------------------------------------------------ the table
