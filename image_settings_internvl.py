@@ -134,8 +134,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 def _check_base_settings(settings: Mapping[str, Any]) -> None:
     """The same for settings that every image processor has, where the base class would go on or speak of its own types."""
     for name in ("image_std", "rescale_factor"):
-        if settings.get(name) is not None and not all(value > 0 for value in _as_list(settings[name])):
-            raise ValueError(f"`{name}` must be greater than 0, got {settings[name]!r}.")
+        if settings.get(name) is not None and 0 in _as_list(settings[name]):
+            raise ValueError(f"`{name}` must not be 0, got {settings[name]!r}.")
     size = settings.get("size")
     if not isinstance(size, (int, list, tuple, Mapping, SizeDict, type(None))):
         raise ValueError(f"`size` must be a number or a dict with `height` and `width`, got {size!r}.")

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.generation import BaseStreamer
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
 from .configuration_internvl import InternVLConfig
 from .hub_internvl import HubModelMixin, OwnParameters
@@ -27,6 +27,8 @@ from .modeling_internvit import InternVisionModel
 from .modeling_qllama import QLlamaForCausalLM, QLlamaTextEncoder
 from .texts_internvl import PROCESSOR_HINT, ContrastiveTexts, pad_row, pad_token_id
 
+
+logger = logging.get_logger(__name__)
 
 MODES = ("InternVL-C", "InternVL-G")
 # Settings of a generation that count or cut a prompt without the queries in front of it.
@@ -134,8 +136,8 @@ class InternVLModel(InternVLPreTrainedModel):
     Without queries, InternVL-C alone: parts of stage 1 under the names they have here, so that the full model starts from them.
 
     Contrastive texts stand behind `summarize:` and end in the end token. Ids without them, as stock pipelines give, are completed with
-    the tokenizer that lies beside the weights, and are then those of the processor. `completes_texts` may be set to False on a model to
-    take all ids as they are.
+    the tokenizer that lies beside the weights, and are then those of the processor; where there is none, they are taken as they are,
+    with one warning. `completes_texts` may be set to False on a model to take all ids as they are.
     """
 
     completes_texts: bool = True
@@ -309,7 +311,7 @@ class InternVLModel(InternVLPreTrainedModel):
                 configuration are padding.
 
         Raises:
-            ValueError: A row without a single real token, or one that lacks the end token and cannot be completed; an unknown keyword.
+            ValueError: A row without a single real token, or ids that the tokenizer beside the weights would not give; an unknown keyword.
         """
         refuse_unknown(kwargs, "`get_text_features`")
         input_ids, attention_mask = self._completed_texts(input_ids, self._over_text(input_ids, attention_mask))
@@ -457,11 +459,12 @@ class InternVLModel(InternVLPreTrainedModel):
             return input_ids, attention_mask
         texts = self.contrastive_texts
         if texts is None:
-            raise ValueError(
-                f"Text {is_complete.tolist().index(False)} does not end in the end token, at which its feature is read, and there is no "
-                f"tokenizer beside the weights to complete it with. {PROCESSOR_HINT} To take all ids as they are, set "
-                "`model.completes_texts = False`."
+            logger.warning_once(
+                "Texts do not end in the end token, at which their features are read, and there is no tokenizer beside the weights to "
+                f"complete them with, so they are taken as they are. {PROCESSOR_HINT} `model.completes_texts = False` says that this is "
+                "wanted."
             )
+            return input_ids, attention_mask
         given = [ids[mask].tolist() for ids, mask in zip(input_ids, attention_mask.bool(), strict=True)]
         rows = [row if known else texts.completed(row) for row, known in zip(given, is_complete.tolist(), strict=True)]
         if rows == given:

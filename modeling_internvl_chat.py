@@ -623,7 +623,8 @@ register_checkpoint_conversion_mapping(
     InternVLChatBaseModel.__name__,
     [
         WeightRenaming(r"^language_model\.model\.", "language_model."),
-        WeightRenaming(r"^language_model\.output\.", "language_model.lm_head."),  # so that vLLM finds InternLM2's
+        # So that vLLM finds the head of InternLM2.
+        WeightRenaming(r"^language_model\.(?:output|lm_head)\.", "language_model.lm_head."),
     ],
     overwrite=True,  # this file may be imported under several names
 )

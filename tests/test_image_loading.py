@@ -908,8 +908,8 @@ def test_grey_images_stay_grey_over_the_background():
     ("settings", "message"),
     [
         ({"bacground_color": "red"}, "`bacground_color` is no setting"),
-        ({"image_std": [0, 1, 1]}, "`image_std` must be greater than 0"),
-        ({"rescale_factor": 0}, "`rescale_factor` must be greater than 0"),
+        ({"image_std": [0, 1, 1]}, "`image_std` must not be 0"),
+        ({"rescale_factor": 0}, "`rescale_factor` must not be 0"),
         ({"image_mean": "x"}, "`image_mean` must be a number"),
         ({"do_resize": "no"}, "`do_resize` must be True or False"),
         ({"size": "x"}, "`size` must be"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, pipeline
 
+from internvl import modeling_internvl
 from internvl.conversion.convert import convert
 from internvl.modeling_internvl import InternVLModel
 from internvl.processing_internvl import InternVLProcessor
@@ -148,13 +149,21 @@ def test_texts_that_cannot_be_completed_are_refused_by_name(seen, byte_level):
     model, _, _ = seen
     with pytest.raises(ValueError, match=r"cannot be completed.*mode=\"contrastive\""):
         model.get_text_features(torch.tensor([[1, 200, 250, 131, 77]]))
-    memory = tiny.internvl_model()
-    with pytest.raises(ValueError, match=r"Text 1 does not end in the end token.*mode=\"contrastive\""):
-        memory(pixel_values=tiny.pixels(), input_ids=torch.cat([tiny.summary_ids(1), tiny.text_ids(2)]))
-    memory.completes_texts = False
-    memory.get_text_features(tiny.text_ids())
     with pytest.raises(ValueError, match="a row is all padding"):
         model.get_text_features(torch.zeros(1, 4).long())
+
+
+@torch.no_grad()
+def test_a_model_without_a_tokenizer_takes_texts_as_they_are_and_says_so(monkeypatch):
+    said = []
+    monkeypatch.setattr(modeling_internvl.logger, "warning_once", said.append)
+    model, ids = tiny.internvl_model(), tiny.text_ids()
+    found = model.get_text_features(ids)
+    assert len(said) == 1
+    assert 'mode="contrastive"' in said[0]
+    model.completes_texts = False
+    assert torch.equal(model.get_text_features(ids), found)
+    assert len(said) == 1
 
 
 @torch.no_grad()
