@@ -249,11 +249,15 @@ def test_folders_that_are_links_are_refused_too(depth, vit, tmp_path, capsys):
 
 
 def test_links_that_nobody_reads_may_lead_anywhere(vit, tmp_path):
-    (vit / "notes.pdf").symlink_to(secret(tmp_path))
+    outside = secret(tmp_path, "words that no file has of its own")
+    (vit / "notes.pdf").symlink_to(outside)
     (vit / "mine").symlink_to(tmp_path / "home")
     run(vit / "model.safetensors", tmp_path / "out")  # of a file, folders beside it are not looked into
     (vit / "mine").unlink()
     run(vit, tmp_path / "out2")
+    written = [file for out in ("out", "out2") for file in (tmp_path / out).rglob("*") if file.is_file()]
+    assert {"config.json", "model.safetensors"} <= {file.name for file in written}
+    assert not [file for file in written if outside.read_bytes() in file.read_bytes()]
 
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "README.md", "head.pth"])
