@@ -9,8 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from traceback import walk_tb
+from typing import Any
 
 from transformers.utils import is_jinja_available
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from .conversation_internvl import IMAGE_CONTEXT_TOKEN, IMAGE_PLACEHOLDER
 
 
 if is_jinja_available():
@@ -73,4 +77,44 @@ def refusals_as_value_errors() -> Iterator[None]:
         raise ValueError(f"The chat template cannot render this conversation: {error}") from error
 
 
-__all__ = ["TemplateNames", "refusals_as_value_errors", "template_names"]
+def select_template(templates: str | dict[str, str] | None, chat_template: str | None) -> str:
+    """The template itself, where the argument is one, the name of one, or nothing."""
+    own: Any = templates
+    if isinstance(own, dict):
+        own = own.get("default" if chat_template is None else chat_template, chat_template)
+    elif chat_template is not None:
+        own = chat_template
+    if own is None:
+        raise ValueError(
+            "The processor has no (default) chat template. Pass `chat_template`, or build the processor with one: "
+            "`get_conversation_template(name).to_jinja()`."
+        )
+    if not isinstance(own, str) or "messages" not in template_names(own).variables:
+        named = f" Templates of this processor: {', '.join(templates)}." if isinstance(templates, dict) else ""
+        raise ValueError(f"`chat_template` is no template: it does not read `messages`, got {own!r:.80}.{named}")
+    return own
+
+
+def assistant_spans(
+    conversations: list[list[dict[str, Any]]], jinja: str, tokenizer: Any, kwargs: dict[str, Any]
+) -> list[Any]:
+    """(start, end) characters of what the assistant writes, in the prompts before images are expanded."""
+    if not tokenizer.is_fast:
+        raise ValueError("Assistant masks and labels need a fast tokenizer, which knows the characters of each token.")
+    if kwargs.get("continue_final_message") or kwargs.get("sanitize_control_tokens"):
+        raise ValueError("`continue_final_message` and `sanitize_control_tokens` exclude assistant masks and labels.")
+    variables = {name: value for name, value in kwargs.items() if name != "return_tensors"}
+    variables = {**tokenizer.special_tokens_map, **variables}
+    prompts, spans = render_jinja_template(
+        conversations=conversations, chat_template=jinja, return_assistant_tokens_mask=True, **variables
+    )
+    if any(IMAGE_PLACEHOLDER in prompt for prompt in prompts):
+        # A call replaces it by a placeholder of another length, which would shift the spans.
+        raise ValueError(
+            f"The chat template writes `{IMAGE_PLACEHOLDER}`; for assistant masks it must write "
+            f"`{IMAGE_CONTEXT_TOKEN}`."
+        )
+    return spans
+
+
+__all__ = ["TemplateNames", "assistant_spans", "refusals_as_value_errors", "select_template", "template_names"]

@@ -71,6 +71,39 @@ def encode_rows(tokenizer: Any, texts: Sequence[str], max_length: int | None, wi
     return [row[: max_length - len(end)] + end if max_length else row + end for row in rows]
 
 
+def encode_batch(
+    tokenizer: Any,
+    texts: Sequence[str],
+    with_end: bool,
+    max_length: int | None = None,
+    padding: bool | str | None = None,
+    padding_side: str = "right",
+) -> dict[str, list[list[int]]]:
+    """Encodes texts of retrieval (with the end token) and captions (without it).
+
+    Args:
+        tokenizer: Of the model.
+        texts: The texts, with what stands in front of them.
+        with_end: As for `encode_rows`.
+        max_length: Most ids of a text.
+        padding: "max_length" pads to `max_length`, False or "do_not_pad" not at all, anything else to the longest text.
+        padding_side: "left" or "right".
+
+    Returns:
+        Lists of `input_ids` and `attention_mask`, 1 = attend.
+    """
+    rows = encode_rows(tokenizer, texts, max_length, with_end)
+    width = max_length if padding == "max_length" and max_length else max(map(len, rows), default=0)
+    if padding in (False, "do_not_pad"):
+        width = 0
+    is_left = padding_side == "left"
+    pad_id = pad_token_id(tokenizer)
+    return {
+        "input_ids": [pad_row(row, width, pad_id, is_left) for row in rows],
+        "attention_mask": [pad_row([1] * len(row), width, 0, is_left) for row in rows],
+    }
+
+
 def with_prefix(text: str, prefix: str) -> str:
     """The text with the prefix in front, once."""
     return text if text.startswith(prefix) else prefix + text
@@ -155,4 +188,4 @@ class ContrastiveTexts:
         return None
 
 
-__all__ = ["ContrastiveTexts", "encode_rows", "pad_row", "pad_token_id", "with_prefix"]
+__all__ = ["ContrastiveTexts", "encode_batch", "encode_rows", "pad_row", "pad_token_id", "with_prefix"]
