@@ -1,10 +1,18 @@
-"""Rejects unknown keyword arguments: `forward` methods pass theirs on to the decoder, where a misspelt one would be ignored silently."""
+"""Keyword arguments: unknown ones are rejected, and renamed ones are read under their old name, with a warning.
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+`forward` methods pass their keywords on to the decoder, where a misspelt one would be ignored silently.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import is_dataclass
+from functools import wraps
+from typing import Any, TypeVar
 
 from transformers.utils import TransformersKwargs
 
+
+Target = TypeVar("Target", bound=Callable[..., Any])
 
 # Keywords that transformers, its generation and trainers, tokenizers and serving engines pass to any model.
 KNOWN_KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
@@ -12,14 +20,14 @@ KNOWN_KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
     "attention_instances",  # vLLM
     "cache_position",
     "return_dict",
-    "token_type_ids",  # of tokenizers that mark pairs of texts; without a meaning here
+    "token_type_ids",  # from tokenizers that mark pairs of texts; has no meaning here
     "tokenizer",  # `generate` with `stop_strings` hands it on
     "use_cache",
 }
 
 
 class UnknownKeywordError(TypeError, ValueError):
-    """An unknown keyword argument: a `TypeError`, as Python raises, and a `ValueError`, as this package raises for bad input."""
+    """An unknown keyword argument: `TypeError`, as Python raises, and `ValueError`, as this package does for bad input."""
 
 
 def refuse_unknown(keywords: Mapping[str, Any], where: str, also: Iterable[str] = ()) -> None:
@@ -36,9 +44,111 @@ def refuse_unknown(keywords: Mapping[str, Any], where: str, also: Iterable[str] 
     unknown = sorted(name for name, value in keywords.items() if value is not None and name not in KNOWN_KEYWORDS)
     if unknown := [name for name in unknown if name not in also]:
         raise UnknownKeywordError(
-            f"{where} takes no keyword {', '.join(f'`{name}`' for name in unknown)}: leave it out, or see its docstring for those that "
-            "it takes."
+            f"{where} takes no keyword {', '.join(f'`{name}`' for name in unknown)}: leave it out, or see its docstring "
+            "for those that it takes."
         )
 
 
-__all__ = ["KNOWN_KEYWORDS", "UnknownKeywordError", "refuse_unknown"]
+def _warn_renamed(where: str, old: str, new: str, stacklevel: int) -> None:
+    warnings.warn(f"{where}: `{old}` is now called `{new}`. Use the new name.", FutureWarning, stacklevel=stacklevel)
+
+
+def with_new_names(
+    keywords: Mapping[str, Any], renamed: Mapping[str, str], where: str, old_wins: bool = False
+) -> dict[str, Any]:
+    """Keyword arguments or keys of a configuration under their present names, with a `FutureWarning` for each old one.
+
+    Args:
+        keywords: Arguments or keys, some of them maybe under old names.
+        renamed: The new name of each old one.
+        where: What has these names, for messages.
+        old_wins: Take the value of the old name if both are given, instead of raising.
+
+    Raises:
+        TypeError: If one is given under both names.
+    """
+    settings = {name: value for name, value in keywords.items() if name not in renamed}
+    for old, new in renamed.items():
+        if old not in keywords:
+            continue
+        if new in settings and not old_wins:
+            raise TypeError(f"{where} got both `{old}` and `{new}`, which is its new name. Give `{new}` only.")
+        _warn_renamed(where, old, new, stacklevel=4)  # whoever called the function that these are for
+        settings[new] = keywords[old]
+    return settings
+
+
+def renamed_arguments(**renamed: str) -> Callable[[Target], Target]:
+    """Decorates a function or class so that it takes keyword arguments under old names: `renamed_arguments(old="new")`.
+
+    On a class it also makes attributes of the old names. It stands above `@dataclass`, and on each dataclass that is
+    derived from one; there an old name given beside the new one wins, as `dataclasses.replace` passes both.
+    """
+
+    def decorate(target: Target) -> Target:
+        if not isinstance(target, type):
+            return _taking_old_names(target, renamed, target.__qualname__, old_wins=False)  # type: ignore[return-value]
+        initialise = _taking_old_names(target.__init__, renamed, target.__qualname__, old_wins=is_dataclass(target))
+        target.__init__ = initialise  # type: ignore[misc]
+        for old, new in renamed.items():
+            attribute = renamed_attribute(new)
+            attribute.__set_name__(target, old)
+            setattr(target, old, attribute)
+        return target
+
+    return decorate
+
+
+def _taking_old_names(
+    function: Callable[..., Any], renamed: Mapping[str, str], where: str, old_wins: bool
+) -> Callable[..., Any]:
+    @wraps(function)
+    def take(*arguments: Any, **keywords: Any) -> Any:
+        if not renamed.keys().isdisjoint(keywords):
+            keywords = with_new_names(keywords, renamed, f"`{where}`", old_wins)
+        return function(*arguments, **keywords)
+
+    return take
+
+
+class renamed_attribute:
+    """An attribute under its old name, in a class body: `old = renamed_attribute("new")`. Reads and sets the new one."""
+
+    def __init__(self, new: str) -> None:
+        self.new = new
+
+    def __set_name__(self, owner: type, old: str) -> None:
+        self.old, self.where = old, f"`{owner.__qualname__}`"
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:  # read from the class, as tools do that list its attributes
+            return self
+        _warn_renamed(self.where, self.old, self.new, stacklevel=3)
+        return getattr(instance, self.new)
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        _warn_renamed(self.where, self.old, self.new, stacklevel=3)
+        setattr(instance, self.new, value)
+
+
+def renamed_names(module: Mapping[str, Any], **renamed: str) -> Callable[[str], Any]:
+    """The `__getattr__` of a module that still has public names it had: `renamed_names(globals(), old="new")`."""
+
+    def find(name: str) -> Any:
+        if name not in renamed:
+            raise AttributeError(f"module {module['__name__']!r} has no attribute {name!r}")
+        _warn_renamed(f"`{module['__name__']}`", name, renamed[name], stacklevel=3)
+        return module[renamed[name]]
+
+    return find
+
+
+__all__ = [
+    "KNOWN_KEYWORDS",
+    "UnknownKeywordError",
+    "refuse_unknown",
+    "renamed_arguments",
+    "renamed_attribute",
+    "renamed_names",
+    "with_new_names",
+]
