@@ -27,7 +27,7 @@ KNOWN_KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
 
 
 class UnknownKeywordError(TypeError, ValueError):
-    """An unknown keyword argument: `TypeError`, as Python raises, and `ValueError`, as this package does for bad input."""
+    """Unknown keyword argument: a `TypeError` as Python raises, and the `ValueError` of this package for bad input."""
 
 
 def refuse_unknown(keywords: Mapping[str, Any], where: str, also: Iterable[str] = ()) -> None:
@@ -39,13 +39,13 @@ def refuse_unknown(keywords: Mapping[str, Any], where: str, also: Iterable[str] 
         also: Further names that it accepts.
 
     Raises:
-        UnknownKeywordError: If there is one.
+        UnknownKeywordError: If a keyword is unknown.
     """
     unknown = sorted(name for name, value in keywords.items() if value is not None and name not in KNOWN_KEYWORDS)
     if unknown := [name for name in unknown if name not in also]:
         raise UnknownKeywordError(
-            f"{where} takes no keyword {', '.join(f'`{name}`' for name in unknown)}: leave it out, or see its docstring "
-            "for those that it takes."
+            f"{where} takes no keyword {', '.join(f'`{name}`' for name in unknown)}: leave it out, or see its "
+            "docstring for those that it takes."
         )
 
 
@@ -56,12 +56,12 @@ def _warn_renamed(where: str, old: str, new: str, stacklevel: int) -> None:
 def with_new_names(
     keywords: Mapping[str, Any], renamed: Mapping[str, str], where: str, old_wins: bool = False
 ) -> dict[str, Any]:
-    """Keyword arguments or keys of a configuration under their present names, with a `FutureWarning` for each old one.
+    """Renames old keyword arguments or keys of a configuration, with a `FutureWarning` for each.
 
     Args:
-        keywords: Arguments or keys, some of them maybe under old names.
-        renamed: The new name of each old one.
-        where: What has these names, for messages.
+        keywords: Arguments or keys; some may have old names.
+        renamed: Maps old names to new ones.
+        where: What these names belong to, for messages.
         old_wins: Take the value of the old name if both are given, instead of raising.
 
     Raises:
@@ -73,13 +73,13 @@ def with_new_names(
             continue
         if new in settings and not old_wins:
             raise TypeError(f"{where} got both `{old}` and `{new}`, which is its new name. Give `{new}` only.")
-        _warn_renamed(where, old, new, stacklevel=4)  # whoever called the function that these are for
+        _warn_renamed(where, old, new, stacklevel=4)  # the caller of the function with these keywords
         settings[new] = keywords[old]
     return settings
 
 
 def renamed_arguments(**renamed: str) -> Callable[[Target], Target]:
-    """Decorates a function or class so that it takes keyword arguments under old names: `renamed_arguments(old="new")`.
+    """Makes a function or class take keyword arguments under their old names: `@renamed_arguments(old="new")`.
 
     On a class it also makes attributes of the old names. It stands above `@dataclass`, and on each dataclass that is
     derived from one; there an old name given beside the new one wins, as `dataclasses.replace` passes both.
@@ -87,9 +87,9 @@ def renamed_arguments(**renamed: str) -> Callable[[Target], Target]:
 
     def decorate(target: Target) -> Target:
         if not isinstance(target, type):
-            return _taking_old_names(target, renamed, target.__qualname__, old_wins=False)  # type: ignore[return-value]
-        initialise = _taking_old_names(target.__init__, renamed, target.__qualname__, old_wins=is_dataclass(target))
-        target.__init__ = initialise  # type: ignore[misc]
+            return _taking_old_names(target, renamed, target.__qualname__, False)  # type: ignore[return-value]
+        own = target.__init__  # type: ignore[misc]
+        target.__init__ = _taking_old_names(own, renamed, target.__qualname__, is_dataclass(target))  # type: ignore[misc]
         for old, new in renamed.items():
             attribute = renamed_attribute(new)
             attribute.__set_name__(target, old)
@@ -112,7 +112,7 @@ def _taking_old_names(
 
 
 class renamed_attribute:
-    """An attribute under its old name, in a class body: `old = renamed_attribute("new")`. Reads and sets the new one."""
+    """Reads and sets an attribute under its old name; in a class body, `old = renamed_attribute("new")`."""
 
     def __init__(self, new: str) -> None:
         self.new = new
@@ -132,7 +132,7 @@ class renamed_attribute:
 
 
 def renamed_names(module: Mapping[str, Any], **renamed: str) -> Callable[[str], Any]:
-    """The `__getattr__` of a module that still has public names it had: `renamed_names(globals(), old="new")`."""
+    """Makes a `__getattr__` for the old public names of a module: `__getattr__ = renamed_names(globals(), old="new")`."""
 
     def find(name: str) -> Any:
         if name not in renamed:
