@@ -8,6 +8,8 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .moved import install
+
 
 if TYPE_CHECKING:
     from .registration import (
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 # Registering imports torch and transformers, seconds in which nobody is told that an argument is wrong. So these commands call
 # `register` themselves, once they have read their arguments.
-COMMANDS = ("chat", "conversion", "demo", "memory", "publishing", "training")
+COMMANDS = ("chat", "conversion", "demo", "planning.memory_command", "publishing", "training")
 
 
 def register() -> None:
@@ -45,6 +47,7 @@ def starts_a_command() -> bool:
     return sys.argv[:1] == ["-m"] and any(f"{__name__}.{command}" in sys.orig_argv for command in COMMANDS)
 
 
+install()
 if not starts_a_command():
     register()
 

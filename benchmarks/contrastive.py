@@ -1,6 +1,6 @@
 """The contrastive objectives against open_clip's losses: same features, same model, step time and peak memory.
 
-Ours are InfoNCE and the sigmoid loss of `internvl.training.objectives`, whole and a few rows at a time; theirs `ClipLoss` and
+Ours are InfoNCE and the sigmoid loss of `internvl.training.models.losses`, whole and a few rows at a time; theirs `ClipLoss` and
 `SigLipLoss` as one process has them. Losses and gradients are compared first. The model is that of the recipe `stage1_small`; with
 gradient caching it keeps the activations of a few pairs only, which open_clip's loss cannot do without a training loop of its own.
 
@@ -17,8 +17,8 @@ from types import ModuleType
 import torch
 
 from internvl import InternVLConfig
-from internvl.training.objectives import info_nce_loss, sigmoid_loss
-from internvl.training.pretraining import InternVLForContrastiveTraining
+from internvl.training.models.losses import info_nce_loss, sigmoid_loss
+from internvl.training.models.pretraining import InternVLForContrastiveTraining
 from internvl.training.recipes import stage1_small
 
 from .harness import Options, Row, in_fresh_process, memory_growth, speed_row

@@ -1,4 +1,4 @@
-"""Peak memory of the tiles that a chat model reads, by rows, tiles and dtype, against what `python -m internvl.memory` says.
+"""Peak memory of the tiles that a chat model reads, by rows, tiles and dtype, against what `python -m internvl.planning.memory_command` says.
 
 The width of InternViT-300M at 448 px with few blocks: without gradients, blocks use the same memory one after the other.
 """
@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from internvl import InternVLChatForConditionalGeneration
-from internvl.planner import inspect_model
+from internvl.planning.memory import inspect_model
 
 from .harness import Options, Row, in_fresh_process, memory_growth
 from .native import build_chat

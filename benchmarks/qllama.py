@@ -13,9 +13,9 @@ from transformers import GenerationMixin
 from internvl.configuration_internvl import InternVLConfig
 from internvl.modeling_internvl import InternVLModel
 from internvl.modeling_qllama import QLlamaForCausalLM
-from internvl.training.objectives import generation_loss, info_nce_loss, matching_loss
-from internvl.training.parameter_groups import train_parts
-from internvl.training.pretraining import InternVLForGenerativeTraining
+from internvl.training.models.losses import generation_loss, info_nce_loss, matching_loss
+from internvl.training.models.parameter_groups import train_parts
+from internvl.training.models.pretraining import InternVLForGenerativeTraining
 from internvl.training.recipes import stage2
 
 from .harness import Options, Row, speed_row

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..training.captions import CAPTION_PROMPTS, LANGUAGES, caption, language_of
-from ..training.scenes import COLOURS, NUMBERS, SHAPES, WORDS, Scene, SceneObject, draw_scene
-from .features import batches, pixel_values_of, run_command
+from ..synthetic.captions import CAPTION_PROMPTS, LANGUAGES, caption, language_of
+from ..synthetic.scenes import COLOURS, NUMBERS, SHAPES, WORDS, Scene, SceneObject, draw_scene
+from .embeddings import batches, pixel_values_of, run_command
 from .retrieval import held_out_scenes
 
 

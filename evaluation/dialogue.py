@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..training.scenes import (
+from ..synthetic.scenes import (
     LAYOUTS,
     QUESTION_KINDS,
     Question,
@@ -24,7 +24,7 @@ from ..training.scenes import (
     sample_scene,
     scene_generator,
 )
-from .features import batches, run_command
+from .embeddings import batches, run_command
 
 
 SMALL_TEXT = "small_text"

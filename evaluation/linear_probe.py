@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..training.digits import Split
-from .features import batches, pixel_values_of, run_command
+from ..synthetic.digits import Split
+from .embeddings import batches, pixel_values_of, run_command
 from .zero_shot import CLASSES, labelled_pictures
 
 

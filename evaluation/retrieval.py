@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..training.captions import LANGUAGES, PAIR_LAYOUTS, caption
-from ..training.scenes import Scene, draw_scene, sample_scene, scene_generator
-from .features import embed_pictures, embed_texts, modes_of, run_command
+from ..synthetic.captions import LANGUAGES, PAIR_LAYOUTS, caption
+from ..synthetic.scenes import Scene, draw_scene, sample_scene, scene_generator
+from .embeddings import embed_pictures, embed_texts, modes_of, run_command
 
 
 LAYOUTS_SEARCHED = ("few", "mixed", "crowd")

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..training.captions import LANGUAGES, PAIR_LAYOUTS, prompts
-from ..training.digits import Split
-from ..training.scenes import COLOURS, SHAPES, draw_scene, sample_scene, scene_generator
-from .features import embed_pictures, embed_texts, modes_of, run_command
+from ..synthetic.captions import LANGUAGES, PAIR_LAYOUTS, prompts
+from ..synthetic.digits import Split
+from ..synthetic.scenes import COLOURS, SHAPES, draw_scene, sample_scene, scene_generator
+from .embeddings import embed_pictures, embed_texts, modes_of, run_command
 
 
 # Classes, and the layout whose only object has one.

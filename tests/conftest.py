@@ -19,7 +19,7 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def finished_default_run(tmp_path_factory) -> Path:
     """The folders of all stages of the default run, at the size of `fixtures_default_run.tiny_run`; not to be written to."""
-    from internvl.training.default_run import train
+    from internvl.reproduction.run import train
 
     from .fixtures_default_run import few_scenes_and_one_thread, tiny_run
 

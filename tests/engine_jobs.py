@@ -24,11 +24,11 @@ from internvl.image_processing_internvl import InternVLImageProcessor
 from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
 from internvl.processing_internvl import InternVLProcessor
 from internvl.training import stages
-from internvl.training.collators import GenerativeCollator
-from internvl.training.dialogues import DialogueCollator, DialogueDataset, DialogueEncoder
-from internvl.training.pairs import PairCollator, PairStream, stream_loader
-from internvl.training.parameter_groups import train_parts
-from internvl.training.pretraining import InternVLForContrastiveTraining, InternVLForGenerativeTraining
+from internvl.training.data.collators import GenerativeCollator
+from internvl.training.data.dialogues import DialogueCollator, DialogueDataset, DialogueEncoder
+from internvl.training.data.pairs import PairCollator, PairStream, stream_loader
+from internvl.training.models.parameter_groups import train_parts
+from internvl.training.models.pretraining import InternVLForContrastiveTraining, InternVLForGenerativeTraining
 from internvl.training.recipes import stage1, stage2, stage2_small
 
 from . import tiny

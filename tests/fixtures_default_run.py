@@ -8,12 +8,12 @@ from functools import partial
 import pytest
 import torch
 
-from internvl.training import default_phases, stage1_default, stage3_default
-from internvl.training.captions import LANGUAGES
-from internvl.training.default_phases import Batch, Phase, SceneBatches
-from internvl.training.default_run import DefaultRun, default_run
-from internvl.training.stage2_default import QueryPhase
-from internvl.training.tokenizer import caption_corpus, tokenizer_corpus
+from internvl.reproduction import phases, stage1, stage3
+from internvl.reproduction.phases import Batch, Phase, SceneBatches
+from internvl.reproduction.run import DefaultRun, default_run
+from internvl.reproduction.stage2 import QueryPhase
+from internvl.synthetic.captions import LANGUAGES
+from internvl.synthetic.tokenizer import caption_corpus, tokenizer_corpus
 
 
 def tiny_run() -> DefaultRun:
@@ -53,8 +53,8 @@ def few_scenes_and_one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage1_default, "caption_corpus", partial(caption_corpus, num_scenes=20))
-        patch.setattr(stage3_default, "tokenizer_corpus", partial(tokenizer_corpus, num_scenes=20))
+        patch.setattr(stage1, "caption_corpus", partial(caption_corpus, num_scenes=20))
+        patch.setattr(stage3, "tokenizer_corpus", partial(tokenizer_corpus, num_scenes=20))
         yield
     torch.set_num_threads(threads)
 
@@ -71,6 +71,6 @@ def stopped_at(name: str, step: int) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SceneBatches, "scenes", stop)
-        patch.setattr(default_phases, "START_METHOD", "fork")  # a worker that is started anew would not know
+        patch.setattr(phases, "START_METHOD", "fork")  # a worker that is started anew would not know
         with pytest.raises(OSError, match="stopped"):
             yield

@@ -6,8 +6,8 @@ from random import Random
 
 import pytest
 
-from internvl.training.captions import CAPTION_PROMPTS, LANGUAGES, PAIR_LAYOUTS, caption, language_of, prompts
-from internvl.training.scenes import (
+from internvl.synthetic.captions import CAPTION_PROMPTS, LANGUAGES, PAIR_LAYOUTS, caption, language_of, prompts
+from internvl.synthetic.scenes import (
     COLOURS,
     PLACES,
     SHAPES,
@@ -17,7 +17,7 @@ from internvl.training.scenes import (
     sample_scene,
     scene_generator,
 )
-from internvl.training.tokenizer import build_tokenizer, caption_corpus
+from internvl.synthetic.tokenizer import build_tokenizer, caption_corpus
 
 
 def scenes(count=12):

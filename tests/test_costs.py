@@ -9,9 +9,7 @@ from torch.utils.flop_counter import flop_registry
 
 from internvl.modeling_internvit import InternViTLayer
 from internvl.modeling_qllama import QLlamaDecoderLayer, rotary_angles
-from internvl.planner import SIZES, build_on_meta
-from internvl.training.__main__ import main
-from internvl.training.costs import (
+from internvl.planning.costs import (
     Cluster,
     Products,
     Shapes,
@@ -22,8 +20,10 @@ from internvl.training.costs import (
     unit_sizes,
     vision_layer_widths,
 )
-from internvl.training.parameter_groups import part_of, train_parts
-from internvl.training.pretraining import (
+from internvl.planning.memory import SIZES, build_on_meta
+from internvl.training.__main__ import main
+from internvl.training.models.parameter_groups import part_of, train_parts
+from internvl.training.models.pretraining import (
     InternVLForContrastiveTraining,
     InternVLForGenerativeTraining,
     InternVLForRetrievalTraining,

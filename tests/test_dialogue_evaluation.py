@@ -13,7 +13,7 @@ from internvl.evaluation.dialogue import (
     held_out_questions,
     is_right,
 )
-from internvl.training.scenes import LAYOUTS, QUESTION_KINDS, Question
+from internvl.synthetic.scenes import LAYOUTS, QUESTION_KINDS, Question
 
 
 @pytest.mark.parametrize(

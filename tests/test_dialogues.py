@@ -15,8 +15,8 @@ from internvl.conversation_internvl import get_conversation_template, list_conve
 from internvl.image_processing_internvl import InternVLImageProcessor
 from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
 from internvl.processing_internvl import InternVLProcessor
-from internvl.training.broken_rows import BrokenRows, TooManyBrokenRowsError, UnusableRowError
-from internvl.training.dialogues import DialogueCollator, DialogueDataset, DialogueEncoder, read_dialogue
+from internvl.training.data.bad_rows import BrokenRows, TooManyBrokenRowsError, UnusableRowError
+from internvl.training.data.dialogues import DialogueCollator, DialogueDataset, DialogueEncoder, read_dialogue
 
 from .fixtures_dialogues import BAD_ROWS, llava
 from .fixtures_text import make_image, make_tokenizer

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from internvl.training.parameter_groups import part_of
-from internvl.training.pretraining import InternVLForContrastiveTraining
+from internvl.training.models.parameter_groups import part_of
+from internvl.training.models.pretraining import InternVLForContrastiveTraining
 
 from . import engine_jobs, tiny, two_processes
 from .engine_jobs import CONNECTORS, PAIR_STAGES, PARITY, STAGES, STEPS

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import Trainer, TrainingArguments
 
 from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
-from internvl.training.dialogues import DialogueCollator, DialogueDataset, DialogueEncoder
+from internvl.training.data.dialogues import DialogueCollator, DialogueDataset, DialogueEncoder
 
 from . import engine_jobs
 from .engine_jobs import CONNECTORS

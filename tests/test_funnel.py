@@ -6,8 +6,8 @@ import math
 import pytest
 
 from internvl.training.__main__ import main
-from internvl.training.broken_rows import BrokenRows
-from internvl.training.funnel import (
+from internvl.training.data.bad_rows import BrokenRows
+from internvl.training.data.filters import (
     COLUMNS,
     DERIVED,
     PAPER_PAIRS,

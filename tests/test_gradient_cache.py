@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from internvl.training.gradient_cache import in_chunks
-from internvl.training.pretraining import (
+from internvl.training.models.gradient_cache import in_chunks
+from internvl.training.models.pretraining import (
     InternVLForCaptionTraining,
     InternVLForContrastiveTraining,
     InternVLForGenerativeTraining,

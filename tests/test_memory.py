@@ -1,4 +1,4 @@
-"""`python -m internvl.memory` says what loading and running really take, without loading or running anything."""
+"""`python -m internvl.planning.memory_command` says what loading and running really take, without loading or running anything."""
 
 import json
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from internvl.training.objectives import (
+from internvl.training.models.losses import (
     capped_scale,
     draw_hard_negatives,
     generation_loss,

@@ -11,17 +11,17 @@ import torch
 
 from internvl.configuration_internvl import InternVLConfig
 from internvl.evaluation.captioning import cider, evaluate_captioning, facts_in, facts_of, score_facts, words_of
-from internvl.evaluation.features import embed_pictures, embed_texts
+from internvl.evaluation.embeddings import embed_pictures, embed_texts
 from internvl.evaluation.linear_probe import evaluate_linear_probe, fit_and_score
 from internvl.evaluation.retrieval import evaluate_retrieval, held_out_scenes, recalls, recalls_both_ways
 from internvl.evaluation.zero_shot import CLASSES, accuracy, ensemble, evaluate_zero_shot, labelled_pictures
 from internvl.image_processing_internvl import InternVLImageProcessor
 from internvl.modeling_internvl import InternVLModel
 from internvl.processing_internvl import InternVLProcessor
-from internvl.training.captions import LANGUAGES, caption
-from internvl.training.digits import FIRST_HELD_OUT
-from internvl.training.scenes import Scene
-from internvl.training.tokenizer import build_tokenizer, caption_corpus
+from internvl.synthetic.captions import LANGUAGES, caption
+from internvl.synthetic.digits import FIRST_HELD_OUT
+from internvl.synthetic.scenes import Scene
+from internvl.synthetic.tokenizer import build_tokenizer, caption_corpus
 
 from . import tiny
 

@@ -23,10 +23,10 @@ from transformers import Trainer, TrainingArguments
 from internvl.image_processing_internvl import InternVLImageProcessor
 from internvl.processing_internvl import InternVLProcessor
 from internvl.training import stages
-from internvl.training.broken_rows import BrokenRows, TooManyBrokenRowsError
-from internvl.training.funnel import Funnel, MissingColumnError, Rule
-from internvl.training.pairs import PairCollator, PairStream, stream_loader
-from internvl.training.shards import find_shards, read_shard
+from internvl.training.data.bad_rows import BrokenRows, TooManyBrokenRowsError
+from internvl.training.data.filters import Funnel, MissingColumnError, Rule
+from internvl.training.data.pairs import PairCollator, PairStream, stream_loader
+from internvl.training.data.shards import find_shards, read_shard
 
 from .fixtures_pairs import png, sample, write_parquet, write_tar
 from .fixtures_text import make_tokenizer

@@ -3,7 +3,7 @@
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from internvl.training.parameter_groups import (
+from internvl.training.models.parameter_groups import (
     PARTS,
     decays,
     lora_targets,
@@ -12,7 +12,7 @@ from internvl.training.parameter_groups import (
     train_parts,
     vision_depth,
 )
-from internvl.training.pretraining import InternVLForContrastiveTraining, InternVLForGenerativeTraining
+from internvl.training.models.pretraining import InternVLForContrastiveTraining, InternVLForGenerativeTraining
 
 from . import tiny
 from .training_models import generative_batch, tiny_model

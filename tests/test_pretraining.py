@@ -11,13 +11,13 @@ from torch import nn
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from internvl.modeling_internvl import InternVLModel
-from internvl.training.pretraining import (
+from internvl.training.models.base import drop_patches, patch_contrast
+from internvl.training.models.pretraining import (
     InternVLForCaptionTraining,
     InternVLForContrastiveTraining,
     InternVLForGenerativeTraining,
     InternVLForRetrievalTraining,
 )
-from internvl.training.training_model import drop_patches, patch_contrast
 
 from . import tiny, two_processes
 from .training_models import generative_batch, golden_inputs, golden_model, notes, retrieval_batch, tensors, tiny_model
@@ -147,7 +147,7 @@ def test_without_negatives_other_texts_of_the_batch_are_drawn(name, monkeypatch)
         drawn.append((similarities, is_candidate))
         return torch.tensor([3, 3, 3, 0, 1]), torch.tensor([True, True, False, True, True])
 
-    monkeypatch.setattr("internvl.training.training_model.draw_hard_negatives", draw)
+    monkeypatch.setattr("internvl.training.models.base.draw_hard_negatives", draw)
     if name == "stage 2":
         model, inputs = tiny_model(InternVLForGenerativeTraining, matching_prefix_length=3), generative_batch()
         inputs["positive_attention_mask"][2, 3:] = 0
@@ -179,7 +179,7 @@ def test_drawn_negatives_give_the_losses_and_gradients_of_the_same_ones_given(na
     cls, _, batch = STAGES[name]
     model, inputs, drawn = tiny_model(cls), batch(), torch.tensor([3, 4, 4, 0, 1])
     monkeypatch.setattr(
-        "internvl.training.training_model.draw_hard_negatives", lambda *_: (drawn, torch.ones(5, dtype=torch.bool))
+        "internvl.training.models.base.draw_hard_negatives", lambda *_: (drawn, torch.ones(5, dtype=torch.bool))
     )
     given = inputs | {f"negative_{key}": inputs[f"positive_{key}"][drawn] for key in ("input_ids", "attention_mask")}
     lengths, found = [], []

@@ -10,9 +10,9 @@ from PIL import Image
 from internvl.configuration_internvl import InternVLConfig
 from internvl.image_processing_internvl import InternVLImageProcessor
 from internvl.processing_internvl import InternVLProcessor
-from internvl.training.collators import GenerativeCollator, RetrievalCollator, picture_number
-from internvl.training.parameter_groups import PARTS
-from internvl.training.pretraining import InternVLForGenerativeTraining, InternVLForRetrievalTraining
+from internvl.training.data.collators import GenerativeCollator, RetrievalCollator, picture_number
+from internvl.training.models.parameter_groups import PARTS
+from internvl.training.models.pretraining import InternVLForGenerativeTraining, InternVLForRetrievalTraining
 from internvl.training.recipes import RECIPES, retrieval, stage1, stage1_small, stage2, stage3, with_steps
 from internvl.training.stages import Run, training_arguments, with_lora
 

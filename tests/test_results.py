@@ -8,11 +8,12 @@ import pytest
 from matplotlib.container import BarContainer
 from PIL import Image
 
-from internvl.evaluation import captioning, results, zero_shot
-from internvl.evaluation.plots import mean_and_deviation, plot_ablation, plot_all, plot_stage1, series
-from internvl.evaluation.results import Sizes, evaluate_run, mean_recalls, tables
+from internvl.evaluation import captioning, zero_shot
 from internvl.modeling_internvl import MODES
-from internvl.training import captions
+from internvl.reproduction import report as results
+from internvl.reproduction.plots import mean_and_deviation, plot_ablation, plot_all, plot_stage1, series
+from internvl.reproduction.report import Sizes, evaluate_run, mean_recalls, tables
+from internvl.synthetic import captions
 
 
 TINY = Sizes(probe_pictures=20, pictures=5, pairs=4, captions=2, questions=7)

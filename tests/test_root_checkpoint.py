@@ -24,10 +24,10 @@ from transformers import (
 import internvl
 from internvl.evaluation import dialogue, zero_shot
 from internvl.evaluation.captioning import evaluate_captioning
-from internvl.evaluation.features import embed_pictures
+from internvl.evaluation.embeddings import embed_pictures
 from internvl.evaluation.zero_shot import CLASSES, accuracy, class_embeddings, labelled_pictures
 from internvl.modeling_internvl import MODES
-from internvl.training.captions import LANGUAGES
+from internvl.synthetic.captions import LANGUAGES
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +276,7 @@ def test_the_model_card_shows_what_was_measured(root):
     plots = re.findall(r"!\[.*?\]\((.*?)\)", card)
     assert len(plots) == 5
     assert all((root / plot).exists() for plot in plots)
-    measured = json.loads((root / "evaluation" / "results" / "results.json").read_text())
+    measured = json.loads((root / "reproduction" / "results" / "results.json").read_text())
     for stage, tiles in measured["dialogue"].items():
         report = tiles["with_tiles"]
         shares = [*(kind["accuracy"] for kind in report["by_kind"].values()), report["accuracy"]]

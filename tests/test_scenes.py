@@ -8,8 +8,8 @@ from random import Random
 import numpy as np
 import pytest
 
-from internvl.training.digits import FIRST_HELD_OUT, digit_indices, digit_indices_by_label, load_handwritten_digits
-from internvl.training.scenes import (
+from internvl.synthetic.digits import FIRST_HELD_OUT, digit_indices, digit_indices_by_label, load_handwritten_digits
+from internvl.synthetic.scenes import (
     COLOURS,
     LAYOUTS,
     MAX_COUNT,

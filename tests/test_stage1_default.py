@@ -7,9 +7,8 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 from internvl.modeling_internvl import InternVLModel
-from internvl.training.captions import LANGUAGES
-from internvl.training.default_phases import Batch
-from internvl.training.stage1_default import (
+from internvl.reproduction.phases import Batch
+from internvl.reproduction.stage1 import (
     PairBatches,
     PairPhase,
     Stage1Recipe,
@@ -17,7 +16,8 @@ from internvl.training.stage1_default import (
     stage1,
     train,
 )
-from internvl.training.tokenizer import build_tokenizer, caption_corpus
+from internvl.synthetic.captions import LANGUAGES
+from internvl.synthetic.tokenizer import build_tokenizer, caption_corpus
 
 from .fixtures_default_run import stopped_at
 

@@ -11,12 +11,12 @@ from transformers import AutoModel, AutoProcessor
 from internvl.evaluation.captioning import describe
 from internvl.modeling_internvl import InternVLModel
 from internvl.processing_internvl import InternVLProcessor
-from internvl.training.captions import CAPTION_PROMPTS
-from internvl.training.collators import GenerativeCollator
-from internvl.training.objectives import info_nce_loss, unit
-from internvl.training.parameter_groups import part_of
-from internvl.training.scenes import TILE_SIZE, draw_scene
-from internvl.training.stage2_default import ALL_BUT_TOWER, NEW_PARTS, CaptionBatches, pair_of, start_from, train
+from internvl.reproduction.stage2 import ALL_BUT_TOWER, NEW_PARTS, CaptionBatches, pair_of, start_from, train
+from internvl.synthetic.captions import CAPTION_PROMPTS
+from internvl.synthetic.scenes import TILE_SIZE, draw_scene
+from internvl.training.data.collators import GenerativeCollator
+from internvl.training.models.losses import info_nce_loss, unit
+from internvl.training.models.parameter_groups import part_of
 
 from .fixtures_default_run import few_scenes_and_one_thread, stopped_at, tiny_run
 

@@ -10,13 +10,12 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToT
 
 from internvl.evaluation.dialogue import answer_questions
 from internvl.modeling_internvl import InternVLModel
-from internvl.training import default_run, stage3_default
-from internvl.training.ablation import VARIANTS, ablate
-from internvl.training.default_phases import Batch
-from internvl.training.default_run import scaled
-from internvl.training.parameter_groups import part_of
-from internvl.training.scenes import LAYOUTS, draw_scene, sample_scene, scene_generator
-from internvl.training.stage3_default import (
+from internvl.reproduction import run as default_run
+from internvl.reproduction import stage3 as stage3_default
+from internvl.reproduction.ablation import VARIANTS, ablate
+from internvl.reproduction.phases import Batch
+from internvl.reproduction.run import scaled
+from internvl.reproduction.stage3 import (
     FULL,
     SIMPLE,
     TOKENS_PER_TILE,
@@ -26,7 +25,9 @@ from internvl.training.stage3_default import (
     start_from,
     train,
 )
-from internvl.training.tokenizer import SPECIAL_TOKENS, build_tokenizer, tokenizer_corpus
+from internvl.synthetic.scenes import LAYOUTS, draw_scene, sample_scene, scene_generator
+from internvl.synthetic.tokenizer import SPECIAL_TOKENS, build_tokenizer, tokenizer_corpus
+from internvl.training.models.parameter_groups import part_of
 
 from .fixtures_default_run import few_scenes_and_one_thread, stopped_at, tiny_run
 
@@ -176,7 +177,12 @@ def test_the_assembled_checkpoint_holds_every_model_of_the_run_and_is_small(fini
     )
     assert tower(**pixels).last_hidden_state.shape == (1, 1 + 4 * TOKENS_PER_TILE, tower.config.hidden_size)
     assert not list(tmp_path.glob("*/*.py"))
-    assert {path.stem for path in (tmp_path / "training" / "logs").iterdir()} == {"stage1", "stage2", "full", "simple"}
+    assert {path.stem for path in (tmp_path / "reproduction" / "logs").iterdir()} == {
+        "stage1",
+        "stage2",
+        "full",
+        "simple",
+    }
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 60e6
 
 
@@ -206,8 +212,10 @@ def untrained_stages(monkeypatch):
 
     for module in (default_run.stage1_default, default_run.stage2_default, stage3_default):
         monkeypatch.setattr(module, "train", train)
-    monkeypatch.setattr("internvl.training.ablation.evaluate_chat", lambda folder, questions: {"folder": folder.name})
-    monkeypatch.setattr("internvl.training.ablation.mean_recalls", lambda folder, pairs: folder.name)
+    monkeypatch.setattr(
+        "internvl.reproduction.ablation.evaluate_chat", lambda folder, questions: {"folder": folder.name}
+    )
+    monkeypatch.setattr("internvl.reproduction.ablation.mean_recalls", lambda folder, pairs: folder.name)
     return asked
 
 

@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from internvl.training import stages, training_model
+from internvl.reproduction.run import finish
+from internvl.training import stages
 from internvl.training.__main__ import main
 from internvl.training.checkpoints import check_same_recipe, record_recipe
-from internvl.training.default_run import finish
+from internvl.training.models import base
+from internvl.training.models.whole_folders import checkpoints_in, fault_of, newest_whole
 from internvl.training.recipes import stage1_small
 from internvl.training.stages import Run, run_stage1
-from internvl.training.whole_folders import checkpoints_in, fault_of, newest_whole
 
 from . import two_processes
 from .fixtures_pairs import sample, write_tar
@@ -342,7 +343,7 @@ def test_all_processes_refuse_together_and_each_draws_its_own_random_numbers(dat
 
 def numbers_drawn(data: Path) -> list[torch.Tensor]:
     """Trains into DATA/out; the next random number of each step that keeps patches, without changing what comes."""
-    drawn, original = [], training_model.drop_patches
+    drawn, original = [], base.drop_patches
 
     def watched(tokens, *arguments):
         state = torch.get_rng_state()
@@ -351,6 +352,6 @@ def numbers_drawn(data: Path) -> list[torch.Tensor]:
         return original(tokens, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_model, "drop_patches", watched)
+        patch.setattr(base, "drop_patches", watched)
         run(data, data / "out")
     return drawn

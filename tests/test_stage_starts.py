@@ -12,10 +12,10 @@ from transformers import AutoModel, AutoProcessor, LlamaConfig, LlamaForCausalLM
 from internvl.evaluation import captioning, dialogue, zero_shot
 from internvl.kinds import check_kind
 from internvl.training.__main__ import main
-from internvl.training.dialogues import DialogueCollator
-from internvl.training.parameter_groups import freeze_idle, idle_modules, lora_targets, train_parts
+from internvl.training.data.dialogues import DialogueCollator
+from internvl.training.models.build import fitting, in_dtypes_of
+from internvl.training.models.parameter_groups import freeze_idle, idle_modules, lora_targets, train_parts
 from internvl.training.recipes import stage1_small, stage2_small, stage3_small, with_steps
-from internvl.training.stage_models import fitting, in_dtypes_of
 
 from . import tiny
 from .fixtures_dialogues import llava

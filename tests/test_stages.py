@@ -22,7 +22,7 @@ from transformers import (
 
 from internvl.training import stages
 from internvl.training.__main__ import main
-from internvl.training.parameter_groups import part_of
+from internvl.training.models.parameter_groups import part_of
 from internvl.training.recipes import (
     retrieval,
     retrieval_small,

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 import internvl
-from internvl import memory, planner
 from internvl.conversion import __main__ as conversion
 from internvl.conversion.output.forms import FORMS, OwnForm
 from internvl.conversion.plan import DTYPES
+from internvl.planning import memory as planner
+from internvl.planning import memory_command as memory
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +49,7 @@ def test_the_choices_of_a_command_are_those_of_what_it_starts():
 
 
 def test_a_command_registers_the_classes_once_it_has_read_its_arguments():
-    done = run("-m", "internvl.memory", str(ROOT), "--max-memory", "cuda:0=1GiB")
+    done = run("-m", "internvl.planning.memory_command", str(ROOT), "--max-memory", "cuda:0=1GiB")
     assert done.returncode == 0, done.stderr
     assert "InternVLChatForConditionalGeneration" in done.stdout
     assert "It fits." in done.stdout

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from internvl.training.muon import MuonWithAdamW, muon_groups, orthogonalize
-from internvl.training.scenes import COLOURS, LAYOUTS, PLACES, SHAPES, TILE_SIZE, sample_scene, scene_generator
-from internvl.training.token_labels import ATTRIBUTES, GRID, token_labels
+from internvl.synthetic.scenes import COLOURS, LAYOUTS, PLACES, SHAPES, TILE_SIZE, sample_scene, scene_generator
+from internvl.training.models.dense_supervision import ATTRIBUTES, GRID, token_labels
+from internvl.training.optimizers import MuonWithAdamW, muon_groups, orthogonalize
 
 
 def labels_at(scene, x, y):

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from internvl.configuration_internvl import InternVLConfig
-from internvl.training.pretraining import InternVLForGenerativeTraining, InternVLForRetrievalTraining
+from internvl.training.models.pretraining import InternVLForGenerativeTraining, InternVLForRetrievalTraining
 
 from . import tiny
 

@@ -58,7 +58,7 @@ def replicated(model: torch.nn.Module) -> torch.nn.Module:
 
 def contrastive(rank: int, folder: Path, wrap: Callable = replicated) -> dict:
     """Stage 1 under DDP, chunk by chunk, each rank with its half of the batch."""
-    from internvl.training.pretraining import InternVLForContrastiveTraining
+    from internvl.training.models.pretraining import InternVLForContrastiveTraining
 
     from . import tiny
     from .training_models import tiny_model
@@ -148,7 +148,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """In the shapes of files."""
-    from internvl.training.saving import SCALARS
+    from internvl.training.models.saving import SCALARS
 
     found = {f"grad.{name}": whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
     return {name: grad.reshape([]) if name.endswith(SCALARS) else grad for name, grad in found.items()}

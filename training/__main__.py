@@ -5,7 +5,7 @@ from importlib import import_module
 
 from .. import register
 from .commands import build_parser
-from .texts import printable
+from .data.texts import printable
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     register()
     try:
-        return import_module(f".{options.module}", __package__).run(options, print)
+        return import_module(options.module, __package__).run(options, print)
     except (ValueError, OSError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2

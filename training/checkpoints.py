@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from .whole_folders import INCOMPLETE, checkpoints_in, fault_of, newest_whole, step_of, write_text_whole
+from .models.whole_folders import INCOMPLETE, checkpoints_in, fault_of, newest_whole, step_of, write_text_whole
 
 
 LOG_FILE = "training_log.json"  # written last, so a folder that has it is finished

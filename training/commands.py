@@ -9,7 +9,7 @@ from typing import Any
 
 from ..conversation_internvl import list_conversation_templates
 from .cluster import DECODERS, SHARDINGS, Cluster
-from .parts import PARTS
+from .models.parts import PARTS
 from .recipes import FUNNEL_STAGES
 
 
@@ -54,7 +54,7 @@ def add_validate(commands: Any) -> None:
         type=int,
         help="with --model: most tokens of a row (default: its tokenizer's limit)",
     )
-    parser.set_defaults(module="validation")
+    parser.set_defaults(module=".data.validate")
 
 
 def add_funnel(commands: Any) -> None:
@@ -70,7 +70,7 @@ def add_funnel(commands: Any) -> None:
     )
     parser.add_argument("--output", metavar="FILE", help="write the report to this JSON file")
     parser.add_argument("--plot", metavar="FILE", help="draw the funnel to this picture file")
-    parser.set_defaults(module="funnel")
+    parser.set_defaults(module=".data.filters")
 
 
 def add_stages(commands: Any) -> None:
@@ -116,7 +116,7 @@ def _add_stage(commands: Any, name: str, what: str, data: str) -> argparse.Argum
     )
     if data == "pairs":
         parser.add_argument("--funnel", type=int, choices=FUNNEL_STAGES, help="leave out pairs by this stage's rules")
-    parser.set_defaults(module="stage_command", stage=name, funnel=None)
+    parser.set_defaults(module=".stage_command", stage=name, funnel=None)
     return parser
 
 
@@ -146,7 +146,7 @@ def add_costs(commands: Any) -> None:
     )
     parser.add_argument("--decoder", choices=DECODERS, default="13b", help="of stage 3 (default: %(default)s)")
     parser.add_argument("--text-length", metavar="N", type=int, help="tokens of text in a dialogue")
-    parser.set_defaults(module="costs")
+    parser.set_defaults(module="..planning.costs")
 
 
 __all__ = ["build_parser"]

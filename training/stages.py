@@ -26,21 +26,11 @@ from transformers.utils import logging
 
 from ..processing_internvl import InternVLProcessor
 from .checkpoints import LOG_FILE, WholeCheckpointTrainer, check_same_recipe, record_recipe
-from .collators import GenerativeCollator, RetrievalCollator
-from .dialogues import DialogueCollator, DialogueDataset, DialogueEncoder
-from .funnel import Funnel
-from .pairs import PairCollator, PairStream, stream_loader
-from .parameter_groups import lora_targets, parameter_groups, train_parts
-from .recipes import (
-    ContrastiveRecipe,
-    DialogueRecipe,
-    GenerativeRecipe,
-    Phase,
-    Recipe,
-    RecipeType,
-    RetrievalRecipe,
-)
-from .stage_models import (
+from .data.collators import GenerativeCollator, RetrievalCollator
+from .data.dialogues import DialogueCollator, DialogueDataset, DialogueEncoder
+from .data.filters import Funnel
+from .data.pairs import PairCollator, PairStream, stream_loader
+from .models.build import (
     Folder,
     chat_model,
     contrastive_model,
@@ -50,7 +40,17 @@ from .stage_models import (
     processor_of,
     retrieval_model,
 )
-from .whole_folders import checkpoints_in, recovered, written_whole
+from .models.parameter_groups import lora_targets, parameter_groups, train_parts
+from .models.whole_folders import checkpoints_in, recovered, written_whole
+from .recipes import (
+    ContrastiveRecipe,
+    DialogueRecipe,
+    GenerativeRecipe,
+    Phase,
+    Recipe,
+    RecipeType,
+    RetrievalRecipe,
+)
 
 
 logger = logging.get_logger(__name__)

@@ -20,8 +20,8 @@ import transformers
 from transformers import AutoModel, TrainingArguments
 
 from internvl.training.checkpoints import WholeCheckpointTrainer
-from internvl.training.pretraining import InternVLForContrastiveTraining
-from internvl.training.whole_folders import checkpoints_in, fault_of, newest_whole, recovered
+from internvl.training.models.pretraining import InternVLForContrastiveTraining
+from internvl.training.models.whole_folders import checkpoints_in, fault_of, newest_whole, recovered
 from tests import tiny
 from tests.training_models import tiny_model
 

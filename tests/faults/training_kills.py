@@ -22,8 +22,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from internvl.training.models.whole_folders import INCOMPLETE, READY, checkpoints_in, fault_of
 from internvl.training.stages import Run, run_stage1
-from internvl.training.whole_folders import INCOMPLETE, READY, checkpoints_in, fault_of
 from tests.fixtures_pairs import sample, write_tar
 from tests.fixtures_text import make_tokenizer
 from tests.test_stage_faults import RECIPE

@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from internvl.training.broken_rows import BrokenRows
-from internvl.training.json_rows import JsonRows
-from internvl.training.pairs import PairStream
-from internvl.training.validation import find_faults
+from internvl.training.data.bad_rows import BrokenRows
+from internvl.training.data.json_rows import JsonRows
+from internvl.training.data.pairs import PairStream
+from internvl.training.data.validate import find_faults
 
 from ..fixtures_dialogues import BAD_ROWS, llava
 from ..fixtures_pairs import png, sample, write_parquet, write_tar

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..modeling_internvl_chat import InternVLChatForConditionalGeneration, pixel_shuffle
-from .scenes import COLOURS, NUMBERS, PLACES, SHAPES, TILE_SIZE, WORDS, Scene, SceneObject, text_extent
+from ...modeling_internvl_chat import InternVLChatForConditionalGeneration, pixel_shuffle
+from ...synthetic.scenes import COLOURS, NUMBERS, PLACES, SHAPES, TILE_SIZE, WORDS, Scene, SceneObject, text_extent
 
 
 GRID = 8

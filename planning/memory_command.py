@@ -1,4 +1,4 @@
-"""What a model needs and where it would go, before anything is downloaded: `python -m internvl.memory MODEL [...]`.
+"""What a model needs and where it would go, before anything is downloaded: `python -m internvl.planning.memory_command MODEL [...]`.
 
 MODEL is a folder with a `config.json`, that file, the Hub name of a checkpoint of this package, or one of the published sizes. The
 work is in planner.py, which needs torch: it is imported once the arguments are read.
@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 
-from . import register
+from .. import register
 
 
 DTYPES = ("float32", "bfloat16", "float16", "int8", "nf4")
@@ -20,7 +20,7 @@ DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m internvl.memory",
+        prog="python -m internvl.planning.memory_command",
         description="Says what a model needs and where it would go, from its configuration alone.",
     )
     parser.add_argument(
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     register()
     from transformers.utils import logging as transformers_logging
 
-    from .planner import describe, inspect_model, parse_max_memory
+    from .memory import describe, inspect_model, parse_max_memory
 
     transformers_logging.set_verbosity_error()
     # It would warn that the devices to plan for are not in this machine.

@@ -1,4 +1,4 @@
-"""What a model needs and where it would go, before anything is downloaded; `python -m internvl.memory` is its command.
+"""What a model needs and where it would go, before anything is downloaded; `python -m internvl.planning.memory_command` is its command.
 
 Only the configuration is read; the model is built on the meta device, without a byte of weights.
 
@@ -22,18 +22,18 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations.accelerate import get_balanced_memory, get_max_memory, infer_auto_device_map
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .configuration_internvl import InternViTConfig, InternVLChatConfig, InternVLConfig, QLlamaConfig
-from .memory import ATTENTIONS, DEVICE_MAPS, DTYPES
-from .modeling_internvit import (
+from ..configuration_internvl import InternViTConfig, InternVLChatConfig, InternVLConfig, QLlamaConfig
+from ..modeling_internvit import (
     InternVisionModel,
     InternViTBackbone,
     InternViTForImageClassification,
     InternViTForSemanticSegmentation,
     activation_bytes_per_token,
 )
-from .modeling_internvl import InternVLModel
-from .modeling_internvl_chat import InternVLChatBaseModel, InternVLChatForConditionalGeneration
-from .modeling_qllama import QLlamaForCausalLM
+from ..modeling_internvl import InternVLModel
+from ..modeling_internvl_chat import InternVLChatBaseModel, InternVLChatForConditionalGeneration
+from ..modeling_qllama import QLlamaForCausalLM
+from .memory_command import ATTENTIONS, DEVICE_MAPS, DTYPES
 
 
 GIB = 1024**3

@@ -17,9 +17,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .broken_rows import BrokenRows
+from ..recipes import FUNNEL_STAGES as STAGES
+from .bad_rows import BrokenRows
 from .pair_rows import IMAGE_COLUMNS, add_size, caption_of, metadata_of, picture_of
-from .recipes import FUNNEL_STAGES as STAGES
 from .shards import find_shards, read_shards
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..processing_internvl import InternVLProcessor
-from .objectives import IGNORED
+from ...processing_internvl import InternVLProcessor
+from ..models.losses import IGNORED
 
 
 PADDINGS = ("max_length", "longest")

@@ -1,4 +1,4 @@
-"""Stage 3 of the default checkpoint: `python -m internvl.training.stage3_default --source DIR --output DIR [--resume]`.
+"""Stage 3 of the default checkpoint: `python -m internvl.reproduction.stage3 --source DIR --output DIR [--resume]`.
 
 Dialogue, in both configurations of InternVL-Chat: "queries_and_patches" (full) starts from stage 2's vision tower, QLLaMA and
 queries, "patches" (simple) from its vision tower alone. The decoder starts from nothing, so it learns together with the
@@ -25,13 +25,13 @@ from ..image_processing_internvl import InternVLImageProcessor
 from ..modeling_internvl import InternVLModel
 from ..modeling_internvl_chat import InternVLChatForConditionalGeneration
 from ..processing_internvl import InternVLProcessor
-from .default_phases import ATTENTION, Batch, Phase, SceneBatches, command_line, run_phase, write_run
-from .default_tower import PATCH_SIZE, VISION_CONFIG
-from .muon import muon_groups
-from .parameter_groups import train_parts
-from .scenes import TILE_SIZE, Scene, choose_questions, draw_scene, questions_about
-from .token_labels import TokenReader, token_labels
-from .tokenizer import build_tokenizer, tokenizer_corpus
+from ..synthetic.scenes import TILE_SIZE, Scene, choose_questions, draw_scene, questions_about
+from ..synthetic.tokenizer import build_tokenizer, tokenizer_corpus
+from ..training.models.dense_supervision import TokenReader, token_labels
+from ..training.models.parameter_groups import train_parts
+from ..training.optimizers import muon_groups
+from .phases import ATTENTION, Batch, Phase, SceneBatches, command_line, run_phase, write_run
+from .tower import PATCH_SIZE, VISION_CONFIG
 
 
 TEMPLATE = "internvl"

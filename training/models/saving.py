@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..configuration_internvl import InternVLConfig
-from ..modeling_internvl import InternVLModel
+from ...configuration_internvl import InternVLConfig
+from ...modeling_internvl import InternVLModel
 from .whole_folders import written_whole
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import AutoProcessor
 
-from ..image_loading_internvl import read_image
-from ..image_processing_internvl import InternVLImageProcessor
-from ..kinds import check_kind
+from ...image_loading_internvl import read_image
+from ...image_processing_internvl import InternVLImageProcessor
+from ...kinds import check_kind
 from .dialogues import DialogueEncoder, read_dialogue
 from .json_rows import JsonRows, Row
 from .texts import printable

@@ -23,11 +23,11 @@ from torch.utils.data import DataLoader, get_worker_info
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from ..image_loading_internvl import DEFAULT_BACKGROUND, Background, read_image, to_pil
-from ..image_processing_internvl import InternVLImageProcessor
-from ..processing_internvl import InternVLProcessor
-from .broken_rows import BrokenRows
-from .funnel import Funnel, MissingColumnError
+from ...image_loading_internvl import DEFAULT_BACKGROUND, Background, read_image, to_pil
+from ...image_processing_internvl import InternVLImageProcessor
+from ...processing_internvl import InternVLProcessor
+from .bad_rows import BrokenRows
+from .filters import Funnel, MissingColumnError
 from .pair_rows import IMAGE_COLUMNS, TEXT_COLUMNS, add_size, caption_of, metadata_of, picture_of
 from .shards import Row, find_shards, read_shards
 

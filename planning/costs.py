@@ -19,16 +19,14 @@ from transformers import PreTrainedModel
 
 from ..configuration_internvl import InternVLChatConfig, InternVLConfig
 from ..modeling_internvl_chat import InternVLChatForConditionalGeneration
-from ..planner import SIZES, TEXT_LENGTH
-from ..visibility_qllama import Readings
-from .cluster import DECODERS, Cluster
-from .parameter_groups import part_of
-from .pretraining import (
+from ..training.cluster import DECODERS, Cluster
+from ..training.models.parameter_groups import part_of
+from ..training.models.pretraining import (
     InternVLForContrastiveTraining,
     InternVLForGenerativeTraining,
     InternVLForRetrievalTraining,
 )
-from .recipes import (
+from ..training.recipes import (
     ContrastiveRecipe,
     DialogueRecipe,
     GenerativeRecipe,
@@ -39,6 +37,8 @@ from .recipes import (
     stage2,
     stage3,
 )
+from ..visibility_qllama import Readings
+from .memory import SIZES, TEXT_LENGTH
 
 
 GIGABYTE = 1e9

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..image_loading_internvl import read_image_size
-from ..image_processing_internvl import InternVLImageProcessor
-from .picture_files import is_path, picture_file
+from ...image_loading_internvl import read_image_size
+from ...image_processing_internvl import InternVLImageProcessor
+from .image_files import is_path, picture_file
 from .shards import FAULT_COLUMN, Row
 from .texts import check_text
 

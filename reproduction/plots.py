@@ -172,7 +172,7 @@ def plot_all(results: Mapping[str, Any], run: Path, output: Path) -> list[Path]:
     Returns:
         The pictures.
     """
-    from ..training.default_phases import LOG_FILE  # with it come the trainer, datasets and PEFT
+    from .phases import LOG_FILE  # with it come the trainer, datasets and PEFT
 
     logs = {
         path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(run.glob(f"*/{LOG_FILE}"))

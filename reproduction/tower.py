@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from .scenes import TILE_SIZE
+from ..synthetic.scenes import TILE_SIZE
 
 
 PATCH_SIZE = 28

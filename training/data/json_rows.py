@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .broken_rows import UnusableRowError
+from .bad_rows import UnusableRowError
 
 
 Row = dict[str, Any]

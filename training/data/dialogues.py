@@ -21,12 +21,12 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import DataCollatorWithFlattening
 
-from ..conversation_internvl import IMAGE_PLACEHOLDER
-from ..messages_internvl import IGNORED_LABEL, Message
-from ..processing_internvl import InternVLProcessor
-from .broken_rows import BrokenRows, UnusableRowError
+from ...conversation_internvl import IMAGE_PLACEHOLDER
+from ...messages_internvl import IGNORED_LABEL, Message
+from ...processing_internvl import InternVLProcessor
+from .bad_rows import BrokenRows, UnusableRowError
+from .image_files import is_path, picture_file
 from .json_rows import JsonRows, Row
-from .picture_files import is_path, picture_file
 from .texts import check_text
 
 

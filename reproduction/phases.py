@@ -16,10 +16,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from ..processing_internvl import InternVLProcessor
-from .checkpoints import LOG_FILE, WholeCheckpointTrainer
-from .muon import MuonWithAdamW
-from .scenes import LAYOUTS, Layout, Scene, sample_scene
-from .whole_folders import written_whole
+from ..synthetic.scenes import LAYOUTS, Layout, Scene, sample_scene
+from ..training.checkpoints import LOG_FILE, WholeCheckpointTrainer
+from ..training.models.whole_folders import written_whole
+from ..training.optimizers import MuonWithAdamW
 
 
 # On CPUs, plain matrix products in bfloat16 are twice as fast as the fused kernel at the lengths of these stages.

@@ -1,6 +1,6 @@
-"""The results page of a default run: `python -m internvl.evaluation.results RUN_DIR [--output DIR] [--ablation FILE] [--resume]`.
+"""The results page of a default run: `python -m internvl.reproduction.report RUN_DIR [--output DIR] [--ablation FILE] [--resume]`.
 
-RUN_DIR is what `python -m internvl.training.default_run` wrote. Every evaluation is run on the stages it is about and leaves
+RUN_DIR is what `python -m internvl.reproduction.run` wrote. Every evaluation is run on the stages it is about and leaves
 `parts/PART.json`; of these are made `results.json`, `results.md` (tables) and the plots. Stages that are not there are left out.
 """
 
@@ -14,15 +14,15 @@ from typing import Any
 
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
+from ..evaluation.captioning import evaluate_captioning
+from ..evaluation.dialogue import ask, held_out_questions
+from ..evaluation.linear_probe import evaluate_linear_probe
+from ..evaluation.retrieval import CUTS, evaluate_retrieval
+from ..evaluation.zero_shot import CLASSES, evaluate_zero_shot
 from ..modeling_internvl import MODES
-from ..training.captions import LANGUAGES
-from ..training.scenes import QUESTION_KINDS
-from .captioning import evaluate_captioning
-from .dialogue import ask, held_out_questions
-from .linear_probe import evaluate_linear_probe
+from ..synthetic.captions import LANGUAGES
+from ..synthetic.scenes import QUESTION_KINDS
 from .plots import mean_and_deviation, plot_all
-from .retrieval import CUTS, evaluate_retrieval
-from .zero_shot import CLASSES, evaluate_zero_shot
 
 
 @dataclass(frozen=True)
@@ -293,11 +293,11 @@ _TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 def main() -> None:
     """Evaluate a run from the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m internvl.evaluation.results", description="The results page of a default run."
+        prog="python -m internvl.reproduction.report", description="The results page of a default run."
     )
-    parser.add_argument("run", type=Path, help="folder that `python -m internvl.training.default_run` wrote")
+    parser.add_argument("run", type=Path, help="folder that `python -m internvl.reproduction.run` wrote")
     parser.add_argument("--output", type=Path, help="folder of the results (default: RUN/results)")
-    parser.add_argument("--ablation", type=Path, help="report of `python -m internvl.training.ablation`")
+    parser.add_argument("--ablation", type=Path, help="report of `python -m internvl.reproduction.ablation`")
     parser.add_argument("--resume", action="store_true", help="keep evaluations that are done")
     arguments = parser.parse_args()
     output = arguments.output or arguments.run / "results"

@@ -21,10 +21,11 @@ from torch import nn
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
-from ..configuration_internvl import InternVLConfig
-from ..modeling_internvl import InternVLOutput
+from ...configuration_internvl import InternVLConfig
+from ...modeling_internvl import InternVLOutput
+from .base import InternVLTrainingModel, Texts
 from .gradient_cache import in_chunks
-from .objectives import (
+from .losses import (
     IGNORED,
     current_gather,
     generation_loss,
@@ -34,7 +35,6 @@ from .objectives import (
     sigmoid_loss,
     unit,
 )
-from .training_model import InternVLTrainingModel, Texts
 
 
 OBJECTIVES = ("softmax", "sigmoid")

@@ -1,4 +1,4 @@
-"""The default checkpoint from nothing: `python -m internvl.training.default_run --output DIR [--resume]`.
+"""The default checkpoint from nothing: `python -m internvl.reproduction.run --output DIR [--resume]`.
 
 Runs stage 1, stage 2, stage 3 in both configurations, and the evaluation, each into a folder of its own, and puts together
 what is published: in "checkpoint" the full chat model, in its sub-folders "internvl_g" (InternVL-C and -G) and "internvit".
@@ -16,16 +16,18 @@ import torch
 from transformers import AutoProcessor
 from transformers.utils import logging
 
-from ..evaluation.results import Sizes, evaluate_run
 from ..modeling_internvl import InternVLModel
 from ..modeling_internvl_chat import InternVLChatForConditionalGeneration
-from . import stage1_default, stage2_default, stage3_default
-from .checkpoints import LOG_FILE, check_same_recipe, record_recipe
-from .default_phases import Phase, command_line
-from .stage1_default import Stage1Recipe
-from .stage2_default import Stage2Recipe
-from .stage3_default import CONNECTORS, Stage3Recipe
-from .whole_folders import recovered
+from ..training.checkpoints import LOG_FILE, check_same_recipe, record_recipe
+from ..training.models.whole_folders import recovered
+from . import stage1 as stage1_default
+from . import stage2 as stage2_default
+from . import stage3 as stage3_default
+from .phases import Phase, command_line
+from .report import Sizes, evaluate_run
+from .stage1 import Stage1Recipe
+from .stage2 import Stage2Recipe
+from .stage3 import CONNECTORS, Stage3Recipe
 
 
 logger = logging.get_logger(__name__)
@@ -133,12 +135,12 @@ def assemble(run: Path, output: Path) -> None:
     processor.image_processor.save_pretrained(output / "internvit")
     for file in output.glob("*/*.py"):  # transformers takes the code of sub-folders from the top
         file.replace(output / file.name)
-    logs = output / "training" / "logs"
+    logs = output / "reproduction" / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     for log in run.glob(f"*/{LOG_FILE}"):
         shutil.copy(log, logs / f"{log.parent.name}.json")
     if (run / "results").exists():
-        results = output / "evaluation" / "results"
+        results = output / "reproduction" / "results"
         shutil.copytree(run / "results", results, ignore=shutil.ignore_patterns("parts"), dirs_exist_ok=True)
 
 

@@ -1,9 +1,9 @@
-"""What each stage is worth: `python -m internvl.training.ablation --output DIR [--scale 0.1] [--seeds 3] [--resume]`.
+"""What each stage is worth: `python -m internvl.reproduction.ablation --output DIR [--scale 0.1] [--seeds 3] [--resume]`.
 
 At a share of the default run's steps, the full chat model is trained three times per seed: after all stages, without stage 1
 (stage 2 starts from an untrained vision tower and LLaMA) and without stage 2 (stage 3 starts from stage 1's and untrained
 queries). Each answers the same held-out questions, and the InternVL-C and -G it comes from find the same held-out pairs.
-`ablation.json` holds the reports by variant and seed; `python -m internvl.evaluation.results` draws them.
+`ablation.json` holds the reports by variant and seed; `python -m internvl.reproduction.report` draws them.
 """
 
 import json
@@ -13,10 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.results import evaluate_chat, mean_recalls
-from . import stage1_default, stage2_default, stage3_default
-from .default_phases import command_line
-from .default_run import DefaultRun, default_run, finish, scaled
+from . import stage1 as stage1_default
+from . import stage2 as stage2_default
+from . import stage3 as stage3_default
+from .phases import command_line
+from .report import evaluate_chat, mean_recalls
+from .run import DefaultRun, default_run, finish, scaled
 
 
 REPORT_FILE = "ablation.json"

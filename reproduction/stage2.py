@@ -1,4 +1,4 @@
-"""Stage 2 of the default checkpoint: `python -m internvl.training.stage2_default --stage1 DIR --output DIR [--resume]`.
+"""Stage 2 of the default checkpoint: `python -m internvl.reproduction.stage2 --stage1 DIR --output DIR [--resume]`.
 
 The LLaMA of stage 1 becomes QLLaMA: it gets queries that look at the picture, and with them learns to contrast (ITC), match
 (ITM) and describe (ITG) generated scenes in five languages. The vision tower is frozen. The first phase trains what is new,
@@ -16,17 +16,17 @@ import torch
 from transformers import set_seed
 
 from ..configuration_internvl import InternVLConfig
-from ..evaluation.features import embed_pictures, embed_texts, modes_of
+from ..evaluation.embeddings import embed_pictures, embed_texts, modes_of
 from ..evaluation.retrieval import held_out_scenes, recalls_both_ways
 from ..processing_internvl import InternVLProcessor
-from .captions import CAPTION_PROMPTS, LANGUAGES, PAIR_LAYOUTS, caption
-from .collators import GenerativeCollator
-from .default_phases import ATTENTION, Batch, Phase, SceneBatches, command_line, run_phase, write_run
-from .learning_curves import LearningCurve, LossParts
-from .muon import muon_groups
-from .parameter_groups import train_parts
-from .pretraining import InternVLForGenerativeTraining
-from .scenes import Layout, Scene, draw_scene
+from ..synthetic.captions import CAPTION_PROMPTS, LANGUAGES, PAIR_LAYOUTS, caption
+from ..synthetic.scenes import Layout, Scene, draw_scene
+from ..training.callbacks import LearningCurve, LossParts
+from ..training.data.collators import GenerativeCollator
+from ..training.models.parameter_groups import train_parts
+from ..training.models.pretraining import InternVLForGenerativeTraining
+from ..training.optimizers import muon_groups
+from .phases import ATTENTION, Batch, Phase, SceneBatches, command_line, run_phase, write_run
 
 
 NEW_PARTS = ("queries", "query_heads", "language_head", "temperature")

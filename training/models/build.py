@@ -20,25 +20,25 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..configuration_internvl import InternViTConfig, InternVLChatConfig, InternVLConfig
-from ..conversation_internvl import (
+from ...configuration_internvl import InternViTConfig, InternVLChatConfig, InternVLConfig
+from ...conversation_internvl import (
     IMAGE_CONTEXT_TOKEN,
     IMAGE_END_TOKEN,
     IMAGE_START_TOKEN,
     get_conversation_template,
 )
-from ..image_processing_internvl import InternVLImageProcessor
-from ..kinds import check_kind
-from ..modeling_internvl import InternVLModel
-from ..modeling_internvl_chat import InternVLChatForConditionalGeneration
-from ..processing_internvl import InternVLProcessor
+from ...image_processing_internvl import InternVLImageProcessor
+from ...kinds import check_kind
+from ...modeling_internvl import InternVLModel
+from ...modeling_internvl_chat import InternVLChatForConditionalGeneration
+from ...processing_internvl import InternVLProcessor
+from ..recipes import ContrastiveRecipe, DialogueRecipe, GenerativeRecipe, Recipe, RecipeType, RetrievalRecipe
 from .parameter_groups import part_of
 from .pretraining import (
     InternVLForContrastiveTraining,
     InternVLForGenerativeTraining,
     InternVLForRetrievalTraining,
 )
-from .recipes import ContrastiveRecipe, DialogueRecipe, GenerativeRecipe, Recipe, RecipeType, RetrievalRecipe
 
 
 logger = logging.get_logger(__name__)

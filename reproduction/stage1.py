@@ -1,4 +1,4 @@
-"""Stage 1 of the default checkpoint: `python -m internvl.training.stage1_default --output DIR [--resume]`.
+"""Stage 1 of the default checkpoint: `python -m internvl.reproduction.stage1 --output DIR [--resume]`.
 
 A tiny InternVL-C (InternViT and a plain LLaMA as text encoder) learns by contrast from generated scenes, each with a caption
 in every one of five languages: seeing a picture costs more than reading about it. As in the paper, patches of each picture are
@@ -23,15 +23,15 @@ from ..configuration_internvl import InternVLConfig
 from ..evaluation.zero_shot import CLASSES, accuracy, class_embeddings, labelled_pictures
 from ..image_processing_internvl import InternVLImageProcessor
 from ..processing_internvl import InternVLProcessor
-from .captions import LANGUAGES, PAIR_LAYOUTS, caption
-from .default_phases import ATTENTION, Batch, Phase, SceneBatches, command_line, run_phase, write_run
-from .default_tower import VISION_CONFIG, prepare_embeddings
-from .learning_curves import LearningCurve
-from .muon import muon_groups
-from .objectives import unit
-from .pretraining import InternVLForContrastiveTraining
-from .scenes import TILE_SIZE, Layout, draw_scene
-from .tokenizer import MULTILINGUAL_VOCABULARY_SIZE, build_tokenizer, caption_corpus
+from ..synthetic.captions import LANGUAGES, PAIR_LAYOUTS, caption
+from ..synthetic.scenes import TILE_SIZE, Layout, draw_scene
+from ..synthetic.tokenizer import MULTILINGUAL_VOCABULARY_SIZE, build_tokenizer, caption_corpus
+from ..training.callbacks import LearningCurve
+from ..training.models.losses import unit
+from ..training.models.pretraining import InternVLForContrastiveTraining
+from ..training.optimizers import muon_groups
+from .phases import ATTENTION, Batch, Phase, SceneBatches, command_line, run_phase, write_run
+from .tower import VISION_CONFIG, prepare_embeddings
 
 
 # Texts are a few words or many sentences: encoded together, four in five tokens would be padding.

@@ -1,4 +1,4 @@
-"""The bundled example pictures: `python -m internvl.evaluation.examples examples` writes them again.
+"""The bundled example pictures: `python -m internvl.synthetic.examples examples` writes them again.
 
 They come from the held-out stream, so the default checkpoint never saw them, nor the handwriting in them.
 `questions.json` lists the picture's file, the question and the right answer.
@@ -8,7 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ..training.scenes import (
+from .scenes import (
     LAYOUTS,
     Question,
     Scene,

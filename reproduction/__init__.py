@@ -1,0 +1,1 @@
+"""The bundled models: their run, ablation and report."""

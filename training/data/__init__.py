@@ -1,0 +1,1 @@
+"""What is trained on: pairs, dialogues, their checks and collators."""
