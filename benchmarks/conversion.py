@@ -25,9 +25,9 @@ import torch
 
 from internvl import InternVisionModel, InternViTConfig
 from internvl.conversion import convert
-from internvl.conversion.output.shards import write_shards
-from internvl.conversion.sources.source import open_file
-from internvl.conversion.tensors import LazyTensor, TensorReader
+from internvl.conversion.readers.opening import open_file
+from internvl.conversion.readers.tensors import LazyTensor, TensorReader
+from internvl.conversion.repository.shards import write_shards
 
 from .harness import memory_growth
 

@@ -101,8 +101,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("OUT is missing: name a folder to write, or look only with --dry-run")
     register()
     from .convert import convert
-    from .output.publish import create_repository, upload
     from .plan import plan_conversion
+    from .repository.publish import create_repository, upload
 
     inputs = {
         name: getattr(options, name)

@@ -9,17 +9,17 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .layouts.image_token import add_to_tokenizer
-from .output.model_card import write_card
-from .output.records import MANIFEST_FILE, hashes_of, in_manifest
-from .output.repository import write_json
-from .output.shards import write_shards
-from .output.target import complete_or_nothing, place_of
-from .output.tokenizer_files import check_tokenizer, copy_tokenizer, image_token_id_of, needed_image_tokens
+from .formats.image_token import add_to_tokenizer
 from .plan import INPUT_OPTIONS, Plan, name_dtypes, name_size, plan_conversion
-from .sources.damages import describing
-from .sources.source import open_file
-from .tensors import TensorReader
+from .readers.damages import describing
+from .readers.opening import open_file
+from .readers.tensors import TensorReader
+from .repository.card import write_card
+from .repository.code import write_json
+from .repository.records import MANIFEST_FILE, hashes_of, in_manifest
+from .repository.shards import write_shards
+from .repository.target import complete_or_nothing, place_of
+from .repository.tokenizer import check_tokenizer, copy_tokenizer, image_token_id_of, needed_image_tokens
 from .verify import Verification, compare_with_source
 
 
@@ -101,7 +101,7 @@ def _write_all_but_weights(folder: Path, plan: Plan, report: Callable[[str], Non
         settings = {**settings, "image_token_id": _image_token_id(plan.config, tokenizer, report)}
     content = replace(plan, settings=settings, config=layout.build_config(settings), tokenizer=tokenizer)
     plan.form.write(folder, content)
-    write_card(folder, layout, plan.source.folder, _facts(plan), plan.form.name)
+    write_card(folder, layout.name, layout.result, plan.source.folder, _facts(plan), plan.form.name)
 
 
 def _image_token_id(

@@ -10,28 +10,29 @@ import torch
 from transformers import PreTrainedModel
 
 from ..configuration_internlm2 import InternLM2Config
-from .content import Content
-from .edits import Draft, Edit, drop_blocks_above, resize_tower
-from .key_tables import DERIVED_BUFFERS
-from .layouts.hub_layouts import Layout
-from .layouts.image_token import adding_image_token
-from .layouts.llama_decoder import decoder_as_llama, internlm2_as_llama, llama_as_internlm2
-from .layouts.raw_layouts import RAW_LAYOUTS
-from .layouts.recognition import recognise
-from .output.forms import FORMS, NativeForm, OwnForm, form_of
-from .output.records import Record, new_record, read_records
-from .output.shards import cast
-from .output.tokenizer_files import has_tokenizer
-from .rules import Tensors, Translation, names_before, translate
-from .sources.adapters import merge_adapters
-from .sources.damages import describing
-from .sources.hub import find_source
-from .sources.links import check_links
-from .sources.llava_parts import complete_llava
-from .sources.raw_files import join_raw_files
-from .sources.source import Source, open_file, open_source
-from .tensors import LazyTensor, TensorReader, in_order_of_files
-from .verify import stored_state
+from .formats.content import Content
+from .formats.edits import Draft, Edit, drop_blocks_above, resize_tower
+from .formats.format import Layout
+from .formats.forms import FORMS, NativeForm, OwnForm, form_of
+from .formats.image_token import adding_image_token
+from .formats.key_tables import DERIVED_BUFFERS
+from .formats.llama_decoder import decoder_as_llama, internlm2_as_llama, llama_as_internlm2
+from .formats.llava_parts import complete_llava
+from .formats.raw_files import join_raw_files
+from .formats.raw_formats import RAW_LAYOUTS
+from .formats.recognition import recognise
+from .formats.rules import Translation, names_before, translate
+from .readers.adapters import merge_adapters
+from .readers.damages import describing
+from .readers.hub import find_source
+from .readers.links import check_links
+from .readers.opening import open_file, open_source
+from .readers.source import Source
+from .readers.tensors import LazyTensor, TensorReader, Tensors, in_order_of_files
+from .repository.records import Record, new_record, read_records
+from .repository.result import stored_state
+from .repository.shards import cast
+from .repository.tokenizer import has_tokenizer
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

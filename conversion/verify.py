@@ -4,19 +4,16 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from ..configuration_internvl import InternVLConfig
-from .rules import Tensors
-from .sources.source import open_file
-from .tensors import TensorReader
+from .readers.opening import open_file
+from .readers.tensors import TensorReader, Tensors
+from .repository.result import stored_state
 
 
 # Outputs may differ by rounding alone: a share of the largest recorded number, by type of the weights.
@@ -51,29 +48,6 @@ class Verification:
         if self.not_compared:
             lines.append(f"Not compared, as `forward` takes and gives no such names: {', '.join(self.not_compared)}.")
         return lines
-
-
-def auto_class_of(model_class: type[PreTrainedModel], auto_map: dict[str, str]) -> Any:
-    """The Auto class that gives a model class.
-
-    Args:
-        model_class: Class of the model.
-        auto_map: Auto class to `module.Class`, as in config.json.
-
-    Returns:
-        The Auto class; for a backbone the class itself, as `AutoBackbone` loads from the Hub alone, and from no folder.
-    """
-    name = next(auto for auto, place in auto_map.items() if place.rpartition(".")[2] == model_class.__name__)
-    return model_class if name == "AutoBackbone" else getattr(transformers, name)
-
-
-def stored_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Tensors of a model under the names in files, which transformers changes as it loads: there each expert of a mixture has its own.
-
-    Args:
-        model: Any model, also on the meta device.
-    """
-    return dict(revert_weight_conversion(model, model.state_dict()))
 
 
 def compare_with_source(

@@ -16,11 +16,11 @@ from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_imports
 
-from ..conversion.output.model_card import hub_id
-from ..conversion.output.published_files import own_contents
-from ..conversion.sources.checkpoint_files import is_plain, read_any_json, read_json
-from ..conversion.sources.foreign_settings import ATTENTION_KEYS
-from ..conversion.sources.links import hub_snapshot
+from ..conversion.formats.published_files import own_contents
+from ..conversion.readers.checkpoint_files import is_plain, read_any_json, read_json
+from ..conversion.readers.foreign_settings import ATTENTION_KEYS
+from ..conversion.readers.links import hub_snapshot
+from ..conversion.repository.card import hub_id
 
 
 CUSTOM_GENERATE = "custom_generate/generate.py"

@@ -16,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from internvl.conversion.output import tokenizer_files
+from internvl.conversion.repository import tokenizer as tokenizer_files
 
 from .test_source import ROOT, SHIPPED, dotted, found, nodes
 

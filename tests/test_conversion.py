@@ -24,9 +24,9 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer, GenerationConf
 from internvl.configuration_internvl import InternViTConfig, InternVLChatConfig, InternVLConfig
 from internvl.conversion import convert
 from internvl.conversion.__main__ import main
-from internvl.conversion.output import target
-from internvl.conversion.output.repository import code_files
-from internvl.conversion.sources.source import open_source
+from internvl.conversion.readers.opening import open_source
+from internvl.conversion.repository import target
+from internvl.conversion.repository.code import code_files
 from internvl.modeling_internvl import InternVLModel
 from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
 
@@ -713,7 +713,7 @@ def test_one_tensor_is_read_at_a_time(vit, tmp_path, monkeypatch):
     """No tensor but the one at hand is alive while another is read."""
     import weakref
 
-    from internvl.conversion import tensors as tensors_module
+    from internvl.conversion.readers import tensors as tensors_module
 
     alive, most = weakref.WeakSet(), 0
     read = tensors_module.TensorReader.__getitem__
@@ -731,7 +731,7 @@ def test_one_tensor_is_read_at_a_time(vit, tmp_path, monkeypatch):
 
 
 def test_files_are_the_same_whether_the_system_copies_or_not(vit, tmp_path, monkeypatch):
-    from internvl.conversion.output import shards
+    from internvl.conversion.repository import shards
 
     copied = []
     watched = SimpleNamespace(sendfile=lambda *places: copied.append(places) or os.sendfile(*places))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from internvl.conversion import convert
-from internvl.conversion.edits import Draft, drop_blocks_above
+from internvl.conversion.formats.edits import Draft, drop_blocks_above
 from internvl.conversion.plan import plan_conversion
 from internvl.image_processing_internvl import InternVLImageProcessor
 

@@ -21,7 +21,7 @@ from transformers import AutoModel
 
 from internvl.conversion import convert
 from internvl.conversion.__main__ import main
-from internvl.conversion.output.records import overlaid
+from internvl.conversion.repository.records import overlaid
 
 from . import tiny
 from .fixtures_published import (

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from internvl.conversion import convert
 from internvl.conversion.__main__ import main
-from internvl.conversion.key_tables import OWN_MODULES
+from internvl.conversion.readers.foreign_settings import OWN_MODULES
 
 from .fixtures_published import published, published_14b, published_chat
 

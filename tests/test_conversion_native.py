@@ -27,10 +27,10 @@ from transformers import InternVLConfig as NativeConfig
 from internvl.configuration_internvl import InternVLChatConfig
 from internvl.conversion import convert
 from internvl.conversion.__main__ import main
-from internvl.conversion.layouts.llama_decoder import INTERNLM2_AS_LLAMA
-from internvl.conversion.layouts.native_layout import native_obstacles
-from internvl.conversion.layouts.native_tables import NATIVE_RULES
-from internvl.conversion.rules import inverse
+from internvl.conversion.formats.llama_decoder import INTERNLM2_AS_LLAMA
+from internvl.conversion.formats.native_settings import native_obstacles
+from internvl.conversion.formats.native_tables import NATIVE_RULES
+from internvl.conversion.formats.rules import inverse
 from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
 
 from . import tiny

@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageClassification, AutoModelForSemanticSegmentation
 
 from internvl.conversion import convert
-from internvl.conversion.layouts.raw_layouts import RAW_LAYOUTS, TOWER_RAW
-from internvl.conversion.layouts.raw_towers import tower_settings
+from internvl.conversion.formats.raw_formats import RAW_LAYOUTS, TOWER_RAW
+from internvl.conversion.formats.raw_towers import tower_settings
+from internvl.conversion.formats.rules import inverse, translate
 from internvl.conversion.plan import plan_conversion
-from internvl.conversion.rules import inverse, translate
-from internvl.conversion.sources.source import Source, open_source
-from internvl.conversion.tensors import LazyTensor
+from internvl.conversion.readers.opening import open_source
+from internvl.conversion.readers.source import Source
+from internvl.conversion.readers.tensors import LazyTensor
 from internvl.modeling_internvit import InternViTBackbone
 
 from .fixtures_text import make_image

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from internvl.conversion.rules import Rule, inverse, rename, translate, within
-from internvl.conversion.tensors import LazyTensor, TensorReader, computed, in_order_of_files, stored
+from internvl.conversion.formats.rules import Rule, inverse, rename, translate, within
+from internvl.conversion.readers.tensors import LazyTensor, TensorReader, computed, in_order_of_files, stored
 
 
 def open_nothing(file, stack):

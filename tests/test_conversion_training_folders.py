@@ -21,8 +21,8 @@ from transformers import AutoModel
 
 from internvl.conversion import convert
 from internvl.conversion.__main__ import main
-from internvl.conversion.sources.source import open_file, open_source
-from internvl.conversion.tensors import TensorReader
+from internvl.conversion.readers.opening import open_file, open_source
+from internvl.conversion.readers.tensors import TensorReader
 
 from .fixtures_published import GOLDEN, published_chat
 from .tiny import vision_model

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from internvl.conversion.__main__ import main
 from internvl.conversion.convert import convert
-from internvl.conversion.output import publish
+from internvl.conversion.repository import publish
 from internvl.modeling_internvit import InternVisionModel
 
 from .fixtures_published import published, published_14b

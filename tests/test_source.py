@@ -23,7 +23,7 @@ SUBPACKAGES = [
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 # The only file that may touch `pickle`; what it does with it has a test of its own.
-RESTRICTED_UNPICKLER = ROOT / "conversion" / "sources" / "distributed_metadata.py"
+RESTRICTED_UNPICKLER = ROOT / "conversion" / "readers" / "distributed_metadata.py"
 SHIPPED = sorted(ROOT.glob("*.py")) + SUBPACKAGES
 ALLOWED_PACKAGES = {"torch", "transformers", "numpy", "PIL", "einops"} | set(sys.stdlib_module_names)
 TENSOR_FACTORIES = set("arange empty eye full linspace ones rand randint randn randperm tensor zeros".split())

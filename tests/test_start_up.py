@@ -9,7 +9,7 @@ import pytest
 
 import internvl
 from internvl.conversion import __main__ as conversion
-from internvl.conversion.output.forms import FORMS, OwnForm
+from internvl.conversion.formats.forms import FORMS, OwnForm
 from internvl.conversion.plan import DTYPES
 from internvl.planning import memory as planner
 from internvl.planning import memory_command as memory

@@ -9,7 +9,7 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer, pipeline
 
 import internvl
 from internvl.conversion.convert import convert
-from internvl.conversion.output.tokenizer_files import copy_tokenizer
+from internvl.conversion.repository.tokenizer import copy_tokenizer
 
 from . import engine_jobs
 from .fixtures_published import (

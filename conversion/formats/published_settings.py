@@ -1,0 +1,182 @@
+"""The published Hub layouts as a form to write: their configurations, and what they cannot express.
+
+The published code reads them, and engines those of chat models: vLLM has `InternVLChatModel` built in, llama.cpp's
+`convert_hf_to_gguf.py` splits one into decoder and tower. InternVL-C/G has no engine: neither knows QLLaMA, queries or attention pooling,
+so that its published form is for the published code alone. Names of tensors are those of this package.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ...configuration_internvl import InternViTConfig, InternVLChatConfig, InternVLConfig
+from .key_tables import MEANINGLESS_KEYS
+
+
+# --------------------------------------------------------------------------------------------------------------- config
+# What the published classes say of themselves.
+_VISION = {
+    "architectures": ["InternVisionModel"],
+    "auto_map": {
+        "AutoConfig": "configuration_intern_vit.InternVisionConfig",
+        "AutoModel": "modeling_intern_vit.InternVisionModel",
+    },
+    "model_type": "intern_vit_6b",
+    "use_flash_attn": True,
+}
+_INTERNLM2 = {
+    "auto_map": {
+        "AutoConfig": "configuration_internlm2.InternLM2Config",
+        "AutoModel": "modeling_internlm2.InternLM2ForCausalLM",
+        "AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM",
+    }
+}
+_CONTRASTIVE = {
+    "architectures": ["InternVLModel"],
+    "auto_map": {
+        "AutoConfig": "configuration_internvl.InternVLConfig",
+        "AutoModel": "modeling_internvl.InternVLModel",
+    },
+    "model_type": "internvl",
+    "use_backbone_lora": 0,
+    "use_qllama_lora": 0,
+}
+_CHAT = {
+    "architectures": ["InternVLChatModel"],
+    "auto_map": {
+        "AutoConfig": "configuration_internvl_chat.InternVLChatConfig",
+        "AutoModel": "modeling_internvl_chat.InternVLChatModel",
+        "AutoModelForCausalLM": "modeling_internvl_chat.InternVLChatModel",
+    },
+    "model_type": "internvl_chat",
+    "use_backbone_lora": 0,
+    "use_llm_lora": 0,
+}
+# Keys that only this package has; what they say is fixed in the published code, or in the tokenizer.
+_OWN_VISION_KEYS = (
+    "attn_pool_num_heads classifier_pooling clip_embed_dim feature_pyramid out_features out_indices semantic_loss_ignore_index "
+    "stage_names"
+).split()
+_OWN_CHAT_KEYS = "connector image_token_id mask_image_token_logit projector_type use_image_start_end".split()
+# Adapters are merged by any conversion.
+LORA_KEYS = ("use_backbone_lora", "use_llm_lora", "use_qllama_lora")
+# Keys of every configuration that say something even where they hold their default.
+_KEPT_DEFAULTS = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
+
+
+def spelled_out(config: PretrainedConfig) -> dict[str, Any]:
+    """All settings of a configuration, defaults of its class included, without those that every configuration has.
+
+    Args:
+        config: A configuration; nested ones are left out.
+    """
+    common = PretrainedConfig().to_dict()
+    return {
+        key: value
+        for key, value in config.to_dict().items()
+        if key not in (*MEANINGLESS_KEYS, *config.sub_configs)
+        and not key.startswith("_")
+        and not (key in common and key not in _KEPT_DEFAULTS and value == common[key])
+    }
+
+
+def _vision(config: InternViTConfig) -> dict[str, Any]:
+    settings = spelled_out(config)
+    return {
+        **_VISION,
+        **{key: value for key, value in settings.items() if key not in (*_OWN_VISION_KEYS, *_KEPT_DEFAULTS)},
+    }
+
+
+def _decoder(config: PretrainedConfig) -> dict[str, Any]:
+    """Of a language model, rotary positions as of old: `rope_theta` and `rope_scaling`."""
+    settings = spelled_out(config)
+    rope = settings.pop("rope_parameters", None)
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        rope = dict(rope)
+        kind = rope.pop("rope_type", rope.pop("type", "default"))
+        settings["rope_theta"] = rope.pop("rope_theta")
+        settings["rope_scaling"] = None if kind == "default" else {**rope, "type": kind}
+    elif rope is not None:
+        settings["rope_parameters"] = rope
+    if set(settings.get("layer_types") or ()) == {"full_attention"}:
+        settings.pop("layer_types")  # later than the published code
+    if config.model_type == "internlm2":
+        return {**_INTERNLM2, "architectures": ["InternLM2ForCausalLM"], **settings}
+    return {"architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)], **settings}
+
+
+def _contrastive(config: InternVLConfig) -> dict[str, Any]:
+    qllama = _decoder(config.qllama_config)
+    qllama.pop("vision_hidden_size")
+    return {
+        **_CONTRASTIVE,
+        **spelled_out(config),
+        "vision_config": _vision(config.vision_config),
+        "qllama_config": {**qllama, "architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+        "hidden_size": config.qllama_config.hidden_size,
+        # The published code takes them from here.
+        "num_query_token": config.qllama_config.num_query_token,
+        "cross_attention_frequency": config.qllama_config.cross_attention_frequency,
+        "model_type": _CONTRASTIVE["model_type"],
+    }
+
+
+def _chat(config: InternVLChatConfig) -> dict[str, Any]:
+    settings = {key: value for key, value in spelled_out(config).items() if key not in _OWN_CHAT_KEYS}
+    return {
+        **_CHAT,
+        **settings,
+        "vision_config": _vision(config.vision_config),
+        "llm_config": _decoder(config.text_config),
+        "hidden_size": config.text_config.hidden_size,
+        "model_type": _CHAT["model_type"],
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------- reasons
+def _no_obstacles(config: Any) -> list[str]:
+    return []
+
+
+def _contrastive_obstacles(config: InternVLConfig) -> list[str]:
+    if config.qllama_config.num_query_token:
+        return []
+    return ["it has no queries (InternVL-C, stage 1), which the published InternVL-14B always has"]
+
+
+def _chat_obstacles(config: InternVLChatConfig) -> list[str]:
+    reasons = {
+        f"`connector` is {config.connector!r}, and the published InternVL-Chat has no QLLaMA": config.connector
+        != "patches",
+        f"`projector_type` is {config.projector_type!r}, and the published projector begins with a LayerNorm": (
+            config.projector_type != "layer_norm_mlp"
+        ),
+        "pictures stand between no `<img>` and `</img>`, and in the published InternVL-Chat they do": (
+            not config.use_image_start_end
+        ),
+    }
+    return [reason for reason, is_true in reasons.items() if is_true]
+
+
+@dataclass(frozen=True)
+class PublishedKind:
+    """One published layout.
+
+    Args:
+        map_config: Its config.json, but for the type of the weights, from a configuration of this package.
+        obstacles: Why a model cannot be written so.
+    """
+
+    map_config: Callable[[Any], dict[str, Any]]
+    obstacles: Callable[[Any], list[str]]
+
+
+PUBLISHED_KINDS = {
+    "InternVisionModel": PublishedKind(_vision, _no_obstacles),
+    "InternVLModel": PublishedKind(_contrastive, _contrastive_obstacles),
+    "InternVLChatForConditionalGeneration": PublishedKind(_chat, _chat_obstacles),
+}

@@ -1,0 +1,9 @@
+"""What a written folder is made of.
+
+- result: the kinds of models
+- shards: the weights, written as they are read
+- code, processor, generation, card: code, processor, generation settings and README.md
+- tokenizer: the tokenizer, without remote code; sentencepiece_model: one made of a tokenizer.model
+- records: what makes the way back lossless
+- target: the folder itself, complete or not there; publish: the folder on the Hub
+"""
