@@ -1,7 +1,7 @@
 """QLLaMA, the language middleware of InternVL (paper section 3.2): a LLaMA that reads learned queries in front of the text and looks
 at the picture through cross-attention.
 
-Does: the five visibility patterns of visibility_qllama in one model, also mixed within a batch or within a row; rotary positions over
+Does: the five visibility patterns of attention_masks_qllama in one model, also mixed within a batch or within a row; rotary positions over
 queries then text; captioning with a KV cache. Does not: own the queries (`query_tokens` belongs to the model around it); rotary
 scaling.
 
@@ -38,7 +38,7 @@ from .layers_internvl import (
     next_token_loss,
     plan_without_cut_heads,
 )
-from .visibility_qllama import VISIBILITIES, Readings, mask_functions, rows_of, text_positions
+from .attention_masks_qllama import VISIBILITIES, Readings, mask_functions, rows_of, text_positions
 
 
 def rotary_angles(position_ids: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:

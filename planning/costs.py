@@ -37,7 +37,7 @@ from ..training.recipes import (
     stage2,
     stage3,
 )
-from ..visibility_qllama import Readings
+from ..attention_masks_qllama import Readings
 from .memory import SIZES, TEXT_LENGTH
 
 

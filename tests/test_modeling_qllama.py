@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GenerationMixin
 
-from internvl.visibility_qllama import Readings
+from internvl.attention_masks_qllama import Readings
 
 from . import reference, tiny
 

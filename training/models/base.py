@@ -13,7 +13,7 @@ from torch import nn
 
 from ...configuration_internvl import InternVLConfig
 from ...modeling_internvl import last_token_states
-from ...visibility_qllama import Readings
+from ...attention_masks_qllama import Readings
 from .gradient_cache import in_chunks
 from .losses import capped_scale, draw_hard_negatives, scaled_similarities, unit
 from .saving import SavedAsInternVLModel
