@@ -1,15 +1,15 @@
-"""Who sees whom in QLLaMA (paper section 3.2), queries (Q) first, then text (T); padding is never seen:
+"""Attention masks of QLLaMA (paper section 3.2). Queries (Q) stand before text (T); padding is never attended to.
 
-| pattern       | Q sees Q | Q sees T | T sees Q | T sees T |
-|---------------|----------|----------|----------|----------|
-| "image"       | all      | -        | -        | -        |
-| "text"        | -        | -        | -        | causal   |
-| "matching"    | all      | all      | all      | all      |
-| "contrastive" | all      | no       | no       | causal   |
-| "generation"  | all      | no       | all      | causal   |
+| attention mode | Q to Q | Q to T | T to Q | T to T |
+|----------------|--------|--------|--------|--------|
+| "image"        | all    | -      | -      | -      |
+| "text"         | -      | -      | -      | causal |
+| "matching"     | all    | all    | all    | all    |
+| "contrastive"  | all    | no     | no     | causal |
+| "generation"   | all    | no     | all    | causal |
 
-A row may hold several readings of its picture, each with a pattern and a text of its own. Queries that see no text are the same in
-every reading and stand there once. Shape letters as in modeling_internvit.
+A row may pack several passes over its image, each with its mode and its text. Queries that attend to no text are equal
+in every pass, so they stand in the row once. Shape letters as in modeling_internvit.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 
-VISIBILITIES = ("image", "text", "matching", "contrastive", "generation")
+ATTENTION_MODES = ("image", "text", "matching", "contrastive", "generation")
 
 MaskFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -30,35 +30,38 @@ def text_positions(attention_mask: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Readings:
-    """The readings of a picture that share a row: copies of the queries first, then the texts in the order of the readings.
+class PackedPasses:
+    """Passes over one image that share a row: copies of the queries first, then the texts in the order of the passes.
 
-    Every "matching" reading has a copy of its own, since its queries see its text. All others share the last copy.
+    Every "matching" pass needs its own copy, since its queries attend to its text. All other passes share the last
+    copy. So "matching", "contrastive" and "generation" (stage 2) are packed as
+
+        Q of matching | Q of both others | T of matching | T of contrastive | T of generation
 
     Args:
-        patterns: One per reading.
-        text_lengths: Positions of each reading's text, padding counted.
-        num_queries: M, queries of a reading.
+        modes: One per pass, of `ATTENTION_MODES`.
+        text_lengths: Positions of each pass's text, padding counted.
+        num_queries: M, queries of a pass.
     """
 
-    patterns: tuple[str, ...]
+    modes: tuple[str, ...]
     text_lengths: tuple[int, ...]
     num_queries: int
 
     def __post_init__(self) -> None:
-        if unknown := sorted(set(self.patterns) - set(VISIBILITIES)):
-            raise ValueError(f"`visibility` must be among {list(VISIBILITIES)}, got {unknown}.")
-        if any(length for pattern, length in zip(self.patterns, self.text_lengths, strict=True) if pattern == "image"):
-            raise ValueError('`visibility` "image" takes queries alone, but text was given.')
-        if self.num_queries and "text" in self.patterns:
-            raise ValueError('`visibility` "text" takes text alone, but queries were given.')
+        if unknown := sorted(set(self.modes) - set(ATTENTION_MODES)):
+            raise ValueError(f"`attention_mode` must be among {list(ATTENTION_MODES)}, got {unknown}.")
+        if any(length for mode, length in zip(self.modes, self.text_lengths, strict=True) if mode == "image"):
+            raise ValueError('`attention_mode` "image" takes queries alone, but text was given.')
+        if self.num_queries and "text" in self.modes:
+            raise ValueError('`attention_mode` "text" takes text alone, but queries were given.')
 
     @property
     def copies(self) -> list[int]:
-        """For each reading, which copy of the queries is its own."""
-        num_matching = self.patterns.count("matching")
-        own = iter(range(num_matching))
-        return [next(own) if pattern == "matching" else num_matching for pattern in self.patterns]
+        """Index of the copy of the queries that each pass uses."""
+        num_matching = self.modes.count("matching")
+        unshared = iter(range(num_matching))
+        return [next(unshared) if mode == "matching" else num_matching for mode in self.modes]
 
     @property
     def num_copies(self) -> int:
@@ -66,80 +69,85 @@ class Readings:
         return len(set(self.copies))
 
     def split(self, hidden_states: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(B, copies * M + texts, D) -> per reading its queries (B, M, D) and its text (B, L, D)."""
+        """(B, copies * M + texts, D) -> queries (B, M, D) and text (B, L, D) of each pass."""
         queries, texts = hidden_states.tensor_split([self.num_copies * self.num_queries], dim=1)
         copies = queries.split(self.num_queries, dim=1)
         parts = texts.split(list(self.text_lengths), dim=1)
         return [(copies[copy], text) for copy, text in zip(self.copies, parts, strict=True)]
 
     def position_ids(self, attention_mask: torch.Tensor) -> torch.Tensor:
-        """(B, copies * M + texts) of ones and zeros -> positions: every reading counts as if it were alone."""
-        masks = [torch.cat(reading, dim=1) for reading in self.split(attention_mask)]
+        """(B, copies * M + texts) of ones and zeros -> positions: every pass counts as if it were alone."""
+        masks = [torch.cat(parts, dim=1) for parts in self.split(attention_mask)]
         texts = [text_positions(mask)[:, self.num_queries :] for mask in masks]
         queries = torch.arange(self.num_queries, device=attention_mask.device).repeat(self.num_copies)
         return torch.cat([queries.expand(len(attention_mask), -1), *texts], dim=1)
 
     def blocks(self) -> torch.Tensor:
-        """(2, copies * M + texts): the block that each position belongs to, and the one it sees besides (if none, its own again).
+        """(2, copies * M + texts): each position's block, and the second block it attends to (its block if there is none).
 
-        In a block from 0 on all see all; in a negative one the text is causal.
+        Within a block numbered from 0 all positions attend to each other; within a negative block attention is causal.
+        A copy of the queries is block 0, 1...; a matching text joins its copy's block, any other text is block -1,
+        -2...
         """
-        own = [copy for copy in range(self.num_copies) for _ in range(self.num_queries)]
-        seen = list(own)
-        for number, (pattern, copy, length) in enumerate(
-            zip(self.patterns, self.copies, self.text_lengths, strict=True)
-        ):
-            block = copy if pattern == "matching" else -1 - number
-            own += [block] * length
-            seen += [block if pattern == "contrastive" else copy] * length
-        return torch.tensor([own, seen])
+        block = [copy for copy in range(self.num_copies) for _ in range(self.num_queries)]
+        also_seen = list(block)
+        for number, (mode, copy, length) in enumerate(zip(self.modes, self.copies, self.text_lengths, strict=True)):
+            text_block = copy if mode == "matching" else -1 - number
+            block += [text_block] * length
+            also_seen += [text_block if mode == "contrastive" else copy] * length
+        return torch.tensor([block, also_seen])
 
 
-def rows_of(
-    visibility: str | Sequence[str] | Readings | None, num_queries: int, batch: int, length: int
-) -> list[Readings]:
-    """The readings of all rows (a list of one) or of each row.
+def packed_passes(
+    attention_mode: str | Sequence[str] | PackedPasses | None, num_queries: int, batch: int, length: int
+) -> list[PackedPasses]:
+    """The passes packed in every row (a list of one) or in each row.
 
     Args:
-        visibility: As for `QLlamaModel.forward`.
+        attention_mode: As for `QLlamaModel.forward`.
         num_queries: Positions of queries, all copies together.
         batch: Rows.
         length: Positions, queries and text.
 
     Raises:
-        ValueError: If the patterns or their number do not fit.
+        ValueError: The modes or their number do not fit.
     """
     num_text = length - num_queries
-    if isinstance(visibility, Readings):
-        described = (visibility.num_copies * visibility.num_queries, sum(visibility.text_lengths))
+    if isinstance(attention_mode, PackedPasses):
+        described = (attention_mode.num_copies * attention_mode.num_queries, sum(attention_mode.text_lengths))
         if described != (num_queries, num_text):
             raise ValueError(
-                f"`visibility` describes {described[0]} queries and {described[1]} text positions, got {num_queries} and {num_text}: "
-                f"give {visibility.num_copies} copies of the queries and all texts."
+                f"`attention_mode` describes {described[0]} queries and {described[1]} text positions, got {num_queries} "
+                f"and {num_text}: give {attention_mode.num_copies} copies of the queries and all texts."
             )
-        return [visibility]
-    if visibility is None:
-        visibility = "text" if not num_queries else "generation" if num_text else "image"
-    patterns = [visibility] if isinstance(visibility, str) else visibility
-    if len(patterns) not in (1, batch):
-        raise ValueError(f"`visibility` must name one pattern, or one per row ({batch}), got {len(patterns)}.")
-    return [Readings((pattern,), (num_text,), num_queries) for pattern in patterns]
+        return [attention_mode]
+    if attention_mode is None:
+        attention_mode = "text" if not num_queries else "generation" if num_text else "image"
+    modes = [attention_mode] if isinstance(attention_mode, str) else attention_mode
+    if len(modes) not in (1, batch):
+        raise ValueError(f"`attention_mode` must name one mode, or one per row ({batch}), got {len(modes)}.")
+    return [PackedPasses((mode,), (num_text,), num_queries) for mode in modes]
 
 
-def mask_functions(rows: list[Readings], batch: int, device: torch.device) -> tuple[MaskFunction, MaskFunction]:
-    """What a causal mask gains and what it loses, for `create_causal_mask`: of row, head, query position and key position."""
-    blocks = torch.stack([readings.blocks() for readings in rows]).expand(batch, -1, -1)
-    own, seen = blocks.to(device, non_blocking=True).unbind(1)
-    last = own.shape[1] - 1
+def mask_functions(rows: list[PackedPasses], batch: int, device: torch.device) -> tuple[MaskFunction, MaskFunction]:
+    """The `or_mask_function` and the `and_mask_function` of `create_causal_mask` for packed rows.
 
-    def also_visible(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return (own[b, q] >= 0) & (own[b, q] == own[b, k.clamp(max=last)])
+    A causal mask lets a query position attend to every earlier key. The first function adds the later keys of blocks
+    in which all attend to all; the second then removes the keys of every block but the position's block and the second
+    one it attends to. Both take indices of row, head, query position and key position.
+    """
+    blocks = torch.stack([passes.blocks() for passes in rows]).expand(batch, -1, -1)
+    block, also_seen = blocks.to(device, non_blocking=True).unbind(1)
+    last = block.shape[1] - 1  # a static cache has keys behind it, whose index would leave `block`
 
-    def still_visible(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        block = own[b, k.clamp(max=last)]  # a static cache has room behind the last position
-        return (k <= last) & ((block == own[b, q]) | (block == seen[b, q]))
+    def is_added(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return (block[b, q] >= 0) & (block[b, q] == block[b, k.clamp(max=last)])
 
-    return also_visible, still_visible
+    def is_kept(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        key_block = block[b, k.clamp(max=last)]
+        return (k <= last) & ((key_block == block[b, q]) | (key_block == also_seen[b, q]))
+
+    return is_added, is_kept
 
 
-__all__ = ["VISIBILITIES", "MaskFunction", "Readings", "mask_functions", "rows_of", "text_positions"]
+__all__ = ["ATTENTION_MODES", "MaskFunction", "PackedPasses", "mask_functions", "packed_passes", "text_positions"]

@@ -346,7 +346,7 @@ class InternVLModel(InternVLPreTrainedModel):
             attention_mask=attention_mask,
             query_embeds=query_embeds,
             vision_hidden_states=tokens,
-            visibility="matching",
+            attention_mode="matching",
             use_cache=False,
             return_dict=True,
         )

@@ -1,12 +1,12 @@
 """QLLaMA, the language middleware of InternVL (paper section 3.2): a LLaMA that reads learned queries in front of the text and looks
 at the picture through cross-attention.
 
-Does: the five visibility patterns of attention_masks_qllama in one model, also mixed within a batch or within a row; rotary positions over
+Does: the five attention modes of attention_masks_qllama in one model, also mixed within a batch or within a row; rotary positions over
 queries then text; captioning with a KV cache. Does not: own the queries (`query_tokens` belongs to the model around it); rotary
 scaling.
 
 Cross-attention acts on the queries only, in the prefill only: a cached step holds no query. Its keys and values are computed once per
-picture, however many rows, readings or beams look at it. Rotary angles are computed per call in fp32, so there is no buffer that
+picture, however many rows, passes or beams look at it. Rotary angles are computed per call in fp32, so there is no buffer that
 loading could leave uninitialised. Shape letters as in modeling_internvit, P pictures; parameter names are those of the published
 checkpoints.
 """
@@ -30,15 +30,15 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attention_masks_qllama import ATTENTION_MODES, PackedPasses, mask_functions, packed_passes, text_positions
 from .configuration_internvl import QLlamaConfig
-from .keywords_internvl import refuse_unknown
+from .keywords_internvl import refuse_unknown, renamed_arguments
 from .layers_internvl import (
     InternVLRMSNorm,
     eager_attention_forward,
     next_token_loss,
     plan_without_cut_heads,
 )
-from .attention_masks_qllama import VISIBILITIES, Readings, mask_functions, rows_of, text_positions
 
 
 def rotary_angles(position_ids: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,9 +57,9 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def kernel_for_blocks(implementation: str) -> str:
-    """The kernel for the block patterns of a prefill with queries.
+    """The kernel for the block masks of a prefill with queries.
 
-    Flash kernels know causal and padded attention only, and a flex kernel would be compiled anew for every pattern: both leave these
+    Flash kernels know causal and padded attention only, and a flex kernel would be compiled anew for every mask: both leave these
     short prefills to sdpa. Decoding, text alone and queries alone stay with them.
     """
     return "sdpa" if "flash" in implementation or implementation == "flex_attention" else implementation
@@ -243,6 +243,7 @@ class QLlamaModel(QLlamaPreTrainedModel):
             # transformers warns of a plan that names parts which are not there.
             self._tp_plan = {name: how for name, how in self._tp_plan.items() if "cross_attn" not in name}
 
+    @renamed_arguments(visibility="attention_mode")
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -254,7 +255,7 @@ class QLlamaModel(QLlamaPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         query_embeds: torch.Tensor | None = None,
         vision_hidden_states: torch.Tensor | None = None,
-        visibility: str | Sequence[str] | Readings | None = None,
+        attention_mode: str | Sequence[str] | PackedPasses | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
@@ -271,7 +272,7 @@ class QLlamaModel(QLlamaPreTrainedModel):
             query_embeds: (B, M, D) learned queries, in the prefill.
             vision_hidden_states: (P, N, D_vision) picture features for the cross-attention, B a multiple of P: the first B / P rows
                 read the first picture.
-            visibility: One of `VISIBILITIES`, or one per row of the batch, or `Readings` that share each row. Default:
+            attention_mode: One of `ATTENTION_MODES`, or one per row of the batch, or the `PackedPasses` of each row. Default:
                 "generation" with queries and text, "image" with queries alone, "text" otherwise.
             use_cache: Whether to return a cache.
 
@@ -279,20 +280,20 @@ class QLlamaModel(QLlamaPreTrainedModel):
             `last_hidden_state` (B, M + L, D), `past_key_values`.
 
         Raises:
-            ValueError: Neither text nor queries, both kinds of text, an unknown or unfitting `visibility`, pictures that do not
+            ValueError: Neither text nor queries, both kinds of text, an unknown or unfitting `attention_mode`, pictures that do not
                 fit the rows, or an unknown keyword.
         """
         refuse_unknown(kwargs, "`QLlamaModel.forward`")
         hidden_states, num_queries = self._embed(input_ids, inputs_embeds, query_embeds)
         self._check_pictures(vision_hidden_states, len(hidden_states))
-        rows = rows_of(visibility, num_queries, *hidden_states.shape[:2])
+        rows = packed_passes(attention_mode, num_queries, *hidden_states.shape[:2])
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         attention_mask = self._over_queries(attention_mask, num_queries, hidden_states)
         if position_ids is None:
             position_ids = self._default_positions(attention_mask, past_key_values, hidden_states, rows[0])
         angles = rotary_angles(position_ids, self.config.head_dim, self.config.rope_parameters["rope_theta"])
-        is_causal = not {pattern for readings in rows for pattern in readings.patterns} <= {"image", "matching"}
+        is_causal = not {mode for passes in rows for mode in passes.modes} <= {"image", "matching"}
         mask = self._mask(hidden_states, attention_mask, past_key_values, position_ids, rows)
         for layer in self.layers:
             hidden_states = layer(
@@ -348,12 +349,12 @@ class QLlamaModel(QLlamaPreTrainedModel):
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None,
         hidden_states: torch.Tensor,
-        readings: Readings,
+        passes: PackedPasses,
     ) -> torch.Tensor:
         length = hidden_states.shape[1]
-        if len(readings.patterns) > 1:
+        if len(passes.modes) > 1:
             is_real = hidden_states.new_ones(hidden_states.shape[:2]) if attention_mask is None else attention_mask
-            return readings.position_ids(is_real)
+            return passes.position_ids(is_real)
         if attention_mask is not None and attention_mask.ndim == 2:
             return text_positions(attention_mask)[:, -length:]
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -365,11 +366,11 @@ class QLlamaModel(QLlamaPreTrainedModel):
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None,
         position_ids: torch.Tensor,
-        rows: list[Readings],
+        rows: list[PackedPasses],
     ) -> torch.Tensor | None:
         """The mask for the attention kernel in use, built from causal by adding and taking away."""
-        patterns = {readings.patterns for readings in rows}
-        if patterns == {("image",)} or (patterns == {("matching",)} and attention_mask is None):
+        modes = {passes.modes for passes in rows}
+        if modes == {("image",)} or (modes == {("matching",)} and attention_mask is None):
             return None
         arguments = {
             "config": self.config,
@@ -377,12 +378,12 @@ class QLlamaModel(QLlamaPreTrainedModel):
             "attention_mask": attention_mask,
             "past_key_values": past_key_values,
         }
-        if patterns == {("text",)} or not rows[0].num_queries:
+        if modes == {("text",)} or not rows[0].num_queries:
             return create_causal_mask(position_ids=position_ids, **arguments)
-        also_visible, still_visible = mask_functions(rows, len(hidden_states), hidden_states.device)
+        is_added, is_kept = mask_functions(rows, len(hidden_states), hidden_states.device)
         arguments["config"] = copy.copy(self.config)
         arguments["config"]._attn_implementation = kernel_for_blocks(self.config._attn_implementation)
-        return create_causal_mask(or_mask_function=also_visible, and_mask_function=still_visible, **arguments)
+        return create_causal_mask(or_mask_function=is_added, and_mask_function=is_kept, **arguments)
 
 
 class QLlamaTextEncoder(QLlamaPreTrainedModel):
@@ -411,6 +412,7 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @renamed_arguments(visibility="attention_mode")
     @can_return_tuple
     def forward(
         self,
@@ -421,7 +423,7 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         query_embeds: torch.Tensor | None = None,
         vision_hidden_states: torch.Tensor | None = None,
-        visibility: str | Sequence[str] | Readings | None = None,
+        attention_mode: str | Sequence[str] | PackedPasses | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -441,7 +443,7 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             query_embeds=query_embeds,
             vision_hidden_states=vision_hidden_states,
-            visibility=visibility,
+            attention_mode=attention_mode,
             use_cache=use_cache,
             **kwargs,
         )
@@ -491,4 +493,4 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
 
 
-__all__ = ["VISIBILITIES", "QLlamaForCausalLM", "QLlamaModel", "QLlamaPreTrainedModel", "QLlamaTextEncoder"]
+__all__ = ["ATTENTION_MODES", "QLlamaForCausalLM", "QLlamaModel", "QLlamaPreTrainedModel", "QLlamaTextEncoder"]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..attention_masks_qllama import PackedPasses
 from ..configuration_internvl import InternVLChatConfig, InternVLConfig
 from ..modeling_internvl_chat import InternVLChatForConditionalGeneration
 from ..training.cluster import DECODERS, Cluster
@@ -37,7 +38,6 @@ from ..training.recipes import (
     stage2,
     stage3,
 )
-from ..attention_masks_qllama import Readings
 from .memory import SIZES, TEXT_LENGTH
 
 
@@ -201,20 +201,20 @@ class Shapes:
         yield from self._texts()
         yield self._similarities(1 if self.recipe.objective == "softmax" else 0.5)
 
-    def _readings(self, *patterns: str) -> Iterator[Products]:
-        """One forward of QLLaMA that reads a picture so many times, and the heads behind it."""
-        readings = self._rows_of(*patterns)
-        num_queries = readings.num_copies * readings.num_queries
-        yield self._layers(num_queries + sum(readings.text_lengths), is_reached=True)
+    def _passes(self, *modes: str) -> Iterator[Products]:
+        """One forward of QLLaMA that reads an image so many times, and the heads behind it."""
+        passes = self._packed(*modes)
+        num_queries = passes.num_copies * passes.num_queries
+        yield self._layers(num_queries + sum(passes.text_lengths), is_reached=True)
         yield from self._cross_attention(num_queries)
         width = self.config.qllama_config.hidden_size
-        yield from self._pooling("clip_projector2", width, readings.num_queries, is_reached=True)
-        yield self._place(r"itm_head\.", patterns.count("matching") * readings.num_queries, is_reached=True)
+        yield from self._pooling("clip_projector2", width, passes.num_queries, is_reached=True)
+        yield self._place(r"itm_head\.", modes.count("matching") * passes.num_queries, is_reached=True)
 
-    def _rows_of(self, *patterns: str) -> Readings:
+    def _packed(self, *modes: str) -> PackedPasses:
         """A picture's row: "image", what the contrastive loss needs of it, has no text."""
-        lengths = tuple(0 if pattern == "image" else self.text_length for pattern in patterns)
-        return Readings(patterns, lengths, self.config.num_query_token)
+        lengths = tuple(0 if mode == "image" else self.text_length for mode in modes)
+        return PackedPasses(modes, lengths, self.config.num_query_token)
 
     def _draw_negatives(self) -> Iterator[Products]:
         """InternVL-C's similarities, without gradient."""
@@ -225,14 +225,14 @@ class Shapes:
     def _generative(self) -> Iterator[Products]:
         yield from self._texts()
         yield from self._draw_negatives()
-        yield from self._readings(*STAGE_2)
+        yield from self._passes(*STAGE_2)
         yield self._place(r"qllama\.lm_head", self.text_length, is_reached=True)
         yield self._similarities()
 
     def _retrieval(self) -> Iterator[Products]:
         yield from self._texts()
         yield from self._draw_negatives()
-        yield from self._readings(*RETRIEVAL)
+        yield from self._passes(*RETRIEVAL)
         width = self.config.vision_config.hidden_size
         yield from self._pooling("clip_projector", width, self.vision_length, is_reached=self.trains_vision)
         yield self._similarities(losses=2)
@@ -289,8 +289,8 @@ class Shapes:
             if "qllama" in self.phase.rates:
                 yield qllama, self.text_length
             if not isinstance(self.recipe, ContrastiveRecipe):
-                readings = self._rows_of(*(STAGE_2 if isinstance(self.recipe, GenerativeRecipe) else RETRIEVAL))
-                yield qllama, readings.num_copies * readings.num_queries + sum(readings.text_lengths)
+                passes = self._packed(*(STAGE_2 if isinstance(self.recipe, GenerativeRecipe) else RETRIEVAL))
+                yield qllama, passes.num_copies * passes.num_queries + sum(passes.text_lengths)
             return
         num_queries = 0 if qllama is None else qllama.num_query_token
         if num_queries and (self.trains_vision or "queries" in self.phase.rates):

@@ -1,10 +1,10 @@
-"""QLLaMA against a slow re-implementation: who sees whom, positions, padding, cache."""
+"""QLLaMA against a slow re-implementation: what attends to what, positions, padding, cache."""
 
 import pytest
 import torch
 from transformers import GenerationMixin
 
-from internvl.attention_masks_qllama import Readings
+from internvl.attention_masks_qllama import PackedPasses
 
 from . import reference, tiny
 
@@ -24,26 +24,26 @@ def inputs(batch: int = 1):
 
 
 @pytest.mark.parametrize("side", list(PADDING))
-@pytest.mark.parametrize("pattern", ["matching", "contrastive", "generation", "image", "text"])
+@pytest.mark.parametrize("mode", ["matching", "contrastive", "generation", "image", "text"])
 @torch.no_grad()
-def test_equals_the_slow_reference(pattern, side):
+def test_equals_the_slow_reference(mode, side):
     model = tiny.qllama_model().double()
     queries, picture, ids = inputs()
     queries, picture = queries.double(), picture.double()
     real = PADDING[side]
-    has_queries, has_text = pattern != "text", pattern != "image"
+    has_queries, has_text = mode != "text", mode != "image"
     outputs = model.model(
         input_ids=ids if has_text else None,
         attention_mask=torch.tensor([real]).long() if has_text else None,
         query_embeds=queries if has_queries else None,
         vision_hidden_states=picture if has_queries else None,
-        visibility=pattern,
+        attention_mode=mode,
     )
     rows = ([queries[0]] if has_queries else []) + ([model.model.embed_tokens(ids[0])] if has_text else [])
     x, count = torch.cat(rows), Q * has_queries
     real = [True] * count + real * has_text
     positions = [sum(real[: i + 1]) - 1 for i in range(len(real))]
-    seen = reference.visible(pattern if has_queries and has_text else "generation", count, len(x), real)
+    seen = reference.visible(mode if has_queries and has_text else "generation", count, len(x), real)
     for layer in model.model.layers:
         x = reference.qllama_layer(layer.state_dict(), x, picture[0], count, positions, seen, 4, 10000.0, 1e-6)
     x = reference.rms_norm(x, model.model.norm.weight, 1e-6)
@@ -54,29 +54,29 @@ def test_equals_the_slow_reference(pattern, side):
 
 
 @torch.no_grad()
-def test_patterns_mixed_within_a_batch_equal_one_by_one():
+def test_modes_mixed_within_a_batch_equal_one_by_one():
     model = tiny.qllama_model()
     queries, picture, ids = inputs(3)
     mask = torch.tensor([[1] * 6, [0] * 2 + [1] * 4, [1] * 3 + [0] * 3])
-    patterns = ["matching", "contrastive", "generation"]
+    modes = ["matching", "contrastive", "generation"]
     together = model.model(
-        input_ids=ids, attention_mask=mask, query_embeds=queries, vision_hidden_states=picture, visibility=patterns
+        input_ids=ids, attention_mask=mask, query_embeds=queries, vision_hidden_states=picture, attention_mode=modes
     ).last_hidden_state
-    for i, pattern in enumerate(patterns):
+    for i, mode in enumerate(modes):
         one = slice(i, i + 1)
         alone = model.model(
             input_ids=ids[one],
             attention_mask=mask[one],
             query_embeds=queries[one],
             vision_hidden_states=picture[one],
-            visibility=pattern,
+            attention_mode=mode,
         ).last_hidden_state
         kept = torch.cat([torch.ones(Q), mask[i]]).bool()
         torch.testing.assert_close(together[i][kept], alone[0][kept], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(together[0], together[2])
 
 
-READINGS = {
+PASSES = {
     "stage 2": ("matching", "contrastive", "generation"),
     "retrieval": ("matching", "matching", "contrastive"),
     "pictures without text": ("generation", "image", "matching"),
@@ -85,33 +85,33 @@ READINGS = {
 
 
 @pytest.mark.parametrize("with_mask", [True, False])
-@pytest.mark.parametrize("name", READINGS)
+@pytest.mark.parametrize("name", PASSES)
 @torch.no_grad()
-def test_readings_that_share_a_row_equal_readings_in_rows_of_their_own(name, with_mask):
-    model, patterns = tiny.qllama_model(), READINGS[name]
+def test_passes_packed_in_a_row_equal_passes_in_separate_rows(name, with_mask):
+    model, modes = tiny.qllama_model(), PASSES[name]
     queries, picture, _ = inputs(3)
-    texts = [tiny.text_ids(3, 0 if pattern == "image" else 4 + i, seed=i) for i, pattern in enumerate(patterns)]
+    texts = [tiny.text_ids(3, 0 if mode == "image" else 4 + i, seed=i) for i, mode in enumerate(modes)]
     masks = [torch.ones_like(ids) for ids in texts]
     if with_mask:
         for mask in masks:
             mask[1, :2], mask[2, -2:] = 0, 0
-    shared = Readings(patterns, tuple(ids.shape[1] for ids in texts), Q)
-    num_matching = patterns.count("matching")
+    shared = PackedPasses(modes, tuple(ids.shape[1] for ids in texts), Q)
+    num_matching = modes.count("matching")
     assert shared.num_copies == num_matching + 1  # queries that see no text stand there once
     together = model.model(
         input_ids=torch.cat(texts, dim=1),
         attention_mask=torch.cat(masks, dim=1) if with_mask else None,
         query_embeds=queries.repeat(1, shared.num_copies, 1),
         vision_hidden_states=picture,
-        visibility=shared,
+        attention_mode=shared,
     ).last_hidden_state
-    for pattern, ids, mask, found in zip(patterns, texts, masks, shared.split(together), strict=True):
+    for mode, ids, mask, found in zip(modes, texts, masks, shared.split(together), strict=True):
         alone = model.model(
-            input_ids=None if pattern == "image" else ids,
-            attention_mask=mask if with_mask and pattern != "image" else None,
+            input_ids=None if mode == "image" else ids,
+            attention_mask=mask if with_mask and mode != "image" else None,
             query_embeds=queries,
             vision_hidden_states=picture,
-            visibility=pattern,
+            attention_mode=mode,
         ).last_hidden_state
         torch.testing.assert_close(found[0], alone[:, :Q], atol=1e-5, rtol=1e-5)
         kept = mask.bool()
@@ -157,7 +157,7 @@ def test_contrastive_text_does_not_feel_the_picture_and_queries_do_not_feel_the_
             "input_ids": ids,
             "query_embeds": queries,
             "vision_hidden_states": picture,
-            "visibility": "contrastive",
+            "attention_mode": "contrastive",
         }
         return model.model(**{**arguments, **changes}).last_hidden_state[0]
 
@@ -166,7 +166,7 @@ def test_contrastive_text_does_not_feel_the_picture_and_queries_do_not_feel_the_
     torch.testing.assert_close(base[:Q], other_text[:Q])
     assert (base[:Q] - other_picture[:Q]).abs().max() > 1e-3
     assert (
-        run(visibility="generation")[Q:] - run(visibility="generation", vision_hidden_states=picture + 1)[Q:]
+        run(attention_mode="generation")[Q:] - run(attention_mode="generation", vision_hidden_states=picture + 1)[Q:]
     ).abs().max() > 1e-3
 
 
@@ -239,7 +239,7 @@ def test_a_fresh_cross_attention_leaves_the_llama_unchanged():
 
 
 @torch.no_grad()
-def test_flash_and_flex_leave_block_patterns_to_sdpa_and_keep_the_rest():
+def test_flash_and_flex_leave_block_masks_to_sdpa_and_keep_the_rest():
     """No flash kernel is at hand, so a kernel registered under such a name stands for it and records what reaches it."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -262,18 +262,18 @@ def test_flash_and_flex_leave_block_patterns_to_sdpa_and_keep_the_rest():
             attention  # the setter of the model would look for an installed flash package
         )
         got = {
-            pattern: model.model(
-                input_ids=ids, query_embeds=queries, vision_hidden_states=picture, visibility=pattern
+            mode: model.model(
+                input_ids=ids, query_embeds=queries, vision_hidden_states=picture, attention_mode=mode
             ).last_hidden_state
-            for pattern in ("contrastive", "generation")
+            for mode in ("contrastive", "generation")
         }
         blocks = list(lengths)
         got["image"] = model.model(query_embeds=queries, vision_hidden_states=picture).last_hidden_state
         got["text"] = model.model(input_ids=ids).last_hidden_state
         expected = expected or got
-    for pattern, value in got.items():
-        torch.testing.assert_close(value, expected[pattern], atol=1e-5, rtol=1e-5, msg=pattern)
-    assert set(blocks) == {Q}  # of the block patterns, the cross-attention alone
+    for mode, value in got.items():
+        torch.testing.assert_close(value, expected[mode], atol=1e-5, rtol=1e-5, msg=mode)
+    assert set(blocks) == {Q}  # of the block masks, the cross-attention alone
     assert {L, Q} <= set(lengths[len(blocks) :])  # text alone, queries alone
 
 
@@ -281,17 +281,17 @@ def test_flash_and_flex_leave_block_patterns_to_sdpa_and_keep_the_rest():
     ("arguments", "message"),
     [
         ({}, "Give `input_ids`, `inputs_embeds` or `query_embeds`"),
-        ({"input_ids": torch.ones(2, 3).long(), "visibility": "itm"}, r"must be among .*, got \['itm'\]"),
-        ({"input_ids": torch.ones(2, 3).long(), "visibility": "image"}, "takes queries alone"),
-        ({"input_ids": torch.ones(2, 3).long(), "visibility": ["text"] * 3}, r"one per row \(2\), got 3"),
+        ({"input_ids": torch.ones(2, 3).long(), "attention_mode": "itm"}, r"must be among .*, got \['itm'\]"),
+        ({"input_ids": torch.ones(2, 3).long(), "attention_mode": "image"}, "takes queries alone"),
+        ({"input_ids": torch.ones(2, 3).long(), "attention_mode": ["text"] * 3}, r"one per row \(2\), got 3"),
         ({"input_ids": torch.ones(2, 3).long(), "inputs_embeds": torch.ones(2, 3, 24)}, "only one of"),
-        ({"query_embeds": torch.ones(2, 5, 24), "visibility": "text"}, "takes text alone"),
+        ({"query_embeds": torch.ones(2, 5, 24), "attention_mode": "text"}, "takes text alone"),
         (
             {"query_embeds": torch.ones(3, 5, 24), "vision_hidden_states": torch.ones(2, 6, 32)},
             "got 3 rows for 2 pictures",
         ),
         (
-            {"query_embeds": torch.ones(2, 5, 24), "visibility": Readings(("image", "matching"), (0, 0), 5)},
+            {"query_embeds": torch.ones(2, 5, 24), "attention_mode": PackedPasses(("image", "matching"), (0, 0), 5)},
             "describes 10 queries and 0 text positions, got 5 and 0: give 2 copies",
         ),
     ],
@@ -304,3 +304,12 @@ def test_unfitting_input_is_refused(arguments, message):
 def test_scaled_rotary_positions_are_refused():
     with pytest.raises(ValueError, match="plain rotary positions"):
         tiny.qllama_model(rope_scaling={"type": "linear", "factor": 2.0})
+
+
+@torch.no_grad()
+def test_the_former_name_of_the_mode_is_read_with_a_warning():
+    model, arguments = tiny.qllama_model().model, {"input_ids": inputs()[2], "query_embeds": inputs()[0]}
+    expected = model(**arguments, attention_mode="contrastive").last_hidden_state
+    with pytest.warns(FutureWarning, match="`visibility` is now called `attention_mode`"):
+        found = model(**arguments, visibility="contrastive").last_hidden_state
+    assert torch.equal(found, expected)

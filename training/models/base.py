@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from ...attention_masks_qllama import PackedPasses
 from ...configuration_internvl import InternVLConfig
 from ...modeling_internvl import last_token_states
-from ...attention_masks_qllama import Readings
 from .gradient_cache import in_chunks
 from .losses import capped_scale, draw_hard_negatives, scaled_similarities, unit
 from .saving import SavedAsInternVLModel
@@ -133,27 +133,27 @@ class InternVLTrainingModel(SavedAsInternVLModel):
         """InternVL-C's embedding (B, E) of vision tokens, which a frozen tower may give in a narrower dtype."""
         return unit(self.clip_projector(tokens.to(self.clip_projector.norm1_q.weight.dtype)))
 
-    def _read(self, tokens: torch.Tensor, *readings: tuple[str, Texts]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """One forward of QLLaMA that reads every picture once per visibility pattern, all readings of a picture in one row.
+    def _read(self, tokens: torch.Tensor, *passes: tuple[str, Texts]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """One forward of QLLaMA that reads every image once per pass, all passes of an image packed in one row.
 
-        So the picture's keys and values are computed once, and queries that see no text once for all such readings.
+        So the image's keys and values are computed once, and queries that see no text once for all such passes.
 
         Args:
             tokens: (B, N, D_vision).
-            *readings: A pattern and the texts (B, L) it reads the pictures with.
+            *passes: An attention mode and the texts (B, L) that it reads with the images.
 
         Returns:
-            Per reading the hidden states of the queries (B, M, D) and of the text (B, L, D).
+            Per pass the hidden states of the queries (B, M, D) and of the text (B, L, D).
         """
-        patterns, texts = zip(*readings, strict=True)
+        modes, texts = zip(*passes, strict=True)
         lengths = tuple(part.ids.shape[1] for part in texts)
-        shared = Readings(patterns, lengths, self.query_tokens.shape[1])
+        shared = PackedPasses(modes, lengths, self.query_tokens.shape[1])
         hidden_states = self.qllama.model(
             input_ids=torch.cat([part.ids for part in texts], dim=1),
             attention_mask=torch.cat([part.mask for part in texts], dim=1),
             query_embeds=self.query_tokens.repeat(1, shared.num_copies, 1).expand(len(tokens), -1, -1),
             vision_hidden_states=tokens,
-            visibility=shared,
+            attention_mode=shared,
             use_cache=False,
             return_dict=True,
         ).last_hidden_state
@@ -164,20 +164,20 @@ class InternVLTrainingModel(SavedAsInternVLModel):
         return unit(in_chunks(self.get_text_features, self.rows_per_chunk, texts.ids, texts.mask))
 
     @staticmethod
-    def _contrastive_reading(texts: Texts, text_embeds: torch.Tensor | None) -> tuple[str, Texts]:
-        """The reading that the contrastive loss needs: of the queries alone where the texts' features are known."""
+    def _contrastive_pass(texts: Texts, text_embeds: torch.Tensor | None) -> tuple[str, Texts]:
+        """The pass that the contrastive loss needs: of the queries alone where the texts' features are known."""
         return ("contrastive", texts) if text_embeds is None else ("image", texts[:, :0])
 
     def _contrastive_embeds(
         self, queries: torch.Tensor, text: torch.Tensor, mask: torch.Tensor, text_embeds: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Unit vectors (B, E) of pictures and texts from what `_contrastive_reading` gave, or the known ones of the texts."""
+        """Unit vectors (B, E) of pictures and texts from what `_contrastive_pass` gave, or the known ones of the texts."""
         if text_embeds is None:
             text_embeds = unit(last_token_states(text, mask) @ self.text_projection)
         return unit(self.clip_projector2(queries)), text_embeds
 
     def _matching_logits(self, queries: torch.Tensor) -> torch.Tensor:
-        """(B, 2) of the reading "matching": the mean over the queries."""
+        """(B, 2) of the pass "matching": the mean over the queries."""
         return self.itm_head(queries).mean(dim=1)
 
     @torch.no_grad()

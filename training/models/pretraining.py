@@ -304,7 +304,7 @@ class InternVLForGenerativeTraining(InternVLTrainingModel):
         matching, contrastive, generation = self._read(
             tokens,
             ("matching", Texts(matching_ids, matching_mask)),
-            self._contrastive_reading(Texts(summarize_ids, summarize_mask), text_embeds),
+            self._contrastive_pass(Texts(summarize_ids, summarize_mask), text_embeds),
             ("generation", Texts(caption_ids, caption_mask)),
         )
         image_embeds, text_embeds = self._contrastive_embeds(*contrastive, summarize_mask, text_embeds)
@@ -392,7 +392,7 @@ class InternVLForRetrievalTraining(InternVLTrainingModel):
             tokens,
             ("matching", Texts(negative_ids, negative_mask)),
             ("matching", Texts(positive_ids, positive_mask)),
-            self._contrastive_reading(Texts(summarize_ids, summarize_mask), text_embeds),
+            self._contrastive_pass(Texts(summarize_ids, summarize_mask), text_embeds),
         )
         image_embeds, text_embeds = self._contrastive_embeds(*contrastive, summarize_mask, text_embeds)
         logits = (self._matching_logits(negative[0]), self._matching_logits(positive[0]))
