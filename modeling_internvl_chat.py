@@ -9,23 +9,20 @@ modeling_internvit.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     Cache,
     GenerationMixin,
-    LogitsProcessor,
-    LogitsProcessorList,
     PreTrainedModel,
 )
 from transformers import initialization as init
@@ -39,15 +36,11 @@ from transformers.modeling_outputs import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
+from .chat_helpers_internvl import ChatHelpersMixin
 from .configuration_internvl import InternVLChatConfig
-from .conversation_internvl import (
-    IMAGE_CONTEXT_TOKEN,
-    ConversationTemplate,
-    build_query,
-    get_conversation_template,
-    with_image_placeholder,
-)
+from .generation_internvl_chat import ImageGenerationMixin
 from .hub_internvl import HubModelMixin, OwnParameters
+from .image_placement_internvl import NO_IMAGE_TOKEN, PLACEHOLDERS_HINT, TILES_HINT, on_host, require
 from .keywords_internvl import refuse_unknown
 from .layers_internvl import next_token_loss, plan_without_cut_heads
 from .modeling_internlm2 import InternLM2ForCausalLM, InternLM2Model
@@ -58,21 +51,8 @@ from .modeling_qllama import QLlamaModel
 logger = logging.get_logger(__name__)
 
 IGNORED_LABEL = -100
-PLACEHOLDERS_HINT = (
-    "The number of image placeholders in the text differs from that of the image features. Pass the tiles of every picture in the text, "
-    "in order, and do not truncate the text. Run it uncompiled to see the numbers."
-)
 # Weights of a decoder's head, by the names of the published checkpoints.
 LANGUAGE_HEADS = ("language_model.lm_head.", "language_model.output.")
-TILES_HINT = "`num_patches` does not sum to the number of tiles in `pixel_values`."
-# Arguments of the published `generate`, by position.
-PUBLISHED_ORDER = ("pixel_values", "input_ids", "attention_mask", "visual_features", "generation_config")
-# What `generate` tells its own steps.
-SEARCH_STATE = ("prompt_length", "assistant_image_embeds", "is_assisted")
-NO_IMAGE_TOKEN = (
-    "`config.image_token_id` is not set, so pictures have no place in the text. Set it to the id of "
-    f"`{IMAGE_CONTEXT_TOKEN}` in the tokenizer, or convert the checkpoint with `--image-token-id`."
-)
 
 
 def pixel_shuffle(patches: torch.Tensor, ratio: float, version: str) -> torch.Tensor:
@@ -121,32 +101,6 @@ def _joined(parts: Sequence) -> Any:
     return tuple(_joined(layer) for layer in zip(*parts, strict=True))
 
 
-def on_host(number: torch.Tensor) -> int | torch.Tensor:
-    """The value of a single number; the tensor itself where there is none to read yet: in compiled or captured code, on the meta device."""
-    is_captured = number.is_cuda and torch.cuda.is_current_stream_capturing()
-    return number if torch.compiler.is_compiling() or number.is_meta or is_captured else int(number)
-
-
-def require(condition: bool | torch.Tensor, hint: str, message: Callable[[], str]) -> None:
-    """Stops unless `condition` holds.
-
-    A value of the host stops by a `ValueError` with `message()`, whatever device the model is on, and leaves the device as it was. A
-    tensor, of compiled or captured code, is asserted by the device, which prints `hint`; on CUDA no kernel runs in that process after.
-
-    Args:
-        condition: A boolean, or one as a tensor ().
-        hint: What was expected and what to do, less than 256 characters, without numbers of the batch.
-        message: The same with numbers.
-
-    Raises:
-        ValueError: It does not hold.
-    """
-    if isinstance(condition, torch.Tensor):
-        torch._assert_async(condition, hint)
-    elif not condition:
-        raise ValueError(message())
-
-
 def build_decoder(config: Any, has_head: bool) -> PreTrainedModel:
     """The language model of a decoder configuration, in the default dtype of the moment."""
     if config.model_type == "internlm2":
@@ -164,45 +118,6 @@ def build_decoder(config: Any, has_head: bool) -> PreTrainedModel:
 def is_for_vllm(config: Any) -> bool:
     """Whether vLLM builds the model around this decoder configuration: it has the attention that exists only inside vLLM."""
     return config._attn_implementation == "vllm"
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """The images of a call to `generate`, as in its arguments."""
-
-    pixel_values: torch.Tensor | None
-    image_flags: torch.Tensor | None
-    num_patches: torch.Tensor | None
-    visual_features: torch.Tensor | None
-
-    def __len__(self) -> int:
-        given: Any = self.pixel_values if self.visual_features is None else self.visual_features
-        return len(given)
-
-    def only(self, is_kept: list[bool]) -> "Tiles":
-        """Those of the tiles that are marked."""
-        given: Any = self.pixel_values if self.visual_features is None else self.visual_features
-        kept = given[torch.tensor(is_kept, device=given.device)]
-        is_pixels = self.visual_features is None
-        return Tiles(kept if is_pixels else None, self.image_flags, None, None if is_pixels else kept)
-
-
-class ImageTokenBlocker(LogitsProcessor):
-    """Keeps generation from emitting the image placeholder, which a later turn would take for a picture.
-
-    Greedy search only ever takes the best token, so there only rows where the placeholder is the best are touched; every other score
-    stays what the model said.
-    """
-
-    def __init__(self, image_token_id: int, is_greedy: bool) -> None:
-        self.image_token_id = image_token_id
-        self.is_greedy = is_greedy
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        blocked = torch.zeros_like(scores, dtype=torch.bool)
-        best = scores.argmax(dim=-1) == self.image_token_id
-        blocked[:, self.image_token_id] = best if self.is_greedy else True
-        return scores.masked_fill(blocked, -float("inf"))
 
 
 @dataclass
@@ -630,7 +545,9 @@ register_checkpoint_conversion_mapping(
 )
 
 
-class InternVLChatForConditionalGeneration(InternVLChatBaseModel, GenerationMixin):
+class InternVLChatForConditionalGeneration(
+    ChatHelpersMixin, ImageGenerationMixin, InternVLChatBaseModel, GenerationMixin
+):
     """InternVL-Chat; `config.connector` says what the decoder sees of a tile.
 
     `skips_unlabelled_logits` may be set on a model: training steps then compute the logits of positions with a label alone, which saves
@@ -663,16 +580,6 @@ class InternVLChatForConditionalGeneration(InternVLChatBaseModel, GenerationMixi
         view.__dict__.pop("forward", None)  # one that was put over this class's own
         view._modules = {**self._modules, "language_model": self.language_model.base_model}
         return view
-
-    @property
-    def template(self) -> str | None:
-        """Name of the conversation template."""
-        return self.config.template
-
-    @property
-    def conv_template(self) -> ConversationTemplate | None:
-        """The conversation template."""
-        return get_conversation_template(self.config.template) if self.config.template else None
 
     @can_return_tuple
     def forward(
@@ -797,366 +704,6 @@ class InternVLChatForConditionalGeneration(InternVLChatBaseModel, GenerationMixi
         if aux_loss is None:
             return loss
         return loss + self.config.text_config.router_aux_loss_coef * aux_loss.to(loss.device)
-
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: torch.Tensor | None = None,
-        generation_config: Any = None,
-        *published: Any,
-        pixel_values: torch.Tensor | None = None,
-        image_flags: torch.Tensor | None = None,
-        num_patches: torch.Tensor | None = None,
-        visual_features: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As in transformers: the prompt followed by the new tokens, or the new tokens alone after `inputs_embeds`.
-
-        Images are encoded once, before the search begins, whatever the number of beams or samples. With `past_key_values` of
-        earlier turns, images whose placeholders the cache covers are not encoded again; `pixel_values` may hold the tiles of all
-        turns or only the new ones. Drafts of assisted decoding (an assistant model, prompt lookup, generators of one's own) never hold
-        an image; an assistant that is an InternVL-Chat itself sees the images with its own tower.
-
-        The published positional call `generate(pixel_values, input_ids, attention_mask, visual_features)` is understood too.
-
-        Args:
-            inputs: (B, L), also as `input_ids`.
-            generation_config: A `GenerationConfig`.
-            *published: The rest of a published positional call.
-            pixel_values: As in `forward`.
-            image_flags: As in `forward`.
-            num_patches: As in `forward`.
-            visual_features: (tiles, num_image_token, D), what `extract_feature` gives, in place of `pixel_values`.
-            **kwargs: Everything else that `generate` of transformers takes; `inputs_embeds` (B, L, D) may hold embedded placeholders.
-
-        Raises:
-            ValueError: Placeholders and features differ in number, or the arguments do not go together.
-        """
-        if published or isinstance(generation_config, torch.Tensor) or _is_pixels(inputs):
-            named = dict(zip(PUBLISHED_ORDER, (inputs, generation_config, *published), strict=False))
-            given = {"pixel_values": pixel_values, "visual_features": visual_features, **kwargs}
-            return self.generate(image_flags=image_flags, num_patches=num_patches, **_merged(given, named))
-        inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
-        settings = generation_config or self.generation_config
-        chosen = {
-            key: kwargs.get(key, getattr(settings, key, None))
-            for key in ("do_sample", "num_beams", "prefill_chunk_size")
-        }
-        self._check_search(inputs, kwargs, settings)
-        if pixel_values is not None or visual_features is not None:
-            if chosen["prefill_chunk_size"]:
-                raise ValueError("`prefill_chunk_size` would cut pictures apart; leave it out where there are any.")
-            tiles = Tiles(pixel_values, image_flags, num_patches, visual_features)
-            kwargs |= self._with_images(inputs, tiles, kwargs)
-        if self.img_context_token_id is not None:
-            is_greedy = not chosen["do_sample"] and (chosen["num_beams"] or 1) == 1
-            blocker = ImageTokenBlocker(self.img_context_token_id, is_greedy)
-            kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), blocker])
-            kwargs["prompt_length"] = None if inputs is None else inputs.shape[1]
-        return super().generate(inputs, generation_config, **kwargs)
-
-    def _check_search(self, input_ids: torch.Tensor | None, kwargs: dict[str, Any], settings: Any) -> None:
-        """Refuses searches that transformers would break off without saying why."""
-        drafts = {
-            name: value
-            for name in ("assistant_early_exit", "assistant_model", "prompt_lookup_num_tokens")
-            if (value := kwargs.get(name, getattr(settings, name, None))) is not None
-        }
-        if "assistant_early_exit" in drafts:
-            raise ValueError(
-                "`assistant_early_exit` needs a model that is nothing but a decoder: draft by `assistant_model` or "
-                "`prompt_lookup_num_tokens` instead."
-            )
-        # Without ids, prompt lookup finds its drafts in the new tokens alone.
-        is_read_by_drafts = input_ids is not None or "assistant_model" in drafts
-        if drafts and kwargs.get("inputs_embeds") is not None and is_read_by_drafts:
-            raise ValueError(
-                f"`{next(iter(drafts))}` drafts from ids: pass the prompt as `input_ids`, without `inputs_embeds`."
-            )
-        negative = kwargs.get("negative_prompt_ids")
-        if negative is not None and bool((negative == self.img_context_token_id).any()):
-            raise ValueError(
-                "`negative_prompt_ids` is read as text, without the images: leave their placeholders out of it."
-            )
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.Tensor,
-        image_embeds: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        prompt_length: int | None = None,
-        assistant_image_embeds: torch.Tensor | None = None,
-        is_assisted: bool = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Passes the images on in the steps that may hold placeholders: all but those of one new token.
-
-        Behind the prompt a placeholder can only be part of a draft, copied from the prompt. It is never accepted, whatever it reads
-        as; so it reads as another token.
-        """
-        cache = kwargs.get("past_key_values")
-        reads_all = is_assisted and kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is None
-        if reads_all and cache is not None and (seen := int(cache.get_seq_length())):
-            # The first step of assisted decoding would read again what a cache of earlier turns holds.
-            kwargs["next_sequence_length"] = input_ids.shape[1] - seen
-        model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        ids = model_inputs.get("input_ids")
-        if ids is None or ids.shape[1] == 1:
-            return model_inputs
-        model_inputs["image_embeds"] = image_embeds
-        if prompt_length is not None and input_ids.shape[1] > prompt_length:
-            image_token = self.img_context_token_id
-            positions = torch.arange(input_ids.shape[1], device=ids.device)[-ids.shape[1] :]
-            is_draft = (ids == image_token) & (positions >= prompt_length)
-            model_inputs["input_ids"] = ids.masked_fill(is_draft, 0 if image_token else 1)
-        return model_inputs
-
-    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """As in transformers, which asks `prepare_inputs_for_generation` for its arguments; PEFT puts another in its place."""
-        super()._validate_model_kwargs({name: v for name, v in model_kwargs.items() if name not in SEARCH_STATE})
-
-    def _get_candidate_generator(self, *, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers; an assistant gets the images as it sees them, or none if it is a language model alone."""
-        model_kwargs["is_assisted"] = True  # of the search, which goes on with this dictionary
-        seen = model_kwargs.get("assistant_image_embeds")
-        ours = ("image_embeds", *SEARCH_STATE)
-        model_kwargs = {name: value for name, value in model_kwargs.items() if name not in ours}
-        if seen is not None:
-            model_kwargs["image_embeds"] = seen
-        return super()._get_candidate_generator(model_kwargs=model_kwargs, **kwargs)
-
-    def _with_images(self, input_ids: torch.Tensor | None, tiles: "Tiles", kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of the search that hold the images: embeddings with the images in place, or the features of each row."""
-        inputs_embeds = kwargs.get("inputs_embeds")
-        if inputs_embeds is not None:
-            is_image = self._image_positions(input_ids, None if input_ids is not None else inputs_embeds)
-            features = self._features_of(tiles)
-            return {"inputs_embeds": self._place(inputs_embeds, is_image, int(is_image.sum()), features)}
-        if input_ids is None:
-            raise ValueError(
-                "`generate` with images needs `input_ids` or `inputs_embeds` that hold their placeholders."
-            )
-        cache, assistant = kwargs.get("past_key_values"), kwargs.get("assistant_model")
-        found: dict[str, Any] = {"image_embeds": self._image_embeds_of_new_tiles(input_ids, tiles, cache)}
-        if isinstance(assistant, InternVLChatForConditionalGeneration) and tiles.pixel_values is not None:
-            if assistant.num_image_token != self.num_image_token:
-                raise ValueError(
-                    f"The `assistant_model` takes {assistant.num_image_token} positions for a tile, this model {self.num_image_token}: "
-                    "take an assistant that reads the same prompts, or a language model alone."
-                )
-            pixels = replace(tiles, visual_features=None)
-            found["assistant_image_embeds"] = assistant._image_embeds_of_new_tiles(input_ids, pixels, None)
-        return found
-
-    def _features_of(self, tiles: "Tiles") -> torch.Tensor | None:
-        if tiles.visual_features is not None:
-            return tiles.visual_features
-        return self._encode_tiles(tiles.pixel_values, tiles.image_flags, tiles.num_patches)
-
-    def _image_embeds_of_new_tiles(
-        self, input_ids: torch.Tensor, tiles: "Tiles", past_key_values: Cache | None
-    ) -> torch.Tensor | None:
-        """Features of the tiles that the cache does not cover: (B, most new placeholders of a row, D), padded with zeros.
-
-        Reads on the host how many placeholders each row has, once and before any work is queued."""
-        if self.img_context_token_id is None:
-            raise ValueError(NO_IMAGE_TOKEN)
-        is_image = input_ids == self.img_context_token_id
-        cached_length = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-        counts = torch.stack([is_image.sum(dim=1), is_image[:, :cached_length].sum(dim=1)])
-        found, cached = counts.tolist()
-        if cached_length:
-            all_tiles, old = ([count // self.num_image_token for count in row] for row in (found, cached))
-            if sum(all_tiles) == len(tiles):
-                tiles = tiles.only(
-                    [i >= known for all_, known in zip(all_tiles, old, strict=True) for i in range(all_)]
-                )
-        new = [all_ - known for all_, known in zip(found, cached, strict=True)]
-        features = self._features_of(tiles) if len(tiles) else None
-        num_features = 0 if features is None else features.shape[:-1].numel()
-        if sum(new) != num_features:
-            raise ValueError(self._mismatch(new, num_features))
-        if features is None:
-            return None
-        return pad_sequence(features.flatten(0, 1).split(new), batch_first=True)
-
-    # Published helpers; signatures as published.
-
-    def chat(
-        self,
-        tokenizer: Any,
-        pixel_values: torch.Tensor | None,
-        question: str,
-        generation_config: dict[str, Any],
-        history: list[tuple[str, str]] | None = None,
-        return_history: bool = False,
-        num_patches_list: list[int] | None = None,
-        IMG_START_TOKEN: str = "<img>",
-        IMG_END_TOKEN: str = "</img>",
-        IMG_CONTEXT_TOKEN: str = IMAGE_CONTEXT_TOKEN,
-        verbose: bool = False,
-    ) -> str | tuple[str, list[tuple[str, str]]]:
-        """One turn of a conversation in the checkpoint's published prompt form.
-
-        Args:
-            tokenizer: The checkpoint's tokenizer.
-            pixel_values: (tiles, 3, height, width) of all pictures of the conversation, or None.
-            question: What the user says, with one `<image>` per picture; without any, `<image>` and a line break are put first.
-            generation_config: Arguments of `generate` as a plain dictionary; may hold a `streamer`. Not changed.
-            history: (question, answer) of earlier turns. Not changed.
-            return_history: Whether to return the history with this turn appended as well.
-            num_patches_list: Tiles of each picture; None means all tiles are one picture.
-            IMG_START_TOKEN: Must be the token of the checkpoint.
-            IMG_END_TOKEN: Must be the token of the checkpoint.
-            IMG_CONTEXT_TOKEN: Must be the token of the checkpoint.
-            verbose: Whether to log prompt and answer.
-
-        Returns:
-            The answer, or `(answer, history)`.
-        """
-        _check_image_tokens(IMG_START_TOKEN, IMG_END_TOKEN)
-        if num_patches_list is None:
-            num_patches_list = [len(pixel_values)] if pixel_values is not None else []
-        if pixel_values is not None and len(pixel_values) != sum(num_patches_list):
-            raise ValueError(f"`num_patches_list` sums to {sum(num_patches_list)}, got {len(pixel_values)} tiles.")
-        query = self._build_query(question, history, num_patches_list)
-        answers = self._answer(tokenizer, pixel_values, query, generation_config, IMG_CONTEXT_TOKEN)
-        if verbose:
-            logger.info("%s %s", query, answers[0])
-        asked = with_image_placeholder(question, history, bool(num_patches_list))
-        return (answers[0], [*(history or []), (asked, answers[0])]) if return_history else answers[0]
-
-    def batch_chat(
-        self,
-        tokenizer: Any,
-        pixel_values: torch.Tensor | None,
-        questions: list[str],
-        generation_config: dict[str, Any],
-        num_patches_list: list[int] | list[list[int]] | None = None,
-        history: list[list[tuple[str, str]] | None] | None = None,
-        return_history: bool = False,
-        IMG_START_TOKEN: str = "<img>",
-        IMG_END_TOKEN: str = "</img>",
-        IMG_CONTEXT_TOKEN: str = IMAGE_CONTEXT_TOKEN,
-        verbose: bool = False,
-        image_counts: list[int] | None = None,
-    ) -> list[str] | tuple[list[str], list[list[tuple[str, str]]]]:
-        """One turn of several conversations at once.
-
-        Args:
-            tokenizer: As in `chat`.
-            pixel_values: The tiles of all conversations, in order.
-            questions: One per conversation.
-            generation_config: As in `chat`.
-            num_patches_list: Per conversation the tiles of its picture, or a list with the tiles of each of its pictures (an
-                empty list for none).
-            history: Per conversation its earlier turns or None; the published code takes none at all.
-            return_history: Whether to return the histories with this turn appended as well.
-            IMG_START_TOKEN: As in `chat`.
-            IMG_END_TOKEN: As in `chat`.
-            IMG_CONTEXT_TOKEN: As in `chat`.
-            verbose: Whether to log prompts and answers.
-            image_counts: Former name of `num_patches_list`.
-        """
-        _check_image_tokens(IMG_START_TOKEN, IMG_END_TOKEN)
-        counts: Any = image_counts if num_patches_list is None else num_patches_list
-        if counts is None:
-            counts = [[] for _ in questions] if pixel_values is None else [1] * len(questions)
-        tiles = [[entry] if isinstance(entry, int) else list(entry) for entry in counts]
-        histories = list(history) if history is not None else [None] * len(questions)
-        if not len(questions) == len(tiles) == len(histories):
-            raise ValueError(
-                f"`questions`, `num_patches_list` and `history` must be equally long, got {len(questions)}, {len(tiles)} and "
-                f"{len(histories)}."
-            )
-        num_tiles = 0 if pixel_values is None else len(pixel_values)
-        if num_tiles != sum(map(sum, tiles)):
-            raise ValueError(f"`num_patches_list` sums to {sum(map(sum, tiles))}, got {num_tiles} tiles.")
-        turns = list(zip(questions, histories, tiles, strict=True))
-        queries = [self._build_query(*turn) for turn in turns]
-        answers = self._answer(tokenizer, pixel_values, queries, generation_config, IMG_CONTEXT_TOKEN)
-        if verbose:
-            logger.info("%s %s", queries, answers)
-        if not return_history:
-            return answers
-        asked = [with_image_placeholder(question, past, bool(pictures)) for question, past, pictures in turns]
-        return answers, [
-            [*(past or []), (question, answer)]
-            for past, question, answer in zip(histories, asked, answers, strict=True)
-        ]
-
-    def _build_query(self, question: str, history: list[tuple[str, str]] | None, num_patches: list[int]) -> str:
-        if self.conv_template is None:
-            raise ValueError("`config.template` is not set; name one of `conversation_internvl` to use `chat`.")
-        return build_query(
-            self.conv_template,
-            question,
-            history,
-            num_patches,
-            self.num_image_token,
-            self.system_message,
-            self.config.use_image_start_end,
-        )
-
-    @contextmanager
-    def _placeholder_of(self, token: str, index: int) -> Iterator[None]:
-        """The id of the placeholder is that of the user's tokenizer, for this call; from then on where none was known."""
-        known = self._image_token_id
-        if self.img_context_token_id not in (None, index):
-            logger.warning_once(
-                f"The model's image placeholder has the id {self.img_context_token_id}, the tokenizer's `{token}` {index}: using the "
-                "tokenizer's."
-            )
-        is_new = self.img_context_token_id is None
-        self._image_token_id = index
-        try:
-            yield
-        finally:
-            if not is_new:
-                self._image_token_id = known
-
-    def _answer(
-        self,
-        tokenizer: Any,
-        pixel_values: torch.Tensor | None,
-        query: str | list[str],
-        generation_config: dict[str, Any],
-        image_token: str,
-    ) -> list[str]:
-        image_token_id = tokenizer.convert_tokens_to_ids(image_token)
-        is_batch = not isinstance(query, str)
-        encoded = tokenizer(query, return_tensors="pt", padding=is_batch, padding_side="left")
-        settings = dict(generation_config)
-        stop_id = tokenizer.convert_tokens_to_ids(self.conv_template.stop.strip())
-        if stop_id is not None and stop_id != getattr(tokenizer, "unk_token_id", None):
-            settings.setdefault("eos_token_id", stop_id)
-        input_ids = encoded["input_ids"].to(self.device)
-        with self._placeholder_of(image_token, image_token_id):
-            output = self.generate(
-                input_ids=input_ids,
-                pixel_values=pixel_values,
-                attention_mask=encoded["attention_mask"].to(self.device),
-                **settings,
-            )
-        texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
-        return [self.conv_template.cut_answer(text) for text in texts]
-
-
-def _is_pixels(inputs: torch.Tensor | None) -> bool:
-    return isinstance(inputs, torch.Tensor) and inputs.is_floating_point()
-
-
-def _merged(given: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
-    """Arguments given by name and by position, as one."""
-    named = {name: value for name, value in named.items() if value is not None}
-    if twice := sorted(name for name in named if given.get(name) is not None):
-        raise ValueError(f"`generate` got {', '.join(f'`{name}`' for name in twice)} by position and by name.")
-    return {**given, **named}
-
-
-def _check_image_tokens(start: str, end: str) -> None:
-    if (start, end) != ("<img>", "</img>"):
-        raise ValueError(f"Pictures stand between `<img>` and `</img>` in every release, got {start!r} and {end!r}.")
 
 
 __all__ = [

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from internvl.modeling_internvit import InternViTLayer
+from internvl.layers_internvit import InternViTLayer
 from internvl.modeling_qllama import QLlamaDecoderLayer, rotary_angles
 from internvl.planning.costs import (
     Cluster,

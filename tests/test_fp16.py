@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from internvl.configuration_internvl import InternViTConfig
+from internvl.layers_internvit import within_range
 from internvl.layers_internvl import eager_attention_forward
-from internvl.modeling_internvit import InternVisionModel, within_range
+from internvl.modeling_internvit import InternVisionModel
 
 from . import tiny
 

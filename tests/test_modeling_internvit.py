@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from internvl.configuration_internvl import InternViTConfig
-from internvl.modeling_internvit import InternViTBackbone, InternViTDropPath, InternViTMLP, resize_position_grid
+from internvl.layers_internvit import InternViTDropPath, InternViTMLP, resize_position_grid
+from internvl.modeling_internvit import InternViTBackbone
 
 from . import reference, tiny
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import DynamicCache
 
+from internvl.generation_internvl_chat import ImageTokenBlocker
 from internvl.modeling_internvl_chat import (
-    ImageTokenBlocker,
     InternVLChatBaseModel,
     InternVLChatForConditionalGeneration,
     pixel_shuffle,

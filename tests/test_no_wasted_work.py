@@ -15,7 +15,8 @@ from transformers import DynamicCache, StaticCache
 
 from internvl import modeling_internvl_chat
 from internvl.configuration_internvl import InternVLChatConfig
-from internvl.modeling_internvl_chat import PLACEHOLDERS_HINT, TILES_HINT, InternVLChatForConditionalGeneration
+from internvl.image_placement_internvl import PLACEHOLDERS_HINT, TILES_HINT
+from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
 
 from . import tiny
 from .live_bytes import LiveBytes

@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSemanticSegmentation
 
 from internvl.configuration_internvl import InternViTConfig
+from internvl.layers_internvit import resize_patch_kernel
 from internvl.modeling_internvit import (
     InternVisionModel,
     InternViTBackbone,
     InternViTForImageClassification,
     InternViTForSemanticSegmentation,
-    resize_patch_kernel,
 )
 
 from . import tiny

@@ -6,7 +6,7 @@ from math import isqrt
 from typing import Any
 
 from ...configuration_internvl import InternViTConfig, InternVLChatConfig
-from ...modeling_internvit import resize_patch_kernel, resize_position_grid
+from ...layers_internvit import resize_patch_kernel, resize_position_grid
 from ..readers.tensors import Tensors, computed
 
 
