@@ -1,0 +1,62 @@
+"""Folders written by the code of commit a090a6c (`old_folders/write.py`) and calls written for it keep working.
+
+With the package installed its classes are used, without it the code in the folders; both give the outputs recorded then.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import warnings
+from pathlib import Path
+
+import pytest
+
+from internvl.moved import MOVED
+
+from .old_folders.run_folder import run
+
+
+OLD = Path(__file__).parent / "old_folders"
+TOLERANCE = 2e-4  # outputs are recorded with four decimals
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("old")
+    with tarfile.open(OLD / "a090a6c.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def assert_same(found: dict, folders: Path) -> None:
+    recorded = json.loads((folders / "outputs.json").read_text())
+    assert recorded["chat"]["answer"] != recorded["adapter"]["answer"]
+    for part, outputs in recorded.items():
+        for name, value in outputs.items():
+            where = f"{part}, {name}"
+            if isinstance(value, list) and any(isinstance(item, float) for item in value):
+                assert found[part][name] == pytest.approx(value, abs=TOLERANCE), where
+            else:
+                assert found[part][name] == value, where
+
+
+def test_the_installed_package_gives_the_outputs_of_then(folders):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* is now called ", FutureWarning)
+        found = run(folders, is_installed=True)
+    assert all(module.startswith("internvl.") for module in found["code"])
+    assert_same(found, folders)
+
+
+def test_a_folder_alone_gives_the_outputs_of_then(folders, tmp_path):
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", OLD / "run_folder.py", folders]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert all(module.startswith("transformers_modules.") for module in found["code"])
+    assert_same(found, folders)
