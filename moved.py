@@ -1,6 +1,6 @@
-"""Old names of modules that moved: importing one gives the module under its new name, with one warning.
+"""Old names of modules: importing one gives the module under its new name, with one warning.
 
-`python -m internvl.OLD` runs the new one as well.
+`python -m internvl.OLD` runs the new one as well. A module that has no successor raises an `ImportError` that says what to use.
 """
 
 import importlib
@@ -16,6 +16,44 @@ from typing import Any
 
 # Old name: new name, both without `internvl.`.
 MOVED = {
+    "conversion.content": "conversion.formats.content",
+    "conversion.edits": "conversion.formats.edits",
+    "conversion.key_tables": "conversion.formats.key_tables",
+    "conversion.layouts": "conversion.formats",
+    "conversion.layouts.hub_layouts": "conversion.formats.hub_formats",
+    "conversion.layouts.image_token": "conversion.formats.image_token",
+    "conversion.layouts.llama_decoder": "conversion.formats.llama_decoder",
+    "conversion.layouts.llava_layouts": "conversion.formats.llava_formats",
+    "conversion.layouts.native_layout": "conversion.formats.native_settings",
+    "conversion.layouts.native_tables": "conversion.formats.native_tables",
+    "conversion.layouts.raw_layouts": "conversion.formats.raw_formats",
+    "conversion.layouts.raw_towers": "conversion.formats.raw_towers",
+    "conversion.layouts.recognition": "conversion.formats.recognition",
+    "conversion.output": "conversion.repository",
+    "conversion.output.forms": "conversion.formats.forms",
+    "conversion.output.model_card": "conversion.repository.card",
+    "conversion.output.native_files": "conversion.formats.native_files",
+    "conversion.output.publish": "conversion.repository.publish",
+    "conversion.output.published_files": "conversion.formats.published_files",
+    "conversion.output.published_layout": "conversion.formats.published_settings",
+    "conversion.output.records": "conversion.repository.records",
+    "conversion.output.repository": "conversion.repository.processor",
+    "conversion.output.sentencepiece_model": "conversion.repository.sentencepiece_model",
+    "conversion.output.shards": "conversion.repository.shards",
+    "conversion.output.tokenizer_files": "conversion.repository.tokenizer",
+    "conversion.rules": "conversion.formats.rules",
+    "conversion.sources": "conversion.readers",
+    "conversion.sources.adapters": "conversion.readers.adapters",
+    "conversion.sources.checkpoint_files": "conversion.readers.checkpoint_files",
+    "conversion.sources.distributed_checkpoints": "conversion.readers.distributed_checkpoints",
+    "conversion.sources.distributed_metadata": "conversion.readers.distributed_metadata",
+    "conversion.sources.llava_parts": "conversion.formats.llava_parts",
+    "conversion.sources.raw_files": "conversion.formats.raw_files",
+    "conversion.sources.source": "conversion.readers.opening",
+    "conversion.sources.training_folders": "conversion.readers.training_folders",
+    "conversion.sources.zero_checkpoints": "conversion.readers.zero_checkpoints",
+    "conversion.sources.zero_files": "conversion.readers.zero_files",
+    "conversion.tensors": "conversion.readers.tensors",
     "evaluation.examples": "synthetic.examples",
     "evaluation.features": "evaluation.embeddings",
     "evaluation.plots": "reproduction.plots",
@@ -57,20 +95,36 @@ MOVED = {
     "training.training_model": "training.models.base",
     "training.validation": "training.data.validate",
     "training.whole_folders": "training.models.whole_folders",
+    "visibility_qllama": "attention_masks_qllama",
 }
 
 
+# Old names of packages; their modules warn.
+PACKAGES = ("conversion.layouts", "conversion.output", "conversion.sources")
+# Modules without a successor, and what to use instead.
+REMOVED: dict[str, str] = {}
+
+
 class MovedModules:
-    """Finds a moved module by its old name (an entry of `sys.meta_path`, asked after all others)."""
+    """Finds a moved module by its old name.
+
+    An entry of `sys.meta_path` that is asked before all others: in a package that is known under two names, they would load a
+    module a second time.
+    """
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         """Return the spec of the old name, None for every other name."""
         package, _, old = name.partition(".")
-        if package != __package__ or old not in MOVED:
+        if package != __package__:
+            return None
+        if old in REMOVED:
+            raise ModuleNotFoundError(f"{name} is gone: {REMOVED[old]}", name=name)
+        if old not in MOVED:
             return None
         new = f"{package}.{MOVED[old]}"
-        warnings.warn(f"{name} is now {new}.", FutureWarning, stacklevel=2)
+        if old not in PACKAGES:
+            warnings.warn(f"{name} is now {new}.", FutureWarning, stacklevel=2)
         # What `python -m` runs takes its relative imports from the name in the spec.
         is_run = sys.argv[:1] == ["-m"] and name in sys.orig_argv
         return ModuleSpec(new if is_run else name, _Alias(new))
@@ -100,7 +154,7 @@ class _Alias(Loader):
 def install() -> None:
     """Make old names importable."""
     if MovedModules not in sys.meta_path:
-        sys.meta_path.append(MovedModules)  # type: ignore[arg-type]
+        sys.meta_path.insert(0, MovedModules)  # type: ignore[arg-type]
 
 
-__all__ = ["MOVED", "install"]
+__all__ = ["MOVED", "PACKAGES", "REMOVED", "install"]

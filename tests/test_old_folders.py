@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from internvl.moved import MOVED
+from internvl.moved import MOVED, PACKAGES, REMOVED
 
 from .old_folders.run_folder import run
 
 
-OLD = Path(__file__).parent / "old_folders"
+ROOT = Path(__file__).resolve().parents[1]
+OLD = ROOT / "tests" / "old_folders"
 TOLERANCE = 2e-4  # outputs are recorded with four decimals
 
 
@@ -60,3 +61,37 @@ def test_a_folder_alone_gives_the_outputs_of_then(folders, tmp_path):
     found = json.loads(done.stdout.splitlines()[-1])
     assert all(module.startswith("transformers_modules.") for module in found["code"])
     assert_same(found, folders)
+
+
+MODULES = (OLD / "modules.txt").read_text().split()  # of a090a6c, without `internvl.`
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_of_then_is_importable_or_says_what_to_use(name):
+    if name in REMOVED:
+        with pytest.raises(ImportError, match="is gone: "):
+            importlib.import_module(f"internvl.{name}")
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        assert importlib.import_module(f"internvl.{name}")
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_a_moved_module_is_one_module_with_one_warning(old):
+    sys.modules.pop(f"internvl.{old}", None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", FutureWarning)
+        found = importlib.import_module(f"internvl.{old}")
+    said = [str(warning.message) for warning in caught if "internvl." in str(warning.message)]
+    assert said == ([] if old in PACKAGES else [f"internvl.{old} is now internvl.{MOVED[old]}."])
+    assert found is importlib.import_module(f"internvl.{MOVED[old]}")
+    assert not (ROOT / f"{old.replace('.', '/')}.py").exists()
+
+
+def test_a_moved_module_runs_under_its_old_name():
+    command = [sys.executable, "-m", "internvl.evaluation.results", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "usage:" in done.stdout
+    assert "internvl.evaluation.results is now internvl.reproduction.report" in done.stderr
