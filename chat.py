@@ -1,7 +1,7 @@
-"""Talk to a checkpoint: `python -m internvl.chat [IMAGE...] [--ask TEXT] [--model DIR]`.
+"""Chats with a checkpoint: `python -m internvl.chat [IMAGE...] [--ask TEXT] [--model DIR]`.
 
-With `--ask` one answer is streamed to standard output; without it, a conversation goes on until an empty line. Images are encoded in
-the turn that brings them and never again, and what was generated is kept as ids: no turn tokenizes the answers of earlier ones.
+With `--ask` one answer is streamed to standard output; without it, a conversation goes on until an empty line. Images
+are encoded only in the turn that adds them, and generated ids are kept, so that no turn tokenizes earlier answers.
 """
 
 import argparse
@@ -17,17 +17,17 @@ from .kinds import MODEL_TYPES, WORDS, check_kind, wrong_kind
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent
 
 
-# transformers is imported where a model is needed, so that `--help` and wrong arguments do not wait for it.
+# transformers is imported where a model is needed, so that `--help` and argument errors do not wait for it.
 class Conversation:
-    """A dialogue with a model, its ids and key-value cache kept from turn to turn.
+    """A dialogue with a model that keeps its ids and key-value cache between turns.
 
     Args:
         model: Folder or Hub name of a chat checkpoint.
-        max_new_tokens: Longest answer.
-        max_num: Most tiles of an image; None takes the checkpoint's.
+        max_new_tokens: Maximum length of an answer in tokens.
+        max_num: Maximum number of tiles per image; None keeps the checkpoint's.
 
     Raises:
-        ValueError: If this is no chat checkpoint.
+        ValueError: If it is not a chat checkpoint.
     """
 
     def __init__(self, model: str | Path, max_new_tokens: int = 256, max_num: int | None = None) -> None:
@@ -41,18 +41,18 @@ class Conversation:
         self.restart()
 
     def restart(self) -> None:
-        """Forgets everything said and shown."""
+        """Forgets all messages and images."""
         self.messages: list[dict[str, Any]] = []
-        self.ids: Any = None  # (L,): all that was read and written; None where the messages were not read yet
-        self.cache: Any = None  # of all of `ids` but the last
+        self.ids: Any = None  # (L,), the dialogue so far; None if `messages` must be encoded anew
+        self.cache: Any = None  # covers `ids[:-1]`
 
     def ask(self, question: str, images: list[str] | None = None, stream: bool = False) -> str:
-        """Asks a question, about new images or those of earlier turns, or about none.
+        """Answers a question about new images, those of earlier turns, or none.
 
         Args:
             question: The question.
-            images: Paths or addresses of new images.
-            stream: Whether to print the answer while it is made.
+            images: Paths or URLs of new images.
+            stream: Whether to print the answer while it is generated.
         """
         from transformers import DynamicCache, TextStreamer
 
@@ -63,7 +63,7 @@ class Conversation:
             cache = DynamicCache(config=self.model.config.text_config)
         else:
             inputs, cache = self._read_on(message, images or None), self.cache
-        self.ids = None  # until the answer is complete: an interrupted one leaves a cache that fits no ids
+        self.ids = None  # set again when the answer is complete; an interrupted answer invalidates the cache
         tokenizer = self.processor.tokenizer
         output = self.model.generate(
             **inputs,
@@ -89,10 +89,10 @@ class Conversation:
         return inputs.to(self.model.device)
 
     def _read_on(self, message: dict[str, Any], images: list[str] | None) -> Any:
-        """The ids so far and those of what the template writes behind the last answer, with the new images alone."""
+        """Appends the ids of the new message to those so far; only new images are encoded."""
         import torch
 
-        mark = uuid.uuid4().hex  # in place of the answer
+        mark = uuid.uuid4().hex  # stands for the last answer, to find the text after it
         messages = [*self.messages[:-1], {"role": "assistant", "content": mark}, message]
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True).split(mark)[-1]
         inputs = self.processor(
@@ -101,7 +101,7 @@ class Conversation:
         inputs = inputs.to(self.model.device)
         new, known = inputs["input_ids"][0], self.ids
         if int(known[-1]) in self._end_token_ids():
-            # The template ends the answer itself, maybe with another token; the cache does not hold the last one.
+            # The template ends the answer itself, possibly with another token. The cache does not hold the last one.
             known = known[:-1]
         inputs["input_ids"] = torch.cat([known, new])[None]
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -113,14 +113,14 @@ class Conversation:
 
 
 def check_model(model: str | Path) -> None:
-    """Looks at a folder without loading anything from it; names that may be on the Hub are left to transformers.
+    """Checks a folder before anything is loaded from it; possible Hub names are left to transformers.
 
     Args:
         model: Folder or Hub name.
 
     Raises:
-        ValueError: If it is no chat checkpoint.
-        OSError: If it is no folder where it must be one.
+        ValueError: If it is not a chat checkpoint.
+        OSError: If it is neither a folder nor a Hub name.
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
@@ -131,7 +131,8 @@ def check_model(model: str | Path) -> None:
     if not (folder / "config.json").is_file():
         if folder == DEFAULT_CHECKPOINT:
             raise FileNotFoundError(
-                "The bundled checkpoint comes with a clone of the repository, not with the installed package: give `--model DIR`."
+                "The bundled checkpoint comes with a clone of the repository, not with the installed package: give "
+                "`--model DIR`."
             )
         raise FileNotFoundError(f"`{model}` is a folder without config.json, so it holds no model.")
     try:
@@ -144,13 +145,13 @@ def check_model(model: str | Path) -> None:
 
 
 def check_images(images: list[str]) -> None:
-    """Looks whether paths lead to files; addresses are left to the processor.
+    """Checks that paths are files; URLs are left to the processor.
 
     Args:
-        images: Paths and addresses.
+        images: Paths and URLs.
 
     Raises:
-        OSError: If there is no file.
+        OSError: If a file is missing.
     """
     for image in images:
         is_address = image.startswith(("http://", "https://", "data:", "file:"))
@@ -159,16 +160,14 @@ def check_images(images: list[str]) -> None:
             raise FileNotFoundError(f"`{image}` is {what}: expected an image file or an http(s) address.")
 
 
-def positive(text: str) -> int:
-    """A number of at least one, from the command line."""
+def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
     return number
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m internvl.chat", description="Ask a checkpoint about images, or just ask."
     )
@@ -177,13 +176,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model", default=DEFAULT_CHECKPOINT, metavar="DIR", help="chat checkpoint (default: the bundled)"
     )
-    parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="longest answer")
-    parser.add_argument("--max-num", type=positive, metavar="N", help="most tiles of an image (1: no tiling)")
+    parser.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="longest answer")
+    parser.add_argument("--max-num", type=_positive, metavar="N", help="most tiles of an image (1: no tiling)")
     return parser.parse_args(arguments)
 
 
 def talk(options: argparse.Namespace) -> None:
-    """Answers one question, or every line of standard input up to an empty one."""
+    """Answers one question, or each line of standard input until an empty one."""
     from . import register
 
     register()
@@ -205,8 +204,8 @@ def talk(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    options = parse_arguments(arguments)
+    """Runs the command line and returns the exit status."""
+    options = _parse_arguments(arguments)
     try:
         check_model(options.model)
         check_images(options.images)

@@ -1,6 +1,6 @@
-"""Which variables and keys a chat template reads, found by parsing it, and its errors as `ValueError`.
+"""Selects and parses chat templates: the variables and keys that one reads, and its errors as `ValueError`.
 
-jinja2 is an optional dependency of transformers, which alone runs templates; here they are only parsed.
+jinja2 is an optional dependency of transformers, which renders the templates; here they are only parsed.
 """
 
 import re
@@ -21,7 +21,7 @@ if is_jinja_available():
     from jinja2 import TemplateError, meta, nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-# Marks of transformers' own around what the assistant writes; jinja2 alone does not know them.
+# Markers that transformers adds to Jinja for what the assistant writes.
 _GENERATION_MARKS = re.compile(r"{%[-+]?\s*(?:end)?generation\s*[-+]?%}")
 
 
@@ -30,8 +30,8 @@ class TemplateNames:
     """Names in a chat template.
 
     Args:
-        variables: What it takes from outside: `messages`, `tools`, `add_generation_prompt`...
-        words: Attributes, keys and strings: everything by which it may ask a message or a part of one for something.
+        variables: Variables that it expects: `messages`, `tools`, `add_generation_prompt`...
+        words: Attributes, keys and strings, with which it may access messages and their parts.
     """
 
     variables: frozenset[str]
@@ -40,24 +40,18 @@ class TemplateNames:
 
 @lru_cache(maxsize=32)
 def template_names(jinja: str) -> TemplateNames:
-    """Parses a chat template.
-
-    Args:
-        jinja: Its text.
-
-    Returns:
-        The names in it.
+    """Parses the text of a chat template.
 
     Raises:
         ImportError: If jinja2 is missing.
-        ValueError: If the text is no template.
+        ValueError: If the text is not a valid template.
     """
     if not is_jinja_available():
         raise ImportError("Chat templates need jinja2: `pip install jinja2`.")
     environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     with refusals_as_value_errors():
         tree = environment.parse(_GENERATION_MARKS.sub("", jinja))
-        variables = meta.find_undeclared_variables(tree)  # refuses filters that do not exist
+        variables = meta.find_undeclared_variables(tree)  # raises for unknown filters
     attributes = {node.attr for node in tree.find_all(nodes.Getattr)}
     strings = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
     return TemplateNames(frozenset(variables), frozenset(attributes | strings))
@@ -65,8 +59,7 @@ def template_names(jinja: str) -> TemplateNames:
 
 @contextmanager
 def refusals_as_value_errors() -> Iterator[None]:
-    """Turns what a template raises (`raise_exception`, a missing variable, broken syntax, a content of a type that it does not
-    expect) into a `ValueError`."""
+    """Converts errors of a template to `ValueError`: its own, missing variables, syntax, unexpected content."""
     try:
         yield
     except TemplateError as error:
@@ -78,7 +71,15 @@ def refusals_as_value_errors() -> Iterator[None]:
 
 
 def select_template(templates: str | dict[str, str] | None, chat_template: str | None) -> str:
-    """The template itself, where the argument is one, the name of one, or nothing."""
+    """Returns the text of a chat template.
+
+    Args:
+        templates: Templates of the processor: one, several by name, or None.
+        chat_template: A template, the name of one, or None for the processor's default.
+
+    Raises:
+        ValueError: If there is no such template, or it does not read `messages`.
+    """
     own: Any = templates
     if isinstance(own, dict):
         own = own.get("default" if chat_template is None else chat_template, chat_template)
@@ -98,7 +99,20 @@ def select_template(templates: str | dict[str, str] | None, chat_template: str |
 def assistant_spans(
     conversations: list[list[dict[str, Any]]], jinja: str, tokenizer: Any, kwargs: dict[str, Any]
 ) -> list[Any]:
-    """(start, end) characters of what the assistant writes, in the prompts before images are expanded."""
+    """Finds what the assistant writes in the rendered prompts.
+
+    Args:
+        conversations: Lists of messages.
+        jinja: Text of the chat template, with generation markers.
+        tokenizer: A fast tokenizer.
+        kwargs: Arguments of `apply_chat_template` and variables of the template.
+
+    Returns:
+        Per conversation, (start, end) characters in the prompt before images are expanded.
+
+    Raises:
+        ValueError: If the tokenizer, the template or an argument does not allow it.
+    """
     if not tokenizer.is_fast:
         raise ValueError("Assistant masks and labels need a fast tokenizer, which knows the characters of each token.")
     if kwargs.get("continue_final_message") or kwargs.get("sanitize_control_tokens"):
@@ -109,7 +123,7 @@ def assistant_spans(
         conversations=conversations, chat_template=jinja, return_assistant_tokens_mask=True, **variables
     )
     if any(IMAGE_PLACEHOLDER in prompt for prompt in prompts):
-        # A call replaces it by a placeholder of another length, which would shift the spans.
+        # The call replaces it by a placeholder of another length, which would shift the spans.
         raise ValueError(
             f"The chat template writes `{IMAGE_PLACEHOLDER}`; for assistant masks it must write "
             f"`{IMAGE_CONTEXT_TOKEN}`."

@@ -1,16 +1,15 @@
-"""Conversation templates of the published checkpoints, as data, and what is derived from that data.
+"""Conversation templates of the published checkpoints as data, and the prompts and chat templates built from them.
 
-One frozen record per template holds the strings around the system message, the questions and the answers. Two things
-are derived from it: `ConversationTemplate.render` builds the prompt of a dialogue of plain strings,
-`ConversationTemplate.to_jinja` writes the chat template that transformers, TRL and serving engines run. The pure
-functions below build the prompts of the published `chat()` and `batch_chat()` helpers.
+A frozen record per template holds the strings around the system message, the questions and the answers.
+`ConversationTemplate.render` builds the prompt of a dialogue of plain strings, and `ConversationTemplate.to_jinja` the
+chat template that transformers, TRL and serving engines run. The functions below build the prompts of the published
+`chat()` and `batch_chat()` helpers.
 
-The templates come from two code bases that use the same names for different strings: the names of the chat code base
-stand as they are, a clashing name of the LLaVA code base is written `llava/<name>`.
+The templates come from two code bases that use the same names for different strings. Names of the chat code base are
+kept; a clashing name of the LLaVA code base is written `llava/<name>`.
 
-User text is never allowed to speak for a picture: `escape_image_tokens` breaks up literal image tokens with a space
-behind the bracket (`<IMG_CONTEXT>` becomes `< IMG_CONTEXT>`), so that they stay readable, but are neither placeholders
-nor special tokens.
+User text cannot insert image tokens: `escape_image_tokens` adds a space after the bracket (`<IMG_CONTEXT>` becomes
+`< IMG_CONTEXT>`), so that the text stays readable but holds neither placeholders nor special tokens.
 
 Not covered: tool calls, and special tokens of the language model (such as an end token) inside user text.
 """
@@ -22,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 
-IMAGE_PLACEHOLDER = "<image>"  # one picture, in the questions of published user code
+IMAGE_PLACEHOLDER = "<image>"  # marks the place of an image in the questions of published user code
 IMAGE_START_TOKEN = "<img>"
 IMAGE_END_TOKEN = "</img>"
 IMAGE_CONTEXT_TOKEN = "<IMG_CONTEXT>"
@@ -63,7 +62,8 @@ _JINJA = """\
 {% generation %}{{- @answer_prefix@ ~ body ~ @stop@ -}}{% endgeneration %}
 {{- @after_stop@ -}}
 {%- else -%}
-{{- raise_exception('Unknown role `' ~ message['role'] ~ '` of message ' ~ loop.index0 ~ ': expected `system`, `user` or '
+{{- raise_exception('Unknown role `' ~ message['role'] ~ '` of message ' ~ loop.index0 ~ \
+': expected `system`, `user` or '
   ~ '`assistant`.') -}}
 {%- endif -%}
 {%- endfor -%}
@@ -75,23 +75,22 @@ _JINJA = """\
 
 @dataclass(frozen=True, kw_only=True)
 class ConversationTemplate:
-    """The strings of one conversation form. A dialogue is: system block, examples, then turns of question and answer.
+    """Strings of a conversation template. A dialogue consists of a system block, examples, and question-answer turns.
 
     Args:
-        name: Key in the table, and the value of `template` in a chat configuration.
+        name: Name of the template, also the value of `template` in a chat configuration.
         user_prefix: Written before a question.
         user_suffix: Written after a question.
         generation_prompt: Written before an answer; a prompt to be answered ends with it.
-        stop: What ends an answer; the model is trained to write it.
-        default_system_message: System message of a dialogue that brings none.
+        stop: Ends an answer; the model is trained to write it.
+        default_system_message: System message of a dialogue without one.
         system_prefix: Written before the system message.
         system_suffix: Written after the system message.
-        answer_prefix: What the model writes between the generation prompt and the text of its answer (a space, or
-            nothing).
-        after_stop: Written after `stop`, between turns; not part of what the model is trained to write.
+        answer_prefix: Written by the model between the generation prompt and its answer (a space or nothing).
+        after_stop: Written after `stop`, between turns; not trained.
         examples: (question, answer) pairs that follow every system message.
-        extra_stops: Further strings that end generation where the tokenizer has them as special tokens.
-        omit_empty_system: An empty system message gives no system block at all, rather than an empty one.
+        extra_stops: Further strings that end generation if the tokenizer has them as special tokens.
+        omit_empty_system: Omit the system block for an empty system message instead of writing an empty one.
     """
 
     name: str
@@ -110,22 +109,22 @@ class ConversationTemplate:
 
     @property
     def sep(self) -> str:
-        """What ends a turn, under its published name; streaming snippets cut it off the text."""
+        """End of a turn, under its published name; streaming snippets strip it from the text."""
         return self.stop + self.after_stop
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """Every string that ends generation, the end of an answer first."""
+        """Strings that end generation, `stop` first."""
         return (self.stop, *self.extra_stops)
 
     def end_token_ids(self, tokenizer: Any) -> list[int]:
-        """Ids for `eos_token_id` of a generation configuration: stop strings that are added tokens, and the end token.
+        """Returns `eos_token_id` for a generation configuration: stop strings that are tokens, and the end token.
 
         Args:
             tokenizer: A tokenizer of transformers.
 
         Returns:
-            Ids without repeats, the end of an answer first; empty where the tokenizer knows none (as with `###`).
+            Unique ids, that of `stop` first; empty if the tokenizer knows none (as for `###`).
         """
         special = set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab())
         ids = [tokenizer.convert_tokens_to_ids(stop) for stop in self.stop_strings if stop in special]
@@ -133,7 +132,7 @@ class ConversationTemplate:
         return list(dict.fromkeys(index for index in ids if index is not None))
 
     def cut_answer(self, decoded: str) -> str:
-        """The answer in decoded new tokens: what stands before the first stop string, without the space around it."""
+        """Cuts decoded new tokens at the first stop string and strips spaces."""
         return decoded.split(self.stop.strip())[0].strip()
 
     def render(
@@ -142,19 +141,18 @@ class ConversationTemplate:
         system_message: str | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
-        """Builds the prompt of a dialogue of plain strings, taken literally: nothing is escaped.
+        """Builds the prompt of a dialogue of plain strings without escaping anything.
 
         Args:
             messages: Dicts with `role` (`system` first only, `user`, `assistant`) and `content` (a string).
-            system_message: System message, instead of one in `messages`; `None` with none in `messages` gives the
-                default.
-            add_generation_prompt: End with the opening of an answer.
+            system_message: System message, if `messages` has none; None selects the default.
+            add_generation_prompt: Whether to end with the generation prompt.
 
         Returns:
             The prompt.
 
         Raises:
-            ValueError: If a role or a content is not of this form, or the system message comes twice or late.
+            ValueError: If a role or content is invalid, or the system message is given twice or not first.
         """
         turns = list(messages)
         if turns and turns[0].get("role") == "system":
@@ -166,10 +164,10 @@ class ConversationTemplate:
         return prompt + self.generation_prompt if add_generation_prompt else prompt
 
     def to_jinja(self) -> str:
-        """The chat template for transformers; its text equals `render` for plain strings.
+        """Builds the chat template for transformers, which renders plain strings like `render`.
 
-        A content may also be a list of parts: a text part is taken as it is, an image part becomes `<IMG_CONTEXT>` and
-        a line break. What the model is trained to write (answer and stop string) stands between generation markers.
+        A content may also be a list of parts: text parts are copied, image parts become `<IMG_CONTEXT>` and a line
+        break. Generation markers enclose what the model is trained to write (answer and stop string).
         """
         system = "{{- @system_prefix@ ~ body ~ @after_system@ -}}"
         if self.omit_empty_system:
@@ -221,13 +219,13 @@ def _text_of(message: dict[str, str]) -> str:
     if not isinstance(content, str):
         raise ValueError(
             f"`content` of a `{message.get('role')}` message must be a string, got {type(content).__name__}. Messages "
-            "with pictures go through the processor's `apply_chat_template`."
+            "with images go through the processor's `apply_chat_template`."
         )
     return content
 
 
 def _jinja_literal(text: str) -> str:
-    """A Jinja string literal: what JSON escapes in a string, Jinja reads back."""
+    """Quotes a string for Jinja, which reads JSON's escapes."""
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -236,7 +234,7 @@ _INTRODUCTION = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，"  # noqa: RUF001
     "英文名叫InternVL, 是一个有用无害的人工智能助手。"
 )
-# The same for the 2.5 series, made by the laboratory with Tsinghua University and others.
+# As published for the 2.5 series, made by the laboratory with Tsinghua University and others.
 _INTRODUCTION_2_5 = (
     "你是书生·万象，英文名是InternVL，"  # noqa: RUF001
     "是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
@@ -330,7 +328,7 @@ _CHATML_2_5 = replace(
 
 
 def _llava(template: ConversationTemplate, name: str, default_system_message: str) -> ConversationTemplate:
-    """The LLaVA code base stores the default system message with its prefix; a custom one there has no prefix."""
+    """Derives a template of the LLaVA code base, where only the default system message has the system prefix."""
     default = template.system_prefix + default_system_message
     return replace(template, name=f"llava/{name}", system_prefix="", default_system_message=default)
 
@@ -338,7 +336,7 @@ def _llava(template: ConversationTemplate, name: str, default_system_message: st
 _TEMPLATES = {
     template.name: template
     for template in (
-        # The chat code base; the comments name checkpoints that have the name in their configuration.
+        # The chat code base. The comments list checkpoints that name the template in their configuration.
         _ZH,  # InternVL-Chat-V1-1
         _CHATML,  # InternVL-Chat-V1-2 and others over Nous-Hermes-2-Yi
         replace(_CHATML, name="internlm2-chat"),  # V1-5 and 2.0 over InternLM2
@@ -353,36 +351,33 @@ _TEMPLATES = {
         _llava(_CHATML, "Hermes-2", "Answer the questions."),
         _llava(_CHATML, "internlm2-chat", _INTERNLM),
         _llava(_PHI3, "phi3-chat", "You are an AI assistant whose name is Phi-3."),
-        # This package's own: the form of internvl2_5 without a system block, unless a message asks for one.
+        # Specific to this package: internvl2_5 without a system block unless a message asks for one.
         replace(_CHATML_2_5, name="internvl", default_system_message="", omit_empty_system=True),
     )
 }
 
 
-_LLAVA_ONLY = ("default", "v1", "vicuna_v1", "llava_v1")  # names that do not clash; `llava/<name>` finds them too
+_LLAVA_ONLY = ("default", "v1", "vicuna_v1", "llava_v1")  # unambiguous names, which `llava/<name>` finds too
 
 
 def list_conversation_templates() -> list[str]:
-    """Names that `get_conversation_template` knows."""
+    """Lists the names that `get_conversation_template` accepts."""
     return list(_TEMPLATES)
 
 
 def get_conversation_template(name: str) -> ConversationTemplate:
-    """The conversation template of a name; `llava/<name>` is accepted for every template of the LLaVA code base.
+    """Returns a conversation template by name; `llava/<name>` works for every template of the LLaVA code base.
 
     Args:
         name: One of `list_conversation_templates()`.
 
-    Returns:
-        The template.
-
     Raises:
-        ValueError: If there is no such template, or it is `plain`, which is a caption form and no dialogue.
+        ValueError: If the name is unknown, or is `plain`, which joins images and captions without a dialogue.
     """
     base_name = name.removeprefix("llava/")
     if base_name == "plain":
         raise ValueError(
-            "`plain` is no conversation template: it joins a picture and its caption without roles, for pre-training. "
+            "`plain` is no conversation template: it joins an image and its caption without roles, for pre-training. "
             "Build that text directly, or choose one of: " + ", ".join(_TEMPLATES) + "."
         )
     template = _TEMPLATES.get(name) or (_TEMPLATES.get(base_name) if base_name in _LLAVA_ONLY else None)
@@ -392,44 +387,38 @@ def get_conversation_template(name: str) -> ConversationTemplate:
 
 
 def escape_image_tokens(text: str, keep_placeholder: bool = False) -> str:
-    """Breaks up literal image tokens in user text with a space behind the bracket: `<img>` becomes `< img>`.
+    """Escapes literal image tokens in user text with a space after the bracket: `<img>` becomes `< img>`.
 
     Args:
         text: Any text.
-        keep_placeholder: Leave `<image>` as it is: in the questions of `chat()` it marks the place of a picture.
+        keep_placeholder: Leave `<image>` unchanged, which marks the place of an image in questions of `chat()`.
 
     Returns:
-        The text, in which no image token or placeholder is left.
+        The text without image tokens and placeholders.
     """
     pattern = _IMAGE_TOKENS_BUT_PLACEHOLDER if keep_placeholder else _IMAGE_TOKENS
     return pattern.sub("< ", text)
 
 
 def image_span(num_patches: int, num_image_token: int, use_image_start_end: bool = True) -> str:
-    """The text of one picture: `num_image_token` context tokens for each tile, between its start and its end token.
+    """Returns the text of one image: `num_image_token` context tokens per tile between a start and an end token.
 
     Args:
-        num_patches: Number of its tiles.
-        num_image_token: Number of image tokens of one tile.
-        use_image_start_end: Whether start and end token are there; not so in the LLaVA code base.
-
-    Returns:
-        The text.
+        num_patches: Number of tiles of the image.
+        num_image_token: Number of image tokens per tile.
+        use_image_start_end: Whether to add the start and end token. False in the LLaVA code base.
     """
     tokens = IMAGE_CONTEXT_TOKEN * (num_image_token * num_patches)
     return IMAGE_START_TOKEN + tokens + IMAGE_END_TOKEN if use_image_start_end else tokens
 
 
 def with_image_placeholder(question: str, history: Sequence[tuple[str, str]] | None, has_images: bool) -> str:
-    """The question as `chat()` asks and remembers it: the first one about pictures begins with `<image>` and a break.
+    """Puts `<image>` and a line break before the first question of a dialogue with images, as `chat()` does.
 
     Args:
-        question: What the user asks; left alone if it says itself where the pictures stand.
-        history: Earlier (question, answer) pairs, or nothing.
-        has_images: Whether the dialogue has pictures.
-
-    Returns:
-        The question.
+        question: The question; returned unchanged if it contains `<image>`.
+        history: Earlier (question, answer) pairs, or None.
+        has_images: Whether the dialogue has images.
     """
     if history or not has_images or IMAGE_PLACEHOLDER in question:
         return question
@@ -449,18 +438,18 @@ def build_query(
 
     Args:
         template: The conversation template.
-        question: What the user asks now; see `with_image_placeholder`, which is applied here.
+        question: The new question, to which `with_image_placeholder` is applied.
         history: Earlier (question, answer) pairs; not changed.
-        num_patches_list: Number of tiles of each picture of the whole dialogue, in order.
-        num_image_token: Number of image tokens of one tile.
-        system_message: System message; `None` gives the template's default.
+        num_patches_list: Number of tiles of each image of the whole dialogue, in order.
+        num_image_token: Number of image tokens per tile.
+        system_message: System message; None selects the template's default.
         use_image_start_end: As for `image_span`.
 
     Returns:
-        The prompt, in which every `<image>` of a question is replaced by the span of its picture.
+        The prompt, with every `<image>` of a question replaced by the span of its image.
 
     Raises:
-        ValueError: If the number of `<image>` differs from the number of pictures.
+        ValueError: If the numbers of `<image>` and of images differ.
     """
     num_patches_list = list(num_patches_list or [])
     pairs = list(history or [])
@@ -468,14 +457,14 @@ def build_query(
     found = sum(asked.count(IMAGE_PLACEHOLDER) for asked in questions)
     if found != len(num_patches_list):
         raise ValueError(
-            f"The dialogue has {found} `{IMAGE_PLACEHOLDER}` placeholder(s) but {len(num_patches_list)} picture(s) "
-            f"were given (tiles: {num_patches_list}). Write one `{IMAGE_PLACEHOLDER}` per picture, and pass "
+            f"The dialogue has {found} `{IMAGE_PLACEHOLDER}` placeholder(s) but {len(num_patches_list)} image(s) "
+            f"were given (tiles: {num_patches_list}). Write one `{IMAGE_PLACEHOLDER}` per image, and pass "
             "`num_patches_list` with the tiles of each."
         )
     spans = iter([image_span(tiles, num_image_token, use_image_start_end) for tiles in num_patches_list])
     messages = []
     for asked, answer in zip(questions, [*(answer for _, answer in pairs), None], strict=True):
-        messages.append({"role": "user", "content": _place_pictures(asked, spans)})
+        messages.append({"role": "user", "content": _place_images(asked, spans)})
         if answer is not None:
             messages.append({"role": "assistant", "content": escape_image_tokens(answer)})
     if system_message is not None:
@@ -483,7 +472,7 @@ def build_query(
     return template.render(messages, system_message=system_message)
 
 
-def _place_pictures(question: str, spans: Any) -> str:
+def _place_images(question: str, spans: Any) -> str:
     pieces = escape_image_tokens(question, keep_placeholder=True).split(IMAGE_PLACEHOLDER)
     return pieces[0] + "".join(next(spans) + piece for piece in pieces[1:])
 

@@ -1,7 +1,7 @@
-"""The bundled checkpoint looks at the bundled pictures: `python -m internvl.demo`.
+"""Runs the bundled checkpoint on the bundled images: `python -m internvl.demo`.
 
-Prints each picture's name, the questions about it and the model's answers beside the right ones, and draws how each picture was
-tiled into `demo_output/tiles.png`.
+Prints the questions about each image with the model's answers, and draws how each image was tiled to
+`demo_output/tiles.png`.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from . import register
 from .chat import DEFAULT_CHECKPOINT, Conversation, check_model
+from .renaming_internvl import RenamedOption
 
 
 if TYPE_CHECKING:
@@ -23,15 +24,15 @@ if TYPE_CHECKING:
 MARGIN, CAPTION, PANEL = 24, 26, 360  # pixels of the drawing
 
 
-def draw_tiling(picture: Image.Image, name: str, processor: "InternVLImageProcessor") -> Image.Image:
-    """One panel: the picture cut along its grid, and the thumbnail beside it when there is one."""
-    from .image_processing_internvl import choose_grid  # with it come torch and transformers
+def draw_tiling(image: Image.Image, name: str, processor: "InternVLImageProcessor") -> Image.Image:
+    """Draws the tiles of an image, and beside them its thumbnail if it has one."""
+    from .image_processing_internvl import choose_grid  # imports torch and transformers
 
     tile = processor.size["height"]
-    columns, rows = choose_grid(*picture.size, processor.min_num, processor.max_num, tile)
+    columns, rows = choose_grid(*image.size, processor.min_num, processor.max_num, tile)
     scale = PANEL / max(columns, rows) / tile
     side = round(tile * scale)
-    resized = picture.convert("RGB").resize((columns * side, rows * side), Image.Resampling.BICUBIC)
+    resized = image.convert("RGB").resize((columns * side, rows * side), Image.Resampling.BICUBIC)
     gap = 6
     has_thumbnail = columns * rows > 1 and processor.use_thumbnail
     width = columns * (side + gap) + (2 * gap + PANEL // 2 if has_thumbnail else 0)
@@ -39,7 +40,7 @@ def draw_tiling(picture: Image.Image, name: str, processor: "InternVLImageProces
     draw = ImageDraw.Draw(panel)
     count = columns * rows + has_thumbnail
     tiling = f"{columns} x {rows} tiles" + (" + thumbnail" if has_thumbnail else "") if count > 1 else "1 tile"
-    draw.text((0, 2), f"{name}  {picture.width} x {picture.height}: {tiling}", "black", ImageFont.load_default(16))
+    draw.text((0, 2), f"{name}  {image.width} x {image.height}: {tiling}", "black", ImageFont.load_default(16))
     for row in range(rows):
         for column in range(columns):
             box = (column * side, row * side, (column + 1) * side, (row + 1) * side)
@@ -47,7 +48,7 @@ def draw_tiling(picture: Image.Image, name: str, processor: "InternVLImageProces
             panel.paste(resized.crop(box), place)
             draw.rectangle((*place, place[0] + side - 1, place[1] + side - 1), outline="#c03030", width=2)
     if has_thumbnail:
-        thumbnail = picture.convert("RGB").resize((PANEL // 2, PANEL // 2), Image.Resampling.BICUBIC)
+        thumbnail = image.convert("RGB").resize((PANEL // 2, PANEL // 2), Image.Resampling.BICUBIC)
         place = (columns * (side + gap) + gap, CAPTION)
         panel.paste(thumbnail, place)
         draw.rectangle((*place, place[0] + PANEL // 2 - 1, place[1] + PANEL // 2 - 1), outline="#3050c0", width=2)
@@ -55,7 +56,7 @@ def draw_tiling(picture: Image.Image, name: str, processor: "InternVLImageProces
 
 
 def stack(panels: list[Image.Image]) -> Image.Image:
-    """The panels below each other on one white sheet."""
+    """Stacks the panels on one white sheet."""
     width = max(panel.width for panel in panels) + 2 * MARGIN
     sheet = Image.new("RGB", (width, sum(panel.height + MARGIN for panel in panels) + MARGIN), "white")
     top = MARGIN
@@ -74,12 +75,13 @@ def main() -> None:
         "--model", default=DEFAULT_CHECKPOINT, metavar="DIR", help="chat checkpoint (default: the bundled)"
     )
     parser.add_argument(
-        "--pictures",
+        "--images",
         default=DEFAULT_CHECKPOINT / "examples",
         type=Path,
         metavar="DIR",
         help="images with a questions.json (default: the bundled)",
     )
+    parser.add_argument("--pictures", dest="images", type=Path, action=RenamedOption, help=argparse.SUPPRESS)
     parser.add_argument(
         "--output",
         default=Path("demo_output"),
@@ -103,24 +105,24 @@ def main() -> None:
 
 
 def show(options: argparse.Namespace) -> None:
-    """Prints the answers and writes the drawing."""
+    """Prints the answers and saves the drawing."""
     conversation = Conversation(options.model, max_new_tokens=16)
-    rows = json.loads((options.pictures / "questions.json").read_text(encoding="utf-8"))
-    panels, right = [], 0
+    rows = json.loads((options.images / "questions.json").read_text(encoding="utf-8"))
+    panels, num_correct = [], 0
     for file, questions in groupby(rows, key=lambda row: row["file"]):
         print(f"\n{file}")
-        path = options.pictures / file
+        path = options.images / file
         for row in questions:
             conversation.restart()
             answer = conversation.ask(row["question"], [str(path)])
-            is_right = answer.lower() == row["answer"].lower()
-            right += is_right
-            print(f"  {row['question']}\n    {answer}" + ("" if is_right else f"   (right: {row['answer']})"))
+            is_correct = answer.lower() == row["answer"].lower()
+            num_correct += is_correct
+            print(f"  {row['question']}\n    {answer}" + ("" if is_correct else f"   (correct: {row['answer']})"))
         image_processor = conversation.processor.image_processor
         panels.append(draw_tiling(image_processor.fetch_images(path), file, image_processor))
     options.output.mkdir(parents=True, exist_ok=True)
     stack(panels).save(options.output / "tiles.png")
-    print(f"\n{right} of {len(rows)} answers right. How the pictures were tiled: {options.output / 'tiles.png'}")
+    print(f"\n{num_correct} of {len(rows)} answers correct. Tilings: {options.output / 'tiles.png'}")
 
 
 if __name__ == "__main__":

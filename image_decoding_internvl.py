@@ -1,7 +1,7 @@
 # Copyright 2026 The InternVL package authors
-"""Safe decoding of image files: which formats are accepted, how other files are described in errors, and how many pixels are allowed.
+"""Safe decoding of image files: accepted formats, descriptions of other files in errors, and the limit on pixels.
 
-Every failure is a ValueError that names the image. The number of pixels is looked up in the header before anything is
+Every failure is a ValueError that names the image. The number of pixels is read from the header before anything is
 decoded. Pillow's process-wide limits are neither read nor changed; they apply as well.
 """
 
@@ -26,14 +26,14 @@ from PIL import (
 )
 
 
-# Pillow has some forty decoders. A format is in this list if people have it, if its own header tells the size of all that is
-# decoded, and if its decoder neither opens another image nor starts a program. So EPS (runs Ghostscript), IPTC, ICO, ICNS,
-# CUR, DCX, FPX, MIC and BLP (hold other images), JPEG 2000 and AVIF (the coded frame may be larger than the container says), and
-# old formats that nobody tests (PSD, FLI, FITS, SPIDER, McIdas, WMF...) are left out.
+# Pillow has some forty decoders. A format is listed here if it is in common use, its header gives the size of all that
+# is decoded, and its decoder neither opens another image nor starts a program. This excludes EPS (runs Ghostscript),
+# IPTC, ICO, ICNS, CUR, DCX, FPX, MIC and BLP (contain other images), JPEG 2000 and AVIF (the coded frame may be larger
+# than the container says), and old formats that are hardly tested (PSD, FLI, FITS, SPIDER, McIdas, WMF...).
 FORMATS: dict[str, type[ImageFile.ImageFile]] = {
     "PNG": PngImagePlugin.PngImageFile,
     "JPEG": JpegImagePlugin.JpegImageFile,
-    "MPO": JpegImagePlugin.JpegImageFile,  # several JPEG images in a row; it is opened as JPEG
+    "MPO": JpegImagePlugin.JpegImageFile,  # several JPEG images in one file, opened as JPEG
     "WEBP": WebPImagePlugin.WebPImageFile,
     "GIF": GifImagePlugin.GifImageFile,
     "BMP": BmpImagePlugin.BmpImageFile,
@@ -42,19 +42,19 @@ FORMATS: dict[str, type[ImageFile.ImageFile]] = {
 }
 OPENED = [name for name in FORMATS if name != "MPO"]
 READABLE = "PNG, JPEG, WebP, GIF, BMP, TIFF or PPM"
-# None, CCITT fax (three kinds), LZW, JPEG, deflate (two numbers), 16-bit padding, PackBits. libtiff reaches more decoders:
-# old-style JPEG, ThunderScan and SGI Log, where most of its faults are found, LZMA, which allocates what the file asks for, and
-# WebP and Zstandard, which hardly anyone writes.
+# None, CCITT fax (three kinds), LZW, JPEG, deflate (two numbers), 16-bit padding, PackBits. Not allowed: old-style
+# JPEG, ThunderScan and SGI Log, where most faults of libtiff are found, LZMA, which allocates as much as the file asks
+# for, and WebP and Zstandard, which are rare.
 TIFF_COMPRESSIONS = {1, 2, 3, 4, 5, 7, 8, 32771, 32773, 32946}
 TIFF_COMPRESSION, TIFF_TILE_WIDTH, TIFF_TILE_LENGTH = 259, 322, 323
-# A scan of a few bytes makes the decoder go through the whole image once more, so that a small file would keep it busy for hours.
-# Encoders write ten to twenty; the strips of a TIFF file, which may overlap, cover each pixel once for each band.
+# Each scan, even of a few bytes, makes the decoder pass over the whole image, so a small file could keep it busy for
+# hours. Encoders write ten to twenty. The strips of a TIFF file may overlap; they cover each pixel once per band.
 MOST_SCANS = 50
 MOST_PASSES = 8
 JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 
-# What Pillow's decoders raise on damaged data, seen by feeding each of them damaged files, and their warnings where
-# the process turns warnings into errors.
+# Raised by Pillow's decoders on damaged data (found by fuzzing each of them), and Warning for processes that turn
+# warnings into errors.
 DECODER_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -133,7 +133,7 @@ MAGIC_OF_OTHERS = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself (`git lfs pull` fetches it)",
 }
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
-TEXTS = {  # the first that is found
+TEXTS = {  # the first match counts
     b"<!doctype html": "an HTML page",
     b"<html": "an HTML page",
     b"<head": "an HTML page",
@@ -145,7 +145,7 @@ TEXTS = {  # the first that is found
 
 @contextmanager
 def decoding(name: str, advice: str = "Give a complete image file.") -> Iterator[None]:
-    """Turns what a decoder raises into a ValueError that names the image."""
+    """Converts errors of a decoder into a ValueError that names the image."""
     try:
         yield
     except Image.DecompressionBombError as error:
@@ -167,14 +167,14 @@ def check_image_size(width: int, height: int, name: str, max_image_pixels: int) 
 
 
 def is_readable(start: bytes) -> bool:
-    """Whether these first bytes announce one of the formats that are decoded."""
+    """Whether a file with these first bytes has one of the accepted formats."""
     is_ppm = start[:1] == b"P" and start[1:2] in b"0123456fy" and start[2:3].isspace()
     is_webp = start[:4] == b"RIFF" and start[8:12] == b"WEBP"
     return is_webp or is_ppm or start.startswith(MAGIC_OF_READABLE)
 
 
 def name_content(start: bytes) -> str | None:
-    """What a file is that is not decoded here, by its first bytes; None if they tell nothing."""
+    """Describes a file that is not decoded here by its first bytes; None if it is unknown."""
     for magic, what in MAGIC_OF_OTHERS.items():
         if start.startswith(magic):
             return what
@@ -196,29 +196,29 @@ def _name_text(start: bytes) -> str | None:
     try:
         start.decode()
     except UnicodeDecodeError as error:
-        if error.start < len(start) - 3:  # else it is the last character, which was cut
+        if error.start < len(start) - 3:  # otherwise the last character was cut
             return None
     lowered = start.lower()
     return next((what for mark, what in TEXTS.items() if mark in lowered), None if b"\0" in start else "text")
 
 
 def _webp_canvas(start: bytes) -> tuple[int, int] | None:
-    """Canvas of a WebP file with several parts; Pillow allocates it as it opens the file."""
+    """Reads the canvas size of an extended WebP file; Pillow allocates the canvas on opening."""
     if start[8:16] != b"WEBPVP8X" or len(start) < 30:
         return None
     return int.from_bytes(start[24:27], "little") + 1, int.from_bytes(start[27:30], "little") + 1
 
 
 def open_image(handle: BinaryIO, name: str, max_image_pixels: int) -> Image.Image:
-    """Reads the header of a file and checks all that it says; nothing is decoded yet.
+    """Reads and checks the header of a file without decoding it.
 
     Args:
-        handle: A file, at its beginning.
-        name: What errors call it.
+        handle: A file at its beginning.
+        name: Name of the image in errors.
         max_image_pixels: Largest width times height.
 
     Raises:
-        ValueError: If it is no image, of no format in `FORMATS`, or too large.
+        ValueError: If it is not an image of a format in `FORMATS`, or too large.
     """
     start = handle.read(2**10)
     if not start:
@@ -237,12 +237,12 @@ def open_image(handle: BinaryIO, name: str, max_image_pixels: int) -> Image.Imag
 
 
 def _check_undecoded(image: Image.Image, name: str, max_image_pixels: int) -> None:
-    """Raises a ValueError where decoding this image would reach a decoder that is not allowed, or too many pixels."""
+    """Raises a ValueError if loading this image would run a decoder that is not allowed, or exceed the limit."""
     decoder = FORMATS.get(image.format or "")
     if decoder is None or not isinstance(image, decoder):
         raise ValueError(
-            f"{name} is an image of format {image.format} that is not decoded yet. Only {READABLE} files are decoded here: "
-            "convert it, or call its `load()` first if you trust it."
+            f"{name} is an image of format {image.format} that is not decoded yet. Only {READABLE} files are decoded "
+            "here: convert it, or call its `load()` first if you trust it."
         )
     check_image_size(*image.size, name, max_image_pixels)
     boxes = [box for _, box, *_ in image.tile if box is not None]
@@ -257,7 +257,7 @@ def _check_undecoded(image: Image.Image, name: str, max_image_pixels: int) -> No
 
 def _check_jpeg(image: JpegImagePlugin.JpegImageFile, name: str, max_image_pixels: int) -> None:
     if image.decoderconfig:
-        scale = image.decoderconfig[0]  # set by `draft`: the file itself is as many times larger
+        scale = image.decoderconfig[0]  # set by `draft`: the file is this many times larger
         check_image_size(image.width * scale, image.height * scale, name, max_image_pixels)
     with decoding(name):
         position = image.fp.tell()
@@ -271,7 +271,7 @@ def _check_jpeg(image: JpegImagePlugin.JpegImageFile, name: str, max_image_pixel
 
 
 def _count_scans(data: bytes) -> int:
-    """Scans of the first JPEG image in these bytes."""
+    """Counts the scans of the first JPEG image in these bytes."""
     scans, place = 0, 2
     while (found := JPEG_MARKER.search(data, place)) and found[1] != b"\xd9":
         scans += found[1] == b"\xda"
@@ -298,8 +298,8 @@ def _is_decoded(image: ImageFile.ImageFile) -> bool:
 
 
 def load_image(image: Image.Image, name: str, max_image_pixels: int) -> None:
-    """Decodes a file that the caller opened, if that was not done yet, by the same rules as all others."""
-    with decoding(name, "Open it anew."):  # it may be closed
+    """Decodes a PIL image that is not loaded yet, with the checks of `open_image`."""
+    with decoding(name, "Open it anew."):  # its file may be closed
         is_decoded = not isinstance(image, ImageFile.ImageFile) or _is_decoded(image)
     if not is_decoded:
         _check_undecoded(image, name, max_image_pixels)
@@ -310,7 +310,7 @@ def load_image(image: Image.Image, name: str, max_image_pixels: int) -> None:
 
 
 def decode_image(handle: BinaryIO, name: str, max_image_pixels: int) -> Image.Image:
-    """Decodes a file, turned upright as its EXIF orientation says; see `open_image`."""
+    """Decodes a file and applies its EXIF orientation; see `open_image`."""
     image = open_image(handle, name, max_image_pixels)
     load_image(image, name, max_image_pixels)
     with decoding(name):

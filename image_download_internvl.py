@@ -1,10 +1,11 @@
 # Copyright 2026 The InternVL package authors
-"""Fetching images from http(s) addresses, safely: a server may let its clients name them.
+"""Fetches images from http(s) URLs, safely: clients of a server may choose the URLs.
 
-Only hosts at public addresses are asked, so that nobody gets images of the server's own network; a redirect counts as
-an address of its own. The connection goes to the address that was checked. One deadline holds from the look-up of the
-name to the last byte of the body, redirects included. Set the environment variable INTERNVL_ALLOW_PRIVATE_HOSTS=1 to
-fetch from private hosts too. Where a proxy is configured, it decides which hosts are reached.
+Only hosts with public addresses are contacted, so that clients cannot reach the server's private network; redirects
+are checked likewise. The connection goes to the address that was checked. One deadline covers everything from the
+name look-up to the last byte of the body, including redirects. Set the environment variable
+INTERNVL_ALLOW_PRIVATE_HOSTS=1 to fetch from private hosts too. If a proxy is configured, it decides which hosts are
+reached.
 """
 
 import ipaddress
@@ -33,9 +34,9 @@ DOWNLOAD_SECONDS = 60
 DOWNLOAD_BYTES = 2**28
 PRIVATE_HOSTS = "INTERNVL_ALLOW_PRIVATE_HOSTS"
 
-# Global unicast. All other IPv6 addresses are local, multicast, or carry an IPv4 address (mapped, compatible, NAT64).
+# Global unicast. All other IPv6 addresses are local, multicast, or embed an IPv4 address (mapped, compatible, NAT64).
 GLOBAL_IPV6 = ipaddress.IPv6Network("2000::/3")
-# What `is_global` takes for public: tunnels, whose other end nobody can check, and addresses that no host has for itself.
+# Not public although `is_global` says so: tunnels, whose other end cannot be checked, and addresses of no single host.
 NOT_PUBLIC = [
     ipaddress.ip_network(network)
     for network in (
@@ -44,7 +45,7 @@ NOT_PUBLIC = [
         "3fff::/20",  # documentation
         "192.0.0.0/24",  # protocol assignments
         "192.88.99.0/24",  # relays of 6to4
-        "168.63.129.16/32",  # answers virtual machines of Azure, from within their host
+        "168.63.129.16/32",  # Azure's host, reachable from its virtual machines
         "224.0.0.0/3",  # multicast and reserved
     )
 ]
@@ -62,21 +63,21 @@ def _too_slow() -> TimeoutError:
 
 
 class _Deadline:
-    """The time that one download has, and the connection to cut when it is over."""
+    """Time limit of one download, and the connection to cut when it is over."""
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
         self.connection: socket.socket | None = None
 
     def left(self) -> float:
-        """Seconds left; a TimeoutError once there are none."""
+        """Returns the seconds left; raises TimeoutError if there are none."""
         seconds = self.end - time.monotonic()
         if seconds <= 0:
             raise _too_slow()
         return seconds
 
     def watch(self, connection: socket.socket) -> None:
-        # TLS takes the descriptor over from the socket: a second one stays good for cutting the connection.
+        # TLS takes over the socket's descriptor; a duplicate stays valid for cutting the connection.
         self.forget()
         self.connection = connection.dup()
         self.left()  # the time may have run out before there was a connection to cut
@@ -87,19 +88,19 @@ class _Deadline:
             self.connection = None
 
     def cut(self) -> None:
-        """Makes whatever waits for the connection return at once."""
+        """Shuts the connection down, so that pending reads return at once."""
         connection = self.connection
         if connection is not None:
-            with suppress(OSError):  # it ended by itself
+            with suppress(OSError):  # already closed
                 connection.shutdown(socket.SHUT_RDWR)
 
 
 def _connect(
     deadline: _Deadline, is_checked: bool, place: tuple[str, int], timeout: Any = None, source_address: Any = None
 ) -> socket.socket:
-    """`socket.create_connection` within the deadline, refusing hosts with any address that is not public.
+    """Does `socket.create_connection` within the deadline and refuses hosts with any address that is not public.
 
-    It connects to what it checked, so that a name server cannot answer otherwise the second time.
+    It connects to the checked address, so that a second look-up cannot return another one.
     """
     host, port = place
     found = dict.fromkeys(str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
@@ -125,7 +126,7 @@ def _connection(kind: type[HTTPConnection], connect: Any, host: str, **settings:
 
 
 class _Handler(AbstractHTTPHandler):
-    """Opens each address, and each that one redirects to, at public hosts."""
+    """Opens URLs and redirects at public hosts only."""
 
     http_request = https_request = AbstractHTTPHandler.do_request_
 
@@ -150,17 +151,17 @@ class _Handler(AbstractHTTPHandler):
 
 
 def _check_address(url: str, is_checked: bool) -> None:
-    """Raises a ValueError for addresses that no image has."""
+    """Raises a ValueError for URLs with credentials or a port of another service."""
     parts = urlsplit(url)
     if "@" in parts.netloc:
         raise ValueError("an address with a user name or password is not fetched")
-    port = parts.port  # raises for numbers that are none
+    port = parts.port  # raises for invalid ports
     if is_checked and port is not None and port < 1024 and port not in (80, 443):
         raise ValueError(f"port {port} belongs to another service than the web")
 
 
 def _opener(deadline: _Deadline) -> OpenerDirector:
-    """What urllib's own opener does for http and https; that one would also follow redirects to ftp."""
+    """Builds urllib's opener for http and https only; the default would also follow redirects to ftp."""
     opener = OpenerDirector()
     for handler in (
         ProxyHandler(),
@@ -175,38 +176,39 @@ def _opener(deadline: _Deadline) -> OpenerDirector:
 
 
 def _fetch(url: str, deadline: _Deadline, outcome: list[Any]) -> None:
-    """Appends the body to `outcome`, or the error."""
+    """Appends the body or the error to `outcome`."""
     body = bytearray()
     try:
-        # Some hosts refuse the default agent of urllib.
+        # Some hosts reject urllib's default user agent.
         request = Request(url, headers={"User-Agent": "transformers"})
         with _opener(deadline).open(request, timeout=deadline.left()) as response:
             while chunk := response.read(2**16):
                 body += chunk
                 if len(body) > DOWNLOAD_BYTES:
                     raise OSError(f"more than {DOWNLOAD_BYTES} bytes")
-        deadline.left()  # a connection that was cut looks like the end of the body
+        deadline.left()  # a cut connection looks like the end of the body
         outcome.append(bytes(body))
     except (OSError, ValueError, OverflowError, HTTPException) as error:
-        is_over = time.monotonic() >= deadline.end  # whatever an end of the connection was taken for
+        is_over = time.monotonic() >= deadline.end  # then the error comes from the cut connection
         outcome.append(_too_slow() if is_over else error)
     finally:
         deadline.forget()
 
 
 def download(url: str, name: str) -> bytes:
-    """Body of an http(s) address, within DOWNLOAD_BYTES and DOWNLOAD_SECONDS.
+    """Downloads an http(s) URL within DOWNLOAD_BYTES and DOWNLOAD_SECONDS.
 
     Args:
-        url: The address.
-        name: What an error calls it.
+        url: The URL.
+        name: Name of the image in errors.
 
     Raises:
         ValueError: If it cannot be fetched.
     """
     deadline = _Deadline(DOWNLOAD_SECONDS)
     outcome: list[Any] = []
-    # Reading stops at no deadline of its own where a server sends a byte now and then, and looking up a name at none at all.
+    # A socket timeout ends neither a name look-up nor a read from a server that sends a byte now and then. So a thread
+    # does both, and is abandoned at the deadline.
     thread = Thread(target=_fetch, args=(url, deadline, outcome), daemon=True)
     thread.start()
     thread.join(DOWNLOAD_SECONDS)

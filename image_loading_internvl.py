@@ -1,8 +1,9 @@
 # Copyright 2026 The InternVL package authors
-"""Reading images: from files, bytes, addresses, arrays and tensors to 8-bit PIL images, safely.
+"""Reads images from files, bytes, URLs, arrays and tensors into 8-bit PIL images, safely.
 
-Every failure is a ValueError that names the image and says what it is. `image_decoding_internvl.py` decides what is
-decoded, `image_download_internvl.py` what is fetched. Transparent images are read over a background colour.
+Every failure is a ValueError that names the image and describes what it is. `image_decoding_internvl.py` decides which
+files are decoded, `image_download_internvl.py` which URLs are fetched. Transparent images are composited over a
+background colour.
 """
 
 import base64
@@ -34,10 +35,10 @@ from .image_decoding_internvl import (
 from .image_download_internvl import download
 
 
-# An uncompressed image of 16-bit RGB at the largest number of pixels that is decoded by default has about as many.
+# About the size of an uncompressed 16-bit RGB image with the default `max_image_pixels`.
 MOST_FILE_BYTES = 2**30
-# Floating-point values may leave [0, 1] by so much: rounding errors of resizing and normalising, half of what would round
-# to another 8-bit value.
+# How far floating-point values may leave [0, 1] through rounding errors of resizing and normalising: less than half of
+# an 8-bit step.
 FLOAT_TOLERANCE = 1e-3
 DEFAULT_BACKGROUND = "white"
 NO_BACKGROUND = "none"
@@ -69,17 +70,17 @@ Background = str | tuple[int, int, int] | list[int]
 
 # ---------------------------------------------------------------------------------------------------- sources
 def _check_is_file(mode: int, name: str) -> None:
-    """Raises a ValueError for all that is no regular file; opening a pipe would wait for somebody to write to it."""
+    """Raises a ValueError unless it is a regular file; opening a pipe would wait for a writer."""
     if not stat.S_ISREG(mode):
         what = next((what for is_kind, what in KINDS_OF_FILE if is_kind(mode)), "no regular file")
         raise ValueError(f"{name} is {what}. Give an image file, or the bytes of one.")
 
 
 def _status(path: str | os.PathLike, name: str) -> os.stat_result | None:
-    """What the system says of a path; None where nothing is there."""
+    """Returns the status of a path, None if it does not exist."""
     try:
         return os.stat(path)
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: a name that no file can have
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that no file can have
         return None
     except OSError as error:
         if error.errno in (ENAMETOOLONG, EINVAL):
@@ -88,7 +89,7 @@ def _status(path: str | os.PathLike, name: str) -> os.stat_result | None:
 
 
 def _open_file(path: str | os.PathLike, name: str) -> BinaryIO:
-    """A regular file of a size that an image may have."""
+    """Opens a regular file that is neither empty nor larger than an image may be."""
     status = _status(path, name)
     if status is None:
         raise ValueError(f"{name} does not exist: there is no such file.")
@@ -104,7 +105,7 @@ def _open_file(path: str | os.PathLike, name: str) -> BinaryIO:
 
 
 def _path_of_file_address(address: str) -> str:
-    """Path of a `file:` address of this machine."""
+    """Returns the path of a `file:` URL of this machine."""
     parts = urlsplit(address)
     if parts.netloc.lower() not in ("", "localhost"):
         raise ValueError(f"it lies on the host `{parts.netloc}`, and only files of this machine are read")
@@ -119,7 +120,7 @@ def _decode_base64(text: str, name: str) -> bytes:
 
 
 def _is_base64_of_a_file(text: str) -> bool:
-    """Whether a text starts as the base64 text of an image does, or of another file that can be told by its start."""
+    """Whether a text starts like the base64 text of an image, or of another file known by its first bytes."""
     start = "".join(text[:2000].split())[:1000]
     try:
         decoded = base64.b64decode(start[: len(start) // 4 * 4], validate=True)
@@ -129,7 +130,7 @@ def _is_base64_of_a_file(text: str) -> bool:
 
 
 def _read_data_address(address: str, name: str) -> bytes:
-    """Content of a `data:` address."""
+    """Decodes a `data:` URL."""
     head, comma, body = address.partition(",")
     if not comma:
         raise ValueError(f"{name} is a data address without data: there is no comma in it.")
@@ -138,7 +139,7 @@ def _read_data_address(address: str, name: str) -> bytes:
 
 
 def _read_text(text: str, name: str, allow_local_files: bool) -> bytes | BinaryIO:
-    """What an address, a path or a base64 text leads to."""
+    """Opens or decodes what a URL, a path or a base64 text refers to."""
     found = SCHEME.match(text)
     scheme = found[0].lower() if found else ""
     if scheme in ("http", "https"):
@@ -160,41 +161,42 @@ def _read_text(text: str, name: str, allow_local_files: bool) -> bytes | BinaryI
         )
     if scheme != "file" and not _status(text, name):
         raise ValueError(
-            f"{name} does not exist: there is no such file. It is no http(s) address and no base64 text of an image either."
+            f"{name} does not exist: there is no such file. It is no http(s) address and no base64 text of an image "
+            "either."
         )
     return _open_file(text, name)
 
 
 def _read_row(row: Mapping[str, Any], name: str) -> Any:
-    """Source in a row of `datasets`: the bytes of a file, or where they are not there its path."""
+    """Returns the bytes of a file in a row of `datasets`, or its path if there are no bytes."""
     given = {key: value for key, value in row.items() if value is not None}
     source = given.get("bytes", given.get("path"))
     if row.keys() - {"bytes", "path"} or source is None:
         raise ValueError(
             f"{name} is a dictionary; it must hold `bytes` or a `path` and nothing else, it holds {list(given)}."
         )
-    is_right = isinstance(source, (bytes, bytearray, memoryview)) == ("bytes" in given)
-    if not is_right or not isinstance(source, (bytes, bytearray, memoryview, str, os.PathLike)):
+    is_valid = isinstance(source, (bytes, bytearray, memoryview)) == ("bytes" in given)
+    if not is_valid or not isinstance(source, (bytes, bytearray, memoryview, str, os.PathLike)):
         raise ValueError(f"{name} is a dictionary that holds {type(source).__name__} where bytes or a path belong.")
     return source
 
 
 def _check_is_open(handle: Any, name: str) -> None:
-    """Raises a ValueError for files that are closed, opened as text, or no files at all."""
+    """Raises a ValueError for files that are closed, opened as text or not regular files."""
     if getattr(handle, "closed", False) is True:
         raise ValueError(f"{name} is a closed file. Open it again.")
     if isinstance(handle, TextIOBase):
         raise ValueError(f"{name} is a file that was opened as text: open it with mode 'rb'.")
     try:
         descriptor = handle.fileno()
-    except (AttributeError, OSError, ValueError):  # it is held in memory, or closed
+    except (AttributeError, OSError, ValueError):  # in memory, or closed
         descriptor = None
     if isinstance(descriptor, int):
         _check_is_file(os.fstat(descriptor).st_mode, name)
 
 
 def _read_file_object(handle: Any, name: str) -> bytes:
-    """Content of a file that the caller opened, from its position on; it stays open, and where it was."""
+    """Reads a file object from its position on, and restores the position; the file stays open."""
     _check_is_open(handle, name)
     with decoding(name, "Give a file that is open for reading."):
         is_seekable = handle.seekable() if hasattr(handle, "seekable") else False
@@ -217,7 +219,7 @@ def _read_file_object(handle: Any, name: str) -> bytes:
 
 
 def _find(source: Any, name: str, allow_local_files: bool) -> bytes | BinaryIO:
-    """The bytes of a file, or the file, opened."""
+    """Returns the bytes of a source, or its opened file."""
     if isinstance(source, Mapping):
         source = _read_row(source, name)
     if isinstance(source, str):
@@ -239,17 +241,17 @@ def _find(source: Any, name: str, allow_local_files: bool) -> bytes | BinaryIO:
 def read_image(
     source: ImageSource, name: str, max_image_pixels: int, allow_local_files: bool = True
 ) -> Image.Image | np.ndarray | torch.Tensor:
-    """Decodes files in any form; PIL images, arrays and tensors pass through.
+    """Decodes a file in any form; PIL images, arrays and tensors pass through.
 
     Args:
-        source: A path, an address (http, https, file or data), base64 text, bytes, an open binary file, a dictionary
-            of `bytes` and `path` as `datasets` has them, or an image that passes through.
-        name: What errors call it.
+        source: A path, URL (http, https, file or data), base64 text, bytes, open binary file, dictionary of `bytes`
+            and `path` (a row of `datasets`), or an image that passes through.
+        name: Name of the image in errors.
         max_image_pixels: Largest width times height that is decoded.
-        allow_local_files: Whether paths and `file:` addresses are read.
+        allow_local_files: Whether paths and `file:` URLs are read.
 
     Raises:
-        ValueError: If it cannot be read; the message says what it is.
+        ValueError: If it cannot be read; the message describes what it is.
     """
     if isinstance(source, (Image.Image, np.ndarray, torch.Tensor)):
         return source
@@ -259,7 +261,7 @@ def read_image(
 
 
 def read_image_size(source: ImageSource, name: str, max_image_pixels: int) -> tuple[int, int]:
-    """(width, height) in the header of a file, of which nothing is decoded; see `read_image`."""
+    """Reads (width, height) from the header of a file without decoding it; see `read_image`."""
     if isinstance(source, Image.Image):
         return source.size
     found = _find(source, name, True)
@@ -269,11 +271,11 @@ def read_image_size(source: ImageSource, name: str, max_image_pixels: int) -> tu
 
 # ---------------------------------------------------------------------------------------------------- nesting
 def flatten_images(images: NestedImages, depth: int = 0) -> list[ImageSource]:
-    """Images of nested lists and of 4-dimensional batches, in order."""
+    """Flattens nested lists and 4-dimensional batches into one list of images."""
     if isinstance(images, (list, tuple)):
         if depth > MOST_NESTING:
             raise ValueError(
-                f"The images lie in more than {MOST_NESTING} lists of lists. Give them in one list, or one for each sample."
+                f"The images lie in more than {MOST_NESTING} lists of lists. Give them in one list, or one per sample."
             )
         return [image for group in images for image in flatten_images(group, depth + 1)]
     if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
@@ -281,16 +283,25 @@ def flatten_images(images: NestedImages, depth: int = 0) -> list[ImageSource]:
     return [images]
 
 
+def group_images(images: NestedImages | None) -> tuple[list[list[ImageSource]], bool]:
+    """Groups nested images by sample. Returns one group and False if they are not nested."""
+    if images is None:
+        return [[]], False
+    if isinstance(images, (list, tuple)) and any(
+        group is None or isinstance(group, (list, tuple)) for group in images
+    ):
+        return [flatten_images(group or []) for group in images], True
+    return [flatten_images(images)], False
+
+
 def name_images(sources: list[ImageSource]) -> list[str]:
-    """What error messages call each image: its position and, if it has one, its path or address."""
+    """Names each image for error messages: its position and, if known, its path or URL."""
     names = []
     for index, source in enumerate(sources):
         origin = source.get("path") if isinstance(source, Mapping) else getattr(source, "filename", source)
         origin = os.fsdecode(origin) if isinstance(origin, (str, os.PathLike)) else ""
-        origin = (
-            origin[:201].encode("utf-8", "backslashreplace").decode()
-        )  # names that are no UTF-8 can be printed too
-        # Control characters would move the cursor, or begin another line of a log.
+        origin = origin[:201].encode("utf-8", "backslashreplace").decode()  # some file names are not UTF-8
+        # Control characters would move the cursor or start a new line in a log.
         origin = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in origin)
         shown = f" ({origin if len(origin) <= 200 else origin[:60] + '...'})" if origin else ""
         names.append(f"Image {index + 1} of {len(sources)}{shown}")
@@ -298,7 +309,7 @@ def name_images(sources: list[ImageSource]) -> list[str]:
 
 
 def read_nested_images(images: NestedImages, max_image_pixels: int, allow_local_files: bool = True) -> NestedImages:
-    """`read_image` for each image, nested as given; batches become lists, grey arrays get a channel axis."""
+    """Applies `read_image` to nested images; batches become lists, grey arrays get a channel axis."""
     names = iter(name_images(flatten_images(images)))
 
     def read(part: NestedImages) -> NestedImages:
@@ -308,7 +319,7 @@ def read_nested_images(images: NestedImages, max_image_pixels: int, allow_local_
             return [read(item) for item in part]
         image = read_image(part, next(names), max_image_pixels, allow_local_files)
         if isinstance(image, (np.ndarray, torch.Tensor)) and image.ndim == 2:
-            return image[..., None]  # (H, W, C): transformers' processors count on three dimensions
+            return image[..., None]  # (H, W, C): transformers' processors expect three dimensions
         return image
 
     return read(images)
@@ -316,13 +327,13 @@ def read_nested_images(images: NestedImages, max_image_pixels: int, allow_local_
 
 # ---------------------------------------------------------------------------------------------------- pixels
 def _to_8_bit(array: np.ndarray, name: str) -> np.ndarray:
-    """Scales to 0..255: booleans, 16 bits, and floats in [0, 1]; other integers must be in 0..255 already."""
+    """Scales booleans, 16-bit integers and floats in [0, 1] to 0..255; other integers must be in 0..255 already."""
     if array.dtype == np.uint8:
         return array
     if array.dtype == bool:
         return array.astype(np.uint8) * 255
     if array.dtype.kind == "f":
-        if not (array.min() >= -FLOAT_TOLERANCE and array.max() <= 1 + FLOAT_TOLERANCE):  # so that NaN fails too
+        if not (array.min() >= -FLOAT_TOLERANCE and array.max() <= 1 + FLOAT_TOLERANCE):  # NaN fails too
             raise ValueError(
                 f"{name} has floating-point values from {array.min()} to {array.max()}, expected [0, 1]. "
                 "Divide by 255, or give 8-bit integers."
@@ -336,12 +347,12 @@ def _to_8_bit(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def _is_channels_first(shape: tuple[int, ...], data_format: str | ChannelDimension | None, name: str) -> bool:
-    """Whether a 3-dimensional array is (C, H, W), by its format if given, else by which end can count channels."""
+    """Whether an array is (C, H, W): by `data_format` if given, else by which axis can hold the channels."""
     first, last = shape[0] in (1, 3, 4), shape[-1] in (1, 3, 4)
     if data_format is not None:
         first, last = (first, False) if ChannelDimension(data_format) == ChannelDimension.FIRST else (False, last)
     elif shape[0] == 1 and shape[-1] in (3, 4):
-        first = False  # one row of pixels, rather than a grey image 3 pixels wide
+        first = False  # one row of pixels rather than a grey image 3 or 4 pixels wide
     if not (first or last):
         raise ValueError(f"{name} must have 1, 3 or 4 channels at the end or in front, got shape {shape}.")
     return first
@@ -369,9 +380,9 @@ def _array_to_pil(
 
 
 def _deep_to_grey(image: Image.Image, name: str) -> Image.Image:
-    """Scales 16-bit and floating-point images; Pillow's own conversion would clip them to white."""
+    """Scales 16-bit and floating-point images to 8 bits; Pillow's conversion would clip them to white."""
     array = np.asarray(image)
-    key = image.info.get("transparency")  # the one value that is transparent
+    key = image.info.get("transparency")  # the value of transparent pixels
     alpha = None if not isinstance(key, int) else Image.fromarray(np.where(array == key, 0, 255).astype(np.uint8))
     if image.mode == "I":
         if array.min() < 0 or array.max() > 65535:
@@ -382,7 +393,7 @@ def _deep_to_grey(image: Image.Image, name: str) -> Image.Image:
 
 
 def parse_background(background: Background) -> tuple[int, int, int] | None:
-    """(R, G, B) of a colour's name, of "#rrggbb" or of three numbers; None for "none"."""
+    """Converts a colour name, "#rrggbb" or three numbers to (R, G, B), and "none" to None."""
     if isinstance(background, str):
         if background == NO_BACKGROUND:
             return None
@@ -404,9 +415,9 @@ def parse_background(background: Background) -> tuple[int, int, int] | None:
 
 
 def _over(background: tuple[int, int, int], image: Image.Image) -> Image.Image:
-    """RGB image of what shows through a transparent image; opaque pixels keep their bytes."""
+    """Composites a transparent image over the background; opaque pixels keep their values."""
     key = image.info.get("transparency")
-    if isinstance(key, tuple) and max(key) > 255:  # of a PNG with 16 bits, of which Pillow reads the upper 8
+    if isinstance(key, tuple) and max(key) > 255:  # 16-bit PNG, of which Pillow reads the upper 8 bits
         image = image.copy()
         image.info["transparency"] = tuple(value >> 8 for value in key)
     rgba = image.convert("RGBA")
@@ -423,9 +434,9 @@ def to_pil(
     input_data_format: str | ChannelDimension | None,
     background: Background = DEFAULT_BACKGROUND,
 ) -> Image.Image:
-    """8-bit RGB image of a decoded image; without `do_convert_rgb`, grey images stay grey and RGBA images keep alpha.
+    """Converts an image to 8-bit RGB; without `do_convert_rgb`, grey images stay grey and RGBA images keep alpha.
 
-    Transparent images are read over `background`; with "none" alpha is dropped, which uncovers the colours below.
+    Transparent images are composited over `background`; "none" drops alpha, which uncovers the colours below.
     """
     if isinstance(source, Image.Image):
         image = source
@@ -434,7 +445,7 @@ def to_pil(
     load_image(image, name, max_image_pixels)
     if image.mode.startswith("I") or image.mode == "F":
         image = _deep_to_grey(image, name)
-    if image.mode in ("La", "RGBa"):  # premultiplied, of which Pillow converts hardly anything
+    if image.mode in ("La", "RGBa"):  # premultiplied, which Pillow converts to few other modes
         image = image.convert(image.mode.upper())
     if image.mode == "RGBA" and not do_convert_rgb:
         return image
@@ -452,6 +463,7 @@ __all__ = [
     "ImageSource",
     "NestedImages",
     "flatten_images",
+    "group_images",
     "name_images",
     "parse_background",
     "read_image",

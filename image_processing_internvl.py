@@ -1,13 +1,13 @@
 # Copyright 2026 The InternVL package authors
-"""Pictures to pixel tensors for every InternVL configuration.
+"""Converts images to pixel tensors for every InternVL configuration.
 
-A picture becomes one or more square tiles, by one of four ways (`resize_mode`): "tiles" is the dynamic tiling of
-InternVL-Chat, "squash" the plain resize of retrieval, "crop" the shortest-side resize and centre crop of
-classification, "pad" the pad-to-square of the LLaVA code base. All work is done by Pillow, so that the 8-bit pixels
-are those of the published code byte for byte; torchvision is neither needed nor used. The pictures of one call share
-as many threads as PyTorch uses within an operation (`torch.set_num_threads`, `OMP_NUM_THREADS`; 1 in DataLoader workers).
+An image becomes one or more square tiles. `resize_mode` selects how: "tiles" is the dynamic tiling of InternVL-Chat,
+"squash" the plain resize of retrieval, "crop" the shortest-side resize and centre crop of classification, "pad" the
+pad-to-square of the LLaVA code base. Pillow does all the work, so that the 8-bit pixels equal those of the published
+code; torchvision is neither needed nor used. The images of one call share as many threads as PyTorch uses within an
+operation (`torch.set_num_threads`, `OMP_NUM_THREADS`; 1 in DataLoader workers).
 
-Not covered: videos (give the frames as pictures).
+Not covered: videos (pass the frames as images).
 
 Shapes: T tiles of the whole call, C channels, H and W pixels.
 """
@@ -45,10 +45,10 @@ from .image_settings_internvl import (
     MOST_TILES,
     TILE_SETTINGS,
     InternVLImageProcessorKwargs,
+    alias_of,
     canonical_settings,
     check_settings,
     fixed_sizes,
-    spelling_of,
     switch_of,
     tile_limits,
 )
@@ -59,9 +59,9 @@ MOST_OUTPUT_PIXELS = MOST_TILES * 448 * 448
 
 @lru_cache(maxsize=64)
 def _candidate_grids(min_num: int, max_num: int) -> tuple[tuple[int, int], ...]:
-    """All (columns, rows) of min_num to max_num tiles, few tiles first."""
-    # Equally large grids keep the order in which CPython walks through a set filled in this very order, as in the
-    # published code: with min_num = max_num = 2, the 1 x 2 and the 2 x 1 grid tie on 5:4 pictures.
+    """Lists all (columns, rows) with min_num to max_num tiles, fewest tiles first."""
+    # Grids of equal size keep the order in which CPython iterates over a set filled in this order, as in the published
+    # code: with min_num = max_num = 2, the 1 x 2 and the 2 x 1 grid tie on 5:4 images.
     grids = {
         (columns, rows)
         for limit in range(min_num, max_num + 1)
@@ -73,14 +73,14 @@ def _candidate_grids(min_num: int, max_num: int) -> tuple[tuple[int, int], ...]:
 
 
 def choose_grid(width: int, height: int, min_num: int, max_num: int, tile_size: int) -> tuple[int, int]:
-    """Chooses the grid whose aspect ratio is closest to the picture's, as the published code does.
+    """Chooses the grid whose aspect ratio is closest to the image's, as the published code does.
 
-    Among equally close grids a larger one is taken only if the picture has more than half of its pixels.
+    Among equally close grids, a larger one is taken only if the image has more than half of its pixels.
 
     Args:
-        width: Of the picture.
-        height: Of the picture.
-        min_num: Least number of tiles.
+        width: Width of the image.
+        height: Height of the image.
+        min_num: Smallest number of tiles.
         max_num: Largest number of tiles.
         tile_size: Side of a tile in pixels.
 
@@ -99,24 +99,24 @@ def choose_grid(width: int, height: int, min_num: int, max_num: int, tile_size: 
 
 # ---------------------------------------------------------------------------------------------------- threads
 def _in_threads(work: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
-    """`work` of the first of all arguments, of the second and so on, in order; the first error in order is raised."""
+    """Maps `work` over the arguments in threads; results keep their order and the first error in order is raised."""
     threads = min(torch.get_num_threads(), len(arguments[0]))
     if threads < 2:
         return list(map(work, *arguments))
-    # Pillow and NumPy let other threads run while they compute. A pool kept for later calls would not survive a fork.
+    # Pillow and NumPy release the GIL while they compute. A pool kept for later calls would not survive a fork.
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(work, *arguments))
 
 
 def _loading_locks(sources: list[ImageSource]) -> list[Lock]:
-    """The same lock for PIL images that are one object, or share an open file, whose position moves as they load."""
+    """Gives one lock to PIL images that are the same object or share an open file, whose position moves on loading."""
     locks: dict[int, Lock] = defaultdict(Lock)
     return [locks[id(getattr(source, "fp", None) or source)] for source in sources]
 
 
 # ---------------------------------------------------------------------------------------------------- resizing
 def _pixels(image: Image.Image) -> np.ndarray:
-    """(C, H, W)"""
+    """Copies an image to an array (C, H, W)."""
     bands = image.getbands()
     pixels = np.empty((len(bands), image.height, image.width), dtype=np.uint8)
     for plane, band in zip(pixels, bands, strict=True):
@@ -127,7 +127,7 @@ def _pixels(image: Image.Image) -> np.ndarray:
 def _cut_into_tiles(
     image: Image.Image, grid: tuple[int, int], side: int, use_thumbnail: bool, resample: int
 ) -> list[np.ndarray]:
-    """Tiles row by row, then the thumbnail; the tiles are views of one resized picture."""
+    """Returns the tiles row by row, then the thumbnail; the tiles are views of one resized image."""
     columns, rows = grid
     canvas = _pixels(image.resize((columns * side, rows * side), resample))
     tiles = [
@@ -143,14 +143,14 @@ def _cut_into_tiles(
 def _resize_and_crop(
     image: Image.Image, shortest_edge: int, crop_size: SizeDict, resample: int, max_image_pixels: int
 ) -> Image.Image:
-    """Shortest side to `shortest_edge`, then the centre; sizes and offsets are rounded as torchvision does."""
+    """Resizes the shortest side and crops the centre; sizes and offsets are rounded as in torchvision."""
     scale = min(image.size)
     width, height = (int(shortest_edge * length / scale) for length in image.size)
     left, top = round((width - crop_size.width) / 2), round((height - crop_size.height) / 2)
     right, bottom = left + crop_size.width, top + crop_size.height
     if width * height <= max_image_pixels:
         return image.resize((width, height), resample).crop((left, top, right, bottom))
-    # A 1 x 20000 picture would grow to 224 x 4480000: resize the kept part only, which is the same but for rounding.
+    # A 1 x 20000 image would grow to 224 x 4480000: resize only the kept part, which is equal up to rounding.
     across, down = image.width / width, image.height / height
     return image.resize(
         (right - left, bottom - top), resample, box=(left * across, top * down, right * across, bottom * down)
@@ -158,7 +158,7 @@ def _resize_and_crop(
 
 
 def _pad_to_square(image: Image.Image, background: tuple[int, ...], name: str, max_image_pixels: int) -> Image.Image:
-    """Centres the picture on a square of the background colour."""
+    """Centres the image on a square of the background colour."""
     side = max(image.size)
     check_image_size(side, side, f"{name}, padded to a square,", max_image_pixels)
     canvas = Image.new(image.mode, (side, side), background if len(background) > 1 else background[0])
@@ -167,19 +167,19 @@ def _pad_to_square(image: Image.Image, background: tuple[int, ...], name: str, m
 
 
 def _check_output(tiles: int, size: SizeDict, name: str) -> None:
-    """Refuses tiles that would need more memory than the most tiles of the published size."""
+    """Raises a ValueError for tiles that need more memory than `MOST_TILES` of the published size."""
     height, width = size.height or size.shortest_edge, size.width or size.shortest_edge
     if tiles * height * width > MOST_OUTPUT_PIXELS:
         raise ValueError(
-            f"{name} would become {tiles} tile(s) of {height} x {width} pixels, more than {MOST_OUTPUT_PIXELS} pixels in all. "
-            "Give a smaller `size` or `max_num`."
+            f"{name} would become {tiles} tile(s) of {height} x {width} pixels, more than {MOST_OUTPUT_PIXELS} pixels "
+            "in all. Give a smaller `size` or `max_num`."
         )
 
 
 def _fit(
     image: Image.Image, name: str, limits: tuple[int, int, bool], settings: Mapping[str, Any]
 ) -> list[np.ndarray]:
-    """Tiles of one picture, each (C, H, W), as `resize_mode` asks."""
+    """Converts one image to tiles (C, H, W) according to `resize_mode`."""
     mode, size, resample, max_pixels = (
         settings[key] for key in ("resize_mode", "size", "resample", "max_image_pixels")
     )
@@ -203,14 +203,14 @@ def _fit(
 def _to_float(
     tiles: list[np.ndarray], divisors: list[float], settings: Mapping[str, Any]
 ) -> list[np.ndarray] | np.ndarray:
-    """Scales and normalises tiles, (C, H, W) each, in one (T, C, H, W) array, or in a list where sizes differ."""
+    """Scales and normalises tiles (C, H, W) into one array (T, C, H, W), or a list if their sizes differ."""
     if len({tile.shape for tile in tiles}) > 1:
         return _in_threads(lambda tile, divisor: _to_float([tile], [divisor], settings)[0], tiles, divisors)
     output = np.empty((len(tiles), *tiles[0].shape), dtype=np.float32)
     mean, std = (_per_channel(settings[key], key, len(tiles[0])) for key in ("image_mean", "image_std"))
 
     def fill(values: np.ndarray, tile: np.ndarray, divisor: float) -> None:
-        # The three float32 steps of torchvision's ToTensor and Normalize, in place; fusing two of them changes last bits.
+        # The three float32 steps of torchvision's ToTensor and Normalize, in place. Fusing two changes the last bits.
         values[...] = tile
         values /= np.float32(divisor)
         if settings["do_normalize"]:
@@ -222,55 +222,55 @@ def _to_float(
 
 
 def _per_channel(value: float | tuple[float, ...], name: str, channels: int) -> np.ndarray:
-    """(C, 1, 1)"""
+    """Shapes a mean or deviation as (C, 1, 1)."""
     values = np.atleast_1d(np.asarray(value, dtype=np.float32))
     if len(values) not in (1, channels):
-        raise ValueError(f"`{name}` has {len(values)} values, the pictures have {channels} channels.")
+        raise ValueError(f"`{name}` has {len(values)} values, the images have {channels} channels. Give one for each.")
     return values[:, None, None]
 
 
 class InternVLImageProcessor(PilBackend):
-    """Makes the tiles of pictures that InternVL models look at.
+    """Converts images to the tiles that InternVL models take.
 
-    `resize_mode` says how a picture becomes square tiles of `size`:
+    `resize_mode` selects how an image becomes square tiles of `size`:
 
-    - "tiles" (default): a grid of `min_num` to `max_num` tiles closest to the picture's shape, row by row, then the
-      whole picture as a thumbnail if there is more than one tile and `use_thumbnail`. With `max_num=1`, one tile.
-    - "squash": one tile, resized without regard to the shape (retrieval).
-    - "crop": shortest side to `size`, then the centre of `crop_size` (classification), rounded as torchvision does.
-      `CLIPImageProcessor` does the same with the saved file, but where an odd number of pixels is cut off, its centre
-      may lie one pixel to the left or above.
+    - "tiles" (default): a grid of `min_num` to `max_num` tiles whose aspect ratio is closest to the image's, row by
+      row, followed by a thumbnail of the whole image if there is more than one tile and `use_thumbnail` is set.
+    - "squash": one tile, resized without keeping the aspect ratio (retrieval).
+    - "crop": shortest side resized to `size`, then a centre crop of `crop_size` (classification), rounded as in
+      torchvision. `CLIPImageProcessor` does the same with the saved file, except that its crop may lie one pixel
+      further left or up if an odd number of pixels is cut off.
     - "pad": centred on a square of the mean colour, then resized (LLaVA code base).
 
-    With `do_resize=False` a picture is one tile as it is (after the centre crop in the mode "crop").
+    With `do_resize=False` an image is one tile of its own size (after the centre crop in mode "crop").
 
     An image is a PIL image, an array or tensor ((H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels), a path, the
-    bytes of a file, an open binary file (read from its position on), an http(s), file or data address, a base64 text, or a row
-    `{"bytes": ..., "path": ...}` of `datasets`; images come alone, in lists, in nested lists or as 4-dimensional batches.
-    What becomes of special ones:
+    bytes of a file, an open binary file (read from its position on), an http(s), file or data URL, a base64 text, or a
+    row `{"bytes": ..., "path": ...}` of `datasets`. Images are given alone, in lists, in nested lists or as
+    4-dimensional batches. Special cases:
 
-    - Formats: PNG, JPEG (MPO too), WebP, GIF, BMP, TIFF and PPM are decoded, by every way in, and in PIL images that are
-      not decoded yet. Any other is refused by name. No program is ever started.
-    - EXIF orientation: files, bytes and addresses are turned upright, as transformers' loaders do. PIL images are
-      taken as they are, as in the published code.
-    - Transparent images (alpha, palettes and PNG's transparent colour too) are read over `background_color`, white by default, as
-      people see them. "none" drops alpha, uncovering the colours below, as the published `convert("RGB")` does. Opaque images
-      have the same bytes either way.
-    - CMYK, YCbCr and so on: Pillow's `convert("RGB")`, without colour profiles.
+    - Formats: PNG, JPEG (also MPO), WebP, GIF, BMP, TIFF and PPM are decoded, from every source and in PIL images that
+      are not loaded yet. Any other format raises a ValueError that names it. No external program is started.
+    - EXIF orientation: files, bytes and URLs are turned upright, as in transformers. PIL images are left as they are,
+      as in the published code.
+    - Transparency (alpha, palettes, PNG's transparent colour): composited over `background_color`, white by default.
+      "none" drops alpha, uncovering the colours below, as the published `convert("RGB")` does. Opaque images have the
+      same bytes either way.
+    - CMYK, YCbCr etc.: Pillow's `convert("RGB")`, without colour profiles.
     - 16 bits (PIL modes "I;16" and "I", arrays of uint16) are scaled to 8 bits: 65535 becomes 255. Other integers must
-      be in 0..255. One bit: 0 and 255.
-    - Floats (PIL mode "F", arrays, tensors) must be in [0, 1], but for errors of rounding; they are rounded to 8 bits,
-      and `do_rescale` has no effect on arrays and tensors of this kind, because they are scaled already.
+      be in 0..255. One bit becomes 0 and 255.
+    - Floats (PIL mode "F", arrays, tensors) must be in [0, 1] up to rounding errors and are rounded to 8 bits.
+      `do_rescale` has no effect on such arrays and tensors, because they are scaled already.
     - Animations: the first frame of files, the current frame of PIL images.
-    - Addresses of private networks (also behind a name, a tunnel or a redirect) raise a ValueError, unless the environment
-      variable INTERNVL_ALLOW_PRIVATE_HOSTS is 1. A download has 60 seconds in all.
-    - Broken, empty or truncated data, all that is no image, and images of more than `max_image_pixels` (looked up before
-      anything is decoded) raise a ValueError with the position of the image, its path or address, and what it is.
+    - URLs of private networks (also through a host name, a tunnel or a redirect) raise a ValueError, unless the
+      environment variable INTERNVL_ALLOW_PRIVATE_HOSTS is 1. A download may take 60 seconds in all.
+    - Broken, empty or truncated data, files that are not images, and images of more than `max_image_pixels` (checked
+      before decoding) raise a ValueError with the position of the image, its path or URL, and a description.
 
-    `pixel_values` is (T, 3, H, W) for all pictures together, `num_patches` the number of tiles of each picture.
+    `pixel_values` is (T, 3, H, W) for all images together, `num_patches` the number of tiles per image.
     """
 
-    _auto_class = "AutoImageProcessor"  # `save_pretrained` writes the code along, so that the folder can be moved
+    _auto_class = "AutoImageProcessor"  # makes `save_pretrained` copy the code into the folder
     valid_kwargs = InternVLImageProcessorKwargs
     model_input_names = ["pixel_values", "num_patches"]
 
@@ -290,8 +290,8 @@ class InternVLImageProcessor(PilBackend):
     background_color = DEFAULT_BACKGROUND
     allow_local_files = True
 
-    min_patches = min_dynamic_patch = spelling_of("min_num")
-    max_patches = max_dynamic_patch = spelling_of("max_num")
+    min_patches = min_dynamic_patch = alias_of("min_num")
+    max_patches = max_dynamic_patch = alias_of("max_num")
     crop_to_patches = switch_of("crop_to_patches")
     do_center_crop = switch_of("do_center_crop")
 
@@ -301,12 +301,12 @@ class InternVLImageProcessor(PilBackend):
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> "InternVLImageProcessor":
-        """Builds a processor from a saved dictionary, in which `kwargs` take precedence in any spelling."""
+        """Builds a processor from a saved dictionary; `kwargs` override it under any alias."""
         saved = canonical_settings(image_processor_dict, cls.resize_mode)
         return super().from_dict(saved, **canonical_settings(kwargs, saved.get("resize_mode", cls.resize_mode)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Dictionary to save, which `CLIPImageProcessor` understands too."""
+        """Returns the dictionary to save, which `CLIPImageProcessor` reads too."""
         saved = {**super().to_dict(), "do_center_crop": self.do_center_crop}
         for name in LOADING_SETTINGS:
             if saved[name] == getattr(type(self), name):
@@ -314,53 +314,51 @@ class InternVLImageProcessor(PilBackend):
         return saved
 
     def fetch_images(self, image_url_or_urls: NestedImages) -> NestedImages:
-        """Decodes paths, addresses, base64 text and bytes to PIL images and keeps the nesting.
+        """Decodes paths, URLs, base64 text and bytes to PIL images and keeps the nesting.
 
         Args:
-            image_url_or_urls: One picture or nested lists of them, see the class.
+            image_url_or_urls: One image or nested lists, see the class.
 
         Returns:
             The same nesting of PIL images, arrays and tensors.
 
         Raises:
-            ValueError: A picture cannot be read; the message names it.
+            ValueError: If an image cannot be read; the message names it.
         """
         return read_nested_images(image_url_or_urls, self.max_image_pixels, self.allow_local_files)
 
     def preprocess(
         self, images: NestedImages, *args: Any, **kwargs: Unpack[InternVLImageProcessorKwargs]
     ) -> BatchFeature:
-        """Makes the tiles of one or more pictures.
+        """Converts one or more images to tiles.
 
         Args:
-            images: One picture or nested lists of them, see the class.
-            *args: None are expected.
-            **kwargs: Settings for this call, in any spelling, see `InternVLImageProcessorKwargs`.
+            images: One image or nested lists, see the class.
+            *args: Unused.
+            **kwargs: Settings of this call, see `InternVLImageProcessorKwargs`.
 
         Returns:
-            `pixel_values` (T, 3, H, W) float32 and `num_patches`, one count per picture; lists if `return_tensors` is
+            `pixel_values` (T, 3, H, W) float32 and `num_patches`, one count per image; lists if `return_tensors` is
             not given.
 
         Raises:
-            ValueError: A setting is invalid or contradicts another, or a picture cannot be read.
+            ValueError: If a setting is invalid or contradicts another, or an image cannot be read.
         """
         unknown = sorted(kwargs.keys() - self.valid_kwargs.__annotations__.keys())
         if unknown:
             raise ValueError(
-                f"`{'`, `'.join(unknown)}` is no setting of `{type(self).__name__}`: leave it out, or see `{self.valid_kwargs.__name__}`."
+                f"`{'`, `'.join(unknown)}` is no setting of `{type(self).__name__}`: leave it out, or see "
+                f"`{self.valid_kwargs.__name__}`."
             )
         return super().preprocess(images, *args, **canonical_settings(kwargs, self.resize_mode))
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
-        """Counts the tiles that a picture of a known size gives, the thumbnail included.
+        """Counts the tiles of an image of a given size, including the thumbnail.
 
         Args:
-            height: Of the picture, upright.
-            width: Of the picture, upright.
-            images_kwargs: Settings for this picture, in any spelling.
-
-        Returns:
-            The number of tiles.
+            height: Height of the upright image.
+            width: Width of the upright image.
+            images_kwargs: Settings of this image.
         """
         settings = canonical_settings(images_kwargs or {}, self.resize_mode)
         for name in ("resize_mode", "size", "crop_size", "do_resize", *TILE_SETTINGS, "max_image_pixels"):
@@ -373,7 +371,7 @@ class InternVLImageProcessor(PilBackend):
         return columns * rows + int(use_thumbnail and columns * rows > 1)
 
     def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:
-        """Complete, checked settings, of the processor or of one call."""
+        """Completes and checks the settings of the processor or of one call."""
         check_settings(kwargs)
         mode = kwargs["resize_mode"]
         kwargs = super()._standardize_kwargs(**kwargs)
@@ -381,35 +379,34 @@ class InternVLImageProcessor(PilBackend):
         return {**kwargs, "do_center_crop": mode == "crop", "size": size, "crop_size": crop_size}
 
     def _prepare_image_like_inputs(self, images: NestedImages, *args: Any, **kwargs: Any) -> list[ImageSource]:
-        """Flat list of pictures; each is decoded only when its turn comes, so that few are in memory at a time."""
+        """Flattens the images. `_preprocess` decodes each when it is needed, so that few are in memory at a time."""
         return flatten_images(images)
 
     def _preprocess(
         self, images: list[ImageSource], return_tensors: str | TensorType | None = None, **settings: Any
     ) -> BatchFeature:
-        """Tiles of all pictures in one tensor."""
+        """Converts all images to tiles in one tensor."""
         if not images:
-            raise ValueError("`images` holds no picture. Give at least one.")
+            raise ValueError("`images` holds no image. Give at least one.")
         limits, max_pixels = tile_limits(len(images), settings), settings["max_image_pixels"]
 
         def prepare(source: ImageSource, name: str, limit: tuple[int, int, bool], loading: Lock) -> list[np.ndarray]:
             with loading if isinstance(source, Image.Image) or hasattr(source, "read") else nullcontext():
-                picture = read_image(source, name, max_pixels, settings["allow_local_files"])
+                image = read_image(source, name, max_pixels, settings["allow_local_files"])
                 if isinstance(source, Image.Image):
                     load_image(source, name, max_pixels)
-            ways = (settings[key] for key in ("do_convert_rgb", "input_data_format", "background_color"))
-            return _fit(to_pil(picture, name, max_pixels, *ways), name, limit, settings)
+            options = (settings[key] for key in ("do_convert_rgb", "input_data_format", "background_color"))
+            return _fit(to_pil(image, name, max_pixels, *options), name, limit, settings)
 
-        found = _in_threads(prepare, images, name_images(images), limits, _loading_locks(images))
-        num_patches = [len(tiles) for tiles in found]
+        tiles = _in_threads(prepare, images, name_images(images), limits, _loading_locks(images))
+        num_patches = [len(of_image) for of_image in tiles]
         divisor = 1 / settings["rescale_factor"] if settings["do_rescale"] else 1.0
         divisors = [
             255.0 if isinstance(source, (np.ndarray, torch.Tensor)) and "float" in str(source.dtype) else divisor
             for source in images
         ]
-        pixel_values = _to_float(
-            [tile for tiles in found for tile in tiles], np.repeat(divisors, num_patches).tolist(), settings
-        )
+        flat_tiles = [tile for of_image in tiles for tile in of_image]
+        pixel_values = _to_float(flat_tiles, np.repeat(divisors, num_patches).tolist(), settings)
         if return_tensors is None:
             pixel_values = list(pixel_values)
         return BatchFeature(

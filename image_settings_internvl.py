@@ -1,5 +1,5 @@
 # Copyright 2026 The InternVL package authors
-"""Settings of the image processor: their names in published configurations and in transformers, defaults, and checks."""
+"""Settings of the image processor: aliases in published configurations and transformers, defaults, and checks."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,41 +11,42 @@ from .image_loading_internvl import DEFAULT_BACKGROUND, Background, parse_backgr
 
 
 RESIZE_MODES = ("tiles", "squash", "crop", "pad")
-# Names of the same setting in the published configurations (`*_dynamic_patch`) and in transformers (`*_patches`).
-SPELLINGS = {
+# Aliases of settings in the published configurations (`*_dynamic_patch`) and in transformers (`*_patches`).
+ALIASES = {
     "min_patches": "min_num",
     "min_dynamic_patch": "min_num",
     "max_patches": "max_num",
     "max_dynamic_patch": "max_num",
 }
-# Booleans of transformers, and the mode that each means.
+# Booleans of transformers and the mode that each stands for.
 SWITCHES = {"crop_to_patches": "tiles", "do_center_crop": "crop"}
 FLOATS = ("image_mean", "image_std", "rescale_factor")
 BOOLEANS = ("allow_local_files", "do_convert_rgb", "do_normalize", "do_rescale", "do_resize")
 TILE_SETTINGS = ("min_num", "max_num", "use_thumbnail")
-# 256 tiles of 448 x 448 pixels are 617 MB of float32; published checkpoints use 40 at most. Servers let clients ask.
+# 256 tiles of 448 x 448 pixels take 617 MB in float32; published checkpoints use 40 at most. Clients of a server may
+# choose the number.
 MOST_TILES = 256
-# They are saved only where they differ from the defaults.
+# Saved only if they differ from the defaults.
 LOADING_SETTINGS = ("background_color", "allow_local_files")
-OWN_SETTINGS = (*TILE_SETTINGS, *SPELLINGS, *SWITCHES, "resize_mode", "max_image_pixels", *LOADING_SETTINGS)
+OWN_SETTINGS = (*TILE_SETTINGS, *ALIASES, *SWITCHES, "resize_mode", "max_image_pixels", *LOADING_SETTINGS)
 
 
 class InternVLImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
-    """Settings of `InternVLImageProcessor` beyond those every image processor has.
+    """Settings of `InternVLImageProcessor` in addition to those of every image processor.
 
-    `min_num`, `max_num` and `use_thumbnail` may be lists with one value per picture of the call.
+    `min_num`, `max_num` and `use_thumbnail` may be lists with one value per image.
 
     Attributes:
         resize_mode: "tiles", "squash", "crop" or "pad".
-        min_num: Least number of tiles, the thumbnail not counted. Also `min_patches`, `min_dynamic_patch`.
-        max_num: Largest number of tiles, the thumbnail not counted. Also `max_patches`, `max_dynamic_patch`.
-        use_thumbnail: Whether the whole picture follows its tiles as one more, where there is more than one.
-        crop_to_patches: True asks for `resize_mode="tiles"`, False for anything else ("squash" in place of "tiles").
+        min_num: Smallest number of tiles without the thumbnail. Aliases: `min_patches`, `min_dynamic_patch`.
+        max_num: Largest number of tiles without the thumbnail. Aliases: `max_patches`, `max_dynamic_patch`.
+        use_thumbnail: Whether a thumbnail of the whole image follows its tiles if there is more than one.
+        crop_to_patches: True means `resize_mode="tiles"`, False any other mode ("squash" instead of "tiles").
         max_image_pixels: Largest width times height that is decoded.
-        background_color: What transparent images are read over: a colour's name, "#rrggbb", three numbers from 0 to
-            255, or "none", which drops alpha and uncovers the colours below, as the published code does.
-        allow_local_files: Whether paths and `file:` addresses are read. A server that lets its clients name images sets
-            this to False.
+        background_color: Background of transparent images: a colour name, "#rrggbb", three numbers from 0 to 255, or
+            "none", which drops alpha and uncovers the colours below, as the published code does.
+        allow_local_files: Whether paths and `file:` URLs are read. A server whose clients name images should set it to
+            False.
     """
 
     resize_mode: str | None
@@ -62,13 +63,13 @@ class InternVLImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
     allow_local_files: bool | None
 
 
-def spelling_of(name: str) -> property:
-    """Another name of an attribute, so that code which reads or sets that name means ours."""
+def alias_of(name: str) -> property:
+    """Property that reads and sets the attribute `name` under an alias."""
     return property(lambda self: getattr(self, name), lambda self, value: setattr(self, name, value))
 
 
 def switch_of(name: str) -> property:
-    """A boolean of transformers that stands for one of the modes."""
+    """Property for a boolean of transformers that stands for one of the modes."""
 
     def assign(self: Any, value: bool) -> None:
         self.resize_mode = canonical_settings({name: value}, self.resize_mode).get("resize_mode", self.resize_mode)
@@ -77,12 +78,12 @@ def switch_of(name: str) -> property:
 
 
 def canonical_settings(settings: Mapping[str, Any], current_mode: str) -> dict[str, Any]:
-    """Settings under our own names: other spellings renamed, switches turned into a `resize_mode`, None left out."""
+    """Resolves aliases, turns switches into a `resize_mode`, and drops None."""
     settings = {key: value for key, value in settings.items() if value is not None or key not in OWN_SETTINGS}
-    for spelling, name in SPELLINGS.items():
-        value = settings.pop(spelling, None)
+    for alias, name in ALIASES.items():
+        value = settings.pop(alias, None)
         if value is not None and settings.setdefault(name, value) != value:
-            raise ValueError(f"`{spelling}={value}` contradicts `{name}={settings[name]}`. Give one of them.")
+            raise ValueError(f"`{alias}={value}` contradicts `{name}={settings[name]}`. Give one of them.")
     mode, fallback = settings.pop("resize_mode", None), None
     for switch, meant in SWITCHES.items():
         value = settings.pop(switch, None)
@@ -106,7 +107,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _as_floats(value: Any, name: str) -> float | list[float]:
-    """Numbers as the base class checks for them, which takes no 0 and no 1 for a float."""
+    """Converts numbers to float: the base class rejects the integers 0 and 1 where it expects floats."""
     try:
         return [float(item) for item in value] if isinstance(value, (list, tuple)) else float(value)
     except (TypeError, ValueError) as error:
@@ -114,7 +115,7 @@ def _as_floats(value: Any, name: str) -> float | list[float]:
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Raises a ValueError for values of our own settings that can never be right; settings may be missing."""
+    """Raises a ValueError for invalid values of this package's settings; settings may be missing."""
     if settings.get("resize_mode", "tiles") not in RESIZE_MODES:
         raise ValueError(f"`resize_mode` must be one of {', '.join(RESIZE_MODES)}, got {settings['resize_mode']!r}.")
     for name, largest in (("min_num", MOST_TILES), ("max_num", MOST_TILES), ("max_image_pixels", float("inf"))):
@@ -132,7 +133,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def _check_base_settings(settings: Mapping[str, Any]) -> None:
-    """The same for settings that every image processor has, where the base class would go on or speak of its own types."""
+    """Checks settings of every image processor that the base class accepts or reports unclearly."""
     for name in ("image_std", "rescale_factor"):
         if settings.get(name) is not None and 0 in _as_list(settings[name]):
             raise ValueError(f"`{name}` must not be 0, got {settings[name]!r}.")
@@ -144,12 +145,12 @@ def _check_base_settings(settings: Mapping[str, Any]) -> None:
 
 
 def tile_limits(count: int, settings: Mapping[str, Any]) -> list[tuple[int, int, bool]]:
-    """(min_num, max_num, use_thumbnail) of each picture."""
+    """Returns (min_num, max_num, use_thumbnail) of each image."""
     columns = []
     for name in TILE_SETTINGS:
         values = _as_list(settings[name])
         if isinstance(settings[name], (list, tuple)) and len(values) != count:
-            raise ValueError(f"`{name}` has {len(values)} values for {count} pictures. Give one, or one per picture.")
+            raise ValueError(f"`{name}` has {len(values)} values for {count} images. Give one, or one per image.")
         columns.append(values if len(values) == count else values * count)
     limits = list(zip(*columns, strict=True))
     for min_num, max_num, _ in limits:
@@ -159,7 +160,7 @@ def tile_limits(count: int, settings: Mapping[str, Any]) -> list[tuple[int, int,
 
 
 def fixed_sizes(mode: str, size: SizeDict, crop_size: SizeDict | None) -> tuple[SizeDict, SizeDict | None]:
-    """Sizes as `mode` uses them, in the form in which transformers' CLIPImageProcessor does the same with them."""
+    """Returns `size` and `crop_size` in the form with which CLIPImageProcessor does the same as `mode`."""
     height, width = size.height or size.shortest_edge, size.width or size.shortest_edge
     if type(height) is not int or type(width) is not int or height < 1 or width < 1:
         raise ValueError(f"`size` must hold a positive `height` and `width`, or a `shortest_edge`, got {dict(size)}.")
@@ -174,15 +175,15 @@ def fixed_sizes(mode: str, size: SizeDict, crop_size: SizeDict | None) -> tuple[
 
 
 __all__ = [
+    "ALIASES",
     "LOADING_SETTINGS",
     "MOST_TILES",
-    "SPELLINGS",
     "TILE_SETTINGS",
     "InternVLImageProcessorKwargs",
+    "alias_of",
     "canonical_settings",
     "check_settings",
     "fixed_sizes",
-    "spelling_of",
     "switch_of",
     "tile_limits",
 ]

@@ -1,10 +1,10 @@
-"""Messages of a dialogue: checked and made safe for a chat template before, turned into training targets afterwards.
+"""Prepares the messages of a dialogue for a chat template, and derives training targets from the rendered prompt.
 
-Before: every message is checked here and nowhere else, literal image tokens in texts are escaped, and a video becomes its
-frames in the published form (`Frame1: ` and an image, `Frame2: ` and an image...). Afterwards: the characters that an
-assistant wrote become masks and labels of tokens.
+Before rendering, messages are checked (only here), literal image tokens in texts are escaped, and a video becomes its
+frames in the published form (`Frame1: ` and an image, `Frame2: ` and an image...). After rendering, the characters
+written by the assistant become masks and labels of tokens.
 
-Not covered: reading video files, and rendering, which is the chat template's work.
+Not covered: reading video files. Rendering is done by the chat template.
 """
 
 import reprlib
@@ -19,24 +19,24 @@ from transformers.utils import logging
 
 from .chat_templates_internvl import TemplateNames
 from .conversation_internvl import escape_image_tokens
-from .image_loading_internvl import flatten_images
+from .image_loading_internvl import flatten_images, group_images
 
 
 logger = logging.get_logger(__name__)
 
 Message = dict[str, Any]
 
-IGNORED_LABEL = -100  # what the losses of transformers and torch leave out
+IGNORED_LABEL = -100  # ignored by the losses of transformers and torch
 
 _IMAGE_SOURCES = ("image", "url", "path", "base64", "image_url")
 _VIDEO_SOURCES = ("video", "url", "path")
-# Keys of a part that something here reads, by its type.
+# Keys that are read from a content part of each type.
 _PART_KEYS = {"text": ("text",), "image": _IMAGE_SOURCES, "image_url": _IMAGE_SOURCES, "video": _VIDEO_SOURCES}
 _MOST_NESTING = 32
 
 
 def is_nothing(value: Any, depth: int = 0) -> bool:
-    """Whether an argument was left out: None, or a container with nothing in it, nested ones included."""
+    """Whether an argument is missing: None, or an empty container, including nested empty ones."""
     if isinstance(value, (list, tuple, set, frozenset)):
         return depth < _MOST_NESTING and all(is_nothing(item, depth + 1) for item in value)
     if isinstance(value, (np.ndarray, torch.Tensor)):
@@ -45,16 +45,16 @@ def is_nothing(value: Any, depth: int = 0) -> bool:
 
 
 def as_conversations(conversation: Any) -> tuple[list[list[Any]], bool]:
-    """Dialogues as a list of lists of messages.
+    """Returns one or more dialogues as a list of lists of messages.
 
     Args:
-        conversation: One dialogue, or several: lists of messages, or objects with `messages`.
+        conversation: One dialogue or a batch: lists of messages, or objects with `messages`.
 
     Returns:
-        The dialogues, and whether there may be several.
+        The dialogues, and whether they were given as a batch.
 
     Raises:
-        ValueError: If this is no dialogue, or an empty one.
+        ValueError: If it is not a dialogue, or an empty one.
     """
     if hasattr(conversation, "messages"):
         conversation = conversation.messages
@@ -77,17 +77,17 @@ def as_conversations(conversation: Any) -> tuple[list[list[Any]], bool]:
 def prepare_conversations(
     conversations: list[list[Any]], names: TemplateNames
 ) -> tuple[list[list[Message]], list[bool]]:
-    """Copies with escaped texts and videos taken apart.
+    """Checks and copies messages, escapes their texts and splits videos into frames.
 
     Args:
         conversations: Lists of messages.
-        names: What the chat template reads; a message may hold nothing else.
+        names: Names that the chat template reads; a message may have no others.
 
     Returns:
         The copies, and for each image, in order, whether it is a frame of a video.
 
     Raises:
-        ValueError: If a message is malformed, or holds something that the template would drop.
+        ValueError: If a message is malformed, or holds something that the template would ignore.
     """
     is_frame: list[bool] = []
     prepared = []
@@ -120,12 +120,12 @@ def _prepare_message(message: Any, where: str, names: TemplateNames, is_frame: l
     dropped = [str(name) for name, value in others.items() if not is_nothing(value) and name not in names.words]
     if dropped:
         raise ValueError(
-            f"{where} (role `{role}`) has `{'`, `'.join(dropped)}`, which the chat template does not read. Leave it out, write it "
-            "into the content, or pass a `chat_template` that renders it."
+            f"{where} (role `{role}`) has `{'`, `'.join(dropped)}`, which the chat template does not read. Leave it "
+            "out, write it into the content, or pass a `chat_template` that renders it."
         )
     content = message.get("content")
     if content is None and not all(map(is_nothing, others.values())):
-        return dict(message)  # as an answer that consists of tool calls
+        return dict(message)  # for example an answer that consists of tool calls
     if isinstance(content, str):
         return {**message, "content": _escape(content)}
     if not _is_list(content) or not content:
@@ -144,13 +144,13 @@ def _in_sentence(where: str) -> str:
 
 
 def _prepare_part(part: Any, where: str, names: TemplateNames, is_frame: list[bool]) -> list[Message]:
-    """One part of a content, checked; a video becomes several."""
+    """Checks one part of a content. A video becomes several parts."""
     if not isinstance(part, Mapping):
         raise ValueError(
             f"{where} has a content part that is no dict with a `type`: {_shown(part)}. A text is written "
             "`{'type': 'text', 'text': ...}`."
         )
-    # Rows of a data set have the keys of all kinds of parts, those of other kinds without a value.
+    # Rows of a data set have the keys of all part types, with None for those of other types.
     part = {name: value for name, value in part.items() if value is not None}
     kind = part.get("type")
     if isinstance(kind, str) and kind in _PART_KEYS:
@@ -165,13 +165,14 @@ def _prepare_part(part: Any, where: str, names: TemplateNames, is_frame: list[bo
         return _frames_as_parts(part, where, is_frame)
     elif not isinstance(kind, str) or kind not in names.words:
         raise ValueError(
-            f"{where} has a content part of an unknown type, {_shown(kind)}: expected `text`, `image`, `image_url` or `video`."
+            f"{where} has a content part of an unknown type, {_shown(kind)}: expected `text`, `image`, `image_url` or "
+            "`video`."
         )
     return [part]
 
 
 def _check_keys(part: Message, where: str, names: TemplateNames) -> None:
-    """Refuses what a part holds beside its own keys and nobody would read, such as an image in a text part."""
+    """Raises a ValueError for keys of a part that nothing reads, such as an image in a text part."""
     kind = part["type"]
     of_others = {name for keys in _PART_KEYS.values() for name in keys}.difference(_PART_KEYS[kind])
     dropped = [
@@ -183,13 +184,13 @@ def _check_keys(part: Message, where: str, names: TemplateNames) -> None:
     ]
     if dropped:
         raise ValueError(
-            f"{where} has a part of type `{kind}` with `{'`, `'.join(dropped)}`, which nothing reads there. Give every text, image "
-            "and video a part of its own, and settings as arguments of the call."
+            f"{where} has a part of type `{kind}` with `{'`, `'.join(dropped)}`, which nothing reads there. Give "
+            "every text, image and video as a separate part, and settings as arguments of the call."
         )
 
 
 def _only_source(part: Message, where: str, what: str, names: tuple[str, ...]) -> str | None:
-    """Key under which a part has its content; None if it has none."""
+    """Returns the key that holds the content of a part, None if there is none."""
     sources = [name for name in names if name in part]
     if len(sources) > 1:
         raise ValueError(
@@ -199,8 +200,10 @@ def _only_source(part: Message, where: str, what: str, names: tuple[str, ...]) -
 
 
 def _image_part(part: Message, where: str) -> Message:
-    """A part with one image, under a key that transformers reads, or with none: then it only marks the place of an image
-    that is passed beside the messages."""
+    """Renames the key of an image to one that transformers reads.
+
+    A part without an image marks the place of one that is passed beside the messages.
+    """
     source = _only_source(part, where, "an image", _IMAGE_SOURCES)
     part = {**part, "type": "image"}
     if source == "image_url":
@@ -215,14 +218,14 @@ def _image_part(part: Message, where: str) -> Message:
 
 
 def images_beside(images: Any, conversations: list[list[Message]]) -> list[list[Any]]:
-    """Images that are passed beside messages, for each conversation.
+    """Distributes images that are passed beside the messages over the conversations.
 
     Args:
-        images: Images, flat or nested for each conversation.
-        conversations: As `prepare_conversations` gives them.
+        images: Images, flat or nested per conversation.
+        conversations: Output of `prepare_conversations`.
 
     Returns:
-        For each conversation its images, in order.
+        The images of each conversation, in order.
 
     Raises:
         ValueError: If the messages hold images themselves, which these would replace.
@@ -233,18 +236,17 @@ def images_beside(images: Any, conversations: list[list[Message]]) -> list[list[
     ]
     if any(name in part for parts in found for part in parts for name in _IMAGE_SOURCES):
         raise ValueError(
-            "`images` was given, but the messages hold images too, which it would replace. Put every image into its message, or "
-            '`{"type": "image"}` alone in each place of one of `images`.'
+            "`images` was given, but the messages hold images too, which it would replace. Put every image into its "
+            'message, or `{"type": "image"}` alone in each place of one of `images`.'
         )
     if len(found) == 1:
         return [flatten_images(images)]
-    if isinstance(images, (list, tuple)) and any(
-        group is None or isinstance(group, (list, tuple)) for group in images
-    ):
-        return [flatten_images(group or []) for group in images]
-    flat = iter(flatten_images(images))
+    groups, is_nested = group_images(images)
+    if is_nested:
+        return groups
+    flat = iter(groups[0])
     groups = [list(islice(flat, len(parts))) for parts in found]
-    groups[-1].extend(flat)  # too many are refused with the placeholders
+    groups[-1].extend(flat)  # surplus images are reported with the placeholders
     return groups
 
 
@@ -253,7 +255,7 @@ def _is_image(part: Any) -> bool:
 
 
 def _frames_as_parts(part: Message, where: str, is_frame: list[bool]) -> list[Message]:
-    """The published form of a video: one image per frame, each announced by its number."""
+    """Converts a video to its published form: one image per frame, each preceded by its number."""
     parts: list[Message] = []
     for number, frame in enumerate(_frames_of(part, where), start=1):
         parts.append({"type": "text", "text": f"Frame{number}: "})
@@ -271,8 +273,8 @@ def _frames_of(part: Message, where: str) -> list[Any]:
         return list(video)
     raise ValueError(
         f"{where} has a video part, which must hold its frames: a list of images, or an array (frames, height, width, "
-        f"channels), got {type(video).__name__}. Video files are not read here: decode them with a library of your choice "
-        "and pass the frames."
+        f"channels), got {type(video).__name__}. Video files are not read here: decode them with a library of your "
+        "choice and pass the frames."
     )
 
 
@@ -280,14 +282,14 @@ def _escape(text: str) -> str:
     escaped = escape_image_tokens(text)
     if escaped != text:
         logger.warning_once(
-            "A message holds an image token such as `<image>` in its text. In messages it stands for no image and is read as "
-            'text (`< image>`): give an image as a part of its own, `{"type": "image", "image": ...}`.'
+            "A message holds an image token such as `<image>` in its text. In messages it stands for no image and is "
+            'read as text (`< image>`): give an image as a separate part, `{"type": "image", "image": ...}`.'
         )
     return escaped
 
 
 def _escape_parts(parts: list[Message]) -> list[Message]:
-    """Escapes the text parts; neighbours that only together hold an image token become one part."""
+    """Escapes the text parts. Adjacent parts that form an image token only together become one part."""
     escaped: list[Message] = []
     for is_text, run in groupby(parts, key=lambda part: part["type"] == "text"):
         neighbours = list(run)
@@ -304,27 +306,27 @@ def assistant_masks(spans: list[Any], token_offsets: Any, replacements: Any) -> 
     """Marks the tokens that overlap a span of the assistant.
 
     Args:
-        spans: For each sample, (start, end) characters in the prompt before images are expanded, in order.
-        token_offsets: For each sample, (start, end) characters of each token in the expanded prompt.
-        replacements: For each sample, what the base class replaced, in order.
+        spans: Per sample, (start, end) characters in the prompt before images are expanded, in order.
+        token_offsets: Per sample, (start, end) characters of each token in the expanded prompt.
+        replacements: Per sample, the replacements of the base class, in order.
 
     Returns:
-        For each sample, 1 or 0 for each token.
+        Per sample, 1 or 0 for each token.
     """
     masks = []
     for row, sample_spans in enumerate(spans):
         offsets = np.asarray(token_offsets[row]).reshape(-1, 2)
         shifted = _shift(np.array(sample_spans, dtype=np.int64).reshape(-1, 2), replacements[row : row + 1])
-        # The first span that ends behind the start of a token; the spans do not overlap, so no other can begin earlier.
+        # First span that ends after the start of each token. Spans do not overlap, so no later one starts earlier.
         first = np.searchsorted(shifted[:, 1], offsets[:, 0], side="right")
         starts = np.append(shifted[:, 0], np.iinfo(np.int64).max)[first]
-        # Padding and added special tokens have no characters (0, 0) and overlap nothing.
+        # Padding and added special tokens span no characters, (0, 0), and overlap nothing.
         masks.append((starts < offsets[:, 1]).astype(np.int64))
     return masks
 
 
 def _shift(positions: np.ndarray, replaced: list[list[dict[str, Any]]]) -> np.ndarray:
-    """Positions in the prompt, after the placeholders before them were replaced."""
+    """Shifts positions in the prompt by the growth of the placeholders before them."""
     entries = [entry for of_sample in replaced for entry in of_sample]
     ends = np.array([entry["span"][1] for entry in entries], dtype=np.int64)
     gained = np.array([0, *(entry["new_span"][1] - entry["span"][1] for entry in entries)], dtype=np.int64)
@@ -332,16 +334,16 @@ def _shift(positions: np.ndarray, replaced: list[list[dict[str, Any]]]) -> np.nd
 
 
 def add_training_targets(features: BatchFeature, masks: list[np.ndarray], with_masks: bool, with_labels: bool) -> None:
-    """Adds `assistant_masks` and `labels`, of the same type as the ids.
+    """Adds `assistant_masks` and `labels` of the same type as the ids.
 
     Args:
         features: Model inputs, changed in place.
-        masks: For each sample, 1 for each token that an assistant wrote.
+        masks: Per sample, 1 for each token that the assistant wrote.
         with_masks: Add `assistant_masks` (B, L).
-        with_labels: Add `labels` (B, L): the ids where the mask is 1, else -100.
+        with_labels: Add `labels` (B, L): the ids where the mask is 1, -100 elsewhere.
 
     Raises:
-        ValueError: If labels are wanted and no token is left to learn.
+        ValueError: If labels are requested and every token is masked.
     """
     ids = features["input_ids"]
     if with_masks:

@@ -1,25 +1,21 @@
-"""What a call of the processor is given: settings, images and texts, checked before anything is made of them."""
+"""Checks and sorts what a call of the processor receives: settings, images and texts."""
 
 import inspect
 from collections.abc import Iterable, Mapping, Set
 from numbers import Integral
 from typing import Any
 
-from transformers.image_utils import ImageInput
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin
 
 from .conversation_internvl import IMAGE_CONTEXT_TOKEN, IMAGE_PLACEHOLDER, escape_image_tokens
-from .image_loading_internvl import flatten_images
-from .image_settings_internvl import SPELLINGS
+from .image_settings_internvl import ALIASES
 from .messages_internvl import is_nothing
 
 
 MODES = {"chat": "chat", "contrastive": "contrastive", "retrieval": "contrastive", "caption": "caption"}
-
-
-# What a text of retrieval or a caption may be told; modes decide the rest (prefix, special tokens, where to cut).
+# Tokenizer settings of the modes "contrastive" and "caption", which decide the others (prefix, special tokens...).
 PLAIN_TEXT_SETTINGS = {"max_length", "padding", "padding_side", "return_tensors", "truncation", "verbose"}
-# What would make two prompts of one, or texts of no dialogue.
+# Tokenizer settings that make no sense for prompts: they split one into several or expect a second text.
 UNUSED_TEXT_SETTINGS = {
     "is_split_into_words",
     "return_overflowing_tokens",
@@ -27,33 +23,33 @@ UNUSED_TEXT_SETTINGS = {
     "text_pair_target",
     "text_target",
 }
-# Settings that the base class reads of a call itself.
+# Settings of a call that the base class reads itself.
 CALL_SETTINGS = {"common_kwargs", "return_metadata"}
-# What `processor_kwargs` of `apply_chat_template` may hold beside settings.
+# Allowed in `processor_kwargs` of `apply_chat_template` in addition to settings.
 CALL_INPUTS = {"images", "mode", "return_num_patches"}
 
 
 class InternVLProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
-    """Keyword arguments of `InternVLProcessor`; those of the pictures are the image processor's own."""
+    """Keyword arguments of `InternVLProcessor`; the image processor declares those of images."""
 
     _defaults = {}  # type: ignore[var-annotated]
 
 
 def resolve_mode(mode: str) -> str:
-    """The mode that a name means ("retrieval" is "contrastive")."""
+    """Resolves aliases of a mode: "retrieval" is "contrastive"."""
     if not isinstance(mode, str) or mode not in MODES:
         raise ValueError(f"`mode` must be one of {', '.join(MODES)}, got `{mode}`.")
     return MODES[mode]
 
 
 def requested(kwargs: dict[str, Any], name: str) -> Any:
-    """Value of a tokenizer setting in the arguments of a call, flat or nested; None where it is not given."""
+    """Returns a tokenizer setting from the arguments of a call, flat or nested; None if it is missing."""
     places = (kwargs, kwargs.get("text_kwargs") or {}, kwargs.get("common_kwargs") or {})
     return next((place[name] for place in places if place.get(name) is not None), None)
 
 
 def _check_text_settings(kwargs: dict[str, Any]) -> None:
-    """Refuses lengths and sides that a tokenizer would not refuse, or not by name."""
+    """Raises a ValueError for lengths and sides that a tokenizer accepts or reports without their name."""
     for name in ("max_length", "pad_to_multiple_of"):
         value = requested(kwargs, name)
         if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < 1):
@@ -64,7 +60,7 @@ def _check_text_settings(kwargs: dict[str, Any]) -> None:
 
 
 def set_text_setting(kwargs: dict[str, Any], name: str, value: Any) -> None:
-    """Sets it where the call has it already (as None), because both places at once are an error."""
+    """Sets a tokenizer setting where the call has it already (as None), since giving it in two places is an error."""
     nested = kwargs.get("text_kwargs") or {}
     if name in nested:
         kwargs["text_kwargs"] = {**nested, name: value}
@@ -72,40 +68,40 @@ def set_text_setting(kwargs: dict[str, Any], name: str, value: Any) -> None:
         kwargs[name] = value
 
 
-def settings_of_picture(images_kwargs: dict[str, Any], index: int) -> dict[str, Any]:
-    """Settings of one picture, out of settings that may be lists with one value per picture."""
-    per_picture = {"use_thumbnail", *SPELLINGS, *SPELLINGS.values()}
+def settings_of_image(images_kwargs: dict[str, Any], index: int) -> dict[str, Any]:
+    """Selects the settings of one image where settings are lists with one value per image."""
+    per_image = {"use_thumbnail", *ALIASES, *ALIASES.values()}
     return {
-        name: value[index] if name in per_picture and isinstance(value, (list, tuple)) else value
+        name: value[index] if name in per_image and isinstance(value, (list, tuple)) else value
         for name, value in images_kwargs.items()
     }
 
 
 def check_no_sampling(settings: dict[str, Any]) -> None:
-    """Refuses to leave out frames of a video: those that a message holds are taken."""
+    """Raises a ValueError for settings that sample frames of a video: all frames in a message are used."""
     nested = settings.get("videos_kwargs") or {}
     for name in ("num_frames", "fps", "do_sample_frames"):
         if settings.get(name) or nested.get(name):
-            raise ValueError(f"`{name}` was given, but the frames in a message are all taken: choose them before.")
+            raise ValueError(f"`{name}` was given, but all frames in a message are used. Choose the frames before.")
 
 
 def split_settings(
     kwargs: dict[str, Any], processor_kwargs: dict[str, Any] | None, variables: frozenset[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Moves what neither the base class nor the template knows from the arguments to the settings of the call.
+    """Splits arguments of `apply_chat_template` into those of the base class and template, and settings of the call.
 
     Raises:
-        ValueError: If the template would drop an argument that is for it.
+        ValueError: If the template would ignore an argument.
     """
     kwargs = {name: None if is_nothing(value) else value for name, value in kwargs.items()}
     for name in ("tools", "documents"):
         if kwargs.get(name) is not None and name not in variables:
             raise ValueError(
-                f"`{name}` was given, but the chat template does not read it, so the model would never see it. Leave it out, "
-                "describe it in a message, or pass a `chat_template` that renders it."
+                f"`{name}` was given, but the chat template does not read it, so the model would never see it. "
+                "Leave it out, describe it in a message, or pass a `chat_template` that renders it."
             )
     if kwargs.get("load_audio_from_video"):
-        raise ValueError("`load_audio_from_video` was asked for, but these models do not hear.")
+        raise ValueError("`load_audio_from_video` was given, but these models take no audio. Leave it out.")
     known = inspect.signature(ProcessorMixin.apply_chat_template).parameters
     if not isinstance(processor_kwargs or {}, Mapping):
         raise ValueError(f"`processor_kwargs` must be a dict of settings, got {processor_kwargs!r:.80}.")
@@ -122,11 +118,11 @@ def split_settings(
 
 
 def check_call_settings(kwargs: dict[str, Any], mode: str, processor: Any) -> None:
-    """Refuses settings that nothing would read; the base class drops them with a warning."""
+    """Raises a ValueError for unknown settings, which the base class would drop with a warning."""
     kinds = InternVLProcessorKwargs.__annotations__
     groups = {name: set(kind.__annotations__) for name, kind in kinds.items() if name.endswith("_kwargs")}
     groups["images_kwargs"] |= set(getattr(processor.image_processor, "valid_kwargs", ImagesKwargs).__annotations__)
-    # Those of videos and sound too: general code passes them whether or not there is something for them.
+    # Settings of videos and audio are accepted because generic code passes them for every model.
     known = {*kinds, *CALL_SETTINGS}.union(*groups.values())
     unused = UNUSED_TEXT_SETTINGS if mode == "chat" else groups["text_kwargs"] - PLAIN_TEXT_SETTINGS
     unknown = []
@@ -138,8 +134,8 @@ def check_call_settings(kwargs: dict[str, Any], mode: str, processor: Any) -> No
                 unknown.append(f"{group}[{name!r}]" if group else name)
     if unknown:
         raise ValueError(
-            f"`{'`, `'.join(unknown)}` is no setting of `{type(processor).__name__}` in mode `{mode}`. Known are `mode`, "
-            f"`return_num_patches` and {', '.join(sorted(known - unused))}."
+            f"`{'`, `'.join(unknown)}` is no setting of `{type(processor).__name__}` in mode `{mode}`. Known are "
+            f"`mode`, `return_num_patches` and {', '.join(sorted(known - unused))}."
         )
     _check_text_settings(kwargs)
 
@@ -147,19 +143,21 @@ def check_call_settings(kwargs: dict[str, Any], mode: str, processor: Any) -> No
 def with_single_tile_frames(
     processor_kwargs: dict[str, Any], is_frame: list[bool], image_processor: Any
 ) -> dict[str, Any]:
-    """Limits frames of a video to one tile, as published; the other pictures keep what was asked for."""
+    """Limits video frames to one tile, as published; other images keep the requested settings."""
     processor_kwargs = dict(processor_kwargs)
     images_kwargs = dict(processor_kwargs.get("images_kwargs") or {})
-    num_pictures = is_frame.count(False)
+    num_images = is_frame.count(False)
     for setting, of_frames in (("min_num", 1), ("max_num", 1), ("use_thumbnail", False)):
         value = getattr(image_processor, setting)
-        for name in (setting, *(other for other, means in SPELLINGS.items() if means == setting)):
+        for name in (setting, *(other for other, means in ALIASES.items() if means == setting)):
             for settings in (processor_kwargs, images_kwargs):
                 given = settings.pop(name, None)
                 value = value if given is None else given
-        values = list(value) if isinstance(value, (list, tuple)) else [value] * num_pictures
-        if len(values) != num_pictures:
-            raise ValueError(f"`{setting}` has {len(values)} value(s) for {num_pictures} picture(s) beside frames.")
+        values = list(value) if isinstance(value, (list, tuple)) else [value] * num_images
+        if len(values) != num_images:
+            raise ValueError(
+                f"`{setting}` has {len(values)} value(s) for {num_images} image(s) beside frames. Give one per image."
+            )
         images_kwargs[setting] = [of_frames if frame else values.pop(0) for frame in is_frame]
     processor_kwargs["images_kwargs"] = images_kwargs
     return processor_kwargs
@@ -167,7 +165,7 @@ def with_single_tile_frames(
 
 # ---------------------------------------------------------------------------------------------------------- the inputs
 def as_texts(text: str | list[str]) -> list[str]:
-    """Texts in a list, each of which a tokenizer takes."""
+    """Returns the texts as a list and checks that a tokenizer takes each."""
     is_one = isinstance(text, (str, bytes, Mapping, Set)) or not isinstance(text, Iterable)
     texts: list[Any] = [text] if is_one else list(text)
     if not texts:
@@ -179,27 +177,16 @@ def as_texts(text: str | list[str]) -> list[str]:
             )
         try:
             sample.encode()
-        except UnicodeEncodeError as error:  # no tokenizer takes it
+        except UnicodeEncodeError as error:  # no tokenizer encodes it
             raise ValueError(
-                f"Text {index} of {len(texts)} holds half of a surrogate pair at character {error.start}, which is no text: "
-                "decode it anew, or leave the character out."
+                f"Text {index} of {len(texts)} holds half of a surrogate pair at character {error.start}, which is no "
+                "text: decode it anew, or leave the character out."
             ) from error
     return texts
 
 
-def group_by_sample(images: ImageInput | None) -> tuple[list[list[Any]], bool]:
-    """Pictures in groups, and whether the groups are samples."""
-    if images is None:
-        return [[]], False
-    if isinstance(images, (list, tuple)) and any(
-        group is None or isinstance(group, (list, tuple)) for group in images
-    ):
-        return [flatten_images(group or []) for group in images], True
-    return [flatten_images(images)], False
-
-
 def check_placeholders(text: list[str], given: list[int] | None, total: int) -> None:
-    """Compares the placeholders of the texts with the images, by sample where it is known whose they are."""
+    """Compares the numbers of placeholders and images, per sample if the images are nested."""
     found = [sample.count(IMAGE_CONTEXT_TOKEN) + sample.count(IMAGE_PLACEHOLDER) for sample in text]
     if given is None and len(found) == 1:
         given = [total]
@@ -216,8 +203,8 @@ def check_placeholders(text: list[str], given: list[int] | None, total: int) -> 
         escape_image_tokens(token) in sample for sample in text for token in (IMAGE_CONTEXT_TOKEN, IMAGE_PLACEHOLDER)
     ):
         fix = (
-            f"An image token typed into a message, such as `{IMAGE_PLACEHOLDER}`, is read as text: give each image as a part of "
-            'the message, `{"type": "image", "image": ...}`, in its place.'
+            f"An image token typed into a message, such as `{IMAGE_PLACEHOLDER}`, is read as text: give each image as "
+            'a part of the message, `{"type": "image", "image": ...}`, in its place.'
         )
     else:
         fix = (
@@ -236,11 +223,10 @@ __all__ = [
     "check_call_settings",
     "check_no_sampling",
     "check_placeholders",
-    "group_by_sample",
     "requested",
     "resolve_mode",
     "set_text_setting",
-    "settings_of_picture",
+    "settings_of_image",
     "split_settings",
     "with_single_tile_frames",
 ]

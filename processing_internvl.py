@@ -1,18 +1,18 @@
-"""Pictures and texts to model inputs, for dialogue, retrieval and captions.
+"""Converts images and texts to model inputs for dialogue, retrieval and captioning.
 
-`InternVLProcessor` joins the image processor and a tokenizer. Its `mode` says what a call prepares:
+`InternVLProcessor` joins the image processor and a tokenizer. Its `mode` selects what a call prepares:
 
 - "chat": prompts in which each placeholder (`<IMG_CONTEXT>`, or `<image>` as in published user code) becomes the span
-  of its picture, `<img>`, `image_seq_length` context tokens per tile, `</img>`. Padded on the left, as generation
-  needs it.
-- "contrastive" (also "retrieval"): `summarize:` in front, the end token behind, padded on the right to a fixed length.
-- "caption": `English caption:` without an end token, padded on the left.
+  of its image: `<img>`, `image_seq_length` context tokens per tile, `</img>`. Padded on the left for generation.
+- "contrastive" (alias "retrieval"): texts with the prefix `summarize:` and an end token, padded on the right to a
+  fixed length.
+- "caption": the prompt `English caption:` without an end token, padded on the left.
 
-`apply_chat_template` renders and tokenizes dialogues. Image tokens in the text of a message are escaped (`<
-IMG_CONTEXT>`), frames of a video become pictures of one tile (`Frame1: `, `Frame2: `...), and assistant masks and
-labels count in tokens of the expanded prompt.
+`apply_chat_template` renders and tokenizes dialogues. It escapes image tokens in the text of a message (`<
+IMG_CONTEXT>`), turns the frames of a video into images of one tile (`Frame1: `, `Frame2: `...), and returns assistant
+masks and labels for the tokens of the expanded prompt.
 
-Not covered: reading video files (pass their frames) and sound.
+Not covered: reading video files (pass their frames) and audio.
 
 Shapes: B samples, L tokens, T tiles of the whole call.
 """
@@ -36,6 +36,7 @@ from .conversation_internvl import (
     IMAGE_START_TOKEN,
     image_span,
 )
+from .image_loading_internvl import group_images
 from .messages_internvl import (
     Message,
     add_training_targets,
@@ -52,11 +53,10 @@ from .processing_inputs_internvl import (
     check_call_settings,
     check_no_sampling,
     check_placeholders,
-    group_by_sample,
     requested,
     resolve_mode,
     set_text_setting,
-    settings_of_picture,
+    settings_of_image,
     split_settings,
     with_single_tile_frames,
 )
@@ -64,25 +64,25 @@ from .texts_internvl import MAX_TEXT_LENGTH, TEXT_PREFIX, encode_batch, with_pre
 
 
 class InternVLProcessor(ProcessorMixin):
-    """Prepares pictures and texts for every InternVL model.
+    """Prepares images and texts for every InternVL model.
 
     Args:
-        image_processor: Makes `pixel_values` and counts the tiles of each picture (`num_patches`).
-        tokenizer: Tokenizer of the language model. For "chat" its vocabulary needs `<IMG_CONTEXT>`, and `<img>` and
-            `</img>` where they stand around a picture.
-        image_seq_length: Number of image tokens of one tile.
-        chat_template: Jinja text of the dialogue form, as `ConversationTemplate.to_jinja` writes it.
-        mode: What a call prepares if it does not say: "chat", "contrastive" ("retrieval" is the same) or "caption".
-        max_text_length: Number of tokens of every text in mode "contrastive".
-        text_prefix: What stands in front of every text in mode "contrastive".
-        caption_prompt: Text of mode "caption" for pictures that come without one.
-        use_image_start_end: Whether `<img>` and `</img>` stand around a picture; not so in the LLaVA code base.
+        image_processor: Returns `pixel_values` and the number of tiles of each image (`num_patches`).
+        tokenizer: Tokenizer of the language model. Mode "chat" needs `<IMG_CONTEXT>` in its vocabulary, and with
+            `use_image_start_end` also `<img>` and `</img>`.
+        image_seq_length: Number of image tokens per tile.
+        chat_template: Jinja text of the chat template, for example from `ConversationTemplate.to_jinja`.
+        mode: Default mode of a call: "chat", "contrastive" (alias "retrieval") or "caption".
+        max_text_length: Length in tokens to which mode "contrastive" pads and truncates.
+        text_prefix: Prefix of every text in mode "contrastive".
+        caption_prompt: Prompt of mode "caption" for images without a text.
+        use_image_start_end: Whether `<img>` and `</img>` enclose the tokens of an image. False in the LLaVA code base.
 
     Raises:
-        ValueError: If the mode is unknown, or is "chat" and image tokens are missing in the vocabulary.
+        ValueError: If the mode is unknown, or is "chat" and the vocabulary lacks image tokens.
     """
 
-    _auto_class = "AutoProcessor"  # `save_pretrained` writes the code along, so that the folder can be moved
+    _auto_class = "AutoProcessor"  # makes `save_pretrained` copy the code into the folder
     valid_processor_kwargs = InternVLProcessorKwargs
 
     def __init__(
@@ -99,12 +99,12 @@ class InternVLProcessor(ProcessorMixin):
     ) -> None:
         mode = resolve_mode(mode)
         if mode == "chat" and getattr(tokenizer, "padding_side", "left") != "left":
-            # transformers' pipelines and others pad with the tokenizer itself. A copy, which shares the vocabulary: the side of the
-            # caller's stays as it is.
+            # transformers' pipelines pad with the tokenizer itself. The copy shares the vocabulary and leaves the
+            # caller's tokenizer unchanged.
             tokenizer = copy.copy(tokenizer)
             tokenizer.padding_side = "left"
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        # Saving sets it; set from the start, so that saving changes nothing in the processor that is saved.
+        # `save_pretrained` sets it; set here so that saving does not change the processor.
         self.auto_map = {self._auto_class: f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"}
         self.image_seq_length = image_seq_length
         self.mode = mode
@@ -117,9 +117,10 @@ class InternVLProcessor(ProcessorMixin):
         ids = [_token_id(tokenizer, token) for token in tokens]
         self.missing_image_tokens = [token for token, index in zip(tokens, ids, strict=True) if index is None]
         if self.mode == "chat":
-            self._require_image_tokens()
+            self._check_image_tokens()
         if not self.missing_image_tokens:
-            # Names that transformers and serving engines look for. Not `image_start_token`: vLLM would write it twice.
+            # Attributes that transformers and serving engines read. `image_start_token` is left out because vLLM would
+            # write it a second time.
             self.image_token = IMAGE_CONTEXT_TOKEN
             self.image_token_id = ids[0]
             self.image_token_ids = ids
@@ -130,20 +131,20 @@ class InternVLProcessor(ProcessorMixin):
         text: str | list[str] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Prepares one call of a model.
+        """Prepares the inputs of a model.
 
         Args:
-            images: Pictures (PIL images, arrays, tensors, paths, addresses, bytes), flat or nested per sample.
-            text: One text or B texts. In mode "chat" with one placeholder per picture, in the order of the pictures.
-            **kwargs: `mode`, instead of the processor's own; `return_num_patches=True`, to get `num_patches` (tiles of
-                each picture) as well; `return_mm_token_type_ids`; settings of the tokenizer and of the image processor
-                (`max_num`, `min_num`, `use_thumbnail`...), flat or in `text_kwargs` and `images_kwargs`.
+            images: PIL images, arrays, tensors, paths, URLs or bytes, flat or nested per sample.
+            text: One text or B texts. In mode "chat" with one placeholder per image, in the order of the images.
+            **kwargs: `mode`, overriding the processor's default; `return_num_patches=True`, to return `num_patches`
+                (tiles per image) as well; `return_mm_token_type_ids`; settings of the tokenizer and of the image
+                processor (`max_num`, `min_num`, `use_thumbnail`...), flat or in `text_kwargs` and `images_kwargs`.
 
         Returns:
-            `input_ids` and `attention_mask` (B, L), 1 = attend; `pixel_values` (T, 3, H, W), tiles in picture order.
+            `input_ids` and `attention_mask` (B, L), 1 = attend; `pixel_values` (T, 3, H, W), tiles in image order.
 
         Raises:
-            ValueError: If placeholders and pictures differ in number, or a setting is none of this processor.
+            ValueError: If the numbers of placeholders and images differ, or a setting is unknown.
         """
         for modality in ("videos", "audio", "audios"):
             if not is_nothing(kwargs.pop(modality, None)):
@@ -170,17 +171,17 @@ class InternVLProcessor(ProcessorMixin):
 
     # ------------------------------------------------------------------------------------------------------------ chat
     def _prepare_chat(self, images: ImageInput | None, text: list[str] | None, kwargs: dict[str, Any]) -> BatchFeature:
-        self._require_image_tokens()
-        groups, is_nested = group_by_sample(images)
-        pictures = [picture for group in groups for picture in group]
+        self._check_image_tokens()
+        groups, is_nested = group_images(images)
+        flat_images = [image for group in groups for image in group]
         if text is not None:
-            check_placeholders(text, [len(group) for group in groups] if is_nested else None, len(pictures))
+            check_placeholders(text, [len(group) for group in groups] if is_nested else None, len(flat_images))
             text = [sample.replace(IMAGE_PLACEHOLDER, IMAGE_CONTEXT_TOKEN) for sample in text]
             kwargs = self._with_text_defaults(kwargs, len(text))
-        return super().__call__(images=pictures or None, text=text, **kwargs)
+        return super().__call__(images=flat_images or None, text=text, **kwargs)
 
     def _with_text_defaults(self, kwargs: dict[str, Any], batch_size: int) -> dict[str, Any]:
-        """Adds left padding, whatever side the tokenizer was saved with, and padding itself where tensors need it."""
+        """Pads on the left, regardless of the saved tokenizer, and turns padding on if a batch of tensors needs it."""
         kwargs = dict(kwargs)
         if requested(kwargs, "padding_side") is None:
             set_text_setting(kwargs, "padding_side", "left")
@@ -190,15 +191,15 @@ class InternVLProcessor(ProcessorMixin):
         return kwargs
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        """The text that the placeholder of a picture becomes. Called by the base class.
+        """Returns the text that replaces the placeholder of an image. Called by the base class.
 
         Args:
-            image_inputs: What the image processor returned.
-            image_idx: Index of the picture.
-            **kwargs: Settings of the pictures; not used.
+            image_inputs: Output of the image processor.
+            image_idx: Index of the image.
+            **kwargs: Settings of the images; not used.
 
         Returns:
-            Context tokens of all tiles, between start and end token where the model has them.
+            Context tokens of all tiles, enclosed in the start and end token if the model has them.
         """
         num_patches = int(image_inputs["num_patches"][image_idx])
         return image_span(num_patches, self.image_seq_length, self.use_image_start_end)
@@ -206,57 +207,57 @@ class InternVLProcessor(ProcessorMixin):
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
     ) -> MultiModalData:
-        """Counts without looking at pixels; serving engines plan their memory with it.
+        """Counts image tokens from image sizes alone; serving engines plan their memory with it.
 
         Args:
-            image_sizes: (height, width) of each picture.
+            image_sizes: (height, width) of each image.
             **kwargs: Settings of a call.
 
         Returns:
-            `num_image_tokens` (start and end token included) and `num_image_patches` of each picture.
+            `num_image_tokens` (with start and end token) and `num_image_patches` of each image.
         """
         if image_sizes is None:
             return MultiModalData()
         images_kwargs = self._merge_kwargs(InternVLProcessorKwargs, **kwargs)["images_kwargs"]
         num_patches = [
-            self.image_processor.get_number_of_image_patches(height, width, settings_of_picture(images_kwargs, index))
+            self.image_processor.get_number_of_image_patches(height, width, settings_of_image(images_kwargs, index))
             for index, (height, width) in enumerate(image_sizes)
         ]
-        around = 2 if self.use_image_start_end else 0
-        num_tokens = [around + self.image_seq_length * count for count in num_patches]
+        num_enclosing = 2 if self.use_image_start_end else 0
+        num_tokens = [num_enclosing + self.image_seq_length * count for count in num_patches]
         return MultiModalData(num_image_tokens=num_tokens, num_image_patches=num_patches)
 
     @property
     def unused_input_names(self) -> list[str]:
-        """Outputs of the parts that no model takes."""
+        """Outputs of the tokenizer that no model takes."""
         return ["token_type_ids"]
 
     @property
     def model_input_names(self) -> list[str]:
-        """Keys of what a call returns, unless it asks for more."""
+        """Keys that a call returns by default."""
         return [name for name in super().model_input_names if name != "num_patches"]
 
     def to_dict(self) -> dict[str, Any]:
-        """What `processor_config.json` holds."""
-        # `AutoProcessor` would find transformers' own class of this name before this one, with this package installed
-        # too. Without a name it goes by `auto_map` and by the model's configuration.
+        """Returns the content of `processor_config.json`."""
+        # transformers has a class of this name, which `AutoProcessor` would load even with this package installed.
+        # Without `processor_class` it follows `auto_map` and the model's configuration.
         return {name: value for name, value in super().to_dict().items() if name != "processor_class"}
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
     ) -> list[str]:
-        """Saves settings, tokenizer, chat template and the code.
+        """Saves the settings, tokenizer, chat template and code.
 
         Args:
-            save_directory: Folder to save to; made if it does not exist.
-            push_to_hub: Upload as well.
-            **kwargs: Arguments of `push_to_hub`, `repo_id` among them.
+            save_directory: Folder to save to; created if it does not exist.
+            push_to_hub: Also upload the folder.
+            **kwargs: Arguments of `push_to_hub`, such as `repo_id`.
 
         Returns:
-            Path of the settings.
+            Paths of the saved settings.
         """
         files = super().save_pretrained(save_directory)
-        self.tokenizer._set_processor_class(None)  # the base class sets it, see `to_dict`
+        self.tokenizer._set_processor_class(None)  # set by the base class; see `to_dict`
         tokenizer_config = Path(save_directory) / "tokenizer_config.json"
         settings = json.loads(tokenizer_config.read_text(encoding="utf-8"))
         if settings.pop("processor_class", None) is not None:
@@ -266,7 +267,7 @@ class InternVLProcessor(ProcessorMixin):
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
         return files
 
-    def _require_image_tokens(self) -> None:
+    def _check_image_tokens(self) -> None:
         if self.missing_image_tokens:
             missing = ", ".join(f"`{token}`" for token in self.missing_image_tokens)
             raise ValueError(
@@ -281,14 +282,14 @@ class InternVLProcessor(ProcessorMixin):
         merged = self._merge_kwargs(
             InternVLProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
-        pictures = [picture for group in group_by_sample(images)[0] for picture in group]
+        flat_images = [image for group in group_images(images)[0] for image in group]
         if mode == "caption" and text is None:
-            text = [self.caption_prompt] * len(pictures)
+            text = [self.caption_prompt] * len(flat_images)
         features: dict[str, Any] = {}
         if text is not None:
             features.update(self._encode_texts(text, mode, kwargs))
-        if pictures:
-            features.update(self.image_processor(pictures, **merged["images_kwargs"]))
+        if flat_images:
+            features.update(self.image_processor(flat_images, **merged["images_kwargs"]))
         return BatchFeature(features, tensor_type=merged["text_kwargs"].get("return_tensors"))
 
     def _encode_texts(self, text: list[str], mode: str, kwargs: dict[str, Any]) -> dict[str, list[list[int]]]:
@@ -313,27 +314,27 @@ class InternVLProcessor(ProcessorMixin):
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Renders one dialogue or a batch of them, and tokenizes them if asked.
+        """Renders one dialogue or a batch of dialogues, and tokenizes them with `tokenize=True`.
 
         Args:
             conversation: Messages with `role` and `content`: a string or parts `{"type": "text", "text": ...}`,
                 `{"type": "image", "image" or "path" or "url" or "base64": ...}`, `{"type": "video", "video": [frame,
-                ...]}`. Not changed.
-            chat_template: Jinja text, or name of one of several templates, instead of the processor's own.
+                ...]}`. Not modified.
+            chat_template: Jinja text or the name of one of the processor's templates, overriding the default.
             tokenize: Return model inputs instead of text.
             return_dict: Return all model inputs, not only `input_ids`.
             return_assistant_tokens_mask: Return `assistant_masks` (B, L), 1 = written by the assistant. Pads on the
                 right.
-            return_labels: Return `labels` (B, L): the ids where the assistant writes, else -100. Pads on the right.
-            processor_kwargs: Settings of the call, such as `max_num`; they may also be given as keyword arguments.
+            return_labels: Return `labels` (B, L): ids of the assistant's tokens, -100 elsewhere. Pads on the right.
+            processor_kwargs: Settings of the call, such as `max_num`; may also be passed as keyword arguments.
             **kwargs: Other arguments of the base class (`add_generation_prompt`, `return_tensors`...) and variables of
                 the template.
 
         Returns:
-            The prompt (or one per dialogue), `input_ids`, or a `BatchFeature`.
+            The prompt (a list for a batch), `input_ids`, or with `return_dict` a `BatchFeature`.
 
         Raises:
-            ValueError: If a part of a message is unusable, or labels were asked for and nothing is to be learned.
+            ValueError: If a message is malformed, or labels are requested and no assistant token is left.
         """
         conversations, is_batched = as_conversations(conversation)
         jinja = select_template(self.chat_template, chat_template)
@@ -381,7 +382,7 @@ class InternVLProcessor(ProcessorMixin):
 
 
 def _token_id(tokenizer: Any, token: str) -> int | None:
-    """Id of a token, None where the vocabulary lacks it."""
+    """Returns the id of a token, None if the vocabulary lacks it."""
     index = tokenizer.convert_tokens_to_ids(token)
     return None if index == tokenizer.unk_token_id else index
 

@@ -1,8 +1,8 @@
-"""Texts as InternVL-C and -G compare them: `summarize:` in front, the end token behind, at which a text's feature is read.
+"""Encodes texts for InternVL-C and -G: the prefix `summarize:` and an end token, at which the text feature is read.
 
-The processor adds both. `ContrastiveTexts` completes ids that come without them, from a bare tokenizer or a stock pipeline: it decodes
-the text and tokenizes it again with the prefix, because a tokenizer may merge the last characters of the prefix with the first of the
-text.
+The processor adds both. `ContrastiveTexts` completes ids without them, from a bare tokenizer or a stock pipeline. It
+decodes the text and tokenizes it again with the prefix, because a tokenizer may merge the last characters of the
+prefix with the first ones of the text.
 """
 
 import json
@@ -23,7 +23,7 @@ PROCESSOR_HINT = 'Prepare texts with `processor(text=..., mode="contrastive")`.'
 
 
 def without_end(row: Sequence[int], end: int | None) -> list[int]:
-    """The ids without the end tokens behind them."""
+    """Removes trailing end tokens."""
     row = list(row)
     while row and row[-1] == end:
         row.pop()
@@ -31,18 +31,21 @@ def without_end(row: Sequence[int], end: int | None) -> list[int]:
 
 
 def pad_row(row: list[int], width: int, value: int, is_left: bool = False) -> list[int]:
-    """The ids, filled up to `width`."""
+    """Pads ids to `width` with `value`."""
     padding = [value] * (width - len(row))
     return padding + row if is_left else row + padding
 
 
 def pad_token_id(tokenizer: Any) -> int:
-    """What stands for padding. The model goes by the mask, so any id serves; 0 is what published code sets."""
+    """Returns the padding id. The model follows the mask, so any id will do; published code uses 0."""
     return tokenizer.pad_token_id or 0
 
 
 def first_ids(tokenizer: Any, texts: Sequence[str], max_length: int | None, characters: int = 4096) -> list[list[int]]:
-    """Ids without end token, of a long text no more than the first `max_length` need: so many characters at first."""
+    """Returns ids without end token; of a long text, only as many as `max_length` needs.
+
+    Tokenizes the first `characters` of each text, and more if they give too few ids.
+    """
     longest = max(map(len, texts), default=0)
     length = longest if max_length is None else max(32 * max_length, characters)
     rows = tokenizer([text[:length] for text in texts], padding=False, truncation=False)["input_ids"]
@@ -50,21 +53,22 @@ def first_ids(tokenizer: Any, texts: Sequence[str], max_length: int | None, char
     if max_length is None or longest <= length:
         return rows
     for index, (text, row) in enumerate(zip(texts, rows, strict=True)):
-        # Where a text was cut, the last ids may differ from those of the whole.
+        # The last ids of a cut text may differ from those of the whole text.
         if len(text) > length and len(row) < 2 * max_length:
             rows[index] = first_ids(tokenizer, [text], max_length, 4 * length)[0]
     return rows
 
 
 def encode_rows(tokenizer: Any, texts: Sequence[str], max_length: int | None, with_end: bool) -> list[list[int]]:
-    """Ids of texts, at most `max_length`; the end token is there once or never, whatever the tokenizer adds.
+    """Returns at most `max_length` ids per text, with one end token or none, whatever the tokenizer adds.
 
     Raises:
-        ValueError: If the tokenizer has no end token, but it is asked for.
+        ValueError: If `with_end` is set and the tokenizer has no end token.
     """
     if with_end and tokenizer.eos_token_id is None:
         raise ValueError(
-            "The tokenizer has no end token, at which mode `contrastive` reads the feature of a text. Set `tokenizer.eos_token`."
+            "The tokenizer has no end token, at which mode `contrastive` reads the feature of a text. Set "
+            "`tokenizer.eos_token`."
         )
     end = [tokenizer.eos_token_id] if with_end else []
     rows = first_ids(tokenizer, texts, max_length)
@@ -82,15 +86,15 @@ def encode_batch(
     """Encodes texts of retrieval (with the end token) and captions (without it).
 
     Args:
-        tokenizer: Of the model.
-        texts: The texts, with what stands in front of them.
-        with_end: As for `encode_rows`.
-        max_length: Most ids of a text.
-        padding: "max_length" pads to `max_length`, False or "do_not_pad" not at all, anything else to the longest text.
+        tokenizer: Tokenizer of the model.
+        texts: The texts, including their prefix.
+        with_end: Whether to add the end token.
+        max_length: Largest number of ids per text.
+        padding: "max_length" pads to `max_length`, False or "do_not_pad" not at all, other values to the longest text.
         padding_side: "left" or "right".
 
     Returns:
-        Lists of `input_ids` and `attention_mask`, 1 = attend.
+        `input_ids` and `attention_mask` as lists, 1 = attend.
     """
     rows = encode_rows(tokenizer, texts, max_length, with_end)
     width = max_length if padding == "max_length" and max_length else max(map(len, rows), default=0)
@@ -105,12 +109,12 @@ def encode_batch(
 
 
 def with_prefix(text: str, prefix: str) -> str:
-    """The text with the prefix in front, once."""
+    """Adds the prefix unless the text starts with it."""
     return text if text.startswith(prefix) else prefix + text
 
 
 def file_beside(folder: str, name: str, **source: Any) -> str | None:
-    """Path of a file of a checkpoint, arguments as in `from_pretrained`; None if it has none or cannot be reached."""
+    """Returns the path of a file of a checkpoint, None if it is missing or cannot be reached."""
     try:
         return cached_file(folder, name, **source)
     except OSError:
@@ -118,12 +122,12 @@ def file_beside(folder: str, name: str, **source: Any) -> str | None:
 
 
 class ContrastiveTexts:
-    """Brings ids of texts into the form that is compared.
+    """Completes ids of texts with the prefix and end token of contrastive training.
 
     Args:
-        tokenizer: Of the model.
-        prefix: What stands in front of every text.
-        max_length: Most ids of a text, the end token included.
+        tokenizer: Tokenizer of the model.
+        prefix: Prefix of every text.
+        max_length: Largest number of ids per text, including the end token.
 
     Raises:
         ValueError: If the tokenizer has no end token.
@@ -137,11 +141,11 @@ class ContrastiveTexts:
 
     @classmethod
     def from_folder(cls, folder: str, config: PretrainedConfig, **source: Any) -> "ContrastiveTexts | None":
-        """Of a checkpoint's folder or repository; None if there is no tokenizer.
+        """Loads the tokenizer and processor settings of a checkpoint; returns None if there is no tokenizer.
 
         Args:
-            folder: As in `from_pretrained`.
-            config: Of the model.
+            folder: Folder or repository, as in `from_pretrained`.
+            config: Configuration of the model.
             **source: `subfolder`, `revision`... as in `from_pretrained`.
         """
         if not any(file_beside(folder, name, **source) for name in TOKENIZER_FILES):
@@ -154,33 +158,35 @@ class ContrastiveTexts:
         )
 
     def completed(self, row: list[int]) -> list[int]:
-        """A row of ids, without padding, in the form that is compared; one that has it already stays as it is.
+        """Adds the prefix and the end token to a row of ids without padding, if they are missing.
 
         Raises:
-            ValueError: If the ids do not say which text they are.
+            ValueError: If the text cannot be recovered from the ids.
         """
         body = without_end(row, self.end_id)
         has_end = len(body) < len(row)
         text = self._text(body)
         if text is None and not has_end:
             raise ValueError(
-                f"A text without `{self.prefix}` in front and `{self.tokenizer.eos_token}` behind cannot be completed: its ids are "
-                f"not those that the tokenizer of the checkpoint gives for the text they spell. {PROCESSOR_HINT}"
+                f"A text without `{self.prefix}` in front and `{self.tokenizer.eos_token}` behind cannot be "
+                "completed: its ids are not those that the tokenizer of the checkpoint gives for the text they spell. "
+                f"{PROCESSOR_HINT}"
             )
         if text is None:
             logger.warning_once(
-                f"A text ends in `{self.tokenizer.eos_token}`, but does not begin with `{self.prefix}`. {PROCESSOR_HINT}"
+                f"A text ends in `{self.tokenizer.eos_token}`, but does not begin with `{self.prefix}`. "
+                f"{PROCESSOR_HINT}"
             )
         if text is None or (has_end and text.startswith(self.prefix)):
             return row
         return encode_rows(self.tokenizer, [with_prefix(text, self.prefix)], self.max_length, with_end=True)[0]
 
     def _text(self, body: list[int]) -> str | None:
-        """The text that has these ids, with or without a begin token; None if they are no text's."""
+        """Returns the text with these ids, with or without begin token; None if there is none."""
         begin = [self.tokenizer.bos_token_id]
         spelled = body[1:] if body[:1] == begin else body
         text = self.tokenizer.decode(spelled, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        # Some decoders take a space off the front, although the tokenizer had read it.
+        # Some decoders strip a leading space that the tokenizer encoded.
         for candidate in (text, " " + text):
             ids = encode_rows(self.tokenizer, [candidate], None, with_end=False)[0]
             if ids in (body, [*begin, *body]):

@@ -12,11 +12,6 @@ from internvl.image_processing_internvl import InternVLImageProcessor
 TILE = 16  # a small tile keeps the tests that look at no golden fast
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
 def encoded(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
@@ -30,7 +25,7 @@ def bytes_of_tiles(processor: InternVLImageProcessor, image, **settings) -> np.n
 
 
 def one_tile(image, **settings) -> np.ndarray:
-    """(H, W, C) uint8 of a picture as it is."""
+    """(H, W, C) uint8 of an image as it is."""
     (tile,) = bytes_of_tiles(InternVLImageProcessor(do_resize=False), image, **settings)
     return tile
 

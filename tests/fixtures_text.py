@@ -50,6 +50,6 @@ def make_tokenizer(
 
 
 def make_image(width: int = 64, height: int = 64, seed: int = 0) -> Image.Image:
-    """A noise picture; a square one gives one tile, a wide one several."""
+    """A noise image; a square one gives one tile, a wide one several."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)

@@ -77,7 +77,7 @@ def test_jinja_equals_render(name: str, case: str) -> None:
 
 
 @pytest.mark.parametrize("name", list_conversation_templates())
-def test_parts_are_rendered_in_order_and_pictures_as_placeholders(name: str) -> None:
+def test_parts_are_rendered_in_order_and_images_as_placeholders(name: str) -> None:
     template = get_conversation_template(name)
     parts = [
         {"type": "text", "text": 'Compare "this" '},
@@ -219,7 +219,7 @@ def test_history_is_not_changed() -> None:
     assert history == [("<image>\nWhat?", "A bus.")]
 
 
-def test_pictures_of_earlier_and_later_turns_keep_their_order() -> None:
+def test_images_of_earlier_and_later_turns_keep_their_order() -> None:
     text = query("internvl", "And <image>?", [("<image>\nFirst", "ok")], [1, 2])
     spans = [len(piece.split("</img>")[0]) // len("<IMG_CONTEXT>") for piece in text.split("<img>")[1:]]
     assert spans == [NUM_IMAGE_TOKEN, 2 * NUM_IMAGE_TOKEN]
@@ -228,12 +228,12 @@ def test_pictures_of_earlier_and_later_turns_keep_their_order() -> None:
 @pytest.mark.parametrize(
     ("question", "tiles", "match"),
     [
-        ("<image> and <image>", [1], r"2 `<image>` placeholder\(s\) but 1 picture"),
-        ("<image>", [1, 2], r"1 `<image>` placeholder\(s\) but 2 picture"),
-        ("<image>", None, r"1 `<image>` placeholder\(s\) but 0 picture"),
+        ("<image> and <image>", [1], r"2 `<image>` placeholder\(s\) but 1 image"),
+        ("<image>", [1, 2], r"1 `<image>` placeholder\(s\) but 2 image"),
+        ("<image>", None, r"1 `<image>` placeholder\(s\) but 0 image"),
     ],
 )
-def test_query_refuses_placeholders_that_differ_from_pictures(question: str, tiles: Any, match: str) -> None:
+def test_query_refuses_placeholders_that_differ_from_images(question: str, tiles: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         query("internvl", question, None, tiles)
 

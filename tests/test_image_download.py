@@ -12,10 +12,11 @@ import pytest
 
 from internvl.image_processing_internvl import InternVLImageProcessor
 
-from .fixtures_images import TILE, bomb, bytes_of_tiles, encoded, picture
+from .fixtures_images import TILE, bomb, bytes_of_tiles, encoded
+from .fixtures_text import make_image
 
 
-WIDE = picture(128, 32)
+WIDE = make_image(128, 32)
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    Handler.pages = {"/good.png": encoded(picture(50, 30)), "/bomb.png": bomb(), "/empty.png": b""}
+    Handler.pages = {"/good.png": encoded(make_image(50, 30)), "/bomb.png": bomb(), "/empty.png": b""}
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -54,7 +55,7 @@ def address() -> Iterator[str]:
     Handler.moves = {
         "/moved.png": "/good.png",
         "/inwards.png": f"{home}/good.png",
-        "/files.png": "ftp://pictures.test/",
+        "/files.png": "ftp://images.test/",
     }
     yield home
     server.shutdown()
@@ -64,7 +65,7 @@ def address() -> Iterator[str]:
 
 @pytest.fixture
 def no_proxy(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost,pictures.test")
+    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost,images.test")
     monkeypatch.delenv("INTERNVL_ALLOW_PRIVATE_HOSTS", raising=False)
 
 
@@ -76,7 +77,7 @@ def private_hosts(no_proxy, monkeypatch):
 @pytest.mark.usefixtures("private_hosts")
 def test_addresses_are_fetched(processor, address):
     fetched = bytes_of_tiles(processor, f"{address}/good.png")
-    np.testing.assert_array_equal(fetched, bytes_of_tiles(processor, picture(50, 30)))
+    np.testing.assert_array_equal(fetched, bytes_of_tiles(processor, make_image(50, 30)))
 
 
 @pytest.mark.usefixtures("private_hosts")
@@ -99,14 +100,14 @@ def public_name(address, monkeypatch, no_proxy) -> str:
     resolve, connect = socket.getaddrinfo, socket.create_connection
 
     def fake_resolve(host, port, *arguments, **settings):
-        return resolve("8.8.8.8" if host == "pictures.test" else host, port, *arguments, **settings)
+        return resolve("8.8.8.8" if host == "images.test" else host, port, *arguments, **settings)
 
     def fake_connect(place, *arguments):
         return connect(("127.0.0.1" if place[0] == "8.8.8.8" else place[0], place[1]), *arguments)
 
     monkeypatch.setattr(socket, "getaddrinfo", fake_resolve)
     monkeypatch.setattr(socket, "create_connection", fake_connect)
-    return address.replace("127.0.0.1", "pictures.test")
+    return address.replace("127.0.0.1", "images.test")
 
 
 @pytest.mark.usefixtures("no_proxy")
@@ -150,19 +151,19 @@ def test_what_is_not_public_is_refused_in_an_address_and_behind_a_name(processor
     host = f"[{place}]" if ":" in place else place
     for scheme in ("http", "https", "HTTP"):
         with pytest.raises(ValueError, match=r"Image 1 of 1 .* which is not public"):
-            processor(f"{scheme}://{host}/picture.png")
+            processor(f"{scheme}://{host}/image.png")
     family = socket.AF_INET6 if ":" in place else socket.AF_INET
     found = [(socket.AF_INET, 1, 6, "", ("8.8.8.8", 80)), (family, 1, 6, "", (place, 80))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **settings: found)
-    with pytest.raises(ValueError, match=r"pictures.test is at .* which is not public"):
-        processor("http://pictures.test/picture.png")
+    with pytest.raises(ValueError, match=r"images.test is at .* which is not public"):
+        processor("http://images.test/image.png")
     assert connected == []
 
 
 @pytest.mark.parametrize("place", PUBLIC)
 def test_public_addresses_are_asked(processor, connected, place):
     with pytest.raises(ValueError, match="nobody is there"):
-        processor(f"http://{f'[{place}]' if ':' in place else place}/picture.png")
+        processor(f"http://{f'[{place}]' if ':' in place else place}/image.png")
     assert connected == [place]
 
 
@@ -175,7 +176,7 @@ NOTATIONS = """
 @pytest.mark.parametrize("host", NOTATIONS)
 def test_no_notation_of_this_machine_is_public(processor, connected, host):
     with pytest.raises(ValueError, match="Image 1 of 1 "):
-        processor(f"http://{host}/picture.png")
+        processor(f"http://{host}/image.png")
     assert connected == []
 
 
@@ -260,7 +261,7 @@ def test_one_deadline_holds_for_the_whole_download(processor, slow_server, reque
     with pytest.raises(
         ValueError, match=r"Image 1 of 1 .* cannot be fetched \(TimeoutError: more than 0\.4 seconds\)"
     ):
-        processor(f"{scheme}://{slow_server}/picture.png")
+        processor(f"{scheme}://{slow_server}/image.png")
     assert time.monotonic() - start < 5
     end = time.monotonic() + 5
     while threading.active_count() > before + 1 and time.monotonic() < end:  # the server's own thread for it
@@ -291,12 +292,12 @@ def test_looking_up_a_name_and_many_addresses_and_redirects_share_the_deadline(p
     many = [(socket.AF_INET, 1, 6, "", (f"8.8.8.{number}", 80)) for number in range(200)]
     for name, replacement, source in (
         ("getaddrinfo", slow_look_up, address + "/good.png"),
-        ("getaddrinfo", lambda *arguments, **settings: many, "http://pictures.test/good.png"),
+        ("getaddrinfo", lambda *arguments, **settings: many, "http://images.test/good.png"),
         ("create_connection", slow_answer, ring),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(socket, name, replacement)
-            if source.startswith("http://pictures"):
+            if source.startswith("http://images"):
                 patched.setattr(socket, "create_connection", slow_connection)
             start = time.monotonic()
             with pytest.raises(ValueError, match=r"cannot be fetched \(TimeoutError: more than 0\.4 seconds"):
@@ -309,7 +310,7 @@ def test_public_hosts_and_their_redirects_are_fetched_but_not_inwards_nor_by_ftp
     Handler.hosts.clear()
     for page in ("good.png", "moved.png"):
         np.testing.assert_array_equal(
-            bytes_of_tiles(processor, f"{public_name}/{page}"), bytes_of_tiles(processor, picture(50, 30))
+            bytes_of_tiles(processor, f"{public_name}/{page}"), bytes_of_tiles(processor, make_image(50, 30))
         )
     assert len(Handler.hosts) == 3
     with pytest.raises(ValueError, match=r"127\.0\.0\.1 is at 127\.0\.0\.1, which is not public"):
@@ -317,7 +318,7 @@ def test_public_hosts_and_their_redirects_are_fetched_but_not_inwards_nor_by_ftp
     with pytest.raises(ValueError, match="ftp"):
         processor(f"{public_name}/files.png")
     assert len(Handler.hosts) == 5
-    assert all(host.startswith("pictures.test") for host in Handler.hosts)
+    assert all(host.startswith("images.test") for host in Handler.hosts)
 
 
 def test_a_proxy_decides_for_itself(processor, address, monkeypatch):
@@ -326,4 +327,4 @@ def test_a_proxy_decides_for_itself(processor, address, monkeypatch):
     monkeypatch.setenv("http_proxy", address)
     Handler.pages["http://10.0.0.1/good.png"] = Handler.pages["/good.png"]
     fetched = bytes_of_tiles(processor, "http://10.0.0.1/good.png")
-    np.testing.assert_array_equal(fetched, bytes_of_tiles(processor, picture(50, 30)))
+    np.testing.assert_array_equal(fetched, bytes_of_tiles(processor, make_image(50, 30)))

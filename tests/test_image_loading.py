@@ -18,10 +18,11 @@ from PIL import Image, ImageFile, PngImagePlugin, TiffImagePlugin
 
 from internvl.image_processing_internvl import InternVLImageProcessor
 
-from .fixtures_images import TILE, bomb, bytes_of_tiles, encoded, one_tile, picture, png_chunk, png_file
+from .fixtures_images import TILE, bomb, bytes_of_tiles, encoded, one_tile, png_chunk, png_file
+from .fixtures_text import make_image
 
 
-WIDE = picture(128, 32)
+WIDE = make_image(128, 32)
 
 
 @pytest.fixture
@@ -31,8 +32,8 @@ def processor() -> InternVLImageProcessor:
 
 # ------------------------------------------------------------------------------------------------ kinds of input
 def test_all_kinds_of_input_give_the_same_pixels(processor, tmp_path):
-    image = picture(50, 30)
-    array, path, data = np.array(image), tmp_path / "picture.png", encoded(image)
+    image = make_image(50, 30)
+    array, path, data = np.array(image), tmp_path / "image.png", encoded(image)
     path.write_bytes(data)
     text = base64.b64encode(data).decode()
     kinds = {
@@ -56,7 +57,7 @@ def test_all_kinds_of_input_give_the_same_pixels(processor, tmp_path):
         "copy of a file": Image.open(path).copy(),
         "file address": path.as_uri(),
         "file address of this host": f"file://localhost{path}",
-        "percent-encoded file address": f"file://{path}".replace("picture", "%70icture"),
+        "percent-encoded file address": f"file://{path}".replace("image", "%69mage"),
         "file object": io.BytesIO(data),
         "file object from its position on": at_position(data),
         "row with bytes": {"bytes": data, "path": None},
@@ -81,11 +82,11 @@ def at_position(data: bytes) -> io.BytesIO:
 
 
 def test_a_file_object_stays_open_and_where_it_was(processor, tmp_path):
-    path = tmp_path / "picture.png"
-    path.write_bytes(encoded(picture(9, 9)))
+    path = tmp_path / "image.png"
+    path.write_bytes(encoded(make_image(9, 9)))
     with open(path, "rb") as handle, open(path, encoding="latin-1") as text:
         for _ in range(2):
-            np.testing.assert_array_equal(one_tile(handle), np.asarray(picture(9, 9)))
+            np.testing.assert_array_equal(one_tile(handle), np.asarray(make_image(9, 9)))
         assert processor([handle] * 4)["num_patches"] == [1] * 4
         handle.read()
         with pytest.raises(ValueError, match=r"Image 1 of 1 is a file at its end.*seek\(0\)"):
@@ -116,8 +117,8 @@ def test_a_row_without_an_image_is_named(processor, row, message):
 
 
 def test_local_files_can_be_refused(tmp_path):
-    path = tmp_path / "picture.png"
-    path.write_bytes(encoded(picture(9, 9)))
+    path = tmp_path / "image.png"
+    path.write_bytes(encoded(make_image(9, 9)))
     processor = InternVLImageProcessor(size=TILE, allow_local_files=False)
     for source in (path, str(path), path.as_uri(), {"bytes": None, "path": str(path)}, "no/such/file.png"):
         for read in (processor, processor.fetch_images):
@@ -131,14 +132,14 @@ def test_local_files_can_be_refused(tmp_path):
 
 
 def test_grey_one_row_and_batched_arrays(processor):
-    grey = np.array(picture(20, 10).convert("L"))
+    grey = np.array(make_image(20, 10).convert("L"))
     expected = np.stack([grey] * 3, axis=-1)
     for array in (grey, grey[..., None], grey[None], torch.from_numpy(grey), processor.fetch_images(grey)):
         np.testing.assert_array_equal(one_tile(array), expected)
-    row = np.asarray(picture(20, 1))
+    row = np.asarray(make_image(20, 1))
     np.testing.assert_array_equal(one_tile(row), row)
     np.testing.assert_array_equal(one_tile(row.transpose(1, 0, 2)), row.transpose(1, 0, 2))
-    batch = np.stack([np.asarray(picture(20, 10, seed)) for seed in range(3)])
+    batch = np.stack([np.asarray(make_image(20, 10, seed)) for seed in range(3)])
     assert processor(batch, do_resize=False)["num_patches"] == [1, 1, 1]
     assert len(processor.fetch_images([batch, batch])) == 2
     ambiguous = np.zeros((3, 9, 3), dtype=np.uint8)
@@ -154,7 +155,7 @@ def test_floats_may_leave_their_range_by_errors_of_rounding():
 
 
 def test_floats_are_taken_as_scaled_whatever_do_rescale_says(processor):
-    array = np.asarray(picture(20, 20)) / np.float32(255)
+    array = np.asarray(make_image(20, 20)) / np.float32(255)
     rescaled = processor(array, return_tensors="pt")["pixel_values"]
     assert torch.equal(processor(array, do_rescale=False, return_tensors="pt")["pixel_values"], rescaled)
 
@@ -183,14 +184,14 @@ def test_unusable_arrays_raise_with_their_position(processor, array, message):
         processor([WIDE, array])
 
 
-def test_no_picture_raises(processor):
-    with pytest.raises(ValueError, match="`images` holds no picture"):
+def test_no_image_raises(processor):
+    with pytest.raises(ValueError, match="`images` holds no image"):
         processor([])
 
 
-# ------------------------------------------------------------------------------------------------ special pictures
+# ------------------------------------------------------------------------------------------------ special images
 def test_exif_orientation_turns_files_and_leaves_pil_images():
-    image = picture(30, 20)
+    image = make_image(30, 20)
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees clockwise to view
     data = encoded(image, exif=exif)
@@ -199,8 +200,8 @@ def test_exif_orientation_turns_files_and_leaves_pil_images():
     np.testing.assert_array_equal(one_tile(Image.open(io.BytesIO(data))), np.asarray(image))
 
 
-def special_pictures() -> dict[str, Image.Image]:
-    image = picture(24, 18)
+def special_images() -> dict[str, Image.Image]:
+    image = make_image(24, 18)
     alpha = Image.fromarray(np.random.default_rng(1).integers(0, 256, (18, 24), dtype=np.uint8))
     rgba, la = image.convert("RGBA"), image.convert("LA")
     rgba.putalpha(alpha)
@@ -218,9 +219,9 @@ def special_pictures() -> dict[str, Image.Image]:
     }
 
 
-@pytest.mark.parametrize("kind", special_pictures())
+@pytest.mark.parametrize("kind", special_images())
 def test_special_modes_become_what_the_published_convert_gives(kind):
-    image = special_pictures()[kind]
+    image = special_images()[kind]
     published = one_tile(image, background_color="none")
     np.testing.assert_array_equal(published, np.asarray(image.convert("RGB")))
     assert np.array_equal(one_tile(image), published) != image.has_transparency_data
@@ -228,8 +229,8 @@ def test_special_modes_become_what_the_published_convert_gives(kind):
 
 @pytest.mark.parametrize(("kind", "file_format"), [("CMYK", "JPEG"), ("P with transparency", "PNG"), ("LA", "PNG")])
 def test_special_modes_read_from_files(kind, file_format, tmp_path):
-    path = tmp_path / "picture"
-    path.write_bytes(encoded(special_pictures()[kind], file_format))
+    path = tmp_path / "image"
+    path.write_bytes(encoded(special_images()[kind], file_format))
     published = np.asarray(Image.open(path).convert("RGB"))
     np.testing.assert_array_equal(one_tile(path, background_color="none"), published)
 
@@ -261,19 +262,19 @@ def test_animations_give_their_first_frame(tmp_path):
 
 def test_extreme_shapes_have_a_result_in_every_mode(processor):
     for size in ((1, 1), (1, 20000), (20000, 1)):
-        image = picture(*size)
+        image = make_image(*size)
         assert processor(image)["num_patches"] == [1 if size == (1, 1) else 13]
         for mode in ("squash", "crop"):
             (tile,) = bytes_of_tiles(processor, image, resize_mode=mode)
             assert tile.shape == (TILE, TILE, 3)
     with pytest.raises(ValueError, match=r"padded to a square, has 20000 x 20000 .* `max_image_pixels` is 178956970"):
-        processor(picture(1, 20000), resize_mode="pad")
-    assert bytes_of_tiles(processor, picture(1, 300), resize_mode="pad").shape == (1, TILE, TILE, 3)
+        processor(make_image(1, 20000), resize_mode="pad")
+    assert bytes_of_tiles(processor, make_image(1, 300), resize_mode="pad").shape == (1, TILE, TILE, 3)
 
 
 @pytest.mark.parametrize("size", [(1, 1000), (37, 400), (400, 37)])
-def test_crop_of_a_picture_too_long_to_resize_whole_is_the_same_part_of_it(processor, size):
-    image, settings = picture(*size), {"resize_mode": "crop", "size": 64, "crop_size": TILE}
+def test_crop_of_an_image_too_long_to_resize_whole_is_the_same_part_of_it(processor, size):
+    image, settings = make_image(*size), {"resize_mode": "crop", "size": 64, "crop_size": TILE}
     whole = bytes_of_tiles(processor, image, **settings).astype(int)
     part = bytes_of_tiles(processor, image, **settings, max_image_pixels=size[0] * size[1])
     # Pillow rounds to 8 bits between its two passes, which matters most for noise such as this
@@ -355,8 +356,8 @@ def test_a_transparent_16_bit_colour_is_read_over_the_background():
 
 
 def test_half_transparent_pixels_are_mixed_and_opaque_ones_keep_their_bytes():
-    rgba = picture(24, 18).convert("RGBA")
-    np.testing.assert_array_equal(one_tile(rgba), np.asarray(picture(24, 18)))
+    rgba = make_image(24, 18).convert("RGBA")
+    np.testing.assert_array_equal(one_tile(rgba), np.asarray(make_image(24, 18)))
     grey = Image.new("RGBA", (2, 2), (0, 0, 0, 128))
     assert (one_tile(grey) == 127).all()
     assert one_tile(grey, do_convert_rgb=False, image_mean=[0.5] * 4, image_std=[0.5] * 4).shape == (2, 2, 4)
@@ -386,20 +387,20 @@ def long_text_chunk() -> bytes:
     """A PNG whose text chunk unpacks to more than Pillow accepts."""
     info = PngImagePlugin.PngInfo()
     info.add_text("comment", "x" * (PngImagePlugin.MAX_TEXT_CHUNK + 1), zip=True)
-    return encoded(picture(4, 4), pnginfo=info)
+    return encoded(make_image(4, 4), pnginfo=info)
 
 
 def broken_files() -> dict[str, bytes]:
-    whole = encoded(picture(64, 64))
+    whole = encoded(make_image(64, 64))
     return {
         "bomb.png": bomb(),
         "truncated.png": whole[: len(whole) // 2],
-        "truncated.jpg": encoded(picture(64, 64), "JPEG")[:900],
+        "truncated.jpg": encoded(make_image(64, 64), "JPEG")[:900],
         "empty.png": b"",
         "header_only.png": whole[:20],
-        "text.png": b"this is not a picture\n" * 20,
+        "text.png": b"this is not an image\n" * 20,
         "long_text.png": long_text_chunk(),
-        "program.eps": encoded(picture(8, 8), "EPS"),
+        "program.eps": encoded(make_image(8, 8), "EPS"),
     }
 
 
@@ -429,7 +430,7 @@ def test_a_truncated_file_that_the_caller_opened_is_named(processor, tmp_path):
 
 
 def test_the_pixel_limit_is_checked_before_decoding(processor, monkeypatch):
-    data = encoded(picture(40, 30))
+    data = encoded(make_image(40, 30))
 
     def decode(self):
         raise AssertionError("decoded")
@@ -525,9 +526,9 @@ def test_file_objects_of_pipes_and_devices_are_not_read(processor):
     [
         "no/such/file",  # which is base64 of nine bytes
         "no/such/file.png",
-        "C:\\pictures\\a.png",
-        "~/picture.png",
-        "picture",
+        "C:\\images\\a.png",
+        "~/image.png",
+        "image",
         "x" * 5000,
         "x" * 300 + ".png",
         "\0.png",
@@ -540,7 +541,7 @@ def test_file_objects_of_pipes_and_devices_are_not_read(processor):
         Path("no/such/file.png"),
         Path("x" * 300),
         Path("\0"),
-        "README.md/picture.png",
+        "README.md/image.png",
     ],
     ids=lambda source: repr(source)[:30],
 )
@@ -554,9 +555,9 @@ def test_a_wrong_path_is_no_such_file(processor, source):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("s3://bucket/picture.png", "is a `s3` address"),
-        ("ftp://host/picture.png", "is a `ftp` address"),
-        ("file://otherhost/picture.png", "lies on the host `otherhost`"),
+        ("s3://bucket/image.png", "is a `s3` address"),
+        ("ftp://host/image.png", "is a `ftp` address"),
+        ("file://otherhost/image.png", "lies on the host `otherhost`"),
         ("data:image/png;base64", "data address without data"),
         ("data:image/png;base64,????", "damaged base64"),
         ("iVBORw0KGgo=!", "damaged base64"),
@@ -572,8 +573,8 @@ def test_addresses_and_base64_texts_that_hold_no_image_are_named(processor, sour
 # ------------------------------------------------------------------------------------------------ formats
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO"])
 def test_the_formats_that_people_have_are_read_by_every_way_in(processor, file_format, tmp_path):
-    options = {"save_all": True, "append_images": [picture(50, 30, 1)]} if file_format == "MPO" else {}
-    data, path = encoded(picture(50, 30), file_format, **options), tmp_path / "picture"
+    options = {"save_all": True, "append_images": [make_image(50, 30, 1)]} if file_format == "MPO" else {}
+    data, path = encoded(make_image(50, 30), file_format, **options), tmp_path / "image"
     path.write_bytes(data)
     assert Image.open(path).format == file_format
     expected = processor(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"]
@@ -599,15 +600,15 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpa
 @lru_cache
 def files_of_other_formats() -> dict[str, bytes]:
     names = ["AVIF", "DDS", "DIB", "EPS", "ICNS", "ICO", "IM", "JPEG2000", "PCX", "QOI", "SGI", "SPIDER", "TGA", "XBM"]
-    images = {"XBM": picture(16, 16).convert("1"), "SPIDER": picture(16, 16).convert("F")}
-    files = {name: encoded(images.get(name, picture(16, 16)), name) for name in names}
+    images = {"XBM": make_image(16, 16).convert("1"), "SPIDER": make_image(16, 16).convert("F")}
+    files = {name: encoded(images.get(name, make_image(16, 16)), name) for name in names}
     return {**files, "IPTC": iptc(EPS, 10, 10)}
 
 
 @pytest.mark.parametrize("name", files_of_other_formats())
 def test_other_formats_are_refused_and_nothing_is_started(processor, name, tmp_path, monkeypatch):
     """Also in PIL images that are not decoded yet. A Ghostscript that leaves a mark stands first in the search path."""
-    mark, program, path = tmp_path / "started", tmp_path / "gs", tmp_path / "picture"
+    mark, program, path = tmp_path / "started", tmp_path / "gs", tmp_path / "image"
     program.write_text(f"#!/bin/sh\ntouch {mark}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -670,21 +671,21 @@ def tiff_with_large_tiles() -> bytes:
 
 
 def webp_with_large_canvas() -> bytes:
-    data = bytearray(encoded(picture(8, 8), "WEBP", save_all=True, append_images=[picture(8, 8, 1)]))
+    data = bytearray(encoded(make_image(8, 8), "WEBP", save_all=True, append_images=[make_image(8, 8, 1)]))
     assert data[12:16] == b"VP8X"
     data[24:30] = (16000).to_bytes(3, "little") * 2
     return bytes(data)
 
 
 def gif_with_a_frame_beyond_its_screen() -> bytes:
-    data = bytearray(encoded(picture(8, 8), "GIF"))
+    data = bytearray(encoded(make_image(8, 8), "GIF"))
     frame = data.index(b",\0\0\0\0")
     data[frame + 5 : frame + 9] = struct.pack("<HH", 60000, 60000)
     return bytes(data)
 
 
 def png_with_two_headers() -> bytes:
-    first, second = encoded(picture(8, 8)), bomb()
+    first, second = encoded(make_image(8, 8)), bomb()
     return first[:33] + second[8:]
 
 
@@ -705,7 +706,7 @@ def test_the_pixel_limit_holds_for_what_is_decoded(processor, kind, monkeypatch)
 
 
 def test_a_jpeg_that_the_caller_drafted_counts_as_what_is_decoded(processor):
-    image = Image.open(io.BytesIO(encoded(picture(800, 800), "JPEG")))
+    image = Image.open(io.BytesIO(encoded(make_image(800, 800), "JPEG")))
     image.draft("RGB", (100, 100))
     assert image.size == (100, 100)
     with pytest.raises(ValueError, match="has 800 x 800"):
@@ -714,7 +715,7 @@ def test_a_jpeg_that_the_caller_drafted_counts_as_what_is_decoded(processor):
 
 
 def test_frames_that_the_caller_went_to_are_checked(processor):
-    data = encoded(picture(8, 8), "TIFF", save_all=True, append_images=[picture(90, 90)])
+    data = encoded(make_image(8, 8), "TIFF", save_all=True, append_images=[make_image(90, 90)])
     image = Image.open(io.BytesIO(data))
     assert processor(image, max_image_pixels=100)["num_patches"] == [1]
     image.seek(1)
@@ -780,12 +781,12 @@ def planar_tiff(image: Image.Image) -> bytes:
 
 def test_progressive_and_planar_images_with_all_their_parts_are_read():
     """Ten scans for each of the three frames; three strips of bands, each as large as the image."""
-    more = [picture(64, 64, seed) for seed in (1, 2)]
+    more = [make_image(64, 64, seed) for seed in (1, 2)]
     for data in (
-        encoded(picture(64, 64), "JPEG", progressive=True),
-        encoded(picture(64, 64), "MPO", save_all=True, append_images=more * 20, progressive=True),
-        planar_tiff(picture(64, 64)),
-        encoded(picture(64, 64), "TIFF", tiffinfo={278: 1}),
+        encoded(make_image(64, 64), "JPEG", progressive=True),
+        encoded(make_image(64, 64), "MPO", save_all=True, append_images=more * 20, progressive=True),
+        planar_tiff(make_image(64, 64)),
+        encoded(make_image(64, 64), "TIFF", tiffinfo={278: 1}),
     ):
         np.testing.assert_array_equal(one_tile(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
@@ -805,7 +806,7 @@ def test_tensors_without_storage_are_named(processor):
 
 @pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg", "group4", "raw"])
 def test_the_compressions_of_tiff_that_people_have_are_read(processor, compression):
-    image = picture(20, 20).convert("1") if compression == "group4" else picture(20, 20)
+    image = make_image(20, 20).convert("1") if compression == "group4" else make_image(20, 20)
     data = encoded(image, "TIFF", compression=compression)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     np.testing.assert_array_equal(one_tile(data), expected)
@@ -815,7 +816,7 @@ def test_the_compressions_of_tiff_that_people_have_are_read(processor, compressi
 def test_rare_compressions_of_tiff_are_refused_by_name(processor, compression):
     """Written over the number of a common one: nothing is decoded."""
     number = {v: k for k, v in TiffImagePlugin.COMPRESSION_INFO.items()}[compression]
-    data = encoded(picture(20, 20), "TIFF", compression="tiff_lzw")
+    data = encoded(make_image(20, 20), "TIFF", compression="tiff_lzw")
     entry = struct.pack("<HHI", 259, 3, 1)
     data = data.replace(entry + struct.pack("<H", 5), entry + struct.pack("<H", number))
     for source in (data, Image.open(io.BytesIO(data))):
@@ -824,8 +825,8 @@ def test_rare_compressions_of_tiff_are_refused_by_name(processor, compression):
 
 
 def test_a_file_of_more_bytes_than_any_image_is_refused(processor, tmp_path, monkeypatch):
-    path = tmp_path / "picture.png"
-    path.write_bytes(encoded(picture(8, 8)))
+    path = tmp_path / "image.png"
+    path.write_bytes(encoded(make_image(8, 8)))
     os.truncate(path, 2**36)  # holds nothing: 64 GiB on no disk
     with pytest.raises(ValueError, match="has 68719476736 bytes, more than"):
         processor(path)
@@ -839,7 +840,7 @@ def test_damaged_files_of_many_formats_raise_value_errors_only(processor):
     generator = np.random.default_rng(0)
     failures = 0
     for file_format in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"):
-        whole = encoded(picture(20, 20), file_format)
+        whole = encoded(make_image(20, 20), file_format)
         for _ in range(40):
             data = bytearray(whole)
             for position in generator.integers(0, min(len(data), 200), 8):
@@ -853,8 +854,8 @@ def test_damaged_files_of_many_formats_raise_value_errors_only(processor):
 
 # ----------------------------------------------------------------------------------------------- what errors speak of
 def test_files_that_cannot_be_read_are_named(processor, tmp_path):
-    path = tmp_path / "picture.png"
-    path.write_bytes(encoded(picture(9, 9)))
+    path = tmp_path / "image.png"
+    path.write_bytes(encoded(make_image(9, 9)))
     with open(path, encoding="utf-8") as text:  # whose first byte is no text
         for source in (text, io.StringIO("text")):
             with pytest.raises(ValueError, match=r"Image 1 of 1 .*opened as text.*'rb'"):
@@ -879,7 +880,7 @@ def test_an_image_beyond_the_limit_of_pillow_is_told_so(processor):
 @pytest.mark.parametrize("background", ["#ffffff80", "rgb(300, 0, 0)", np.array([1, 2, 3]), torch.tensor([1, 2, 3])])
 def test_a_background_that_cannot_be_painted_is_refused(processor, background):
     with pytest.raises(ValueError, match="`background_color` must be"):
-        processor(picture(9, 9), background_color=background)
+        processor(make_image(9, 9), background_color=background)
 
 
 def test_grey_images_stay_grey_over_the_background():
@@ -920,12 +921,12 @@ def test_grey_images_stay_grey_over_the_background():
 )
 def test_settings_that_cannot_be_met_are_named(processor, settings, message):
     with pytest.raises(ValueError, match=message):
-        processor(picture(9, 9), **settings)
+        processor(make_image(9, 9), **settings)
 
 
 def test_whole_numbers_serve_as_mean_and_deviation(processor):
     whole, broken = ({"image_mean": [kind(0)] * 3, "image_std": [kind(1)] * 3} for kind in (int, float))
-    image = picture(9, 9)
+    image = make_image(9, 9)
     assert torch.equal(
         processor(image, **whole, return_tensors="pt")["pixel_values"],
         processor(image, **broken, return_tensors="pt")["pixel_values"],
@@ -938,6 +939,6 @@ def test_whole_numbers_serve_as_mean_and_deviation(processor):
 )
 def test_rare_formats_are_named_by_their_first_bytes(processor, file_format, named):
     buffer = io.BytesIO()
-    picture(9, 9).convert("P" if file_format == "BLP" else "RGB").save(buffer, file_format)
+    make_image(9, 9).convert("P" if file_format == "BLP" else "RGB").save(buffer, file_format)
     with pytest.raises(ValueError, match=named):
         processor(buffer.getvalue())

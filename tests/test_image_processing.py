@@ -1,4 +1,4 @@
-"""The image processor: the published grids and pixels exactly, every setting in every spelling, every kind of picture."""
+"""The image processor: the published grids and pixels exactly, every setting in every spelling, every kind of image."""
 
 import hashlib
 import json
@@ -21,7 +21,8 @@ from transformers import CLIPImageProcessor
 
 from internvl.image_processing_internvl import InternVLImageProcessor, _fit, choose_grid
 
-from .fixtures_images import TILE, bytes_of_tiles, encoded, one_tile, picture
+from .fixtures_images import TILE, bytes_of_tiles, encoded, one_tile
+from .fixtures_text import make_image
 
 
 GOLDEN = Path(__file__).parent / "golden" / "tiling"
@@ -41,7 +42,7 @@ def golden() -> dict[str, torch.Tensor]:
 
 # ------------------------------------------------------------------------------------------------ the grid
 def slow_grid(width: int, height: int, min_num: int, max_num: int, tile: int) -> tuple[int, int]:
-    """The rule in words: of the grids with the closest ratio the smallest, unless the picture fills half of a larger."""
+    """The rule in words: of the grids with the closest ratio the smallest, unless the image fills half of a larger."""
     grids = set()
     for limit in range(min_num, max_num + 1):
         for columns in range(1, limit + 1):
@@ -134,7 +135,7 @@ def test_golden_single_tiles(record, key, settings, offset, step, golden):
 @pytest.mark.parametrize("size", [(500, 300), (17, 90), (1, 1), (1, 700), (448, 896)])
 def test_float_pixels_are_bit_identical_to_the_published_steps(size):
     """Convert, resize, cut, thumbnail, then ToTensor and Normalize in float32, one tile after the other."""
-    image = picture(*size)
+    image = make_image(*size)
     columns, rows = slow_grid(*size, 1, 12, 448)
     whole = image.convert("RGB").resize((columns * 448, rows * 448))
     tiles = [whole.crop((x * 448, y * 448, x * 448 + 448, y * 448 + 448)) for y in range(rows) for x in range(columns)]
@@ -145,8 +146,8 @@ def test_float_pixels_are_bit_identical_to_the_published_steps(size):
     assert torch.equal(InternVLImageProcessor()(image, return_tensors="pt")["pixel_values"], expected)
 
 
-def test_a_batch_equals_its_pictures_one_by_one(processor):
-    images = [picture(40, 16), picture(16, 16, 1), picture(16, 70, 2)]
+def test_a_batch_equals_its_images_one_by_one(processor):
+    images = [make_image(40, 16), make_image(16, 16, 1), make_image(16, 70, 2)]
     batch = processor(images, return_tensors="pt")
     alone = [processor(image, return_tensors="pt") for image in images]
     assert torch.equal(batch["pixel_values"], torch.cat([output["pixel_values"] for output in alone]))
@@ -164,8 +165,8 @@ def set_threads() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.fixture
-def threads_of_pictures(monkeypatch) -> list[int]:
-    """The thread in which each picture is resized; as many as there should be meet before any of them goes on."""
+def threads_of_images(monkeypatch) -> list[int]:
+    """The thread in which each image is resized; as many as there should be meet before any of them goes on."""
     threads: list[int] = []
     meeting = threading.Barrier(min(torch.get_num_threads(), 4))
 
@@ -178,10 +179,10 @@ def threads_of_pictures(monkeypatch) -> list[int]:
     return threads
 
 
-def mixed_pictures() -> list[Any]:
-    """Four pictures of several kinds and sizes, the slowest first."""
-    grey, small = picture(900, 500).convert("L"), picture(30, 20, 2)
-    return [grey, np.asarray(picture(16, 64, 1)) / 255, encoded(small), small.convert("RGBA")]
+def mixed_images() -> list[Any]:
+    """Four images of several kinds and sizes, the slowest first."""
+    grey, small = make_image(900, 500).convert("L"), make_image(30, 20, 2)
+    return [grey, np.asarray(make_image(16, 64, 1)) / 255, encoded(small), small.convert("RGBA")]
 
 
 @pytest.mark.parametrize("settings", [{}, {"resize_mode": "crop"}, {"do_resize": False}, {"max_num": [1, 2, 3, 4]}])
@@ -190,10 +191,10 @@ def test_pixels_and_their_order_do_not_depend_on_the_number_of_threads(
     processor, settings, count, set_threads, request
 ):
     set_threads(1)
-    expected = processor(mixed_pictures(), **settings)
+    expected = processor(mixed_images(), **settings)
     set_threads(count)
-    threads = request.getfixturevalue("threads_of_pictures")
-    found = processor(mixed_pictures(), **settings)
+    threads = request.getfixturevalue("threads_of_images")
+    found = processor(mixed_images(), **settings)
     assert len(set(threads)) == min(count, 4), "that many threads took part"
     assert threading.get_ident() not in threads
     assert found["num_patches"] == expected["num_patches"]
@@ -201,7 +202,7 @@ def test_pixels_and_their_order_do_not_depend_on_the_number_of_threads(
         np.testing.assert_array_equal(tile, other)
 
 
-def test_no_threads_are_started_for_one_picture_of_one_tile_or_where_torch_has_one_thread(
+def test_no_threads_are_started_for_one_image_of_one_tile_or_where_torch_has_one_thread(
     processor, set_threads, monkeypatch
 ):
     def start(*arguments):
@@ -217,7 +218,7 @@ def test_no_threads_are_started_for_one_picture_of_one_tile_or_where_torch_has_o
 
 
 class Prepared(torch.utils.data.Dataset):
-    """What the processor makes of the same pictures, and in how many threads of its own."""
+    """What the processor makes of the same images, and in how many threads of its own."""
 
     def __init__(self, processor: InternVLImageProcessor, threads: list[int]) -> None:
         self.processor, self.threads = processor, threads
@@ -227,7 +228,7 @@ class Prepared(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         self.threads.clear()
-        output = self.processor(mixed_pictures(), return_tensors="pt")
+        output = self.processor(mixed_images(), return_tensors="pt")
         own = threading.get_ident()
         return {**output, "others": torch.tensor(sum(thread != own for thread in self.threads))}
 
@@ -249,20 +250,18 @@ def test_a_forked_worker_of_a_data_loader_starts_no_threads(processor, set_threa
         assert torch.equal(batch["pixel_values"], here["pixel_values"])
 
 
-def test_the_first_broken_picture_is_named_whichever_thread_meets_it(processor, set_threads):
+def test_the_first_broken_image_is_named_whichever_thread_meets_it(processor, set_threads):
     set_threads(4)
-    half = encoded(picture(64, 64))[:400]
+    half = encoded(make_image(64, 64))[:400]
     for _ in range(5):
         with pytest.raises(ValueError, match="Image 2 of 6 "):
-            processor([picture(700, 500), half, WIDE, b"", WIDE, half])
+            processor([make_image(700, 500), half, WIDE, b"", WIDE, half])
 
 
-def test_pictures_that_share_an_open_file_are_loaded_one_after_the_other(
-    processor, set_threads, tmp_path, monkeypatch
-):
+def test_images_that_share_an_open_file_are_loaded_one_after_the_other(processor, set_threads, tmp_path, monkeypatch):
     """One object given twice, and two objects on one handle; files of their own are loaded at the same time."""
-    path, loading, most = tmp_path / "picture.png", [], []
-    path.write_bytes(encoded(picture(200, 100)))
+    path, loading, most = tmp_path / "image.png", [], []
+    path.write_bytes(encoded(make_image(200, 100)))
     load = PngImagePlugin.PngImageFile.load_prepare
 
     def slowly(self):
@@ -273,7 +272,7 @@ def test_pictures_that_share_an_open_file_are_loaded_one_after_the_other(
         loading.pop()
 
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load_prepare", slowly)
-    expected = processor(picture(200, 100), return_tensors="pt")["pixel_values"].repeat(4, 1, 1, 1)
+    expected = processor(make_image(200, 100), return_tensors="pt")["pixel_values"].repeat(4, 1, 1, 1)
     set_threads(4)
     with open(path, "rb") as handle:
         once, first, second = Image.open(path), Image.open(handle), Image.open(handle)
@@ -288,29 +287,29 @@ def test_pictures_that_share_an_open_file_are_loaded_one_after_the_other(
 
 
 def test_without_return_tensors_the_outputs_are_lists(processor):
-    output = processor([picture(40, 16), picture(16, 16)])
+    output = processor([make_image(40, 16), make_image(16, 16)])
     assert isinstance(output["pixel_values"], list)
     assert output["num_patches"] == [len(output["pixel_values"]) - 1, 1]
     assert output["pixel_values"][0].shape == (3, TILE, TILE)
 
 
-def test_do_resize_false_keeps_pictures_as_they_are(processor):
-    image = picture(33, 20)
+def test_do_resize_false_keeps_images_as_they_are(processor):
+    image = make_image(33, 20)
     np.testing.assert_array_equal(one_tile(image), np.asarray(image))
-    sizes = [tile.shape for tile in processor([image, picture(9, 9)], do_resize=False)["pixel_values"]]
+    sizes = [tile.shape for tile in processor([image, make_image(9, 9)], do_resize=False)["pixel_values"]]
     assert sizes == [(3, 20, 33), (3, 9, 9)]
 
 
 def test_do_convert_rgb_false_keeps_four_channels(processor):
-    rgba = picture(20, 20).convert("RGBA")
+    rgba = make_image(20, 20).convert("RGBA")
     pixels = processor(rgba, do_convert_rgb=False, image_mean=[0.5] * 4, image_std=[0.5] * 4)["pixel_values"][0]
     assert pixels.shape == (4, TILE, TILE)
-    with pytest.raises(ValueError, match=r"`image_mean` has 3 values, the pictures have 4 channels"):
+    with pytest.raises(ValueError, match=r"`image_mean` has 3 values, the images have 4 channels"):
         processor(rgba, do_convert_rgb=False)
 
 
 # ------------------------------------------------------------------------------------------------ settings
-WIDE = picture(128, 32)  # 4 x 1
+WIDE = make_image(128, 32)  # 4 x 1
 
 
 def test_max_num_one_gives_one_tile_and_no_thumbnail(processor):
@@ -359,11 +358,11 @@ def test_every_spelling_works_at_construction_and_as_attribute(settings):
     assert processor(WIDE)["num_patches"] == [1]
 
 
-def test_settings_per_picture(processor):
+def test_settings_per_image(processor):
     images = [WIDE, [WIDE, WIDE], WIDE]
     settings = {"max_patches": [1, 2, 4, 4], "min_num": [1, 2, 1, 4], "use_thumbnail": [True, True, False, True]}
     assert processor(images, **settings)["num_patches"] == [1, 3, 4, 5]
-    with pytest.raises(ValueError, match=r"`max_num` has 2 values for 3 pictures"):
+    with pytest.raises(ValueError, match=r"`max_num` has 2 values for 3 images"):
         processor([WIDE] * 3, max_num=[1, 2])
 
 
@@ -422,7 +421,7 @@ def test_a_round_trip_keeps_everything(settings, tmp_path):
     for name in settings.keys() - {"size", "crop_size"}:
         expected = tuple(settings[name]) if isinstance(settings[name], list) else settings[name]
         assert getattr(reloaded, name) == expected
-    image = picture(90, 50)
+    image = make_image(90, 50)
     first, second = (p(image, return_tensors="pt")["pixel_values"] for p in (processor, reloaded))
     assert torch.equal(first, second)
     assert f'"resize_mode": "{processor.resize_mode}"' in repr(processor)
@@ -472,7 +471,7 @@ def test_clip_image_processor_reads_the_saved_file_alike(settings, size, tmp_pat
     """The published InternViT and InternVL-14B cards load the folder with this class."""
     processor = InternVLImageProcessor(**settings)
     processor.save_pretrained(tmp_path)
-    image = picture(*size)
+    image = make_image(*size)
     clip = CLIPImageProcessor.from_pretrained(tmp_path)
     pixels = clip(images=image, return_tensors="pt").pixel_values
     expected = processor(image, return_tensors="pt")["pixel_values"]

@@ -1,4 +1,4 @@
-"""The processor: prompts with pictures, dialogues, assistant masks, retrieval and captions, saving and loading."""
+"""The processor: prompts with images, dialogues, assistant masks, retrieval and captions, saving and loading."""
 
 import base64
 import copy
@@ -61,7 +61,7 @@ def decoded(processor: InternVLProcessor, ids: Any, mask: Any = None) -> str:
 
 
 def user(*parts: Any) -> dict[str, Any]:
-    """A message of the user: strings are texts, lists and arrays videos, other things pictures."""
+    """A message of the user: strings are texts, lists and arrays videos, other things images."""
     content = []
     for part in parts:
         if isinstance(part, str):
@@ -96,7 +96,7 @@ def test_images_alone_give_tiles(processor: InternVLProcessor) -> None:
 
 
 @pytest.mark.parametrize("placeholder", ["<image>", "<IMG_CONTEXT>"])
-def test_each_placeholder_becomes_the_span_of_its_picture(processor: InternVLProcessor, placeholder: str) -> None:
+def test_each_placeholder_becomes_the_span_of_its_image(processor: InternVLProcessor, placeholder: str) -> None:
     text = f"a {placeholder} b {placeholder} c"
     features = processor(images=[WIDE, SQUARE], text=text, return_tensors="pt")
     assert decoded(processor, features["input_ids"][0]) == f"<s>a {span(4)} b {span(1)} c"
@@ -104,20 +104,20 @@ def test_each_placeholder_becomes_the_span_of_its_picture(processor: InternVLPro
     assert set(features) == {"input_ids", "attention_mask", "pixel_values"} == set(processor.model_input_names)
 
 
-def test_pictures_keep_their_order(processor: InternVLProcessor) -> None:
+def test_images_keep_their_order(processor: InternVLProcessor) -> None:
     features = processor(images=[[WIDE], [], [SQUARE, WIDE]], text=["<image>", "none", "<image><image>"])
-    alone = [processor.image_processor(picture)["pixel_values"] for picture in (WIDE, SQUARE, WIDE)]
+    alone = [processor.image_processor(image)["pixel_values"] for image in (WIDE, SQUARE, WIDE)]
     assert np.array_equal(np.stack(features["pixel_values"]), np.concatenate([np.stack(tiles) for tiles in alone]))
     found = [row.count(processor.image_token_id) for row in features["input_ids"]]
     assert found == [4 * SEQ, 0, 5 * SEQ]
 
 
-def test_flat_pictures_are_taken_in_order(processor: InternVLProcessor) -> None:
+def test_flat_images_are_taken_in_order(processor: InternVLProcessor) -> None:
     features = processor(images=[SQUARE, WIDE], text=["<image>", "<image>"])
     assert [row.count(processor.image_token_id) for row in features["input_ids"]] == [SEQ, 4 * SEQ]
 
 
-def test_batches_of_arrays_and_tensors_are_pictures(processor: InternVLProcessor) -> None:
+def test_batches_of_arrays_and_tensors_are_images(processor: InternVLProcessor) -> None:
     pixels = np.stack([np.asarray(SQUARE)] * 2)
     for images in (pixels, torch.from_numpy(pixels)):
         features = processor(images=images, text="<image><image>", return_tensors="pt")
@@ -136,14 +136,14 @@ def test_batches_of_arrays_and_tensors_are_pictures(processor: InternVLProcessor
         (["<image>", "<image>"], [SQUARE] * 3, r"the texts have \[1, 1\] and 3 image"),
     ],
 )
-def test_placeholders_that_differ_from_pictures_raise(
+def test_placeholders_that_differ_from_images_raise(
     processor: InternVLProcessor, text: Any, images: Any, match: str
 ) -> None:
     with pytest.raises(ValueError, match=match):
         processor(images=images, text=text)
 
 
-def test_truncation_inside_a_picture_raises(processor: InternVLProcessor) -> None:
+def test_truncation_inside_an_image_raises(processor: InternVLProcessor) -> None:
     with pytest.raises(ValueError, match="Mismatch in `image` token count"):
         processor(images=SQUARE, text="A <image>", truncation=True, max_length=5)
 
@@ -256,19 +256,19 @@ def test_number_of_tiles_is_returned_when_asked_for(processor: InternVLProcessor
         ({"min_num": [4, 1], "max_num": [4, 6], "use_thumbnail": [True, False]}, [5, 3]),
     ],
 )
-def test_tile_settings_reach_the_pictures_and_the_prompt(
+def test_tile_settings_reach_the_images_and_the_prompt(
     processor: InternVLProcessor, kwargs: dict[str, Any], tiles: list[int]
 ) -> None:
     features = processor(images=[SQUARE, WIDE], text="<image> <image>", return_num_patches=True, **kwargs)
     assert features["num_patches"] == tiles
     assert features["input_ids"][0].count(processor.image_token_id) == SEQ * sum(tiles)
-    sizes = [(picture.height, picture.width) for picture in (SQUARE, WIDE)]
+    sizes = [(image.height, image.width) for image in (SQUARE, WIDE)]
     counted = processor._get_num_multimodal_tokens(image_sizes=sizes, **kwargs)
     assert counted["num_image_patches"] == tiles
     assert counted["num_image_tokens"] == [2 + SEQ * count for count in tiles]
 
 
-def test_counting_without_pictures_gives_nothing(processor: InternVLProcessor) -> None:
+def test_counting_without_images_gives_nothing(processor: InternVLProcessor) -> None:
     counted = processor._get_num_multimodal_tokens()
     assert "num_image_tokens" not in counted
     assert processor._get_num_multimodal_tokens(image_sizes=[[10000, 10000]])["num_image_patches"] == [5]
@@ -319,7 +319,7 @@ def test_dialogue_returns_ids_unless_a_dict_is_asked_for(processor: InternVLProc
 
 def test_batch_of_unequal_dialogues_equals_the_single_ones(processor: InternVLProcessor) -> None:
     dialogues = [
-        [user("No picture.")],
+        [user("No image.")],
         [user(WIDE, "One."), assistant("Yes."), user("Sure?")],
         [{"role": "system", "content": "Be brief."}, user("Three: ", SQUARE, WIDE, " and ", SQUARE)],
     ]
@@ -341,8 +341,8 @@ def test_order_of_the_prompt_is_the_order_of_the_message(processor: InternVLProc
         assert text == f"<s><|im_start|>user\n{expected}<|im_end|>\n"
 
 
-def test_pictures_come_as_path_base64_and_address_form(processor: InternVLProcessor, tmp_path: Path) -> None:
-    path = tmp_path / "picture.png"
+def test_images_come_as_path_base64_and_address_form(processor: InternVLProcessor, tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
     SQUARE.save(path)
     text = base64.b64encode(path.read_bytes()).decode()
     parts = [
@@ -643,13 +643,13 @@ def frames_as_array() -> np.ndarray:
     return np.stack([np.asarray(make_image(96, 32, seed)) for seed in range(3)])
 
 
-@pytest.mark.parametrize("form", ["pictures", "array", "tensor", "paths"])
+@pytest.mark.parametrize("form", ["images", "array", "tensor", "paths"])
 def test_frames_are_announced_and_have_one_tile_each(processor: InternVLProcessor, form: str, tmp_path: Path) -> None:
     array = frames_as_array()
     video: Any = array
     if form == "tensor":
         video = torch.from_numpy(array)
-    if form in ("pictures", "paths"):
+    if form in ("images", "paths"):
         video = [Image.fromarray(frame) for frame in array]
     if form == "paths":
         for index, frame in enumerate(video):
@@ -669,19 +669,19 @@ def test_prompt_of_a_video_is_the_published_one(processor: InternVLProcessor) ->
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"max_num": 2}, {"max_patches": [2]}, {"images_kwargs": {"max_num": 2}}])
-def test_pictures_beside_frames_keep_their_tiles(processor: InternVLProcessor, kwargs: dict[str, Any]) -> None:
+def test_images_beside_frames_keep_their_tiles(processor: InternVLProcessor, kwargs: dict[str, Any]) -> None:
     features = chat(processor, [user([WIDE, WIDE], WIDE)], return_num_patches=True, **kwargs)
     assert features["num_patches"].tolist() == [1, 1, 3 if kwargs else 4]
 
 
 def test_too_few_settings_beside_frames_raise(processor: InternVLProcessor) -> None:
-    with pytest.raises(ValueError, match=r"`max_num` has 1 value\(s\) for 2 picture"):
+    with pytest.raises(ValueError, match=r"`max_num` has 1 value\(s\) for 2 image"):
         chat(processor, [user([WIDE], WIDE, WIDE)], max_num=[2])
 
 
 def test_frames_are_not_sampled_again_without_a_word(processor: InternVLProcessor) -> None:
     for kwargs in ({"num_frames": 2}, {"fps": 1.0}, {"processor_kwargs": {"videos_kwargs": {"num_frames": 2}}}):
-        with pytest.raises(ValueError, match="the frames in a message are all taken"):
+        with pytest.raises(ValueError, match="all frames in a message are used"):
             chat(processor, [user([SQUARE] * 3)], **kwargs)
         assert "pixel_values" in chat(processor, [user(SQUARE)], **kwargs)
 
@@ -839,7 +839,7 @@ def test_contrastive_tokens_equal_those_of_the_published_calls() -> None:
     assert features["attention_mask"] == published["attention_mask"]
 
 
-def test_contrastive_pictures_and_texts_need_not_match() -> None:
+def test_contrastive_images_and_texts_need_not_match() -> None:
     processor = make_processor(tokenizer=make_tokenizer(special_tokens=()), mode="retrieval", max_text_length=12)
     features = processor(images=[SQUARE, WIDE], text=["a", "b", "c"], max_num=1, return_tensors="pt")
     assert features["input_ids"].shape == (3, 12)
@@ -924,8 +924,8 @@ processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
 AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 import numpy as np
-picture = np.zeros((64, 192, 3), dtype=np.uint8)
-content = [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]
+image = np.zeros((64, 192, 3), dtype=np.uint8)
+content = [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]
 features = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True)
 if len(sys.argv) > 2:
     processor.save_pretrained(sys.argv[2])
@@ -1002,8 +1002,8 @@ def test_saved_folder_works_after_a_move_and_a_second_save(
     )
     assert (name, image_name) == ("InternVLProcessor", "InternVLImageProcessor")
     assert module.startswith("transformers_modules")
-    picture = Image.new("RGB", (192, 64))
-    assert ids == chat(processor, [user(picture, "What?")])["input_ids"].tolist()
+    image = Image.new("RGB", (192, 64))
+    assert ids == chat(processor, [user(image, "What?")])["input_ids"].tolist()
     shutil.rmtree(tmp_path / "moved")
     shutil.rmtree(tmp_path / "cache")
     assert reload_elsewhere(add_config(tmp_path / "second", root), tmp_path / "cache")[3] == ids

@@ -77,7 +77,7 @@ def _lazily(data: bytes) -> Image.Image | bytes:
 
 
 def _doors(folder: Path) -> list[Callable[[bytes], Any]]:
-    path = folder / "picture"
+    path = folder / "image"
 
     def written(data: bytes) -> Path:
         path.write_bytes(data)

@@ -1,5 +1,6 @@
 """Renamed arguments, attributes and module names: the old one still works and warns whoever wrote it, once."""
 
+import argparse
 import inspect
 import sys
 import warnings
@@ -8,7 +9,13 @@ from types import ModuleType
 
 import pytest
 
-from internvl.keywords_internvl import renamed_arguments, renamed_attribute, renamed_names, with_new_names
+from internvl.renaming_internvl import (
+    RenamedOption,
+    renamed_arguments,
+    renamed_attribute,
+    renamed_names,
+    with_new_names,
+)
 
 
 @renamed_arguments(rates="learning_rates", pictures="images")
@@ -98,6 +105,16 @@ def test_keys_of_a_configuration_are_renamed():
         )
 
     assert warned(read, "decay", "cooldown_fraction") == {"cooldown_fraction": 0.2, "steps": 1}
+
+
+def test_an_option_is_read_under_its_old_name():
+    parser = argparse.ArgumentParser(prog="tool")
+    parser.add_argument("--max-tiles", default=1, type=int)
+    parser.add_argument("--tiles", dest="max_tiles", action=RenamedOption, type=int, help=argparse.SUPPRESS)
+    assert parser.parse_args([]).max_tiles == 1
+    with pytest.warns(FutureWarning, match="`tool`: `--tiles` is now called `--max-tiles`"):
+        assert parser.parse_args(["--tiles", "3"]).max_tiles == 3
+    assert "--tiles" not in parser.format_help()
 
 
 def test_new_names_and_lists_of_attributes_warn_of_nothing(module):
