@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # Registering imports torch and transformers, seconds in which nobody is told that an argument is wrong. So these commands call
 # `register` themselves, once they have read their arguments.
-COMMANDS = ("chat", "conversion", "demo", "planning.memory_command", "publishing", "training")
+COMMANDS = ("chat", "conversion", "demo", "planning", "publishing", "training")
 
 
 def register() -> None:

@@ -63,6 +63,7 @@ MOVED = {
     "training.ablation": "reproduction.ablation",
     "training.broken_rows": "training.data.bad_rows",
     "training.captions": "synthetic.captions",
+    "training.cluster": "planning.cluster",
     "training.collators": "training.data.collators",
     "training.costs": "planning.costs",
     "training.default_phases": "reproduction.phases",

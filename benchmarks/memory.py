@@ -1,4 +1,4 @@
-"""Peak memory of the tiles that a chat model reads, by rows, tiles and dtype, against what `python -m internvl.planning.memory_command` says.
+"""Peak memory of the tiles that a chat model reads, by rows, tiles and dtype, against what `python -m internvl.planning memory` says.
 
 The width of InternViT-300M at 448 px with few blocks: without gradients, blocks use the same memory one after the other.
 """

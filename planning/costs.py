@@ -1,4 +1,4 @@
-"""What the recipes cost at full size: memory of a GPU and days on many, from shapes alone: `python -m internvl.training costs`.
+"""What the recipes cost at full size: memory of a GPU and days on many, from shapes alone: `python -m internvl.planning costs`.
 
 The models are built on the meta device. Counted are the matrix products of a sample as the training models run them: forward,
 backward into weights that are trained and through layers that something trained lies before, frozen parts forward only, dropped
@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 from ..attention_masks_qllama import PackedPasses
 from ..configuration_internvl import InternVLChatConfig, InternVLConfig
 from ..modeling_internvl_chat import InternVLChatForConditionalGeneration
-from ..training.cluster import DECODERS, Cluster
 from ..training.models.parameter_groups import part_of
 from ..training.models.pretraining import (
     InternVLForContrastiveTraining,
@@ -38,6 +37,7 @@ from ..training.recipes import (
     stage2,
     stage3,
 )
+from .cluster import DECODERS, Cluster
 from .memory import SIZES, TEXT_LENGTH
 
 
@@ -450,12 +450,12 @@ def table(found: list[Cost], cluster: Cluster) -> list[str]:
     return lines
 
 
-def run(options: argparse.Namespace, tell: Callable[[str], None]) -> int:
+def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     """Prints the table and what it assumes.
 
     Args:
         options: Arguments of the command line.
-        tell: Takes the lines to show.
+        print_fn: Takes the lines to show.
 
     Returns:
         Exit code 0.
@@ -463,8 +463,8 @@ def run(options: argparse.Namespace, tell: Callable[[str], None]) -> int:
     cluster = Cluster(options.gpus, options.gpu_memory, options.peak_tflops, options.utilization, options.sharding)
     text_length = TEXT_LENGTH if options.text_length is None else options.text_length
     for line in table(costs(cluster, options.decoder, text_length), cluster):
-        tell(line)
-    tell("")
+        print_fn(line)
+    print_fn("")
     facts = {
         "dialogue": text_length,
         "gpus": cluster.gpus,
@@ -473,7 +473,7 @@ def run(options: argparse.Namespace, tell: Callable[[str], None]) -> int:
         "sharding": SHARDING_WORDS[cluster.sharding],
     }
     for assumption in ASSUMPTIONS:
-        tell(f"- {assumption.format(**facts)}")
+        print_fn(f"- {assumption.format(**facts)}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What a model needs and where it would go, before anything is downloaded; `python -m internvl.planning.memory_command` is its command.
+"""What a model needs and where it would go, before anything is downloaded: `python -m internvl.planning memory MODEL`.
 
 Only the configuration is read; the model is built on the meta device, without a byte of weights.
 
@@ -8,6 +8,9 @@ that `from_pretrained` runs. Does not count: activations of the language models,
 and the rest of the process (a CUDA context takes some 0.5 GiB per card).
 """
 
+import argparse
+import json
+import logging
 import math
 import re
 from collections.abc import Callable
@@ -21,6 +24,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations.accelerate import get_balanced_memory, get_max_memory, infer_auto_device_map
 from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils import logging as transformers_logging
 
 from ..configuration_internvl import InternViTConfig, InternVLChatConfig, InternVLConfig, QLlamaConfig
 from ..modeling_internvit import (
@@ -33,7 +37,7 @@ from ..modeling_internvit import (
 from ..modeling_internvl import InternVLModel
 from ..modeling_internvl_chat import InternVLChatBaseModel, InternVLChatForConditionalGeneration
 from ..modeling_qllama import QLlamaForCausalLM
-from .memory_command import ATTENTIONS, DEVICE_MAPS, DTYPES
+from .commands import ATTENTIONS, DEVICE_MAPS, DTYPES
 
 
 GIB = 1024**3
@@ -564,3 +568,31 @@ def _verdict(report: Report) -> str:
         f"The weights fit, but not with cache and activations, on device {short}: give it less in `max_memory`, take fewer "
         "tiles, rows or positions, or a smaller dtype."
     )
+
+
+def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
+    """Print the report.
+
+    Args:
+        options: Arguments of the command line.
+        print_fn: Takes the text to show.
+
+    Returns:
+        Exit code: 1 where the model does not fit the devices.
+    """
+    transformers_logging.set_verbosity_error()
+    # It would warn that the devices to plan for are not in this machine.
+    logging.getLogger("accelerate.utils.modeling").setLevel(logging.ERROR)
+    report = inspect_model(
+        options.model,
+        dtype=options.dtype,
+        attention=options.attention,
+        images=options.images,
+        tiles=options.tiles,
+        batch=options.batch,
+        length=options.length,
+        max_memory=None if options.max_memory is None else parse_max_memory(options.max_memory),
+        device_map=options.device_map,
+    )
+    print_fn(json.dumps(report.as_dict(), indent=2) if options.json else "\n".join(describe(report)))
+    return 1 if report.fits is False else 0

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import flop_registry
 
 from internvl.layers_internvit import InternViTLayer
 from internvl.modeling_qllama import QLlamaDecoderLayer, rotary_angles
+from internvl.planning.__main__ import main
 from internvl.planning.costs import (
     Cluster,
     Products,
@@ -21,7 +22,7 @@ from internvl.planning.costs import (
     vision_layer_widths,
 )
 from internvl.planning.memory import SIZES, build_on_meta
-from internvl.training.__main__ import main
+from internvl.training.__main__ import main as train
 from internvl.training.models.parameter_groups import part_of, train_parts
 from internvl.training.models.pretraining import (
     InternVLForContrastiveTraining,
@@ -244,3 +245,8 @@ def test_the_command_prints_a_row_for_every_phase_and_its_assumptions(capsys):
     assert "| stage 3, full, 7b: whole |" in lines[9]
     assert "GB short" in rows[0]
     assert any("2 GPUs of 312 TFLOP/s" in line for line in lines)
+
+
+def test_the_old_command_names_the_new_one(capsys):
+    assert train(["costs", "--gpus", "2"]) == 2
+    assert "python -m internvl.planning costs" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`python -m internvl.planning.memory_command` says what loading and running really take, without loading or running anything."""
+"""`python -m internvl.planning memory` says what loading and running really take, without loading or running anything."""
 
 import json
 
@@ -6,11 +6,13 @@ import pytest
 import torch
 from transformers import InternVLConfig as NativeConfig
 
-from internvl import memory, planner
 from internvl.configuration_internvl import InternViTConfig, InternVLChatConfig, InternVLConfig
 from internvl.modeling_internvit import InternVisionModel
 from internvl.modeling_internvl import InternVLModel
 from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
+from internvl.planning import memory as planner
+from internvl.planning.__main__ import main
+from internvl.planning.commands import ATTENTIONS
 
 from . import tiny
 from .live_bytes import LiveBytes
@@ -167,7 +169,7 @@ def test_the_tensors_of_the_vision_tower_take_what_is_said(changes, dtype, atten
     assert live.peak + pixels.nbytes == pytest.approx(said, rel=0.002)
 
 
-@pytest.mark.parametrize("attention", memory.ATTENTIONS)
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("dtype", list(FLOATS))
 def test_the_planner_takes_as_many_tiles_at_once_as_the_model(dtype, attention, only_config):
     config = InternVLChatConfig(
@@ -188,7 +190,7 @@ def test_wider_numbers_and_written_out_scores_take_more():
     taken = {
         (dtype, attention): planner.inspect_model("internvit-6b", dtype, attention=attention).vision_activations
         for dtype in FLOATS
-        for attention in memory.ATTENTIONS
+        for attention in ATTENTIONS
     }
     assert taken["bfloat16", "sdpa"] < taken["float16", "sdpa"] < taken["float32", "sdpa"]
     for dtype in FLOATS:
@@ -335,14 +337,14 @@ def test_a_device_by_another_name_is_told_the_names(device):
 
 
 def test_the_command_prints_a_table(root, capsys):
-    assert memory.main([str(root), "--dtype", "float32", "--max-memory", "0=1GiB", "--tiles", "4"]) == 0
+    assert main(["memory", str(root), "--dtype", "float32", "--max-memory", "0=1GiB", "--tiles", "4"]) == 0
     printed = capsys.readouterr().out
     for expected in ("vision tower", "decoder", "all weights", "key-value cache", "4 tile(s)", "It fits."):
         assert expected in printed
 
 
 def test_the_command_prints_json(root, capsys):
-    assert memory.main([str(root), "--max-memory", "0=1MiB,cpu=2MiB", "--json", "--device-map", "sequential"]) == 1
+    assert main(["memory", str(root), "--max-memory", "0=1MiB,cpu=2MiB", "--json", "--device-map", "sequential"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["model_class"] == "InternVLChatForConditionalGeneration"
     assert found["weights"]["bytes"] == sum(part["bytes"] for part in found["parts"])
@@ -351,7 +353,7 @@ def test_the_command_prints_json(root, capsys):
 
 
 def refusal(arguments: list[str], capsys) -> str:
-    assert memory.main(arguments) == 2
+    assert main(["memory", *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ")

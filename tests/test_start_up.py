@@ -11,8 +11,8 @@ import internvl
 from internvl.conversion import __main__ as conversion
 from internvl.conversion.formats.forms import FORMS, OwnForm
 from internvl.conversion.plan import DTYPES
+from internvl.planning import commands as planning
 from internvl.planning import memory as planner
-from internvl.planning import memory_command as memory
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,11 +45,11 @@ def test_the_choices_of_a_command_are_those_of_what_it_starts():
     assert ("auto", *DTYPES) == conversion.DTYPES
     assert tuple(FORMS) == conversion.FORMS
     assert conversion.FORMS[0] == OwnForm.name
-    assert tuple(planner.COMPUTE_DTYPES) == memory.DTYPES
+    assert tuple(planner.COMPUTE_DTYPES) == planning.DTYPES
 
 
 def test_a_command_registers_the_classes_once_it_has_read_its_arguments():
-    done = run("-m", "internvl.planning.memory_command", str(ROOT), "--max-memory", "cuda:0=1GiB")
+    done = run("-m", "internvl.planning", "memory", str(ROOT), "--max-memory", "cuda:0=1GiB")
     assert done.returncode == 0, done.stderr
     assert "InternVLChatForConditionalGeneration" in done.stdout
     assert "It fits." in done.stdout
@@ -85,7 +85,15 @@ for name in sys.argv[1:]:
 def test_no_command_imports_what_only_training_needs():
     """An evaluation needs scikit-learn or matplotlib when it fits or draws, not before."""
     evaluations = [f"evaluation.{path.stem}" for path in (ROOT / "evaluation").glob("[!_]*.py")]
-    names = ["chat", "demo", "planner", "conversion.__main__", "conversion.verify", "publishing.code", *evaluations]
+    names = [
+        "chat",
+        "demo",
+        "planning.memory",
+        "conversion.__main__",
+        "conversion.verify",
+        "publishing.code",
+        *evaluations,
+    ]
     done = run("-c", ONLY_FOR_TRAINING, *names)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == names

@@ -17,6 +17,10 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         Exit code of the command, or 2 where it was refused.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["costs"]:
+        print("error: `costs` is now `python -m internvl.planning costs`.", file=sys.stderr)
+        return 2
     options = build_parser().parse_args(arguments)
     register()
     try:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ..conversation_internvl import list_conversation_templates
-from .cluster import DECODERS, SHARDINGS, Cluster
 from .models.parts import PARTS
 from .recipes import FUNNEL_STAGES
 
@@ -37,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line's arguments; `module` of what it parses says where the command is."""
     parser = argparse.ArgumentParser(prog="python -m internvl.training", description="Training, and what prepares it.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_validate, add_funnel, add_stages, add_costs):
+    for add in (add_validate, add_funnel, add_stages):
         add(commands)
     return parser
 
@@ -118,35 +117,6 @@ def _add_stage(commands: Any, name: str, what: str, data: str) -> argparse.Argum
         parser.add_argument("--funnel", type=int, choices=FUNNEL_STAGES, help="leave out pairs by this stage's rules")
     parser.set_defaults(module=".stage_command", stage=name, funnel=None)
     return parser
-
-
-def add_costs(commands: Any) -> None:
-    """Adds `costs` to the sub-commands of a command line."""
-    parser: argparse.ArgumentParser = commands.add_parser("costs", help="memory and days of the full recipes")
-    parser.add_argument("--gpus", metavar="N", type=int, default=Cluster.gpus, help="default: %(default)s")
-    parser.add_argument(
-        "--gpu-memory", metavar="GB", type=float, default=Cluster.gpu_memory, help="of each (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--peak-tflops",
-        metavar="N",
-        type=float,
-        default=Cluster.peak_tflops,
-        help="of each, dense bfloat16 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--utilization",
-        metavar="SHARE",
-        type=float,
-        default=Cluster.utilization,
-        help="of the peak, recomputed operations counted (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--sharding", choices=SHARDINGS, default=Cluster.sharding, help="of states (default: %(default)s)"
-    )
-    parser.add_argument("--decoder", choices=DECODERS, default="13b", help="of stage 3 (default: %(default)s)")
-    parser.add_argument("--text-length", metavar="N", type=int, help="tokens of text in a dialogue")
-    parser.set_defaults(module="..planning.costs")
 
 
 __all__ = ["build_parser"]

@@ -1,0 +1,29 @@
+"""Command line: `python -m internvl.planning COMMAND`."""
+
+import sys
+from importlib import import_module
+
+from .. import register
+from .commands import build_parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: Of the command line; None takes the process's own.
+
+    Returns:
+        Exit code of the command, or 2 where it was refused.
+    """
+    options = build_parser().parse_args(arguments)
+    register()
+    try:
+        return import_module(options.module, __package__).run(options, print)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
