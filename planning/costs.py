@@ -38,7 +38,7 @@ from ..training.recipes import (
     stage3,
 )
 from .cluster import DECODERS, Cluster
-from .memory import SIZES, TEXT_LENGTH
+from .memory import TEXT_LENGTH, read_config
 
 
 GIGABYTE = 1e9
@@ -367,7 +367,7 @@ def chat_model(recipe: DialogueRecipe, decoder: str) -> InternVLChatForCondition
     """The chat model of a recipe over a decoder of the released sizes."""
     config = InternVLChatConfig(
         vision_config={"image_size": recipe.phases[-1].image_size},
-        text_config=SIZES[DECODERS[decoder]]().text_config.to_dict(),
+        text_config=read_config(DECODERS[decoder]).text_config.to_dict(),
         qllama_config=None if recipe.connector == "patches" else {},
         connector=recipe.connector,
         downsample_ratio=recipe.downsample_ratio,

@@ -66,43 +66,8 @@ MODEL_CLASSES: dict[str, tuple[Any, ...]] = {  # by `model_type`; the first is w
 }
 
 
-def _chat(vision: dict[str, Any], hidden_size: int, layers: int, heads: int, **changes: Any) -> InternVLChatConfig:
-    """A chat model over a LLaMA (Vicuna) of the given shape."""
-    text = {
-        "model_type": "llama",
-        "vocab_size": 32006,
-        "hidden_size": hidden_size,
-        "intermediate_size": {4096: 11008, 5120: 13824}[hidden_size],
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-    }
-    return InternVLChatConfig(vision_config=vision, text_config=text, **changes)
-
-
-SIZES: dict[str, Callable[[], PretrainedConfig]] = {
-    "internvit-300m": lambda: InternViTConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=448,
-        norm_type="layer_norm",
-        qkv_bias=True,
-        qk_normalization=False,
-    ),
-    "internvit-6b": InternViTConfig,
-    "internvit-6b-448px": lambda: InternViTConfig(image_size=448),
-    "internvl-c": lambda: InternVLConfig(num_query_token=0),
-    "internvl-14b": InternVLConfig,
-    "internvl-chat-7b": lambda: _chat({"image_size": 448}, 4096, 32, 32),
-    "internvl-chat-13b": lambda: _chat({"image_size": 448}, 5120, 40, 40),
-    "internvl-chat-full-7b": lambda: _chat(
-        {}, 4096, 32, 32, connector="queries_and_patches", projector_type="mlp2x_gelu", downsample_ratio=1.0
-    ),
-    "internvl-chat-full-13b": lambda: _chat(
-        {}, 5120, 40, 40, connector="queries_and_patches", projector_type="mlp2x_gelu", downsample_ratio=1.0
-    ),
-}
+# The published sizes: a name and its `config.json`.
+SIZES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "configs" / "models").glob("*.json"))}
 
 
 def read_config(model: str | Path) -> PretrainedConfig:
@@ -115,13 +80,11 @@ def read_config(model: str | Path) -> PretrainedConfig:
         ValueError: A configuration that is not one of this package.
         OSError: Nothing there.
     """
-    if str(model) in SIZES:
-        return SIZES[str(model)]()
-    path = Path(model)
+    path = SIZES.get(str(model), Path(model))
     if path.is_dir() and not (path / "config.json").is_file():
         raise OSError(f"{path} holds no `config.json`: name the folder of a checkpoint, or its configuration.")
     try:
-        found, _ = PretrainedConfig.get_config_dict(model)
+        found, _ = PretrainedConfig.get_config_dict(path if path.exists() else model)
     except OSError as error:
         if path.exists():
             raise

@@ -21,7 +21,7 @@ from internvl.planning.costs import (
     unit_sizes,
     vision_layer_widths,
 )
-from internvl.planning.memory import SIZES, build_on_meta
+from internvl.planning.memory import build_on_meta, read_config
 from internvl.training.__main__ import main as train
 from internvl.training.models.parameter_groups import part_of, train_parts
 from internvl.training.models.pretraining import (
@@ -154,7 +154,7 @@ def size_of(model) -> int:
 def test_full_models_have_the_released_sizes(models):
     released = {"stage 1": "internvl-c", "stage 2": "internvl-14b", "retrieval": "internvl-14b"}
     for stage, name in {**released, "stage 3, simple, 13b": "internvl-chat-13b"}.items():
-        assert size_of(models[stage][0]) == size_of(build_on_meta(SIZES[name](), torch.float32))
+        assert size_of(models[stage][0]) == size_of(build_on_meta(read_config(name), torch.float32))
     full = dict(models["stage 3, full, 13b"][0].named_children())
     assert size_of(full["qllama"]) == pytest.approx(7.4e9, rel=0.03)
     assert size_of(full["vision_model"]) == pytest.approx(5.9e9, rel=0.01)
