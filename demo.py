@@ -66,8 +66,8 @@ def stack(panels: list[Image.Image]) -> Image.Image:
     return sheet
 
 
-def main() -> None:
-    """Runs the command line: answers every bundled question and draws the tilings."""
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line: answers every question and draws how the images were tiled."""
     parser = argparse.ArgumentParser(
         prog="python -m internvl.demo", description="Show the bundled checkpoint at work."
     )
@@ -89,7 +89,7 @@ def main() -> None:
         metavar="DIR",
         help="where tiles.png is written (default: demo_output)",
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     register()
     import torch
     from transformers.utils import logging

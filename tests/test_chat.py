@@ -2,14 +2,16 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
 
 import pytest
 import torch
+from PIL import Image
 
-from internvl import chat
+from internvl import chat, demo
 from internvl.chat import Conversation
 
 
@@ -187,3 +189,27 @@ def test_what_is_seen_without_a_model_does_not_wait_for_torch(root, arguments):
     assert done.returncode == 2
     assert "error: " in done.stderr
     assert not [line for line in done.stderr.splitlines() if line.endswith((" torch", " transformers"))]
+
+
+# ------------------------------------------------------------------------------------------------------- the demonstration
+def test_the_demonstration_answers_and_draws_the_tiles(bundled, root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "Conversation", lambda *_, **settings: bundled)
+    questions = json.loads((root / "examples" / "questions.json").read_text(encoding="utf-8"))[:2]
+    (tmp_path / "questions.json").write_text(json.dumps([questions[0], {**questions[1], "answer": "no such answer"}]))
+    for row in questions:
+        shutil.copy(root / "examples" / row["file"], tmp_path)
+    with pytest.warns(FutureWarning, match="`--pictures` is now called `--images`"):
+        demo.main(["--pictures", str(tmp_path), "--output", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert f"{questions[0]['question']}\n    {questions[0]['answer']}\n" in printed
+    assert "(correct: no such answer)" in printed
+    assert "1 of 2 answers correct." in printed
+    assert Image.open(tmp_path / "out" / "tiles.png").height > demo.PANEL
+
+
+def test_a_folder_without_questions_ends_the_demonstration_with_its_name(bundled, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "Conversation", lambda *_, **settings: bundled)
+    with pytest.raises(SystemExit) as ended:
+        demo.main(["--images", str(tmp_path)])
+    assert ended.value.code == 2
+    assert "questions.json" in capsys.readouterr().err
