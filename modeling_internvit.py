@@ -11,8 +11,6 @@ Shape letters of the whole package: B pictures or rows, N image tokens (1 + patc
 length, D width of the tower at hand, H heads, K head dim, E joint embedding, V vocabulary.
 """
 
-import math
-
 import torch
 from einops import rearrange
 from torch import nn
@@ -51,44 +49,6 @@ from .layers_internvl import (
 def tokens_to_map(tokens: torch.Tensor, height: int) -> torch.Tensor:
     """(B, N, D) of a grid `height` patches high -> (B, D, height, width), without the class token."""
     return rearrange(tokens[:, 1:], "b (h w) d -> b d h w", h=height).contiguous()
-
-
-def activation_bytes_per_token(config: InternViTConfig, dtype: torch.dtype, num_tokens: int) -> int:
-    """The most memory that the tensors of a token take in the tower beside its weights, without gradients.
-
-    The embeddings and a block's input are there throughout. In the attention come the normed input, the packed q, k, v and, where
-    they are normed, q and k once more, with the norm's fp32 copies while it runs; then the kernel's output and the projection's. In
-    the MLP come the sum, the normed sum, the wide layer (before and after its activation, unless that is in place) and the output.
-    Eager attention takes copies of q and k, and its scores several times over. In fp16 the stream and its scores are fp32, and layers
-    that end a branch copy what they read and write (`end_branch`). What a kernel allocates for itself differs by processor and is not
-    counted; flash attention takes no more than sdpa.
-
-    Args:
-        config: Of the tower; its attention implementation counts.
-        dtype: Of the weights.
-        num_tokens: N, tokens of an image.
-    """
-    width, size, single = config.hidden_size, dtype.itemsize, torch.float32.itemsize
-    is_fp16 = dtype == torch.float16
-    stream = single if is_fp16 else size
-    wide = config.intermediate_size * size * (1 if config.hidden_act == "gelu" else 2)
-    padded = 1 + 1 / num_tokens  # the token of zeros of `end_branch`
-    end = width * single * (2 + padded) if is_fp16 else width * size
-    held = width * (size + stream)
-    packed = held + 4 * width * size
-    ready = packed + (2 * width * size if config.qk_normalization else 0)
-    peaks = [held + width * (stream + size) + wide + end, ready + width * size + end]
-    if is_fp16:
-        peaks.append(held + width * (stream + size) + wide + 2 * config.intermediate_size * size * padded)
-    if config.qk_normalization:
-        peaks.append(packed + width * (size + 2 * single))
-    if config._attn_implementation == "eager":
-        row = config.num_attention_heads * num_tokens  # of scores
-        copies = 2 * width * single if is_fp16 else 0
-        peaks.append(ready + row * size + width * size + end)
-        peaks.append(ready + copies + (2 * width + row) * stream)
-        peaks.append(ready + copies + row * 2 * (single if size == single else single + size // 2))
-    return math.ceil(max(peaks))
 
 
 class InternViTPreTrainedModel(HubModelMixin, PreTrainedModel):

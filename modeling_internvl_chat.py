@@ -9,6 +9,7 @@ modeling_internvit.
 """
 
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
@@ -44,7 +45,7 @@ from .image_placement_internvl import NO_IMAGE_TOKEN, PLACEHOLDERS_HINT, TILES_H
 from .keywords_internvl import refuse_unknown
 from .layers_internvl import next_token_loss, plan_without_cut_heads
 from .modeling_internlm2 import InternLM2ForCausalLM, InternLM2Model
-from .modeling_internvit import InternVisionModel, activation_bytes_per_token
+from .modeling_internvit import InternVisionModel
 from .modeling_qllama import QLlamaModel
 
 
@@ -188,12 +189,12 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
     Loads any chat checkpoint (decoders whose head is called `lm_head` or `output`, and the rest `model`) and saves under the same
     names.
 
-    `vision_chunk_bytes` bounds the memory of the vision tower's activations without gradients (1 GiB is 14 tiles of 448 px through
-    InternViT-6B in bfloat16, more than a GPU needs to be busy); it may be set on a model. With gradients, and in a group of
-    processes, all tiles go through the tower at once.
+    `vision_batch_size` may be set on a model: without gradients the vision tower encodes so many tiles at a time, which
+    bounds the memory of its activations. The default takes 1 GiB for tiles of 448 px in InternViT-6B in bfloat16, and
+    keeps a GPU busy. With gradients, and in a group of processes, all tiles go through the tower at once.
     """
 
-    vision_chunk_bytes: int = 2**30
+    vision_batch_size: int = 14
     _image_token_id: int | None = None  # of the tokenizer that `chat` was given, where it is another
     _has_language_head = False
     _text_part = "language_model"
@@ -230,6 +231,17 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
             loading_info.unexpected_keys = {
                 name for name in loading_info.unexpected_keys if not name.startswith(LANGUAGE_HEADS)
             }
+
+    @property
+    def vision_chunk_bytes(self) -> int:
+        """Former setting, in bytes of activations: 1 GiB stands for the default of `vision_batch_size`."""
+        return self.vision_batch_size * 2**30 // InternVLChatBaseModel.vision_batch_size
+
+    @vision_chunk_bytes.setter
+    def vision_chunk_bytes(self, value: int) -> None:
+        message = "`vision_chunk_bytes` is now `vision_batch_size`, in tiles. Use the new name."
+        warnings.warn(message, FutureWarning, stacklevel=3)  # behind torch's `__setattr__`
+        self.vision_batch_size = max(1, value * InternVLChatBaseModel.vision_batch_size // 2**30)
 
     @property
     def num_image_token(self) -> int:
@@ -279,7 +291,8 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
         """Features of tiles in the width of the decoder.
 
         Args:
-            pixel_values: (tiles, 3, height, width). Without gradients, more tiles than `tiles_per_chunk` are encoded chunk by chunk.
+            pixel_values: (tiles, 3, height, width). Without gradients, `vision_batch_size` of
+                them are encoded at a time.
 
         Returns:
             `pooler_output` (tiles, num_image_token, D); `last_hidden_state` (tiles, N, D_vision): the output of the last vision
@@ -298,20 +311,13 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
         return _joined([self._encode_chunk(tiles).pooler_output for tiles in self._chunks(pixel_values)])
 
     def _chunks(self, pixel_values: torch.Tensor) -> Sequence[torch.Tensor]:
-        # With gradients every activation is kept anyway. Processes that share sharded weights must call the tower equally often.
+        """The tiles in chunks that go through the vision tower one after the other."""
+        # With gradients every activation is kept anyway, so chunks would save nothing. Processes that share sharded
+        # weights gather them in every call, so all must call the tower equally often, whatever number of tiles they have.
         in_a_group = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if in_a_group or torch.is_grad_enabled() or pixel_values.ndim != 4:
-            return [pixel_values]  # of a wrong rank: the tower says so
-        return pixel_values.split(self.tiles_per_chunk(*pixel_values.shape[-2:]))
-
-    def tiles_per_chunk(self, height: int, width: int) -> int:
-        """Tiles of `height` x `width` pixels whose activations in the vision tower take at most `vision_chunk_bytes`; at least one."""
-        vision = self.config.vision_config
-        num_tokens = 1 + (height // vision.patch_size) * (width // vision.patch_size)
-        per_token = activation_bytes_per_token(
-            vision, self.vision_model.embeddings.position_embedding.dtype, num_tokens
-        )
-        return max(1, self.vision_chunk_bytes // (num_tokens * per_token))
+        if in_a_group or torch.is_grad_enabled():
+            return [pixel_values]
+        return pixel_values.split(self.vision_batch_size)
 
     def _encode_chunk(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]

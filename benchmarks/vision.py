@@ -79,7 +79,7 @@ def compiled(model: torch.nn.Module, tiles: torch.Tensor) -> Callable:
 
 
 def tile_by_tile(call: Callable, tiles: torch.Tensor) -> BaseModelOutputWithPooling:
-    """What a chat model with `vision_chunk_bytes` 1 does: one compiled shape serves any number of tiles."""
+    """What a chat model with `vision_batch_size` 1 does: one compiled shape serves any number of tiles."""
     features = torch.cat([call(tile).last_hidden_state for tile in tiles.split(1)])
     return BaseModelOutputWithPooling(last_hidden_state=features)
 

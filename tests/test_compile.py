@@ -77,7 +77,7 @@ def test_one_graph_serves_any_number_of_tiles_in_a_chat_model_that_encodes_them_
     model, backend = tiny.chat_model(), counting()
     pictures = [tiny.pixels(tiles) for tiles in (1, 3, 5)]
     expected = [model.extract_feature(pixels) for pixels in pictures]
-    model.vision_chunk_bytes = 1
+    model.vision_batch_size = 1
     model.vision_model.compile(fullgraph=True, dynamic=False, backend=backend)
     for pixels, features in zip(pictures, expected, strict=True):
         torch.testing.assert_close(model.extract_feature(pixels), features, atol=1e-5, rtol=1e-5)

@@ -179,7 +179,7 @@ def test_the_planner_takes_as_many_tiles_at_once_as_the_model(dtype, attention, 
         model = InternVLChatForConditionalGeneration(config).to(FLOATS[dtype])
     model.config._attn_implementation = attention
     said = planner.inspect_model(only_config(config), dtype, tiles=100, attention=attention)
-    assert said.tiles_at_once == model.tiles_per_chunk(448, 448)
+    assert said.tiles_at_once == model.vision_batch_size
     assert said.vision_activations == planner.vision_activation_bytes(
         model.config.vision_config, 100, 448, FLOATS[dtype], said.tiles_at_once
     )

@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 from internvl import modeling_internvl_chat
-from internvl.configuration_internvl import InternVLChatConfig
+from internvl.configuration_internvl import InternViTConfig
 from internvl.image_placement_internvl import PLACEHOLDERS_HINT, TILES_HINT
+from internvl.modeling_internvit import InternVisionModel
 from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
 
 from . import tiny
@@ -253,17 +254,6 @@ def test_a_training_batch_without_a_label_gives_zero_gradients():
     assert all(gradient.count_nonzero() == 0 for gradient in gradients(model, loss).values())
 
 
-def with_room_for(model, tiles: int):
-    """Bounds the memory so that so many tiles fit, and hardly more."""
-    model.vision_chunk_bytes = 1
-    assert model.tiles_per_chunk(56, 56) == 1  # one tile always goes through
-    while model.tiles_per_chunk(56, 56) < tiles:
-        model.vision_chunk_bytes *= 1.05
-    model.vision_chunk_bytes = int(model.vision_chunk_bytes)
-    assert model.tiles_per_chunk(56, 56) == tiles
-    return model
-
-
 @pytest.mark.parametrize("connector", CONNECTORS)
 @torch.no_grad()
 def test_tiles_encoded_in_chunks_have_the_features_of_tiles_encoded_together(connector):
@@ -272,7 +262,7 @@ def test_tiles_encoded_in_chunks_have_the_features_of_tiles_encoded_together(con
     seen = sizes_seen(model.vision_model)
     expected = model.get_image_features(pictures, output_hidden_states=True)
     assert [size[0] for size in seen] == [5]  # a small batch goes in one
-    with_room_for(model, 2)
+    model.vision_batch_size = 2
     seen.clear()
     got = model.get_image_features(pictures, output_hidden_states=True)
     assert [size[0] for size in seen] == [2, 2, 1]
@@ -286,34 +276,36 @@ def test_generation_encodes_in_chunks():
     model = tiny.chat_model()
     inputs = tiny.chat_inputs(model)
     expected = model.generate(**inputs, **GREEDY)
-    with_room_for(model, 4)
+    model.vision_batch_size = 4
     seen = sizes_seen(model.vision_model)
     assert torch.equal(model.generate(**inputs, **GREEDY), expected)
     assert [size[0] for size in seen] == [4, 2]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("mlp_ratio", [1, 4])
 @torch.no_grad()
-def test_activations_of_a_chunk_stay_within_the_bound(dtype, attention, mlp_ratio):
-    vision = {**tiny.VISION, "hidden_size": 64, "intermediate_size": 64 * mlp_ratio}
-    model = with_room_for(tiny.chat_model(vision_config=vision).to(dtype), 3)
-    model.set_attn_implementation(attention)
-    with_room_for(model, 3)
-    pictures = tiny.pixels(9).to(dtype)
-    with LiveBytes() as chunked:
-        features = model.extract_feature(pictures)
-    own = features.nbytes * 2  # of the chunks and of all
-    assert chunked.peak - own <= model.vision_chunk_bytes
-    bound, model.vision_chunk_bytes = model.vision_chunk_bytes, 2**30
-    with LiveBytes() as whole:
-        model.extract_feature(pictures)
-    assert whole.peak > 1.5 * bound
+def test_the_batch_of_the_vision_tower_bounds_its_memory():
+    model, peaks = tiny.chat_model(), {}
+    for tiles, model.vision_batch_size in ((3, 3), (12, 3), (12, 12)):
+        pictures = tiny.pixels(tiles)
+        with LiveBytes() as live:
+            features = model.extract_feature(pictures)
+        peaks[tiles, model.vision_batch_size] = live.peak - 2 * features.nbytes  # of the chunks and of all
+    assert peaks[12, 3] <= peaks[3, 3]
+    assert peaks[12, 12] > 3 * peaks[3, 3]
+
+
+def test_the_former_bound_in_bytes_sets_the_batch_of_the_vision_tower():
+    model = tiny.chat_model()
+    for size, tiles in ((1, 1), (2**30, 14), (2**31, 28)):
+        with pytest.warns(FutureWarning, match="`vision_chunk_bytes` is now `vision_batch_size`"):
+            model.vision_chunk_bytes = size
+        assert model.vision_batch_size == tiles
+    assert model.vision_chunk_bytes == 2**31
 
 
 def test_training_and_groups_of_processes_call_the_tower_once(monkeypatch):
-    model = with_room_for(tiny.chat_model(), 2)
+    model = tiny.chat_model()
+    model.vision_batch_size = 2
     seen = sizes_seen(model.vision_model)
     model.train()(**training_inputs(model)).loss.backward()
     assert [size[0] for size in seen] == [6]
@@ -323,14 +315,15 @@ def test_training_and_groups_of_processes_call_the_tower_once(monkeypatch):
     assert [size[0] for size in seen] == [6, 6]
 
 
-def test_the_default_bound_holds_enough_tiles_of_the_published_sizes():
-    """The largest tower in bfloat16; its default configuration is InternViT-6B."""
+@torch.no_grad()
+def test_the_default_batch_of_the_largest_tower_takes_a_gibibyte():
+    """InternViT-6B in bfloat16, which is what the configuration's defaults describe; every block takes the same."""
     with torch.device("meta"):
-        config = InternVLChatConfig(
-            vision_config={"image_size": 448, "num_hidden_layers": 1}, text_config=dict(tiny.DECODERS["llama"])
-        )
-        model = InternVLChatForConditionalGeneration(config).to(torch.bfloat16)
-    assert model.tiles_per_chunk(448, 448) == 14
+        model = InternVisionModel(InternViTConfig(image_size=448, num_hidden_layers=1)).to(torch.bfloat16)
+        pixels = torch.empty(InternVLChatForConditionalGeneration.vision_batch_size, 3, 448, 448, dtype=torch.bfloat16)
+    with LiveBytes() as live:
+        model(pixels)
+    assert 0.95 * 2**30 < live.peak <= 2**30
 
 
 @pytest.mark.parametrize("connector", CONNECTORS)
