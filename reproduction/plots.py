@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from ..extras import extra
 from ..modeling_internvl import MODES
 
 
@@ -47,7 +48,8 @@ def series(log: Log, key: str, phases: Sequence[str] = ()) -> tuple[list[float],
 
 
 def _figure(title: str, num_axes: int, width: float = 10) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure  # the extra `plot`
+    with extra("plot"):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, 3.6), layout="constrained")
     figure.suptitle(title)

@@ -9,6 +9,8 @@ from typing import Literal
 
 import numpy as np
 
+from ..extras import extra
+
 
 Split = Literal["train", "held_out"]
 
@@ -23,7 +25,8 @@ def load_handwritten_digits() -> tuple[np.ndarray, np.ndarray]:
     Returns:
         Ink strengths (1797, 8, 8), float32 from 0 (paper) to 1 (ink), and labels (1797,).
     """
-    from sklearn.datasets import load_digits  # only data generation needs scikit-learn
+    with extra("evaluate"):
+        from sklearn.datasets import load_digits
 
     bundled = load_digits()
     return (bundled.images / 16.0).astype(np.float32), bundled.target.astype(np.int64)

@@ -98,7 +98,8 @@ def floors() -> dict[str, Version]:
     """The lowest release of each package that any part of pyproject.toml allows; those that only the tests need are left out."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    lines = project["dependencies"] + [line for name in ("convert", "train", "quant", "plot") for line in extras[name]]
+    names = ("convert", "train", "evaluate", "quant", "plot")
+    lines = project["dependencies"] + [line for name in names for line in extras[name]]
     lowest = {}
     for requirement in map(Requirement, lines):
         (version,) = (Version(part.version) for part in requirement.specifier if part.operator == ">=")

@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ...extras import extra
 from ..recipes import FUNNEL_STAGES as STAGES
 from .bad_rows import BrokenRows
 from .pair_rows import IMAGE_COLUMNS, add_size, caption_of, metadata_of, picture_of
@@ -290,7 +291,8 @@ def plot_report(report: Mapping[str, Any], path: str | Path) -> None:
         report: What `Funnel.report` returned.
         path: File to write; its ending says the format.
     """
-    from matplotlib.figure import Figure  # the extra `plot`
+    with extra("plot"):
+        from matplotlib.figure import Figure
 
     rules = report["rules"]
     seen = max(report["seen"], 1)

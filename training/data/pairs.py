@@ -15,14 +15,13 @@ from itertools import islice
 from random import Random
 from typing import Any
 
-import datasets
 import torch
-from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch.utils.data import DataLoader, get_worker_info
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from ...extras import extra
 from ...image_loading_internvl import DEFAULT_BACKGROUND, Background, read_image, to_pil
 from ...image_processing_internvl import InternVLImageProcessor
 from ...processing_internvl import InternVLProcessor
@@ -30,6 +29,11 @@ from .bad_rows import BrokenRows
 from .filters import Funnel, MissingColumnError
 from .pair_rows import IMAGE_COLUMNS, TEXT_COLUMNS, add_size, caption_of, metadata_of, picture_of
 from .shards import Row, find_shards, read_shards
+
+
+with extra("train"):
+    import datasets
+    from datasets.distributed import split_dataset_by_node
 
 
 logger = logging.get_logger(__name__)

@@ -17,6 +17,8 @@ import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from ...extras import extra
+
 
 Row = dict[str, Any]
 
@@ -158,7 +160,8 @@ def _read_tar(file: BinaryIO, shard: str) -> Iterator[Row]:
 
 
 def _read_parquet(file: BinaryIO, shard: str) -> Iterator[Row]:
-    from pyarrow import parquet  # comes with `datasets`; tar files do without
+    with extra("train"):  # comes with `datasets`; tar files do without
+        from pyarrow import parquet
 
     number = 0
     for batch in parquet.ParquetFile(file).iter_batches(batch_size=PARQUET_ROWS):
