@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, StaticCache
+from transformers import AttentionInterface, DynamicCache, StaticCache
 
 from internvl import modeling_internvl_chat
 from internvl.configuration_internvl import InternViTConfig
@@ -315,15 +315,23 @@ def test_training_and_groups_of_processes_call_the_tower_once(monkeypatch):
     assert [size[0] for size in seen] == [6, 6]
 
 
+def empty_output(query: torch.Tensor) -> torch.Tensor:
+    batch, heads, length, width = query.shape
+    return query.new_empty(batch, length, heads, width)
+
+
 @torch.no_grad()
 def test_the_default_batch_of_the_largest_tower_takes_a_gibibyte():
-    """InternViT-6B in bfloat16, which is what the configuration's defaults describe; every block takes the same."""
+    """InternViT-6B in bfloat16, which is what the configuration's defaults describe; blocks above the first take no more."""
     with torch.device("meta"):
-        model = InternVisionModel(InternViTConfig(image_size=448, num_hidden_layers=1)).to(torch.bfloat16)
+        model = InternVisionModel(InternViTConfig(image_size=448, num_hidden_layers=2)).to(torch.bfloat16)
         pixels = torch.empty(InternVLChatForConditionalGeneration.vision_batch_size, 3, 448, 448, dtype=torch.bfloat16)
+    # The meta device knows no kernel and would write the scores out; this takes what a kernel takes.
+    AttentionInterface.register("output_alone", lambda _, query, *rest, **kwargs: (empty_output(query), None))
+    model.config._attn_implementation = "output_alone"
     with LiveBytes() as live:
         model(pixels)
-    assert 0.95 * 2**30 < live.peak <= 2**30
+    assert 0.9 * 2**30 < live.peak <= 2**30
 
 
 @pytest.mark.parametrize("connector", CONNECTORS)
