@@ -1,6 +1,7 @@
 """Old names of modules: importing one gives the module under its new name, with one warning.
 
-`python -m internvl.OLD` runs the new one as well. A module that has no successor raises an `ImportError` that says what to use.
+`python -m internvl.OLD` runs the new one as well. A module without a successor raises an `ImportError` that says what
+to use.
 """
 
 import importlib
@@ -109,8 +110,8 @@ REMOVED: dict[str, str] = {}
 class MovedModules:
     """Finds a moved module by its old name.
 
-    An entry of `sys.meta_path` that is asked before all others: in a package that is known under two names, they would load a
-    module a second time.
+    An entry of `sys.meta_path` that is asked before all others: in a package that is known under two names, these
+    would load a module a second time.
     """
 
     @staticmethod

@@ -7,34 +7,34 @@ from pathlib import Path
 from .. import register
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line's arguments."""
+def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m internvl.publishing", description="Looks at a folder that is a repository for the Hub."
+        prog="python -m internvl.publishing", description="Check a folder that is a repository for the Hub."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     code = commands.add_parser(
         "code",
-        help="the files that loading runs, and whose they are",
-        description="Lists the files that loading DIR with trust_remote_code=True runs, with their SHA-256, says whether each is this "
-        "package's own, and prints how to load the repository by its commit. Exit code 1 where something is not this package's.",
+        help="list the files that loading runs, and whose they are",
+        description="List the files that loading DIR with trust_remote_code=True runs, with their SHA-256 and whether "
+        "each is this package's own, and print how to load the repository by its commit. The exit status is 1 if a "
+        "file is not this package's.",
     )
     code.add_argument("folder", metavar="DIR", type=Path, help="folder of the repository")
     code.add_argument("--repo", metavar="NAME", help="its name on the Hub, for the snippet")
     code.add_argument("--revision", metavar="COMMIT", help="its commit on the Hub, for the snippet")
-    return parser
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command.
+    """Run one command.
 
     Args:
-        arguments: Of the command line; None takes the process's own.
+        arguments: Arguments of the command line; None takes those of the process.
 
     Returns:
-        Exit code: 0 where all code is this package's, 1 where something is not, 2 where the folder could not be read.
+        Exit status: 0 if all code is this package's, 1 if some is not, 2 if the folder could not be read.
     """
-    options = build_parser().parse_args(arguments)
+    options = _parse_arguments(arguments)
     register()
     from .code import list_code, pinned_snippet
 

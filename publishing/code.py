@@ -1,10 +1,12 @@
-"""The code that loading a folder with `trust_remote_code=True` runs, followed as transformers follows it; none of it is run here.
+"""Finds the code that loading a folder with `trust_remote_code=True` runs, without running it.
 
-`auto_map`, wherever it stands in a JSON file, names `module.Class`, a file of the folder, or `repository--module.Class`, code that lies
-elsewhere; a file brings those that it imports by `from .name import`. Beside it transformers runs `custom_pipelines` of config.json and
-`custom_generate/generate.py`, loads an attention that is called `user/kernel` from the Hub, and goes to the base of an adapter that lies
-alone; sentence-transformers makes the modules that modules.json names, and PEFT imports the library of an adapter's `auto_mapping`.
-Tokenizers besides the first lie in sub-folders, and what they name lies in the folder itself.
+- `auto_map`, anywhere in a JSON file, names `module.Class`, a file of the folder, or `repository--module.Class`, code
+  that lies elsewhere. A file brings the files that it imports by `from .name import`.
+- transformers also runs `custom_pipelines` of config.json and `custom_generate/generate.py`, loads an attention called
+  `user/kernel` from the Hub, and follows an adapter without a model beside it to its base.
+- sentence-transformers instantiates the modules that modules.json names; PEFT imports the library of an adapter's
+  `auto_mapping`.
+- Further tokenizers lie in sub-folders; the files that they name lie in the folder itself.
 """
 
 import hashlib
@@ -24,11 +26,11 @@ from ..conversion.repository.card import hub_id
 
 
 CUSTOM_GENERATE = "custom_generate/generate.py"
-# Read by no loader of code.
+# No loader looks for code in these.
 DATA_FILES = ("conversion.json", "tokenizer.json", "vocab.json", "added_tokens.json")
-# Libraries whose classes are no code of a repository.
+# Classes of these libraries are installed, not part of a repository.
 LIBRARIES = ("internvl.", "sentence_transformers.", "transformers.")
-# Auto classes for the snippet, the first that there is.
+# Auto classes for the snippet; the first one in `auto_map` is used.
 MODELS = (
     "AutoModelForImageTextToText",
     "AutoModelForZeroShotImageClassification",
@@ -45,12 +47,12 @@ pinned = {{"revision": revision, "code_revision": revision, "trust_remote_code":
 
 @dataclass(frozen=True)
 class CodeFile:
-    """One file that is run.
+    """A file that is run.
 
     Args:
-        name: Within the folder.
-        sha256: Of its content; None where it is missing.
-        is_ours: Whether it is a file of this package, byte for byte, or one that its conversion writes.
+        name: Path within the folder.
+        sha256: Hash of the content; None if the file is missing.
+        is_ours: Whether it equals, byte for byte, a file of this package or one that its conversion writes.
     """
 
     name: str
@@ -59,7 +61,7 @@ class CodeFile:
 
     @property
     def whose(self) -> str:
-        """What it is, in words."""
+        """Whose file it is, in words."""
         if self.sha256 is None:
             return "named, but not there"
         return "this package's" if self.is_ours else "NOT this package's"
@@ -67,12 +69,12 @@ class CodeFile:
 
 @dataclass
 class Listing:
-    """What loading a folder runs.
+    """The code that loading a folder runs.
 
     Args:
         folder: The folder.
-        files: Of the folder, sorted.
-        foreign: Code elsewhere, and who names it.
+        files: Files of the folder, sorted by name.
+        foreign: Code elsewhere, each with the key and file that name it.
     """
 
     folder: Path
@@ -81,11 +83,11 @@ class Listing:
 
     @property
     def is_ours(self) -> bool:
-        """Whether nothing but files of this package is run."""
+        """Whether only files of this package are run."""
         return not self.foreign and all(file.is_ours for file in self.files)
 
     def describe(self) -> list[str]:
-        """Line by line."""
+        """Return the listing as lines of text."""
         if not self.files and not self.foreign:
             return [f"Nothing in `{self.folder}` names code: it loads without trust_remote_code."]
         lines = [f"Loading `{self.folder}` with trust_remote_code=True runs:"]
@@ -99,24 +101,18 @@ class Listing:
             lines.append(f"Not this package's, so read it first: {', '.join(others)}.")
         if missing:
             lines.append(
-                f"Not in this folder: {', '.join(missing)}. For a sub-folder, transformers takes them from the top of the repository: "
-                "list that one as well."
+                f"Not in this folder: {', '.join(missing)}. For a sub-folder, transformers takes them from the top of "
+                "the repository: list that one as well."
             )
         return lines
 
 
 def list_code(folder: Path) -> Listing:
-    """Looks at a folder.
-
-    Args:
-        folder: Of a repository.
-
-    Returns:
-        What loading it runs.
+    """List the code that loading a folder runs.
 
     Raises:
-        OSError: There is no such folder, or a file cannot be read.
-        ValueError: A JSON file is none.
+        OSError: If there is no such folder, or a file cannot be read.
+        ValueError: If a JSON file cannot be parsed.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder `{folder}`.")
@@ -136,12 +132,12 @@ def list_code(folder: Path) -> Listing:
 
 
 def pinned_snippet(folder: Path, repository: str | None = None, revision: str | None = None) -> str:
-    """Code that loads a repository by one commit, so that what was looked at is what runs.
+    """Return Python code that loads a repository by its commit, so that the files that were read are those that run.
 
     Args:
-        folder: Of the repository; in the Hub's cache it tells name and commit.
-        repository: Its name on the Hub.
-        revision: Its commit there.
+        folder: Folder of the repository. If it lies in the Hub's cache, its path holds name and commit.
+        repository: Name on the Hub.
+        revision: Commit on the Hub.
     """
     config = read_json(folder / "config.json")
     auto_map = config.get("auto_map") if isinstance(config.get("auto_map"), dict) else {}
@@ -160,9 +156,9 @@ def pinned_snippet(folder: Path, repository: str | None = None, revision: str | 
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- what is named
+# Names of code in JSON files
 def _references(folder: Path) -> Iterator[tuple[str, Any]]:
-    """Where code is named, and by what."""
+    """Yield where code is named ("key in file") and the reference itself."""
     for file in sorted((*folder.glob("*.json"), *folder.glob("*/*.json"))):
         if file.name not in DATA_FILES and not file.name.endswith(".index.json") and file.is_file():
             name = file.relative_to(folder).as_posix()
@@ -171,7 +167,7 @@ def _references(folder: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _named(content: Any) -> Iterator[tuple[str, Any]]:
-    """What transformers follows in any file: key and reference."""
+    """Yield the references that transformers follows in any file, each with its key."""
     for auto_map in _values_of(content, "auto_map"):
         yield from (("auto_map", reference) for reference in _leaves(auto_map))
     for pipelines in _values_of(content, "custom_pipelines"):
@@ -184,7 +180,7 @@ def _named(content: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _named_by_libraries(file: Path) -> Iterator[tuple[str, Any]]:
-    """What a file of sentence-transformers, or of PEFT, names."""
+    """Yield the references in files of sentence-transformers and PEFT, each with its key."""
     if file.name == "modules.json":
         for name in _values_of(read_any_json(file), "type"):
             if not str(name).startswith(LIBRARIES):
@@ -199,7 +195,7 @@ def _named_by_libraries(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _values_of(content: Any, key: str) -> Iterator[Any]:
-    """Values of a key at any depth."""
+    """Yield the values of a key at any depth."""
     if isinstance(content, dict):
         if key in content:
             yield content[key]
@@ -210,7 +206,7 @@ def _values_of(content: Any, key: str) -> Iterator[Any]:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """References of an `auto_map`: tokenizers have two to a name, of which one may be None."""
+    """Yield the references of an `auto_map`. Tokenizers have two per name, of which one may be None."""
     if isinstance(value, (dict, list)):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _leaves(part)
@@ -219,7 +215,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _module_of(reference: Any) -> str | None:
-    """The file of this folder that a reference names; None where it leads elsewhere."""
+    """Return the file of this folder that a reference names; None if it leads elsewhere."""
     if not isinstance(reference, str) or "--" in reference or reference.count(".") != 1:
         return None
     name = f"{reference.partition('.')[0]}.py"
@@ -227,7 +223,7 @@ def _module_of(reference: Any) -> str | None:
 
 
 def _with_imports(folder: Path, names: list[str]) -> set[str]:
-    """Files with all that they import from the same folder."""
+    """Return the files together with all that they import from the same folder."""
     found: set[str] = set()
     waiting = list(names)
     while waiting:
@@ -236,7 +232,7 @@ def _with_imports(folder: Path, names: list[str]) -> set[str]:
             continue
         found.add(name)
         if (folder / name).is_file():
-            with suppress(UnicodeDecodeError):  # nor can such a file be run
+            with suppress(UnicodeDecodeError):  # Python cannot run such a file either
                 waiting += [f"{module}.py" for module in get_relative_imports(folder / name)]
     return found
 

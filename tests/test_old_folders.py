@@ -1,6 +1,7 @@
 """Folders written by the code of commit a090a6c (`old_folders/write.py`) and calls written for it keep working.
 
-With the package installed its classes are used, without it the code in the folders; both give the outputs recorded then.
+With the package installed its classes are used, without it the code in the folders. Both give the outputs recorded
+then.
 """
 
 import importlib
