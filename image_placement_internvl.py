@@ -24,7 +24,7 @@ def on_host(number: torch.Tensor) -> int | torch.Tensor:
     return number if torch.compiler.is_compiling() or number.is_meta or is_captured else int(number)
 
 
-def require(condition: bool | torch.Tensor, hint: str, message: Callable[[], str]) -> None:
+def check(condition: bool | torch.Tensor, hint: str, message: Callable[[], str]) -> None:
     """Stops unless `condition` holds.
 
     A value of the host stops by a `ValueError` with `message()`, whatever device the model is on, and leaves the device as it was. A

@@ -13,7 +13,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .configuration_internvl import InternViTConfig
-from .layers_internvl import InternVLRMSNorm, eager_attention_forward
+from .layers_internvl import InternVLRMSNorm, clamp_to_dtype, eager_attention_forward, fp16_safe_linear
 
 
 def resize_position_grid(position_embedding: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -51,28 +51,6 @@ def resize_patch_kernel(weight: torch.Tensor, size: int) -> torch.Tensor:
     if weight.shape[-2:] == (size, size):
         return weight
     return F.interpolate(weight.float(), size=(size, size), mode="bicubic", align_corners=False).to(weight.dtype)
-
-
-def within_range(hidden_states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`hidden_states` in `dtype`; what its range does not hold becomes its largest number, not infinity."""
-    if hidden_states.dtype == dtype:
-        return hidden_states
-    limit = torch.finfo(dtype).max
-    return hidden_states.clamp(-limit, limit).to(dtype)
-
-
-def end_branch(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """The linear layer that ends a branch, (B, N, D) -> (B, N, D'); of an fp16 input the output is fp32.
-
-    Layer scale makes a branch small only after this layer, whose own output leaves the range of fp16 first: at its initial 0.1, when
-    the stream reaches 6,550. So there the layer reads a sixteenth of its input, and a token of zeros that tells its bias: whatever
-    stands for the layer (an adapter, a shard, offloaded weights) is called as it is.
-    """
-    if hidden_states.dtype != torch.float16:
-        return linear(hidden_states)
-    outputs = linear(F.pad(hidden_states, (0, 0, 0, 1)) / 16).float()
-    bias = outputs[:, -1:]
-    return 16 * (outputs[:, :-1] - bias) + bias
 
 
 class InternViTLayerNorm(nn.LayerNorm):
@@ -179,7 +157,7 @@ class InternViTAttention(nn.Module):
             dropout=self.attention_dropout if self.training else 0.0,
             **kwargs,
         )
-        return self.proj_drop(end_branch(self.proj, output.flatten(2))), weights
+        return self.proj_drop(fp16_safe_linear(self.proj, output.flatten(2))), weights
 
 
 class InternViTMLP(nn.Module):
@@ -195,8 +173,8 @@ class InternViTMLP(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.fc1(hidden_states)
         if self.is_gelu and not torch.is_grad_enabled():
-            return end_branch(self.fc2, torch.ops.aten.gelu_(hidden_states))
-        return end_branch(self.fc2, self.act(hidden_states))
+            return fp16_safe_linear(self.fc2, torch.ops.aten.gelu_(hidden_states))
+        return fp16_safe_linear(self.fc2, self.act(hidden_states))
 
 
 class InternViTLayer(GradientCheckpointingLayer):
@@ -247,4 +225,4 @@ class InternViTEncoder(nn.Module):
             hidden_states = hidden_states.float()
         for layer in self.layers[start:stop]:
             hidden_states = layer(hidden_states, **kwargs)
-        return within_range(hidden_states, dtype)
+        return clamp_to_dtype(hidden_states, dtype)

@@ -14,6 +14,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 
+# Label that the losses of torch and transformers leave out.
+IGNORE_INDEX = -100
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -40,6 +44,29 @@ def eager_attention_forward(
     weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(value.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def clamp_to_dtype(hidden_states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Casts to `dtype`; numbers beyond its range become its largest number, not infinity."""
+    if hidden_states.dtype == dtype:
+        return hidden_states
+    limit = torch.finfo(dtype).max
+    return hidden_states.clamp(-limit, limit).to(dtype)
+
+
+def fp16_safe_linear(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Calls the last linear layer of a residual branch, (B, N, D) -> (B, N, D'), so that it stays finite in fp16.
+
+    The branch is scaled down only after this layer (`ls1`, `ls2`), whose output would leave the range of fp16 first:
+    with scales at their initial 0.1, once the residual stream reaches 6,550. So an fp16 input is divided by 16 and the
+    output, in fp32, multiplied again. An extra all-zero token recovers the bias, which must not be multiplied; so the
+    layer can be any module (LoRA, sharded, offloaded).
+    """
+    if hidden_states.dtype != torch.float16:
+        return linear(hidden_states)
+    outputs = linear(F.pad(hidden_states, (0, 0, 0, 1)) / 16).float()
+    bias = outputs[:, -1:]
+    return 16 * (outputs[:, :-1] - bias) + bias
 
 
 # How a projection is shared out where each process has some of the heads, and how where each has all: the weights, and the products
@@ -101,7 +128,7 @@ def next_token_loss(
     else:
         targets = labels = shift_labels
     loss = loss_function(logits=logits, labels=labels, vocab_size=vocab_size, shift_labels=shift_labels, **kwargs)
-    return zero_without_labels(loss, targets != -100)
+    return zero_without_labels(loss, targets != IGNORE_INDEX)
 
 
 class InternVLRMSNorm(nn.Module):

@@ -20,13 +20,13 @@ from transformers.utils import logging
 from .chat_templates_internvl import TemplateNames
 from .conversation_internvl import escape_image_tokens
 from .image_loading_internvl import flatten_images, group_images
+from .layers_internvl import IGNORE_INDEX
 
 
 logger = logging.get_logger(__name__)
 
 Message = dict[str, Any]
 
-IGNORED_LABEL = -100  # ignored by the losses of transformers and torch
 
 _IMAGE_SOURCES = ("image", "url", "path", "base64", "image_url")
 _VIDEO_SOURCES = ("video", "url", "path")
@@ -355,9 +355,7 @@ def add_training_targets(features: BatchFeature, masks: list[np.ndarray], with_m
             "There is nothing to learn in this batch: no token of an assistant is left. Add assistant messages, raise "
             "`max_length`, or use a chat template with generation markers."
         )
-    labels = [
-        np.where(mask.astype(bool), np.asarray(row), IGNORED_LABEL) for row, mask in zip(ids, masks, strict=True)
-    ]
+    labels = [np.where(mask.astype(bool), np.asarray(row), IGNORE_INDEX) for row, mask in zip(ids, masks, strict=True)]
     features["labels"] = _like(ids, labels)
 
 
@@ -368,7 +366,6 @@ def _like(ids: Any, rows: list[np.ndarray]) -> Any:
 
 
 __all__ = [
-    "IGNORED_LABEL",
     "Message",
     "add_training_targets",
     "as_conversations",

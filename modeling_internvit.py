@@ -37,11 +37,12 @@ from .layers_internvit import (
     InternViTEncoder,
     InternViTLayer,
     resize_position_grid,
-    within_range,
 )
 from .layers_internvl import (
+    IGNORE_INDEX,
     InternVLAttentionPooling,
     InternVLPoolingAttention,
+    clamp_to_dtype,
     zero_without_labels,
 )
 
@@ -220,7 +221,7 @@ class InternViTBackbone(BackboneMixin, InternViTPreTrainedModel):
             stages.append(self.encoder(stages[-1], start=index, stop=index + 1, **kwargs))
         height = pixel_values.shape[-2] // self.config.patch_size
         feature_maps = tuple(
-            tokens_to_map(within_range(stages[index], tokens.dtype), height)
+            tokens_to_map(clamp_to_dtype(stages[index], tokens.dtype), height)
             for index in self.config.out_indices_from_front
         )
         if self.config.feature_pyramid is not None:
@@ -275,7 +276,7 @@ class InternViTForImageClassification(InternViTPreTrainedModel):
         if labels is not None:
             loss = self.loss_function(labels, logits, self.config, **kwargs)
             is_class_index = not labels.is_floating_point()
-            loss = zero_without_labels(loss, labels != -100) if is_class_index else loss
+            loss = zero_without_labels(loss, labels != IGNORE_INDEX) if is_class_index else loss
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

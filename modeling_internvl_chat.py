@@ -41,9 +41,9 @@ from .chat_helpers_internvl import ChatHelpersMixin
 from .configuration_internvl import InternVLChatConfig
 from .generation_internvl_chat import ImageGenerationMixin
 from .hub_internvl import HubModelMixin, OwnParameters
-from .image_placement_internvl import NO_IMAGE_TOKEN, PLACEHOLDERS_HINT, TILES_HINT, on_host, require
+from .image_placement_internvl import NO_IMAGE_TOKEN, PLACEHOLDERS_HINT, TILES_HINT, check, on_host
 from .keywords_internvl import refuse_unknown
-from .layers_internvl import next_token_loss, plan_without_cut_heads
+from .layers_internvl import IGNORE_INDEX, next_token_loss, plan_without_cut_heads
 from .modeling_internlm2 import InternLM2ForCausalLM, InternLM2Model
 from .modeling_internvit import InternVisionModel
 from .modeling_qllama import QLlamaModel
@@ -51,7 +51,6 @@ from .modeling_qllama import QLlamaModel
 
 logger = logging.get_logger(__name__)
 
-IGNORED_LABEL = -100
 # Weights of a decoder's head, by the names of the published checkpoints.
 LANGUAGE_HEADS = ("language_model.lm_head.", "language_model.output.")
 
@@ -414,7 +413,7 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
             raise ValueError(NO_IMAGE_TOKEN)
         if num_patches is not None:
             total, given = on_host(torch.as_tensor(num_patches).sum()), len(pixel_values)
-            require(total == given, TILES_HINT, lambda: f"`num_patches` sums to {int(total)}, got {given} tiles.")
+            check(total == given, TILES_HINT, lambda: f"`num_patches` sums to {int(total)}, got {given} tiles.")
         if image_flags is not None:
             if image_flags.numel() != len(pixel_values):
                 raise ValueError(f"`image_flags` has {image_flags.numel()} entries for {len(pixel_values)} tiles.")
@@ -498,7 +497,7 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
 
         Neither this nor its backward reads a value on the host, as indexing by a mask and `masked_scatter` do."""
         count = 0 if features is None else features.shape[:-1].numel()
-        require(found == count, PLACEHOLDERS_HINT, lambda: self._mismatch(is_image.sum(dim=1).tolist(), count))
+        check(found == count, PLACEHOLDERS_HINT, lambda: self._mismatch(is_image.sum(dim=1).tolist(), count))
         if features is None:
             return inputs_embeds
         positions = is_image.flatten().int().argsort(descending=True, stable=True)[:count].to(inputs_embeds.device)
@@ -511,7 +510,7 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
         """Puts the features (B, M, D) of each row, in order, where its placeholders are; the rest of the M is padding."""
         most = image_embeds.shape[1]
         order = is_image.cumsum(dim=1) - 1
-        require(
+        check(
             on_host(order[:, -1].max()) < most,
             PLACEHOLDERS_HINT,
             lambda: self._mismatch(is_image.sum(dim=1).tolist(), int(is_image.sum(dim=1).clamp(max=most).sum())),
@@ -668,7 +667,7 @@ class InternVLChatForConditionalGeneration(
         is_training_step = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if labels is None or not (self.skips_unlabelled_logits and is_training_step):
             return None
-        return (next_along(labels, IGNORED_LABEL).flatten() != IGNORED_LABEL).nonzero().flatten()
+        return (next_along(labels, IGNORE_INDEX).flatten() != IGNORE_INDEX).nonzero().flatten()
 
     @contextmanager
     def _head_reads_only(self, positions: torch.Tensor) -> Iterator[None]:
@@ -696,7 +695,7 @@ class InternVLChatForConditionalGeneration(
         **kwargs: Any,
     ) -> Any:
         logits, chosen = outputs.logits, slice(None) if positions is None else positions
-        targets: Any = next_along(labels, IGNORED_LABEL) if shift_labels is None else shift_labels  # type: ignore[arg-type]
+        targets: Any = next_along(labels, IGNORE_INDEX) if shift_labels is None else shift_labels  # type: ignore[arg-type]
         targets = targets.flatten()[chosen].to(logits.device)
         if loss_weight is None:
             if positions is not None:

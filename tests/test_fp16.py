@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from internvl.configuration_internvl import InternViTConfig
-from internvl.layers_internvit import within_range
-from internvl.layers_internvl import eager_attention_forward
+from internvl.layers_internvl import clamp_to_dtype, eager_attention_forward
 from internvl.modeling_internvit import InternVisionModel
 
 from . import tiny
@@ -121,8 +120,8 @@ def test_eager_scores_do_not_overflow_in_fp16():
 
 def test_values_out_of_range_become_the_largest_number():
     values = torch.tensor([1e6, -1e6, 1.5])
-    assert within_range(values, torch.float16).tolist() == [LARGEST, -LARGEST, 1.5]
-    assert within_range(values, torch.float32) is values
+    assert clamp_to_dtype(values, torch.float16).tolist() == [LARGEST, -LARGEST, 1.5]
+    assert clamp_to_dtype(values, torch.float32) is values
 
 
 @torch.no_grad()

@@ -22,7 +22,8 @@ from torch.utils.data import Dataset
 from transformers import DataCollatorWithFlattening
 
 from ...conversation_internvl import IMAGE_PLACEHOLDER
-from ...messages_internvl import IGNORED_LABEL, Message
+from ...layers_internvl import IGNORE_INDEX
+from ...messages_internvl import Message
 from ...processing_internvl import InternVLProcessor
 from .bad_rows import BrokenRows, UnusableRowError
 from .image_files import is_path, picture_file
@@ -303,7 +304,7 @@ class DialogueEncoder:
         encoded = {"input_ids": features["input_ids"][0], "labels": features["labels"][0]}
         if "pixel_values" in features:
             encoded["pixel_values"] = features["pixel_values"]
-        if (encoded["labels"] == IGNORED_LABEL).all():
+        if (encoded["labels"] == IGNORE_INDEX).all():
             raise UnusableRowError("The row has no answer from which to learn.")
         length = len(encoded["input_ids"])
         if self.max_length is not None and length > self.max_length:
@@ -319,7 +320,7 @@ class DialogueEncoder:
             raise UnusableRowError(f"{message}.")
         if torch.isin(ids[max_length:], torch.tensor(self.processor.image_token_ids)).any():
             raise UnusableRowError(f"{message}, and the cut would go through a picture.")
-        if (labels[:max_length] == IGNORED_LABEL).all():
+        if (labels[:max_length] == IGNORE_INDEX).all():
             raise UnusableRowError(f"{message}, and no answer is left before the cut.")
         encoded.update(input_ids=ids[:max_length], labels=labels[:max_length])
 
@@ -416,7 +417,7 @@ class DialogueCollator:
         """
         encoded = [row if "input_ids" in row else self.encoder(row) for row in rows]
         batch = self._packed(encoded) if self.pack else self._padded(encoded)
-        if (batch["labels"] == IGNORED_LABEL).all():
+        if (batch["labels"] == IGNORE_INDEX).all():
             raise ValueError(
                 f"None of the {len(encoded)} rows of a batch has a label: there is no answer to learn from."
             )
@@ -431,7 +432,7 @@ class DialogueCollator:
         return {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_id),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-            "labels": pad_sequence([row["labels"] for row in rows], batch_first=True, padding_value=IGNORED_LABEL),
+            "labels": pad_sequence([row["labels"] for row in rows], batch_first=True, padding_value=IGNORE_INDEX),
         }
 
     def _packed(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
