@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 
 # Registering imports torch and transformers, seconds in which nobody is told that an argument is wrong. So these commands call
 # `register` themselves, once they have read their arguments.
-COMMANDS = ("chat", "conversion", "demo", "planning", "publishing", "training")
+COMMANDS = (
+    *("chat", "conversion", "demo", "evaluation", "planning", "publishing", "training"),
+    *(f"evaluation.{task}" for task in ("captioning", "dialogue", "linear_probe", "retrieval", "zero_shot")),
+)
 
 
 def register() -> None:

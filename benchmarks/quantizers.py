@@ -16,7 +16,8 @@ import torch
 from transformers import AutoProcessor, PreTrainedModel, TorchAoConfig
 
 from internvl import InternVLChatConfig, InternVLChatForConditionalGeneration
-from internvl.evaluation.dialogue import ask, held_out_questions
+from internvl.evaluation.dialogue import evaluate_questions
+from internvl.evaluation.generated import held_out_questions
 
 from .harness import Options, Row, speed_row
 
@@ -77,14 +78,14 @@ def accuracy_rows(options: Options) -> Iterator[Row]:
     processor = AutoProcessor.from_pretrained(BUNDLED)
     questions = held_out_questions(NUM_QUESTIONS)
     model = load(BUNDLED, None, options.device)
-    exact, exact_bytes = ask(model, processor, questions), held_bytes(model)
+    exact, exact_bytes = evaluate_questions(model, processor, questions), held_bytes(model)
     for kind in KINDS:
         name = f"bundled checkpoint, {kind}"
         if (missing := _missing(kind)) is not None:
             yield Row(name, skipped=missing)
             continue
         model = load(BUNDLED, kind, options.device)
-        report = ask(model, processor, questions)
+        report = evaluate_questions(model, processor, questions)
         details = {"accuracy": report["accuracy"], "accuracy_fp32": exact["accuracy"], "questions": len(questions)}
         yield Row(f"{name}: right answers, against fp32", report["accuracy"] / exact["accuracy"], details=details)
         details = {"bytes": held_bytes(model), "bytes_fp32": exact_bytes}

@@ -1,114 +1,78 @@
-"""Image-text retrieval over held-out scenes, both ways: `python -m internvl.evaluation.retrieval MODEL_DIR`.
+"""Image-text retrieval, both ways: `python -m internvl.evaluation retrieval MODEL`.
 
-Pictures and captions are as many; each scene has one caption in each language, and captions that happen to be equal are
-both right. InternVL-C and, where the model has queries, InternVL-G are measured, by R@1, R@5 and R@10.
+InternVL-C and, where the model has queries, InternVL-G are measured, by R@1, R@5 and R@10.
 """
 
-from collections.abc import Sequence
+if __name__ == "__main__":  # reads the arguments before torch is imported
+    from .__main__ import run_task
+
+    run_task("retrieval")
+
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..synthetic.captions import LANGUAGES, PAIR_LAYOUTS, caption
-from ..synthetic.scenes import Scene, draw_scene, sample_scene, scene_generator
-from .embeddings import embed_pictures, embed_texts, modes_of, run_command
+from ..synthetic.captions import LANGUAGES, caption
+from ..synthetic.scenes import draw_scene
+from .embeddings import embed_images_by_mode, embed_texts, modes_of
+from .generated import held_out_scenes
+from .metrics import CUTS, recalls_both_ways
 
 
-LAYOUTS_SEARCHED = ("few", "mixed", "crowd")
-CUTS = (1, 5, 10)
-
-
-def recalls(similarity: torch.Tensor, is_match: torch.Tensor, cuts: Sequence[int] = CUTS) -> dict[str, float]:
-    """Share of queries with a match among the k most similar items.
-
-    Args:
-        similarity: (queries, items).
-        is_match: (queries, items), booleans; every query has at least one match.
-        cuts: Each k.
-
-    Returns:
-        "R@k" for each k. Items as similar as the best match count as ranked before it.
-
-    Raises:
-        ValueError: A query without a match.
-    """
-    if not bool(is_match.any(dim=1).all()):
-        raise ValueError("Every query needs a match among the items, but a row of `is_match` has none.")
-    best = similarity.masked_fill(~is_match, -torch.inf).amax(dim=1, keepdim=True)
-    rank = ((similarity >= best) & ~is_match).sum(dim=1)
-    return {f"R@{k}": (rank < k).float().mean().item() for k in cuts}
-
-
-def recalls_both_ways(
-    image_embeds: torch.Tensor, text_embeds: torch.Tensor, texts: Sequence[str], cuts: Sequence[int] = CUTS
-) -> dict[str, dict[str, float]]:
-    """Recalls of pairs.
+def retrieve(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    images: Iterable[Image.Image],
+    captions: Mapping[str, Sequence[Sequence[str]]],
+    cuts: Sequence[int] = CUTS,
+    batch_size: int = 64,
+) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """Measures recall of captions by images and of images by captions.
 
     Args:
-        image_embeds: (B, E), unit length.
-        text_embeds: (B, E), unit length.
-        texts: The B texts; equal ones match each other's pictures.
-        cuts: Each k.
+        model: An `InternVLModel`; InternVL-C is measured, and InternVL-G too if it has queries.
+        processor: Its processor.
+        images: The images.
+        captions: The captions of every image, one or more, by the name of the set, such as a language. Equal captions
+            match each other's images.
+        cuts: Each k of R@k.
+        batch_size: Images per call.
 
     Returns:
-        "image_to_text" and "text_to_image", as from `recalls`.
+        Recalls by mode and set of captions, as from `recalls_both_ways`.
     """
-    number = {text: index for index, text in enumerate(texts)}
-    index = torch.tensor([number[text] for text in texts])
-    is_match = index[:, None] == index
-    similarity = image_embeds @ text_embeds.T
-    return {
-        "image_to_text": recalls(similarity, is_match, cuts),
-        "text_to_image": recalls(similarity.T, is_match, cuts),
+    texts = {name: [text for of_image in of_set for text in of_image] for name, of_set in captions.items()}
+    owners = {
+        name: [number for number, of_image in enumerate(of_set) for _ in of_image] for name, of_set in captions.items()
     }
-
-
-def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
-    """Scenes of the layouts in turn, with digits of writers that training never saw."""
-    return [
-        sample_scene(
-            scene_generator("held_out", seed, index),
-            PAIR_LAYOUTS[LAYOUTS_SEARCHED[index % len(LAYOUTS_SEARCHED)]],
-            "held_out",
-        )
-        for index in range(count)
-    ]
+    text_embeds = {name: embed_texts(model, processor, rows) for name, rows in texts.items()}
+    image_embeds = embed_images_by_mode(model, processor, images, modes_of(model), batch_size)
+    return {
+        mode: {
+            name: recalls_both_ways(embeds, text_embeds[name], texts[name], cuts, owners[name]) for name in captions
+        }
+        for mode, embeds in image_embeds.items()
+    }
 
 
 def evaluate_retrieval(
     model: PreTrainedModel, processor: ProcessorMixin, pairs: int = 500, seed: int = 0, batch_size: int = 64
 ) -> dict[str, Any]:
-    """Finds captions of pictures, and pictures of captions, in every language.
+    """Searches held-out generated scenes, with one caption each, in every language.
 
     Args:
         model: An `InternVLModel`.
         processor: Its processor.
-        pairs: Scenes.
+        pairs: Number of scenes.
         seed: Of the held-out stream.
-        batch_size: Pictures per call.
+        batch_size: Images per call.
 
     Returns:
         "pairs", and "recall": by mode and language, as from `recalls_both_ways`.
     """
     scenes = held_out_scenes(pairs, seed)
-    texts = {language: [caption(scene, language) for scene in scenes] for language in LANGUAGES}
-    text_embeds = {language: embed_texts(model, processor, rows) for language, rows in texts.items()}
-    pictures: list[Image.Image] = [draw_scene(scene) for scene in scenes]
-    report: dict[str, Any] = {}
-    for mode in modes_of(model):
-        image_embeds = embed_pictures(model, processor, pictures, mode, batch_size)
-        report[mode] = {
-            language: recalls_both_ways(image_embeds, text_embeds[language], texts[language]) for language in LANGUAGES
-        }
-    return {"pairs": pairs, "recall": report}
-
-
-def main() -> None:
-    """Evaluate a checkpoint from the command line."""
-    run_command("Image-text retrieval over held-out scenes in five languages.", evaluate_retrieval, pairs=500)
-
-
-if __name__ == "__main__":
-    main()
+    captions = {language: [[caption(scene, language)] for scene in scenes] for language in LANGUAGES}
+    images = (draw_scene(scene) for scene in scenes)
+    return {"pairs": pairs, "recall": retrieve(model, processor, images, captions, batch_size=batch_size)}

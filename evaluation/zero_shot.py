@@ -1,11 +1,14 @@
-"""Zero-shot classification of digits, shapes and colours by prompts: `python -m internvl.evaluation.zero_shot MODEL_DIR`.
+"""Zero-shot classification by prompts: `python -m internvl.evaluation zero_shot MODEL`.
 
-Every picture is a held-out scene with one object; its digits are of writers that training never saw. A class is the mean
-of the embeddings of all its prompts (an ensemble, as in CLIP), in each of five languages.
+A class is the mean of the embeddings of all its prompts (an ensemble, as in CLIP).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+if __name__ == "__main__":  # reads the arguments before torch is imported
+    from .__main__ import run_task
+
+    run_task("zero_shot")
+
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,113 +16,100 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..synthetic.captions import LANGUAGES, PAIR_LAYOUTS, prompts
-from ..synthetic.digits import Split
-from ..synthetic.scenes import COLOURS, SHAPES, draw_scene, sample_scene, scene_generator
-from .embeddings import embed_pictures, embed_texts, modes_of, run_command
-
-
-# Classes, and the layout whose only object has one.
-CLASSES = {"digit": tuple("0123456789"), "shape": SHAPES, "colour": tuple(COLOURS)}
-LAYOUT_OF = {"digit": "one_digit", "shape": "one_shape", "colour": "one_shape"}
-
-
-@dataclass(frozen=True)
-class LabelledPicture:
-    """A picture and the index of its class in `CLASSES` of its kind."""
-
-    picture: Image.Image
-    label: int
-
-
-def labelled_pictures(kind: str, count: int, seed: int = 0, split: Split = "held_out") -> list[LabelledPicture]:
-    """Pictures of one object; those of a smaller `count` are the first of a larger one.
-
-    Args:
-        kind: One of `CLASSES`.
-        count: How many.
-        seed: Of the stream.
-        split: "held_out" or "train".
-    """
-    found = []
-    for index in range(count):
-        rng = scene_generator(split, seed, index)
-        scene = sample_scene(rng, PAIR_LAYOUTS[LAYOUT_OF[kind]], split)
-        (item,) = scene.objects
-        value = item.colour if kind == "colour" else item.value
-        found.append(LabelledPicture(draw_scene(scene), CLASSES[kind].index(value)))
-    return found
+from ..renaming_internvl import renamed_arguments, renamed_names
+from ..synthetic.captions import LANGUAGES
+from .embeddings import embed_images_by_mode, embed_texts, modes_of
+from .generated import CLASSES, class_prompts, labelled_images
+from .metrics import accuracy
 
 
 def ensemble(embeds: torch.Tensor, class_of: Sequence[int]) -> torch.Tensor:
-    """One unit vector per class: the direction of the mean of its prompts.
+    """Averages the prompts of each class.
 
     Args:
         embeds: (prompts, E), unit length.
         class_of: The class of each prompt; every class from 0 to the largest has at least one.
 
     Returns:
-        (classes, E).
+        Unit vectors (classes, E).
     """
     index = torch.tensor(class_of, device=embeds.device)
     sums = embeds.new_zeros(int(index.max()) + 1, embeds.shape[1]).index_add_(0, index, embeds)
     return F.normalize(sums, dim=-1)
 
 
-def accuracy(image_embeds: torch.Tensor, class_embeds: torch.Tensor, labels: Sequence[int]) -> float:
-    """Share of pictures that are most similar to their own class.
-
-    Args:
-        image_embeds: (B, E).
-        class_embeds: (classes, E).
-        labels: B class indices.
-    """
-    predicted = (image_embeds @ class_embeds.T).argmax(dim=1)
-    return (predicted == torch.tensor(labels, device=predicted.device)).float().mean().item()
+def embed_classes(
+    model: PreTrainedModel, processor: ProcessorMixin, prompts: Sequence[Sequence[str]], batch_size: int = 256
+) -> torch.Tensor:
+    """Embeds classes, given the prompts of each; returns unit vectors (classes, E)."""
+    texts = [(text, label) for label, of_class in enumerate(prompts) for text in of_class]
+    embeds = embed_texts(model, processor, [text for text, _ in texts], batch_size)
+    return ensemble(embeds, [label for _, label in texts])
 
 
 def class_embeddings(
     model: PreTrainedModel, processor: ProcessorMixin, kind: str, language: str, batch_size: int = 256
 ) -> torch.Tensor:
-    """The ensembles (classes, E) of a kind's prompts in a language."""
-    texts = [(text, label) for label, value in enumerate(CLASSES[kind]) for text in prompts(language, kind, value)]
-    embeds = embed_texts(model, processor, [text for text, _ in texts], batch_size)
-    return ensemble(embeds, [label for _, label in texts])
+    """Embeds the classes of generated images, see `class_prompts`; returns unit vectors (classes, E)."""
+    return embed_classes(model, processor, class_prompts(kind, language), batch_size)
 
 
-def evaluate_zero_shot(
-    model: PreTrainedModel, processor: ProcessorMixin, pictures: int = 500, seed: int = 0, batch_size: int = 64
-) -> dict[str, Any]:
-    """Classifies held-out pictures with prompts in every language.
+def classify(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    images: Iterable[Image.Image],
+    labels: Sequence[int],
+    prompts: Mapping[str, Sequence[Sequence[str]]],
+    batch_size: int = 64,
+) -> dict[str, dict[str, float]]:
+    """Measures zero-shot accuracy.
 
     Args:
-        model: An `InternVLModel`; InternVL-C is measured, and -G too if it has queries.
+        model: An `InternVLModel`; InternVL-C is measured, and InternVL-G too if it has queries.
         processor: Its processor.
-        pictures: How many of each kind.
-        seed: Of the held-out stream.
-        batch_size: Pictures per call.
+        images: The images.
+        labels: The class index of each image.
+        prompts: The prompts of every class, by the name of the set, such as a language.
+        batch_size: Images per call.
 
     Returns:
-        "pictures", "chance" (by kind), and "accuracy": by mode, language and kind.
+        Accuracy by mode and set of prompts.
     """
-    modes = modes_of(model)
-    report: dict[str, Any] = {mode: {language: {} for language in LANGUAGES} for mode in modes}
+    classes = {name: embed_classes(model, processor, of_set) for name, of_set in prompts.items()}
+    embeds = embed_images_by_mode(model, processor, images, modes_of(model), batch_size)
+    return {
+        mode: {name: accuracy(of_mode, of_set, labels) for name, of_set in classes.items()}
+        for mode, of_mode in embeds.items()
+    }
+
+
+@renamed_arguments(pictures="images")
+def evaluate_zero_shot(
+    model: PreTrainedModel, processor: ProcessorMixin, images: int = 500, seed: int = 0, batch_size: int = 64
+) -> dict[str, Any]:
+    """Classifies held-out generated images by digit, shape and colour, with prompts in every language.
+
+    Args:
+        model: An `InternVLModel`.
+        processor: Its processor.
+        images: Images of each kind.
+        seed: Of the held-out stream.
+        batch_size: Images per call.
+
+    Returns:
+        "images", "chance" (by kind), and "accuracy": by mode, language and kind.
+    """
+    report: dict[str, Any] = {mode: {language: {} for language in LANGUAGES} for mode in modes_of(model)}
     for kind in CLASSES:
-        items = labelled_pictures(kind, pictures, seed)
+        items = labelled_images(kind, images, seed)
+        prompts = {language: class_prompts(kind, language) for language in LANGUAGES}
         labels = [item.label for item in items]
-        classes = {language: class_embeddings(model, processor, kind, language) for language in LANGUAGES}
-        for mode in modes:
-            embeds = embed_pictures(model, processor, [item.picture for item in items], mode, batch_size)
-            for language, class_embeds in classes.items():
-                report[mode][language][kind] = accuracy(embeds, class_embeds, labels)
+        found = classify(model, processor, [item.image for item in items], labels, prompts, batch_size)
+        for mode, languages in found.items():
+            for language, share in languages.items():
+                report[mode][language][kind] = share
     chance = {kind: 1 / len(values) for kind, values in CLASSES.items()}
-    return {"pictures": pictures, "chance": chance, "accuracy": report}
+    return {"images": images, "chance": chance, "accuracy": report}
 
 
-def main() -> None:
-    """Evaluate a checkpoint from the command line."""
-    run_command("Zero-shot classification of held-out pictures in five languages.", evaluate_zero_shot, pictures=500)
-
-
-if __name__ == "__main__":
-    main()
+__getattr__ = renamed_names(globals(), labelled_pictures="labelled_images")

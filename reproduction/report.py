@@ -15,10 +15,12 @@ from typing import Any
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from ..evaluation.captioning import evaluate_captioning
-from ..evaluation.dialogue import ask, held_out_questions
+from ..evaluation.dialogue import evaluate_questions
+from ..evaluation.generated import CLASSES, held_out_questions
 from ..evaluation.linear_probe import evaluate_linear_probe
-from ..evaluation.retrieval import CUTS, evaluate_retrieval
-from ..evaluation.zero_shot import CLASSES, evaluate_zero_shot
+from ..evaluation.metrics import CUTS
+from ..evaluation.retrieval import evaluate_retrieval
+from ..evaluation.zero_shot import evaluate_zero_shot
 from ..modeling_internvl import MODES
 from ..synthetic.captions import LANGUAGES
 from ..synthetic.scenes import QUESTION_KINDS
@@ -45,15 +47,18 @@ class Sizes:
 
 
 def evaluate_tiles(model: PreTrainedModel, processor: ProcessorMixin, questions: int) -> dict[str, Any]:
-    """The same held-out questions "with_tiles" and with each picture as "one_tile", as from `ask`."""
+    """The same held-out questions "with_tiles" and with each picture as "one_tile", as from `evaluate_questions`."""
     asked = held_out_questions(questions)
-    return {"with_tiles": ask(model, processor, asked), "one_tile": ask(model, processor, asked, max_num=1)}
+    return {
+        "with_tiles": evaluate_questions(model, processor, asked),
+        "one_tile": evaluate_questions(model, processor, asked, max_num=1),
+    }
 
 
 def evaluate_chat(folder: Path, questions: int) -> dict[str, Any]:
-    """Held-out questions with tiles, put to the chat model in a folder; as from `ask`."""
+    """Held-out questions with tiles, put to the chat model in a folder; as from `evaluate_questions`."""
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-    return ask(model, AutoProcessor.from_pretrained(folder), held_out_questions(questions))
+    return evaluate_questions(model, AutoProcessor.from_pretrained(folder), held_out_questions(questions))
 
 
 def mean_recalls(folder: Path, pairs: int) -> dict[str, float]:
@@ -241,7 +246,7 @@ def _captioning_table(report: dict[str, Any]) -> list[str]:
         "facts that are said",
         "all facts and no other",
     ]
-    return table(f"Captions of {part['pictures']} pictures", head, rows)
+    return table(f"Captions of {part['images']} images", head, rows)
 
 
 def _dialogue_table(report: dict[str, Any]) -> list[str]:

@@ -20,7 +20,9 @@ from transformers import (
 )
 
 from ..configuration_internvl import InternVLConfig
-from ..evaluation.zero_shot import CLASSES, accuracy, class_embeddings, labelled_pictures
+from ..evaluation.generated import CLASSES, labelled_images
+from ..evaluation.metrics import accuracy
+from ..evaluation.zero_shot import class_embeddings
 from ..image_processing_internvl import InternVLImageProcessor
 from ..processing_internvl import InternVLProcessor
 from ..synthetic.captions import LANGUAGES, PAIR_LAYOUTS, caption
@@ -144,8 +146,8 @@ class ZeroShotCurve(LearningCurve):
         self.processor = processor
         self.pixels, self.labels = {}, {}
         for kind in CLASSES:
-            items = labelled_pictures(kind, pictures, seed=1)
-            self.pixels[kind] = processor(images=[item.picture for item in items], return_tensors="pt")["pixel_values"]
+            items = labelled_images(kind, pictures, seed=1)
+            self.pixels[kind] = processor(images=[item.image for item in items], return_tensors="pt")["pixel_values"]
             self.labels[kind] = [item.label for item in items]
 
     def measure(self, model: Any) -> dict[str, float]:

@@ -16,8 +16,9 @@ import torch
 from transformers import set_seed
 
 from ..configuration_internvl import InternVLConfig
-from ..evaluation.embeddings import embed_pictures, embed_texts, modes_of
-from ..evaluation.retrieval import held_out_scenes, recalls_both_ways
+from ..evaluation.embeddings import embed_images, embed_texts, modes_of
+from ..evaluation.generated import held_out_scenes
+from ..evaluation.metrics import recalls_both_ways
 from ..processing_internvl import InternVLProcessor
 from ..synthetic.captions import CAPTION_PROMPTS, LANGUAGES, PAIR_LAYOUTS, caption
 from ..synthetic.scenes import Layout, Scene, draw_scene
@@ -126,7 +127,7 @@ class RetrievalCurve(LearningCurve):
         texts = embed_texts(model, self.processor, self.texts)
         point = {}
         for mode in modes_of(model):
-            pictures = embed_pictures(model, self.processor, self.pictures, mode)
+            pictures = embed_images(model, self.processor, self.pictures, mode)
             found = recalls_both_ways(pictures, texts, self.texts)
             point[f"recall_at_1_{mode}"] = sum(part["R@1"] for part in found.values()) / len(found)
         return point

@@ -1,7 +1,7 @@
 """Captions of generated scenes in five languages, and the prompts of zero-shot classification, from one table of words.
 
 `caption` reads a scene and never the picture. A `Language` lists words and patterns; the first of each is the plain
-wording, which `caption` takes without a random generator, and which in English is `scenes.caption_of`. Colours agree
+wording, which `caption` takes without a random generator. Colours agree
 with the gender of the shape, and digits are written as numerals and as words. Rendered words stay English, as drawn.
 
 Not covered: counting ("three red circles"), since numbers bend nouns differently in each language.

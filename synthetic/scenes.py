@@ -4,7 +4,7 @@ Three things are kept apart, so that each later training stage takes what it nee
 
 - `sample_scene` draws a `Scene` (data only) from a random generator;
 - `draw_scene` renders a scene, and nothing but the scene decides the pixels;
-- `questions_about` and `caption_of` read the scene, never the picture.
+- `questions_about`, and `caption` of captions.py, read the scene, never the image.
 
 A scene has nine places (`PLACES`, three by three) with at most one object in each: a coloured shape, a real handwritten
 digit, or a rendered word or number. Only a page has two texts at a place, one below the other; nothing is then
@@ -471,18 +471,3 @@ def _text_questions(scene: Scene) -> Iterator[tuple[str, tuple[str, ...], str]]:
         for place in sorted({item.place for item in texts}):
             lines = [item.value for item in texts if item.place == place]
             yield kind, (f"What is written at the {PLACES[place]}?",), " ".join(lines)
-
-
-def caption_of(scene: Scene) -> str:
-    """Return one sentence that names every object and its place, row by row."""
-    if not scene.objects:
-        return "an empty picture"
-    return ", ".join(f"{_name_of(item)} at the {PLACES[item.place]}" for item in scene.objects)
-
-
-def _name_of(item: SceneObject) -> str:
-    if item.kind == "shape":
-        return f"{'an' if item.colour[0] == 'o' else 'a'} {item.colour} {item.value}"
-    if item.kind == "digit":
-        return f"a handwritten {item.value}"
-    return f"the {'small ' if item.is_small else ''}{item.kind} {item.value}"

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from .captions import CAPTION_PROMPTS, LANGUAGES, PAIR_LAYOUTS, caption
-from .scenes import COLOURS, LAYOUTS, PLACES, SHAPES, WORDS, caption_of, questions_about, sample_scene, scene_generator
+from .scenes import COLOURS, LAYOUTS, PLACES, SHAPES, WORDS, questions_about, sample_scene, scene_generator
 
 
 END_OF_TEXT = "<|endoftext|>"
@@ -25,7 +25,7 @@ def tokenizer_corpus(num_scenes: int = 2000, seed: int = 0) -> Iterator[str]:
     for index in range(num_scenes):
         rng = scene_generator("train", seed, index)
         scene = sample_scene(rng, layouts[index % len(layouts)], "train")
-        yield caption_of(scene)
+        yield caption(scene)
         for question in questions_about(scene, rng):
             yield f"{question.text}\n{question.answer}\n"
 

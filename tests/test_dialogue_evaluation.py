@@ -4,15 +4,9 @@ from collections import Counter
 
 import pytest
 
-from internvl.evaluation.dialogue import (
-    EVERYWHERE,
-    LAYOUTS_OF_KIND,
-    SMALL_TEXT,
-    accuracy_by_kind,
-    evaluate_dialogue,
-    held_out_questions,
-    is_right,
-)
+from internvl.evaluation.dialogue import evaluate_dialogue
+from internvl.evaluation.generated import EVERYWHERE, LAYOUTS_OF_KIND, SMALL_TEXT, held_out_questions
+from internvl.evaluation.metrics import accuracy_by_kind, is_correct
 from internvl.synthetic.scenes import LAYOUTS, QUESTION_KINDS, Question
 
 
@@ -21,14 +15,14 @@ from internvl.synthetic.scenes import LAYOUTS, QUESTION_KINDS, Question
     [("Red", "red", True), (" top left \n", "top left", True), ("top", "top left", False), ("", "0", False)],
 )
 def test_answers_must_match_exactly_apart_from_case_and_blanks(answer, expected, right):
-    assert is_right(answer, expected) is right
+    assert is_correct(answer, expected) is right
 
 
 def test_held_out_questions_are_balanced_over_kinds_and_reproducible():
     first, second = held_out_questions(21), held_out_questions(21)
     assert Counter(item.question.kind for item in first) == dict.fromkeys(QUESTION_KINDS, 3)
     assert [item.question for item in first] == [item.question for item in second]
-    assert all(a.picture.tobytes() == b.picture.tobytes() for a, b in zip(first, second, strict=True))
+    assert all(a.image.tobytes() == b.image.tobytes() for a, b in zip(first, second, strict=True))
     assert [item.question for item in held_out_questions(21, seed=1)] != [item.question for item in first]
 
 
@@ -38,10 +32,10 @@ def test_every_kind_is_asked_in_each_of_its_layouts():
         assert {layout for asked, layout in seen if asked == kind} == set(LAYOUTS_OF_KIND.get(kind, EVERYWHERE))
 
 
-def test_small_text_is_asked_about_large_pictures_only():
+def test_small_text_is_asked_about_large_images_only():
     for item in held_out_questions(28):
         if item.question.kind == SMALL_TEXT:
-            assert item.picture.size in LAYOUTS["many_tiles"].sizes
+            assert item.image.size in LAYOUTS["many_tiles"].sizes
 
 
 def test_accuracy_is_counted_per_kind_with_the_share_of_the_commonest_answer():
@@ -60,13 +54,13 @@ def test_a_missing_answer_is_an_error():
 
 def test_the_report_asks_small_text_again_with_one_tile(monkeypatch):
     asked = held_out_questions(14)
-    right_answers = {(item.picture.tobytes(), item.question.text): item.question.answer for item in asked}
+    right_answers = {(item.image.tobytes(), item.question.text): item.question.answer for item in asked}
 
     def answer(model, processor, items, batch_size, **settings):
         if settings == {"max_num": 1}:
             return ["unreadable"] * len(items)
         assert not settings
-        return [right_answers[picture.tobytes(), text] for picture, text in items]
+        return [right_answers[image.tobytes(), text] for image, text in items]
 
     monkeypatch.setattr("internvl.evaluation.dialogue.answer_questions", answer)
     report = evaluate_dialogue(None, None, questions=14)

@@ -2,24 +2,31 @@
 
 import math
 from collections import Counter
-from functools import cache
+from functools import cache, partial
 from random import Random
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from sklearn.metrics import top_k_accuracy_score
 
 from internvl.configuration_internvl import InternVLConfig
-from internvl.evaluation.captioning import cider, evaluate_captioning, facts_in, facts_of, score_facts, words_of
-from internvl.evaluation.embeddings import embed_pictures, embed_texts
-from internvl.evaluation.linear_probe import evaluate_linear_probe, fit_and_score
-from internvl.evaluation.retrieval import evaluate_retrieval, held_out_scenes, recalls, recalls_both_ways
-from internvl.evaluation.zero_shot import CLASSES, accuracy, ensemble, evaluate_zero_shot, labelled_pictures
+from internvl.evaluation import captioning, dialogue, embeddings, zero_shot
+from internvl.evaluation.__main__ import _parser
+from internvl.evaluation.captioning import score_facts
+from internvl.evaluation.embeddings import embed_images, embed_texts
+from internvl.evaluation.generated import CLASSES, held_out_scenes, labelled_images
+from internvl.evaluation.linear_probe import evaluate_linear_probe, fit_and_score, linear_probe
+from internvl.evaluation.metrics import accuracy, cider, recalls, recalls_both_ways, words_of
+from internvl.evaluation.retrieval import evaluate_retrieval, retrieve
+from internvl.evaluation.zero_shot import classify, ensemble, evaluate_zero_shot
 from internvl.image_processing_internvl import InternVLImageProcessor
-from internvl.modeling_internvl import InternVLModel
+from internvl.modeling_internvl import MODES, InternVLModel
 from internvl.processing_internvl import InternVLProcessor
 from internvl.synthetic.captions import LANGUAGES, caption
 from internvl.synthetic.digits import FIRST_HELD_OUT
+from internvl.synthetic.facts import facts_in, facts_of
 from internvl.synthetic.scenes import Scene
 from internvl.synthetic.tokenizer import build_tokenizer, caption_corpus
 
@@ -51,23 +58,52 @@ def test_an_ensemble_is_the_direction_of_the_mean_of_its_prompts():
     torch.testing.assert_close(classes, torch.stack([row / row.norm() for row in expected]))
 
 
-def test_accuracy_counts_the_most_similar_class():
-    assert accuracy(torch.eye(3), torch.eye(3), [0, 1, 0]) == pytest.approx(2 / 3)
+def test_accuracy_and_recalls_are_those_of_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    images, classes = torch.randn(60, 8, generator=generator), torch.randn(7, 8, generator=generator)
+    labels = torch.randint(7, (60,), generator=generator)
+    similarity = images @ classes.T
+    expected = [top_k_accuracy_score(labels, similarity, k=k, labels=range(7)) for k in (1, 3)]
+    assert accuracy(images, classes, labels.tolist()) == pytest.approx(expected[0])
+    found = recalls(similarity, torch.nn.functional.one_hot(labels, 7).bool(), (1, 3))
+    assert list(found.values()) == pytest.approx(expected)
 
 
-def test_labelled_pictures_show_their_class_and_held_out_writers_alone():
+def test_labelled_images_show_their_class_and_held_out_writers_alone():
     for kind, values in CLASSES.items():
-        items = labelled_pictures(kind, 60)
+        items = labelled_images(kind, 60)
         assert len({item.label for item in items}) == len(values)
-        again = labelled_pictures(kind, 5)
-        assert all(a.picture.tobytes() == b.picture.tobytes() for a, b in zip(items, again, strict=False))
+        again = labelled_images(kind, 5)
+        assert all(a.image.tobytes() == b.image.tobytes() for a, b in zip(items, again, strict=False))
     assert all(item.digit_index >= FIRST_HELD_OUT for scene in held_out_scenes(20) for item in scene.digits())
 
 
-@pytest.mark.parametrize(("num_queries", "modes"), [(5, {"InternVL-C", "InternVL-G"}), (0, {"InternVL-C"})])
-def test_zero_shot_reports_every_mode_language_and_kind(num_queries, modes):
-    report = evaluate_zero_shot(tiny_model(num_queries), tiny_processor(), pictures=6)
-    assert set(report["accuracy"]) == modes
+def few_images(count=5):
+    """Images of no scene, one after the other."""
+    for number in range(count):
+        noise = np.random.default_rng(number).integers(0, 256, (9, 7 + number, 3), dtype=np.uint8)
+        yield Image.fromarray(noise).resize((60, 70))
+
+
+@pytest.mark.parametrize(("num_queries", "modes"), [(5, MODES), (0, MODES[:1])])
+def test_classification_takes_images_and_prompts_from_anywhere(num_queries, modes):
+    model, processor = tiny_model(num_queries), tiny_processor()
+    prompts = {"numbers": [["seven", "7"], ["eight"], ["a nine"]], "shapes": [["a star"], ["a ring"]]}
+    images = list(few_images())
+    for mode in modes:
+        for name, classes in prompts.items():
+            means = [embed_texts(model, processor, texts).mean(0) for texts in classes]
+            directions = torch.stack([mean / mean.norm() for mean in means])
+            predicted = (embed_images(model, processor, images, mode) @ directions.T).argmax(1).tolist()
+            labels = [predicted[0], predicted[1], *(1 - min(label, 1) for label in predicted[2:])]
+            found = classify(model, processor, iter(images), labels, {name: classes}, batch_size=2)
+            assert set(found) == set(modes)
+            assert found[mode] == {name: pytest.approx(2 / 5)}
+
+
+def test_zero_shot_reports_every_mode_language_and_kind():
+    report = evaluate_zero_shot(tiny_model(), tiny_processor(), images=2)
+    assert set(report["accuracy"]) == set(MODES)
     for languages in report["accuracy"].values():
         assert set(languages) == set(LANGUAGES)
         for kinds in languages.values():
@@ -76,11 +112,11 @@ def test_zero_shot_reports_every_mode_language_and_kind(num_queries, modes):
 
 
 def test_embeddings_do_not_depend_on_the_batch_size():
-    pictures = [item.picture for item in labelled_pictures("shape", 5)]
+    images = list(few_images())
     texts = ["a star", "the handwritten digit seven at the top left", "7"]
     model, processor = tiny_model(), tiny_processor()
     for mode in ("InternVL-C", "InternVL-G"):
-        one, many = (embed_pictures(model, processor, pictures, mode, size) for size in (2, 8))
+        one, many = (embed_images(model, processor, images, mode, size) for size in (2, 8))
         torch.testing.assert_close(one, many)
         torch.testing.assert_close(one.norm(dim=1), torch.ones(5))
     torch.testing.assert_close(embed_texts(model, processor, texts, 1), embed_texts(model, processor, texts, 3))
@@ -106,7 +142,7 @@ def test_recalls_equal_the_slow_reference(levels):
     assert found == {f"R@{k}": pytest.approx(slow_recall(similarity, is_match, k)) for k in (1, 2, 5)}
 
 
-def test_equal_captions_match_each_others_pictures():
+def test_equal_captions_match_each_others_images():
     embeds = torch.eye(4)
     swapped = embeds[[1, 0, 2, 3]]
     assert recalls_both_ways(swapped, embeds, list("abcd"), (1,))["image_to_text"]["R@1"] == 0.5
@@ -116,6 +152,22 @@ def test_equal_captions_match_each_others_pictures():
 def test_a_query_without_a_match_is_refused():
     with pytest.raises(ValueError, match="needs a match"):
         recalls(torch.zeros(2, 2), torch.tensor([[True, False], [False, False]]))
+
+
+def test_each_of_several_captions_finds_its_image():
+    model, processor = tiny_model(), tiny_processor()
+    captions = [["a star", "one star"], ["a ring"], ["a circle", "a star", "7"]]
+    texts, owners = [text for group in captions for text in group], [0, 0, 1, 2, 2, 2]
+    found = retrieve(model, processor, few_images(3), {"en": captions}, (1, 2))
+    for mode in MODES:
+        similarity = embed_images(model, processor, few_images(3), mode) @ embed_texts(model, processor, texts).T
+        is_match = torch.tensor([[text in captions[image] for text in texts] for image in range(3)])
+        assert all(is_match[owner, number] for number, owner in enumerate(owners))
+        for way, scores, matches in (
+            ("image_to_text", similarity, is_match),
+            ("text_to_image", similarity.T, is_match.T),
+        ):
+            assert found[mode]["en"][way] == {f"R@{k}": pytest.approx(slow_recall(scores, matches, k)) for k in (1, 2)}
 
 
 def test_retrieval_reports_every_mode_and_language():
@@ -136,10 +188,11 @@ def test_the_probe_reads_a_linear_feature_and_not_noise():
     assert fit_and_score(noise[:180], labels[:180], noise[180:], labels[180:]) < 0.55
 
 
-@pytest.mark.parametrize("part", ["whole", "tower"])
-def test_the_probe_takes_a_model_or_its_tower(part):
-    model = tiny_model() if part == "whole" else tiny_model().vision_model
-    report = evaluate_linear_probe(model, tiny_processor(), train_pictures=40, pictures=10)
+def test_the_probe_takes_a_model_or_its_tower():
+    images, labels = list(few_images(6)), [0, 1, 0, 1, 1, 0]
+    for model in (tiny_model(), tiny_model().vision_model):
+        assert linear_probe(model, tiny_processor(), iter(images), labels, iter(images), labels, batch_size=4) == 1.0
+    report = evaluate_linear_probe(tiny_model().vision_model, tiny_processor(), train_images=20, images=3)
     assert set(report["accuracy"]) == set(CLASSES)
 
 
@@ -171,7 +224,7 @@ def slow_cider(candidate, references, all_references):
 
 def test_cider_equals_the_slow_reference():
     references = [
-        ["a red star at the top", "this picture shows a red star"],
+        ["a red star at the top", "this image shows a red star"],
         ["a blue ring at the left, a handwritten 7 at the right"],
         ["一个红色的星形", "红色星形"],
         ["a red ring at the top, a red ring at the left"],
@@ -188,7 +241,7 @@ def test_cider_of_the_only_reference_is_ten():
     assert cider([texts[0] for texts in references], references) == pytest.approx([10, 10, 10])
 
 
-def test_cider_refuses_pictures_without_references():
+def test_cider_refuses_images_without_references():
     with pytest.raises(ValueError, match="2 candidates"):
         cider(["a", "b"], [["a"]])
     with pytest.raises(ValueError, match="list of references"):
@@ -220,11 +273,31 @@ def test_facts_are_right_only_with_place_and_colour_and_as_often_as_they_are_the
     assert score_facts(["a red star"], [scene])["recall"] == 0.0
 
 
-def test_an_empty_picture_has_no_facts():
+def test_an_empty_image_has_no_facts():
     assert facts_in("an empty picture") == Counter() == facts_of(Scene(8, 8, (0, 0, 0), ()))
 
 
-def test_captioning_reports_every_language():
-    report = evaluate_captioning(tiny_model(), tiny_processor(), pictures=2)
+def test_captioning_reports_every_language(monkeypatch):
+    short = partial(captioning.generate_captions, max_new_tokens=3)  # random weights never end a caption
+    monkeypatch.setattr(captioning, "generate_captions", short)
+    report = captioning.evaluate_captioning(tiny_model(), tiny_processor(), images=2)
     for language in LANGUAGES:
         assert set(report[language]) == {"cider", "precision", "recall", "exact"}
+
+
+# ------------------------------------------------------------------------------------------------------------ old names
+def test_former_names_are_read_with_a_warning():
+    with pytest.warns(FutureWarning, match="embed_images"):
+        embed = embeddings.embed_pictures
+    images = list(few_images(2))
+    with pytest.warns(FutureWarning, match="`images`"):
+        found = embed(tiny_model(), tiny_processor(), pictures=images)
+    assert torch.equal(found, embed_images(tiny_model(), tiny_processor(), images))
+    with pytest.warns(FutureWarning, match="labelled_images"):
+        assert zero_shot.labelled_pictures is labelled_images
+    with pytest.warns(FutureWarning, match="`image`"):
+        assert labelled_images("digit", 1)[0].picture.size == (448, 448)
+    with pytest.warns(FutureWarning, match="`--images`"):
+        assert _parser().parse_args(["zero_shot", "folder", "--pictures", "3"]).images == 3
+    with pytest.warns(FutureWarning, match="evaluate_questions"):
+        assert dialogue.ask is dialogue.evaluate_questions

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.container import BarContainer
 from PIL import Image
 
-from internvl.evaluation import captioning, zero_shot
+from internvl.evaluation import captioning, generated
 from internvl.modeling_internvl import MODES
 from internvl.reproduction import report as results
 from internvl.reproduction.plots import mean_and_deviation, plot_ablation, plot_all, plot_stage1, series
@@ -36,8 +36,10 @@ def page(finished_default_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     (folder / "ablation.json").write_text(json.dumps(ABLATION))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(captioning, "describe", partial(captioning.describe, max_new_tokens=3))  # it has learned no end
-        patch.setattr(zero_shot, "prompts", lambda *which: captions.prompts(*which)[:1])
+        patch.setattr(
+            captioning, "generate_captions", partial(captioning.generate_captions, max_new_tokens=3)
+        )  # it has learned no end
+        patch.setattr(generated, "prompts", lambda *which: captions.prompts(*which)[:1])
         evaluate_run(finished_default_run, folder, TINY, ablation=folder / "ablation.json")
     return folder
 

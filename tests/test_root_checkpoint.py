@@ -22,10 +22,12 @@ from transformers import (
 )
 
 import internvl
-from internvl.evaluation import dialogue, zero_shot
+from internvl.evaluation.__main__ import main as evaluate
 from internvl.evaluation.captioning import evaluate_captioning
-from internvl.evaluation.embeddings import embed_pictures
-from internvl.evaluation.zero_shot import CLASSES, accuracy, class_embeddings, labelled_pictures
+from internvl.evaluation.embeddings import embed_images
+from internvl.evaluation.generated import CLASSES, labelled_images
+from internvl.evaluation.metrics import accuracy
+from internvl.evaluation.zero_shot import class_embeddings
 from internvl.modeling_internvl import MODES
 from internvl.synthetic.captions import LANGUAGES
 
@@ -217,14 +219,14 @@ def pair_processor(root):
 @pytest.mark.parametrize("mode", MODES)
 def test_internvl_c_and_g_know_what_a_picture_shows(pair_model, pair_processor, mode):
     for kind in CLASSES:
-        items = labelled_pictures(kind, 40)
-        pictures = embed_pictures(pair_model, pair_processor, [item.picture for item in items], mode)
+        items = labelled_images(kind, 40)
+        pictures = embed_images(pair_model, pair_processor, [item.image for item in items], mode)
         classes = class_embeddings(pair_model, pair_processor, kind, "en")
         assert accuracy(pictures, classes, [item.label for item in items]) >= 0.85, kind
 
 
 def test_internvl_g_describes_a_picture(pair_model, pair_processor):
-    report = evaluate_captioning(pair_model, pair_processor, pictures=10)
+    report = evaluate_captioning(pair_model, pair_processor, images=10)
     assert all(report[language]["cider"] >= 1 for language in LANGUAGES)  # of 10; captions of other pictures have 0.03
 
 
@@ -252,16 +254,15 @@ def test_sub_folders_load_by_remote_code_without_the_package(root, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("evaluation", "options", "measured"),
+    ("task", "options", "measured"),
     [
-        (dialogue, ["--questions", "7"], {"questions": 7}),
-        (zero_shot, ["--subfolder", "internvl_g", "--pictures", "3", "--batch-size", "2"], {"pictures": 3}),
+        ("dialogue", ["--questions", "7"], {"questions": 7}),
+        ("zero_shot", ["--subfolder", "internvl_g", "--images", "3", "--batch-size", "2"], {"images": 3}),
     ],
 )
-def test_evaluations_run_from_the_command_line(root, evaluation, options, measured, tmp_path, monkeypatch, capsys):
+def test_evaluations_run_from_the_command_line(root, task, options, measured, tmp_path, capsys):
     output = tmp_path / "report.json"
-    monkeypatch.setattr(sys, "argv", ["evaluation", str(root), *options, "--output", str(output)])
-    evaluation.main()
+    assert evaluate([task, str(root), *options, "--output", str(output)]) == 0
     report = json.loads(output.read_text())
     assert report.items() >= measured.items()
     assert json.loads(capsys.readouterr().out) == report

@@ -8,6 +8,7 @@ from random import Random
 import numpy as np
 import pytest
 
+from internvl.synthetic.captions import caption
 from internvl.synthetic.digits import FIRST_HELD_OUT, digit_indices, digit_indices_by_label, load_handwritten_digits
 from internvl.synthetic.scenes import (
     COLOURS,
@@ -21,7 +22,6 @@ from internvl.synthetic.scenes import (
     TEXT_STEP,
     TILE_SIZE,
     WORDS,
-    caption_of,
     choose_questions,
     draw_scene,
     questions_about,
@@ -219,7 +219,7 @@ def test_chosen_questions_are_different_and_balanced_over_kinds():
 
 def test_the_caption_names_every_object_with_its_place():
     for _, scene in scenes(count=10):
-        parts = caption_of(scene).split(", ")
+        parts = caption(scene).split(", ")
         assert len(parts) == len(scene.objects)
         for part, item in zip(parts, scene.objects, strict=True):
             assert part.endswith(f"{item.value} at the {PLACES[item.place]}")

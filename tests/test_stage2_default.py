@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
-from internvl.evaluation.captioning import describe
+from internvl.evaluation.captioning import generate_captions
 from internvl.modeling_internvl import InternVLModel
 from internvl.processing_internvl import InternVLProcessor
 from internvl.reproduction.stage2 import ALL_BUT_TOWER, NEW_PARTS, CaptionBatches, pair_of, start_from, train
@@ -120,7 +120,7 @@ def test_the_folder_is_an_internvl_g_that_describes_pictures(finished_default_ru
     assert type(model) is InternVLModel
     assert model.config.num_query_token == RECIPE.num_query_token
     pictures = [draw_scene(scene) for scene, _ in batches.scenes(0)][:2]
-    texts = describe(model, processor, pictures, "zh", max_new_tokens=4)
+    texts = generate_captions(model, processor, pictures, "zh", max_new_tokens=4)
     assert len(texts) == 2
     embeds = model.get_image_features(
         processor(images=pictures, return_tensors="pt")["pixel_values"], mode="InternVL-G"

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, AutoProcessor, LlamaConfig, LlamaForCausalLM
 
-from internvl.evaluation import captioning, dialogue, zero_shot
+from internvl.evaluation.__main__ import main as evaluate
 from internvl.kinds import check_kind
 from internvl.training.__main__ import main
 from internvl.training.data.dialogues import DialogueCollator
@@ -70,18 +70,15 @@ def test_validate_needs_a_chat_model_to_count_tokens_by(folders, capsys):
 
 
 @pytest.mark.parametrize(
-    ("module", "kind", "wanted"),
+    ("task", "kind", "wanted"),
     [
-        (captioning, "chat", "an InternVL-G"),
-        (dialogue, "InternVL-G", "an InternVL-Chat"),
-        (zero_shot, "vision", "an InternVL-C"),
+        ("captioning", "chat", "an InternVL-G"),
+        ("dialogue", "InternVL-G", "an InternVL-Chat"),
+        ("zero_shot", "vision", "an InternVL-C"),
     ],
 )
-def test_evaluations_name_the_kind_they_need(module, kind, wanted, folders, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["evaluation", str(folders[kind])])
-    with pytest.raises(SystemExit) as end:
-        module.main()
-    assert end.value.code == 2
+def test_evaluations_name_the_kind_they_need(task, kind, wanted, folders, capsys):
+    assert evaluate([task, str(folders[kind])]) == 2
     assert f"but this evaluation needs {wanted}" in capsys.readouterr().err
 
 

@@ -1,0 +1,192 @@
+"""Metrics as pure functions: accuracy, recall, exact match, precision and recall of facts, CIDEr."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..synthetic.scenes import Question
+
+
+CUTS = (1, 5, 10)
+LONGEST_NGRAM = 4
+SIGMA = 6.0  # of the length penalty of CIDEr-D, in words
+SCALE = 10.0
+
+
+# ------------------------------------------------------------------------------------------- classification, retrieval
+def accuracy(image_embeds: torch.Tensor, class_embeds: torch.Tensor, labels: Sequence[int]) -> float:
+    """Computes the share of images that are most similar to their own class.
+
+    Args:
+        image_embeds: (B, E).
+        class_embeds: (classes, E).
+        labels: B class indices.
+    """
+    predicted = (image_embeds @ class_embeds.T).argmax(dim=1)
+    return (predicted == torch.tensor(labels, device=predicted.device)).float().mean().item()
+
+
+def recalls(similarity: torch.Tensor, is_match: torch.Tensor, cuts: Sequence[int] = CUTS) -> dict[str, float]:
+    """Computes the share of queries with a match among the k most similar items.
+
+    Args:
+        similarity: (queries, items).
+        is_match: (queries, items), booleans; every query has at least one match.
+        cuts: Each k.
+
+    Returns:
+        "R@k" for each k. Items as similar as the best match count as ranked before it.
+
+    Raises:
+        ValueError: A query has no match.
+    """
+    if not bool(is_match.any(dim=1).all()):
+        raise ValueError("Every query needs a match among the items, but a row of `is_match` has none.")
+    best = similarity.masked_fill(~is_match, -torch.inf).amax(dim=1, keepdim=True)
+    rank = ((similarity >= best) & ~is_match).sum(dim=1)
+    return {f"R@{k}": (rank < k).float().mean().item() for k in cuts}
+
+
+def recalls_both_ways(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    texts: Sequence[str],
+    cuts: Sequence[int] = CUTS,
+    image_of_text: Sequence[int] | None = None,
+) -> dict[str, dict[str, float]]:
+    """Computes recalls of images by texts and of texts by images.
+
+    Args:
+        image_embeds: (B, E), unit length.
+        text_embeds: (T, E), unit length.
+        texts: The T texts; equal texts match each other's images.
+        cuts: Each k.
+        image_of_text: T indices of images; None pairs the texts with the images in order.
+
+    Returns:
+        "image_to_text" and "text_to_image", as from `recalls`.
+    """
+    number = {text: index for index, text in enumerate(texts)}
+    index = torch.tensor([number[text] for text in texts])
+    image = torch.arange(len(texts)) if image_of_text is None else torch.tensor(image_of_text)
+    has_text = torch.zeros(len(image_embeds), len(texts), dtype=torch.bool)
+    has_text[image, index] = True
+    is_match = has_text[:, index]
+    similarity = image_embeds @ text_embeds.T
+    return {
+        "image_to_text": recalls(similarity, is_match, cuts),
+        "text_to_image": recalls(similarity.T, is_match.T, cuts),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- answers
+def is_correct(answer: str, expected: str) -> bool:
+    """Returns whether an answer equals the expected one, apart from case and surrounding blanks."""
+    return answer.strip().lower() == expected.strip().lower()
+
+
+def accuracy_by_kind(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Counts correct answers.
+
+    Args:
+        questions: What was asked.
+        answers: What was answered, in the same order.
+
+    Returns:
+        For each kind that was asked: "asked", "right", "accuracy", and "most_common_answer", the accuracy of always
+        giving the kind's most frequent expected answer, which needs no image.
+    """
+    report = {}
+    pairs = list(zip(questions, answers, strict=True))
+    for kind in dict.fromkeys(question.kind for question in questions):
+        asked = [(question, answer) for question, answer in pairs if question.kind == kind]
+        right = sum(is_correct(answer, question.answer) for question, answer in asked)
+        most_common = Counter(question.answer for question, _ in asked).most_common(1)[0][1]
+        report[kind] = {
+            "asked": len(asked),
+            "right": right,
+            "accuracy": right / len(asked),
+            "most_common_answer": most_common / len(asked),
+        }
+    return report
+
+
+# ------------------------------------------------------------------------------------------------------------ captions
+def precision_and_recall(found: Sequence[Counter[Any]], expected: Sequence[Counter[Any]]) -> dict[str, float]:
+    """Compares what was found with what should be, each a multiset.
+
+    Returns:
+        "precision" (share of all found that is expected), "recall" (share of all expected that is found), and "exact",
+        the share of multisets that are equal.
+    """
+    right = sum((one & other).total() for one, other in zip(found, expected, strict=True))
+    exact = sum(one == other for one, other in zip(found, expected, strict=True))
+    return {
+        "precision": right / max(1, sum(one.total() for one in found)),
+        "recall": right / max(1, sum(one.total() for one in expected)),
+        "exact": exact / max(1, len(found)),
+    }
+
+
+def words_of(text: str) -> list[str]:
+    """Splits a text into lower-case words without punctuation; kana and Chinese characters one by one."""
+    return re.findall(r"[\u3041-\u30ff\u4e00-\u9fff]|[^\W\u3041-\u30ff\u4e00-\u9fff]+", text.lower())
+
+
+def _ngrams(words: Sequence[str]) -> list[Counter[tuple[str, ...]]]:
+    """Counts the n-grams of every length."""
+    return [
+        Counter(tuple(words[start : start + n]) for start in range(len(words) - n + 1))
+        for n in range(1, LONGEST_NGRAM + 1)
+    ]
+
+
+def cider(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """Computes CIDEr of each candidate; 10 is the best.
+
+    It is the usually reported variant, CIDEr-D (https://arxiv.org/abs/1411.5726, section 4), over `words_of`.
+
+    Args:
+        candidates: One caption per image.
+        references: The captions that each image should have. They also define how rare an n-gram is: in how many
+            images' references it occurs. With a single image no n-gram is rare, and the score is 0.
+
+    Raises:
+        ValueError: There are not as many lists of references as candidates, or a list is empty.
+    """
+    if len(candidates) != len(references) or not all(references):
+        raise ValueError(
+            f"Each of the {len(candidates)} candidates needs a list of references, got {len(references)} lists, of "
+            f"lengths {sorted({len(texts) for texts in references})}."
+        )
+    counted = [[_ngrams(words_of(text)) for text in texts] for texts in references]
+    images_with = Counter(
+        gram for image in counted for gram in {gram for text in image for counts in text for gram in counts}
+    )
+    log_images = math.log(max(1, len(references)))
+
+    def weigh(counts: Counter[tuple[str, ...]]) -> dict[tuple[str, ...], float]:
+        return {gram: count * (log_images - math.log(max(1, images_with[gram]))) for gram, count in counts.items()}
+
+    scores = []
+    for candidate, texts in zip(candidates, counted, strict=True):
+        own = _ngrams(words_of(candidate))
+        weighted = [weigh(counts) for counts in own]
+        total = 0.0
+        for text in texts:
+            penalty = math.exp(-((own[0].total() - text[0].total()) ** 2) / (2 * SIGMA**2))
+            parts = [_clipped_cosine(*pair) for pair in zip(weighted, map(weigh, text), strict=True)]
+            total += penalty * sum(parts) / LONGEST_NGRAM
+        scores.append(SCALE * total / len(texts))
+    return scores
+
+
+def _clipped_cosine(candidate: dict[tuple[str, ...], float], reference: dict[tuple[str, ...], float]) -> float:
+    """Cosine similarity in which repeating an n-gram more often than the reference does earns nothing."""
+    dot = sum(min(candidate[gram], weight) * weight for gram, weight in reference.items() if gram in candidate)
+    lengths = [math.sqrt(sum(weight**2 for weight in part.values())) for part in (candidate, reference)]
+    return dot / math.prod(lengths) if all(lengths) else 0.0
