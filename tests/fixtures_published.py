@@ -1,4 +1,4 @@
-"""Tiny checkpoints as they would be downloaded: golden weights with a tokenizer and a preprocessor_config.json beside them."""
+"""Tiny checkpoints as they would be downloaded: golden weights, a tokenizer and a preprocessor_config.json."""
 
 import io
 import json
@@ -53,7 +53,7 @@ def sentencepiece_model(num_unused: int = 0) -> bytes:
 
 
 def write_sentencepiece_tokenizer(folder: Path, special: dict[int, str], num_unused: int = 0, **settings: Any) -> None:
-    """Files of a slow tokenizer, as transformers 4.37 saved them: tokenizer.model and a list of the tokens around it."""
+    """Files of a slow tokenizer as transformers 4.37 saved them: tokenizer.model and a list of added tokens."""
     (folder / "tokenizer.model").write_bytes(sentencepiece_model(num_unused))
     content = {0: "<unk>", 1: "<s>", 2: "</s>", **special}
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}

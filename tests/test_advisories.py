@@ -1,8 +1,8 @@
-"""Known holes of the packages this one stands on: which input reaches them, and what closes each.
+"""Known vulnerabilities of the dependencies: which input reaches them, and what closes each.
 
-Looked up in the CVE records, the GitHub advisory database, PyPA's advisory database and Pillow's release notes, in November 2026.
-A hole that input can reach is closed by the floor in pyproject.toml. One that the package never reaches, because it has no call for it,
-names the test that says so. New advisories are new rows: first the row, then the floor that it asks for.
+Source: the CVE records, the GitHub advisory database, PyPA's advisory database and Pillow's release notes, in November
+2026. A vulnerability that input can reach is closed by the floor in pyproject.toml. One that the package cannot reach,
+because it never calls the code, names the test that shows it. To add an advisory, add a row, then raise the floor.
 """
 
 import ast
@@ -22,11 +22,11 @@ from .test_source import ROOT, SHIPPED, dotted, found, nodes
 
 
 class Advisory(NamedTuple):
-    """A known hole.
+    """A known vulnerability.
 
     Args:
         package: Name on PyPI.
-        id: CVE, GitHub advisory, or the report where there is neither.
+        id: CVE, GitHub advisory, or a report if there is neither.
         fixed: The first release without it.
         hole: What is wrong.
         reached_by: The input of ours that gets there.
@@ -95,7 +95,7 @@ OTHER_REASONS = {"transformers", "huggingface_hub"}
 
 
 def floors() -> dict[str, Version]:
-    """The lowest release of each package that any part of pyproject.toml allows; those that only the tests need are left out."""
+    """The lowest release of each package that pyproject.toml allows; those for tests only are left out."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     names = ("convert", "train", "evaluate", "quant", "plot")
@@ -160,7 +160,7 @@ def test_no_compiled_program_is_loaded():
 
 
 def test_rows_are_read_by_our_own_readers():
-    """No builder of `datasets` reads a file of the user's, and Parquet is read without keys of its own."""
+    """No builder of `datasets` reads a user's file, and Parquet is read without encryption keys."""
     assert not uses_of(
         "datasets.load_dataset", "datasets.load_from_disk", "datasets.Dataset.from_", "datasets.builder"
     )
@@ -189,7 +189,7 @@ def test_only_the_progress_bar_of_tqdm_is_used():
 
 
 def test_the_names_are_found():
-    """Else the tests above would say that nothing is used whatever the sources hold."""
+    """Otherwise the tests above would pass for any sources."""
     assert {"tqdm.tqdm", "torch.load", "datasets.distributed.split_dataset_by_node"} <= {
         n for _, n, _ in shipped_names()
     }

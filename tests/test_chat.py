@@ -28,7 +28,7 @@ def conversation(bundled, monkeypatch) -> Conversation:
 
 
 def spy(conversation: Conversation, monkeypatch, last_id: int | None = None) -> list[dict]:
-    """What each turn gives the model; `last_id` takes the place of the last id that the model writes, which no cache holds yet."""
+    """Records the inputs of each turn. `last_id` replaces the last id of an answer, which no cache holds yet."""
     calls: list[dict] = []
     generate = conversation.model.generate
 
@@ -117,7 +117,7 @@ def test_an_interrupted_answer_leaves_a_conversation_that_goes_on(conversation):
     assert conversation.ask("What?") == answer
 
 
-# ------------------------------------------------------------------------------------------------------- the command line
+# -------------------------------------------------------------------------------------------------- the command line
 def test_a_conversation_needs_no_image(bundled, monkeypatch, capsys):
     bundled.restart()
     monkeypatch.setattr(chat, "Conversation", lambda *_: bundled)
@@ -191,7 +191,7 @@ def test_what_is_seen_without_a_model_does_not_wait_for_torch(root, arguments):
     assert not [line for line in done.stderr.splitlines() if line.endswith((" torch", " transformers"))]
 
 
-# ------------------------------------------------------------------------------------------------------- the demonstration
+# ------------------------------------------------------------------------------------------------- the demonstration
 def test_the_demonstration_answers_and_draws_the_tiles(bundled, root, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "Conversation", lambda *_, **settings: bundled)
     questions = json.loads((root / "examples" / "questions.json").read_text(encoding="utf-8"))[:2]

@@ -255,7 +255,7 @@ def files_of_other_formats() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", files_of_other_formats())
 def test_other_formats_are_refused_and_nothing_is_started(processor, name, tmp_path, monkeypatch):
-    """Also in PIL images that are not decoded yet. A Ghostscript that leaves a mark stands first in the search path."""
+    """Also in PIL images that are not loaded yet. A Ghostscript that leaves a mark is first in the search path."""
     mark, program, path = tmp_path / "started", tmp_path / "gs", tmp_path / "image"
     program.write_text(f"#!/bin/sh\ntouch {mark}\n")
     program.chmod(0o755)

@@ -147,7 +147,7 @@ def test_floats_may_leave_their_range_by_errors_of_rounding():
         assert np.rint(tile[0, 0] * 255).tolist() == [0, 128, 255, 255, 0]
 
 
-def test_floats_are_taken_as_scaled_whatever_do_rescale_says(processor):
+def test_floats_are_scaled_already_with_and_without_do_rescale(processor):
     array = np.asarray(make_image(20, 20)) / np.float32(255)
     rescaled = processor(array, return_tensors="pt")["pixel_values"]
     assert torch.equal(processor(array, do_rescale=False, return_tensors="pt")["pixel_values"], rescaled)
@@ -407,7 +407,7 @@ def test_a_background_that_cannot_be_painted_is_refused(processor, background):
 
 
 def test_grey_images_stay_grey_over_the_background():
-    """Without `do_convert_rgb`, whatever marks them as transparent."""
+    """Without `do_convert_rgb`, for every kind of transparency."""
     settings = {
         "do_convert_rgb": False,
         "image_mean": [0],

@@ -1,4 +1,4 @@
-"""The image processor: the published grids and pixels exactly, every setting in every spelling, every kind of image."""
+"""The image processor: published grids and pixels exactly, every setting under every alias, every kind of image."""
 
 import hashlib
 import json
@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +42,23 @@ def golden() -> dict[str, torch.Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------ the grid
-def slow_grid(width: int, height: int, min_num: int, max_num: int, tile: int) -> tuple[int, int]:
-    """The rule in words: of the grids with the closest ratio the smallest, unless the image fills half of a larger."""
+@cache
+def slow_grids(min_num: int, max_num: int) -> list[tuple[int, int]]:
     grids = set()
     for limit in range(min_num, max_num + 1):
         for columns in range(1, limit + 1):
             for rows in range(1, limit + 1):
                 if min_num <= columns * rows <= max_num:
                     grids.add((columns, rows))
+    return sorted(grids, key=lambda grid: grid[0] * grid[1])
+
+
+def slow_grid(width: int, height: int, min_num: int, max_num: int, tile: int) -> tuple[int, int]:
+    """The rule in words: of the grids with the closest ratio the smallest, unless the image fills half of a larger."""
+    grids = slow_grids(min_num, max_num)
     gaps = {grid: abs(width / height - grid[0] / grid[1]) for grid in grids}
-    ordered = sorted(grids, key=lambda grid: grid[0] * grid[1])
-    first, *others = [grid for grid in ordered if gaps[grid] == min(gaps.values())]
+    closest = min(gaps.values())
+    first, *others = [grid for grid in grids if gaps[grid] == closest]
     for grid in others:
         if width * height > tile * tile * grid[0] * grid[1] / 2:
             first = grid
@@ -158,7 +165,7 @@ def test_a_batch_equals_its_images_one_by_one(processor):
 # ------------------------------------------------------------------------------------------------ threads
 @pytest.fixture
 def set_threads() -> Iterator[Callable[[int], None]]:
-    """Sets the number of PyTorch's threads, and afterwards what it was."""
+    """Sets the number of PyTorch's threads and restores it afterwards."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -218,7 +225,7 @@ def test_no_threads_are_started_for_one_image_of_one_tile_or_where_torch_has_one
 
 
 class Prepared(torch.utils.data.Dataset):
-    """What the processor makes of the same images, and in how many threads of its own."""
+    """Features of the same images, and the number of other threads that took part."""
 
     def __init__(self, processor: InternVLImageProcessor, threads: list[int]) -> None:
         self.processor, self.threads = processor, threads
@@ -259,7 +266,7 @@ def test_the_first_broken_image_is_named_whichever_thread_meets_it(processor, se
 
 
 def test_images_that_share_an_open_file_are_loaded_one_after_the_other(processor, set_threads, tmp_path, monkeypatch):
-    """One object given twice, and two objects on one handle; files of their own are loaded at the same time."""
+    """One object given twice, and two objects on one handle; separate files are loaded at the same time."""
     path, loading, most = tmp_path / "image.png", [], []
     path.write_bytes(encoded(make_image(200, 100)))
     load = PngImagePlugin.PngImageFile.load_prepare

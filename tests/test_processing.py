@@ -173,7 +173,7 @@ def test_a_chat_processor_pads_left_with_its_own_tokenizer_too(tmp_path: Path) -
     assert make_processor(tokenizer=given, mode="contrastive").tokenizer is given
 
 
-def test_padding_is_on_the_left_whatever_the_tokenizer_says() -> None:
+def test_padding_is_on_the_left_for_every_tokenizer() -> None:
     processor = make_processor(tokenizer=make_tokenizer(padding_side="right"))
     features = processor(text=["one two three", "one"], return_tensors="pt")
     assert features["attention_mask"][1].tolist() == sorted(features["attention_mask"][1].tolist())
@@ -261,6 +261,17 @@ def test_no_more_of_a_long_text_is_read_than_its_first_tokens_need(monkeypatch: 
     assert ids[0] == [*expected, processor.tokenizer.eos_token_id]
     assert ids[1] == processor(text="a", mode="contrastive")["input_ids"][0]
     assert max(read) <= 20_000
+
+
+def test_more_of_a_long_text_is_read_where_its_first_characters_give_too_few_tokens() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(
+        ["x" * 100]
+    )  # 4,096 characters have 40 of them and single ones, fewer than twice `max_length`
+    processor, text = make_processor(tokenizer=tokenizer), "x" * 200_000 + " a cat"
+    expected = tokenizer(processor.text_prefix + text)["input_ids"][: processor.max_text_length - 1]
+    assert expected.count(tokenizer.convert_tokens_to_ids("x" * 100)) > 60
+    assert processor(text=text, mode="contrastive")["input_ids"] == [[*expected, tokenizer.eos_token_id]]
 
 
 @pytest.mark.parametrize("add_eos", [False, True])
@@ -370,25 +381,33 @@ def test_saved_processor_reloads_equal(tmp_path: Path) -> None:
 
 
 RELOAD = """
-import sys, json
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
-folder = sys.argv[1]
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
-AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+import json, shutil, sys
 import numpy as np
-image = np.zeros((64, 192, 3), dtype=np.uint8)
-content = [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]
-features = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True)
-if len(sys.argv) > 2:
-    processor.save_pretrained(sys.argv[2])
-names = [type(processor).__name__, type(image_processor).__name__, type(processor).__module__]
-print(json.dumps([*names, features["input_ids"]]))
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+first, second = sys.argv[1:]
+
+def load(folder):
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+    AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    content = [{"type": "image", "image": np.zeros((64, 192, 3), dtype=np.uint8)}, {"type": "text", "text": "What?"}]
+    message = {"role": "user", "content": content}
+    features = processor.apply_chat_template([message], tokenize=True, return_dict=True)
+    names = [type(processor).__name__, type(image_processor).__name__, type(processor).__module__]
+    return processor, [*names, features["input_ids"]]
+
+processor, result = load(first)
+processor.save_pretrained(second)
+for name in ("config.json", "configuration_internvl.py", "configuration_internlm2.py"):
+    shutil.move(f"{first}/{name}", second)
+shutil.rmtree(first)
+shutil.rmtree(sys.modules[type(processor).__module__].__file__.rpartition("/")[0])
+print(json.dumps([result, load(second)[1]]))
 """
 
 
-def reload_elsewhere(folder: Path, cache: Path, *save_to: Path) -> list[Any]:
-    """Loads a saved processor in a fresh process, offline, where the package is not importable."""
+def reload_elsewhere(folder: Path, second: Path) -> list[Any]:
+    """Loads a saved processor, and what it saves to `second`, in a fresh process without the package."""
     inherited = [
         entry
         for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep)
@@ -398,16 +417,10 @@ def reload_elsewhere(folder: Path, cache: Path, *save_to: Path) -> list[Any]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(inherited),
         "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(cache),
+        "HF_MODULES_CACHE": str(folder.parent / "cache"),
     }
-    run = subprocess.run(
-        [sys.executable, "-c", RELOAD, str(folder), *map(str, save_to)],
-        env=environment,
-        cwd=cache.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-c", RELOAD, str(folder), str(second)]
+    run = subprocess.run(command, env=environment, cwd=folder.parent, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -450,16 +463,13 @@ def test_saved_folder_works_after_a_move_and_a_second_save(
     assert config["auto_map"] == {"AutoProcessor": "processing_internvl.InternVLProcessor"}
     assert config["image_processor"]["auto_map"]["AutoImageProcessor"].endswith(".InternVLImageProcessor")
     shutil.move(tmp_path / "first", tmp_path / "moved")
-    name, image_name, module, ids = reload_elsewhere(
-        add_config(tmp_path / "moved", root), tmp_path / "cache", tmp_path / "second"
-    )
-    assert (name, image_name) == ("InternVLProcessor", "InternVLImageProcessor")
-    assert module.startswith("transformers_modules")
-    image = Image.new("RGB", (192, 64))
-    assert ids == chat(processor, [user(image, "What?")])["input_ids"].tolist()
-    shutil.rmtree(tmp_path / "moved")
-    shutil.rmtree(tmp_path / "cache")
-    assert reload_elsewhere(add_config(tmp_path / "second", root), tmp_path / "cache")[3] == ids
+    ids = chat(processor, [user(Image.new("RGB", (192, 64)), "What?")])["input_ids"].tolist()
+    results = reload_elsewhere(add_config(tmp_path / "moved", root), tmp_path / "second")
+    for folder, (*names, module, found) in zip(("moved", "second"), results, strict=True):
+        assert names == ["InternVLProcessor", "InternVLImageProcessor"]
+        assert module.startswith(f"transformers_modules.{folder}.")
+        assert found == ids
+    assert not (tmp_path / "moved").exists()
 
 
 @pytest.mark.parametrize(

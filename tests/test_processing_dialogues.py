@@ -130,7 +130,8 @@ def test_variables_and_other_templates_pass_through(processor: InternVLProcessor
 
 def test_only_undeclared_variables_belong_to_the_template(processor: InternVLProcessor) -> None:
     """Not a word in its text, a comment, a loop's own name or a key."""
-    jinja = "{# padding #}max_num {% set inner = 1 %}{% for m in messages %}{{ m.role }}{% endfor %}{{ messages[0]['content'] }}"
+    loop = "{% for m in messages %}{{ m.role }}{% endfor %}"
+    jinja = "{# padding #}max_num {% set inner = 1 %}" + loop + "{{ messages[0]['content'] }}"
     assert processor.apply_chat_template([{"role": "user", "content": "Hi"}], jinja, padding=True)
     features = chat(
         processor, [{"role": "user", "content": "Hi"}], chat_template=jinja, padding="max_length", max_length=64
@@ -150,7 +151,8 @@ TOOL = {"type": "function", "function": {"name": "f", "description": "d", "param
 CALL = {"role": "assistant", "content": None, "tool_calls": [TOOL]}
 WITH_TOOLS = (
     "{% if tools %}[{{ tools[0].function.name }}]{% endif %}"
-    "{% for m in messages %}{{ m.role }}:{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls | length }}{% endif %}{% endfor %}"
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}"
+    "{% if m.tool_calls %}{{ m.tool_calls | length }}{% endif %}{% endfor %}"
 )
 
 
@@ -319,7 +321,7 @@ def test_settings_of_a_dialogue_that_cannot_be_met_are_named(
         "messages | nofilter",
     ],
 )
-def test_whatever_a_template_raises_is_its_refusal(processor: InternVLProcessor, expression: str) -> None:
+def test_errors_of_a_template_are_its_refusal(processor: InternVLProcessor, expression: str) -> None:
     with pytest.raises(ValueError, match="The chat template"):
         processor.apply_chat_template([user("Hi")], "{{ " + expression + " }}")
 

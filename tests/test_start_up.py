@@ -1,4 +1,4 @@
-"""Starting: `import internvl` registers every class, and a command tells of a wrong argument before it imports torch."""
+"""Start-up: `import internvl` registers every class, and commands report wrong arguments before importing torch."""
 
 import re
 import subprocess
@@ -60,7 +60,7 @@ import sys
 from importlib import import_module
 ONLY_FOR_TRAINING = {"datasets", "peft", "matplotlib", "sklearn"}
 names = sys.argv[1:]
-sys.argv[0] = "-m"  # as Python has it while it looks for a module that is none of this package's commands
+sys.argv[0] = "-m"  # as under `python -m` of a module that is not one of the commands
 import internvl
 from transformers import AutoConfig, AutoModel, AutoProcessor
 types = ("intern_vit_6b", "internvl_14b", "internvl_chat_model")

@@ -1,4 +1,4 @@
-"""Contrastive texts that did not pass the processor: completed to its ids, or refused; what is complete keeps its ids."""
+"""Contrastive texts that did not pass the processor: completed or refused; complete ones keep their ids."""
 
 import os
 import subprocess
@@ -209,7 +209,8 @@ stock = pipeline("zero-shot-image-classification", model=folder, trust_remote_co
 assert type(stock.model).__module__.startswith("transformers_modules.")
 image = Image.new("RGB", (64, 64), "red")
 found = {entry["label"]: entry["score"] for entry in stock(image, labels, hypothesis_template="{}")}
-inputs = AutoProcessor.from_pretrained(folder, trust_remote_code=True)(image, labels, mode="contrastive", return_tensors="pt")
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+inputs = processor(image, labels, mode="contrastive", return_tensors="pt")
 with torch.no_grad():
     assert [found[label] for label in labels] == stock.model(**inputs).logits_per_image[0].softmax(-1).tolist()
 """

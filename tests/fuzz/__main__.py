@@ -2,8 +2,8 @@
 
     python -m tests.fuzz [--seed N] [--only KIND,...]
 
-Exit status 0: every input was accepted, or refused by a ValueError or an OSError that names it; none took longer than its time, none
-started a program, and memory stayed within its bounds.
+Exit status 0: every input was accepted, or refused by a ValueError or an OSError that names it; none exceeded the time
+limit, none started a program, and memory stayed within its bounds.
 """
 
 import argparse
@@ -61,7 +61,9 @@ def run(kinds: list[str], seed: int) -> int:
     """Prints a row for each kind and then all faults; returns the exit status."""
     start, faults = time.monotonic(), []
     print(
-        "| input | tried | accepted | refused by name | faults | slowest | memory grew by |\n|---|---|---|---|---|---|---|"
+        "| input | tried | accepted | refused by name | faults | slowest | memory grew by |",
+        "|---" * 7 + "|",
+        sep="\n",
     )
     for kind in kinds:
         report = watch(kind, KINDS[kind](seed))

@@ -15,6 +15,7 @@ from PIL import Image
 
 from internvl.image_processing_internvl import InternVLImageProcessor
 
+from ..fixtures_images import encoded
 from .mutations import damaged
 
 
@@ -22,11 +23,8 @@ SETTINGS = {"size": 16, "max_num": 4, "max_image_pixels": 4_000_000}
 
 
 def _encoded(image: Image.Image, file_format: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image = image.copy()  # saving leaves settings of its format behind
     options |= {"append_images": [image.rotate(90), image.rotate(180)]} if "save_all" in options else {}
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
+    return encoded(image.copy(), file_format, **options)  # saving leaves settings of its format behind
 
 
 def base_files() -> dict[str, bytes]:
@@ -104,10 +102,10 @@ def _read(processor: InternVLImageProcessor, source: Any) -> str | None:
         warnings.simplefilter("ignore")
         output = processor(source, return_tensors="np")
     pixels = output["pixel_values"]
-    is_right = (
+    is_valid = (
         pixels.shape[1:] == (3, 16, 16) and len(pixels) == sum(output["num_patches"]) and np.isfinite(pixels).all()
     )
-    return None if is_right else f"gives pixels of shape {pixels.shape}"
+    return None if is_valid else f"gives pixels of shape {pixels.shape}"
 
 
 def inputs(seed: int, per_file: int) -> Iterator[tuple[str, Callable[[], Any], str]]:

@@ -5,16 +5,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from internvl.conversation_internvl import get_conversation_template
-from internvl.image_processing_internvl import InternVLImageProcessor
 from internvl.processing_internvl import InternVLProcessor
 
-from ..fixtures_text import make_image, make_tokenizer
+from ..fixtures_processing import SEQ, SQUARE, make_processor
 from .mutations import with_odd_values
 
 
-SEQ = 4  # placeholders of a tile
-IMAGE = make_image(32, 32)  # one tile
 TOKENS = [
     "<image>",
     "<IMG_CONTEXT>",
@@ -29,23 +25,13 @@ NAMED = r"[Mm]essage \d|[Cc]onversation|Text \d|Image \d|sample \d|`tools`|`docu
 Call = tuple[list[dict[str, Any]], dict[str, Any]]
 
 
-def make_processor() -> InternVLProcessor:
-    """A tiny one with the template of InternVL-Chat."""
-    return InternVLProcessor(
-        image_processor=InternVLImageProcessor(size={"height": 28, "width": 28}, max_num=2),
-        tokenizer=make_tokenizer(),
-        image_seq_length=SEQ,
-        chat_template=get_conversation_template("internvl").to_jinja(),
-    )
-
-
 def _text(value: str) -> dict[str, str]:
     return {"type": "text", "text": value}
 
 
 def places(token: str) -> dict[str, Call]:
     """Dialogues about one image, with the token in every place that holds a text: 23."""
-    image = {"type": "image", "image": IMAGE}
+    image = {"type": "image", "image": SQUARE}
     asked = {"role": "user", "content": [image, _text("What?")]}
     answered = {"role": "assistant", "content": [_text("A bus.")]}
     half = len(token) // 2
@@ -109,7 +95,7 @@ def injections() -> Iterator[tuple[str, Callable[[], Any], str]]:
 def _dialogue() -> list[dict[str, Any]]:
     return [
         {"role": "system", "content": "You look."},
-        {"role": "user", "content": [{"type": "image", "image": IMAGE}, _text("What?")]},
+        {"role": "user", "content": [{"type": "image", "image": SQUARE}, _text("What?")]},
         {"role": "assistant", "content": [_text("A bus.")]},
         {"role": "user", "content": "Which colour?"},
     ]

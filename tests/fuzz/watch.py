@@ -1,4 +1,4 @@
-"""Watches single calls: what they raise, how long they take, what they start, and how much memory they leave behind."""
+"""Watches single calls: what they raise, how long they take, what they start, and how far memory grows."""
 
 import os
 import re
@@ -18,12 +18,12 @@ STARTS = ("subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "
 
 
 class HangError(BaseException):
-    """A call took longer than it may; no `except Exception` on the way stops it."""
+    """A call exceeded the time limit. Not an `Exception`, so that no handler of the package catches it."""
 
 
 @dataclass
 class Report:
-    """What came of the inputs of one kind."""
+    """Outcomes of the inputs of one kind."""
 
     kind: str
     inputs: int = 0
@@ -34,7 +34,7 @@ class Report:
     faults: list[str] = field(default_factory=list)
 
     def row(self) -> str:
-        """For the table of the README."""
+        """Row of the table in the README."""
         growth = f"{self.growth / 2**20:.0f} MiB"
         counts = f"{self.inputs:,} | {self.accepted:,} | {self.refused:,} | {len(self.faults)}"
         return f"| {self.kind} | {counts} | {self.slowest:.2f} s | {growth} |"
@@ -72,16 +72,16 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def watch(kind: str, inputs: Iterator[tuple[str, Callable[[], Any], str]]) -> Report:
-    """Makes every call and counts what comes of it.
+    """Makes every call and counts the outcomes.
 
     Args:
-        kind: Of the inputs.
-        inputs: For each its label, the call, and a pattern that an error's message must match, which names the thing. A call
-            may return a text: then it is at fault, and this is why.
+        kind: Kind of the inputs.
+        inputs: Label, call, and a pattern that the message of an error must match, because it names the input. A text
+            that a call returns describes its fault.
 
     Returns:
-        The counts. A fault is an error other than a ValueError or an OSError that names the thing, a call that takes longer
-        than SECONDS, a program that was started, and memory beyond GROWTH.
+        The counts. A fault is an error other than a ValueError or an OSError that names the input, a call that takes
+        longer than SECONDS, a started program, or memory beyond GROWTH.
     """
     global _is_watching
     report, before = Report(kind), _largest_memory()
@@ -117,7 +117,7 @@ def watch(kind: str, inputs: Iterator[tuple[str, Callable[[], Any], str]]) -> Re
 
 
 def limit_memory(beyond: int) -> None:
-    """No more address space than what is in use and so many bytes: one input cannot take the machine's memory."""
+    """Limits the address space to what is in use and `beyond` bytes, so that no input takes the machine's memory."""
     with open("/proc/self/statm", encoding="ascii") as handle:
         used = int(handle.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
