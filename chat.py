@@ -115,9 +115,6 @@ class Conversation:
 def check_model(model: str | Path) -> None:
     """Checks a folder before anything is loaded from it; possible Hub names are left to transformers.
 
-    Args:
-        model: Folder or Hub name.
-
     Raises:
         ValueError: If it is not a chat checkpoint.
         OSError: If it is neither a folder nor a Hub name.
@@ -145,14 +142,7 @@ def check_model(model: str | Path) -> None:
 
 
 def check_images(images: list[str]) -> None:
-    """Checks that paths are files; URLs are left to the processor.
-
-    Args:
-        images: Paths and URLs.
-
-    Raises:
-        OSError: If a file is missing.
-    """
+    """Raises an OSError for paths that are not files; URLs are left to the processor."""
     for image in images:
         is_address = image.startswith(("http://", "https://", "data:", "file:"))
         if not is_address and not Path(image).is_file():

@@ -99,16 +99,13 @@ def select_template(templates: str | dict[str, str] | None, chat_template: str |
 def assistant_spans(
     conversations: list[list[dict[str, Any]]], jinja: str, tokenizer: Any, kwargs: dict[str, Any]
 ) -> list[Any]:
-    """Finds what the assistant writes in the rendered prompts.
+    """Finds what the assistant writes in the prompts: (start, end) characters before images are expanded.
 
     Args:
         conversations: Lists of messages.
         jinja: Text of the chat template, with generation markers.
         tokenizer: A fast tokenizer.
         kwargs: Arguments of `apply_chat_template` and variables of the template.
-
-    Returns:
-        Per conversation, (start, end) characters in the prompt before images are expanded.
 
     Raises:
         ValueError: If the tokenizer, the template or an argument does not allow it.
@@ -129,6 +126,3 @@ def assistant_spans(
             f"`{IMAGE_CONTEXT_TOKEN}`."
         )
     return spans
-
-
-__all__ = ["TemplateNames", "assistant_spans", "refusals_as_value_errors", "select_template", "template_names"]

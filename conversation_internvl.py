@@ -120,11 +120,7 @@ class ConversationTemplate:
     def end_token_ids(self, tokenizer: Any) -> list[int]:
         """Returns `eos_token_id` for a generation configuration: stop strings that are tokens, and the end token.
 
-        Args:
-            tokenizer: A tokenizer of transformers.
-
-        Returns:
-            Unique ids, that of `stop` first; empty if the tokenizer knows none (as for `###`).
+        The ids are unique, that of `stop` first; the list is empty if the tokenizer knows none (as for `###`).
         """
         special = set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab())
         ids = [tokenizer.convert_tokens_to_ids(stop) for stop in self.stop_strings if stop in special]
@@ -368,9 +364,6 @@ def list_conversation_templates() -> list[str]:
 def get_conversation_template(name: str) -> ConversationTemplate:
     """Returns a conversation template by name; `llava/<name>` works for every template of the LLaVA code base.
 
-    Args:
-        name: One of `list_conversation_templates()`.
-
     Raises:
         ValueError: If the name is unknown, or is `plain`, which joins images and captions without a dialogue.
     """
@@ -389,12 +382,7 @@ def get_conversation_template(name: str) -> ConversationTemplate:
 def escape_image_tokens(text: str, keep_placeholder: bool = False) -> str:
     """Escapes literal image tokens in user text with a space after the bracket: `<img>` becomes `< img>`.
 
-    Args:
-        text: Any text.
-        keep_placeholder: Leave `<image>` unchanged, which marks the place of an image in questions of `chat()`.
-
-    Returns:
-        The text without image tokens and placeholders.
+    With `keep_placeholder`, `<image>` is left unchanged: in questions of `chat()` it marks the place of an image.
     """
     pattern = _IMAGE_TOKENS_BUT_PLACEHOLDER if keep_placeholder else _IMAGE_TOKENS
     return pattern.sub("< ", text)

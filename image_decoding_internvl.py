@@ -210,12 +210,7 @@ def _webp_canvas(start: bytes) -> tuple[int, int] | None:
 
 
 def open_image(handle: BinaryIO, name: str, max_image_pixels: int) -> Image.Image:
-    """Reads and checks the header of a file without decoding it.
-
-    Args:
-        handle: A file at its beginning.
-        name: Name of the image in errors.
-        max_image_pixels: Largest width times height.
+    """Reads and checks the header of a file, from its beginning, without decoding it.
 
     Raises:
         ValueError: If it is not an image of a format in `FORMATS`, or too large.
@@ -316,17 +311,3 @@ def decode_image(handle: BinaryIO, name: str, max_image_pixels: int) -> Image.Im
     with decoding(name):
         ImageOps.exif_transpose(image, in_place=True)
     return image
-
-
-__all__ = [
-    "DECODER_ERRORS",
-    "FORMATS",
-    "READABLE",
-    "check_image_size",
-    "decode_image",
-    "decoding",
-    "is_readable",
-    "load_image",
-    "name_content",
-    "open_image",
-]

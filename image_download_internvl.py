@@ -196,15 +196,7 @@ def _fetch(url: str, deadline: _Deadline, outcome: list[Any]) -> None:
 
 
 def download(url: str, name: str) -> bytes:
-    """Downloads an http(s) URL within DOWNLOAD_BYTES and DOWNLOAD_SECONDS.
-
-    Args:
-        url: The URL.
-        name: Name of the image in errors.
-
-    Raises:
-        ValueError: If it cannot be fetched.
-    """
+    """Downloads an http(s) URL within DOWNLOAD_BYTES and DOWNLOAD_SECONDS; a ValueError with `name` if it fails."""
     deadline = _Deadline(DOWNLOAD_SECONDS)
     outcome: list[Any] = []
     # A socket timeout ends neither a name look-up nor a read from a server that sends a byte now and then. So a thread
@@ -219,6 +211,3 @@ def download(url: str, name: str) -> bytes:
         return outcome[0]
     error = outcome[0]
     raise ValueError(f"{name} cannot be fetched ({type(error).__name__}: {error}).") from error
-
-
-__all__ = ["DOWNLOAD_BYTES", "DOWNLOAD_SECONDS", "PRIVATE_HOSTS", "download"]

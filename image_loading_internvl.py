@@ -455,19 +455,3 @@ def to_pil(
         if colour is not None and image.has_transparency_data:
             image = _over(colour, image)
         return image if image.mode == mode else image.convert(mode)
-
-
-__all__ = [
-    "DEFAULT_BACKGROUND",
-    "Background",
-    "ImageSource",
-    "NestedImages",
-    "flatten_images",
-    "group_images",
-    "name_images",
-    "parse_background",
-    "read_image",
-    "read_image_size",
-    "read_nested_images",
-    "to_pil",
-]

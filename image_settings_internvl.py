@@ -172,18 +172,3 @@ def fixed_sizes(mode: str, size: SizeDict, crop_size: SizeDict | None) -> tuple[
     if not (0 < (crop_size.height or 0) <= height and 0 < (crop_size.width or 0) <= width):
         raise ValueError(f"`crop_size` must lie within `size` ({height}), got {dict(crop_size)}.")
     return SizeDict(shortest_edge=height), crop_size
-
-
-__all__ = [
-    "ALIASES",
-    "LOADING_SETTINGS",
-    "MOST_TILES",
-    "TILE_SETTINGS",
-    "InternVLImageProcessorKwargs",
-    "alias_of",
-    "canonical_settings",
-    "check_settings",
-    "fixed_sizes",
-    "switch_of",
-    "tile_limits",
-]

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.utils import TransformersKwargs
 
-from .renaming_internvl import renamed_arguments, renamed_attribute, renamed_names, with_new_names
+from .renaming_internvl import renamed_arguments
 
 
 # Keywords that transformers, its generation and trainers, tokenizers and serving engines pass to any model.
@@ -46,12 +46,4 @@ def refuse_unknown(keywords: Mapping[str, Any], where: str, also: Iterable[str] 
         )
 
 
-__all__ = [
-    "KNOWN_KEYWORDS",
-    "UnknownKeywordError",
-    "refuse_unknown",
-    "renamed_arguments",
-    "renamed_attribute",
-    "renamed_names",
-    "with_new_names",
-]
+__all__ = ["KNOWN_KEYWORDS", "UnknownKeywordError", "refuse_unknown", "renamed_arguments"]

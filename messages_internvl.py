@@ -45,16 +45,9 @@ def is_nothing(value: Any, depth: int = 0) -> bool:
 
 
 def as_conversations(conversation: Any) -> tuple[list[list[Any]], bool]:
-    """Returns one or more dialogues as a list of lists of messages.
+    """Returns a dialogue or a batch of dialogues as a list of lists of messages, and whether it was a batch.
 
-    Args:
-        conversation: One dialogue or a batch: lists of messages, or objects with `messages`.
-
-    Returns:
-        The dialogues, and whether they were given as a batch.
-
-    Raises:
-        ValueError: If it is not a dialogue, or an empty one.
+    A dialogue is a list of messages or an object with `messages`.
     """
     if hasattr(conversation, "messages"):
         conversation = conversation.messages
@@ -218,14 +211,7 @@ def _image_part(part: Message, where: str) -> Message:
 
 
 def images_beside(images: Any, conversations: list[list[Message]]) -> list[list[Any]]:
-    """Distributes images that are passed beside the messages over the conversations.
-
-    Args:
-        images: Images, flat or nested per conversation.
-        conversations: Output of `prepare_conversations`.
-
-    Returns:
-        The images of each conversation, in order.
+    """Distributes images (flat or nested per conversation) that are passed beside the messages.
 
     Raises:
         ValueError: If the messages hold images themselves, which these would replace.
@@ -303,15 +289,12 @@ def _escape_parts(parts: list[Message]) -> list[Message]:
 
 
 def assistant_masks(spans: list[Any], token_offsets: Any, replacements: Any) -> list[np.ndarray]:
-    """Marks the tokens that overlap a span of the assistant.
+    """Marks the tokens of each sample that overlap a span of the assistant with 1, the others with 0.
 
     Args:
         spans: Per sample, (start, end) characters in the prompt before images are expanded, in order.
         token_offsets: Per sample, (start, end) characters of each token in the expanded prompt.
         replacements: Per sample, the replacements of the base class, in order.
-
-    Returns:
-        Per sample, 1 or 0 for each token.
     """
     masks = []
     for row, sample_spans in enumerate(spans):
@@ -363,14 +346,3 @@ def _like(ids: Any, rows: list[np.ndarray]) -> Any:
     if isinstance(ids, torch.Tensor):
         return torch.from_numpy(np.stack(rows)).to(ids.dtype)
     return np.stack(rows).astype(ids.dtype) if isinstance(ids, np.ndarray) else [row.tolist() for row in rows]
-
-
-__all__ = [
-    "Message",
-    "add_training_targets",
-    "as_conversations",
-    "assistant_masks",
-    "images_beside",
-    "is_nothing",
-    "prepare_conversations",
-]

@@ -16,13 +16,9 @@ MODES = {"chat": "chat", "contrastive": "contrastive", "retrieval": "contrastive
 # Tokenizer settings of the modes "contrastive" and "caption", which decide the others (prefix, special tokens...).
 PLAIN_TEXT_SETTINGS = {"max_length", "padding", "padding_side", "return_tensors", "truncation", "verbose"}
 # Tokenizer settings that make no sense for prompts: they split one into several or expect a second text.
-UNUSED_TEXT_SETTINGS = {
-    "is_split_into_words",
-    "return_overflowing_tokens",
-    "text_pair",
-    "text_pair_target",
-    "text_target",
-}
+UNUSED_TEXT_SETTINGS = set(
+    "is_split_into_words return_overflowing_tokens text_pair text_pair_target text_target".split()
+)
 # Settings of a call that the base class reads itself.
 CALL_SETTINGS = {"common_kwargs", "return_metadata"}
 # Allowed in `processor_kwargs` of `apply_chat_template` in addition to settings.
@@ -214,19 +210,3 @@ def check_placeholders(text: list[str], given: list[int] | None, total: int) -> 
     raise ValueError(
         f"The number of image tokens in the prompts should be the same as the number of images: {where}. {fix}"
     )
-
-
-__all__ = [
-    "CALL_INPUTS",
-    "InternVLProcessorKwargs",
-    "as_texts",
-    "check_call_settings",
-    "check_no_sampling",
-    "check_placeholders",
-    "requested",
-    "resolve_mode",
-    "set_text_setting",
-    "settings_of_image",
-    "split_settings",
-    "with_single_tile_frames",
-]

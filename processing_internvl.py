@@ -191,30 +191,16 @@ class InternVLProcessor(ProcessorMixin):
         return kwargs
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        """Returns the text that replaces the placeholder of an image. Called by the base class.
-
-        Args:
-            image_inputs: Output of the image processor.
-            image_idx: Index of the image.
-            **kwargs: Settings of the images; not used.
-
-        Returns:
-            Context tokens of all tiles, enclosed in the start and end token if the model has them.
-        """
+        """Returns the text that replaces the placeholder of image `image_idx`. Called by the base class."""
         num_patches = int(image_inputs["num_patches"][image_idx])
         return image_span(num_patches, self.image_seq_length, self.use_image_start_end)
 
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
     ) -> MultiModalData:
-        """Counts image tokens from image sizes alone; serving engines plan their memory with it.
+        """Counts image tokens (with start and end token) and tiles of each image from its (height, width) alone.
 
-        Args:
-            image_sizes: (height, width) of each image.
-            **kwargs: Settings of a call.
-
-        Returns:
-            `num_image_tokens` (with start and end token) and `num_image_patches` of each image.
+        Serving engines plan their memory with it.
         """
         if image_sizes is None:
             return MultiModalData()

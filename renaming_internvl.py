@@ -118,6 +118,3 @@ def renamed_names(module: Mapping[str, Any], **renamed: str) -> Callable[[str], 
         return module[renamed[name]]
 
     return find
-
-
-__all__ = ["RenamedOption", "renamed_arguments", "renamed_attribute", "renamed_names", "with_new_names"]

@@ -192,6 +192,3 @@ class ContrastiveTexts:
             if ids in (body, [*begin, *body]):
                 return candidate
         return None
-
-
-__all__ = ["ContrastiveTexts", "encode_batch", "encode_rows", "pad_row", "pad_token_id", "with_prefix"]

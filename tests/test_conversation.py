@@ -53,20 +53,20 @@ def jinja(template: Any, messages: list[dict[str, Any]], add_generation_prompt: 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("family", "name"), PUBLISHED)
-def test_prompt_equals_the_published_one(family: str, name: str, case: str) -> None:
+def test_prompt_equals_the_published_one(family, name, case):
     template = get_conversation_template(name_of(family, name))
     _, system_message, add_generation_prompt = CASES[case]
     rendered = template.render(messages_of(case), system_message, add_generation_prompt)
     assert rendered == GOLDEN[family][name]["prompts"][case]
 
 
-def test_every_published_template_is_tested() -> None:
+def test_every_published_template_is_tested():
     assert {name_of(*pair) for pair in PUBLISHED} | {"internvl"} == set(list_conversation_templates())
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", list_conversation_templates())
-def test_jinja_equals_render(name: str, case: str) -> None:
+def test_jinja_equals_render(name, case):
     template = get_conversation_template(name)
     _, system_message, add_generation_prompt = CASES[case]
     messages = messages_of(case)
@@ -77,7 +77,7 @@ def test_jinja_equals_render(name: str, case: str) -> None:
 
 
 @pytest.mark.parametrize("name", list_conversation_templates())
-def test_parts_are_rendered_in_order_and_images_as_placeholders(name: str) -> None:
+def test_parts_are_rendered_in_order_and_images_as_placeholders(name):
     template = get_conversation_template(name)
     parts = [
         {"type": "text", "text": 'Compare "this" '},
@@ -94,7 +94,7 @@ def test_parts_are_rendered_in_order_and_images_as_placeholders(name: str) -> No
 
 
 @pytest.mark.parametrize("name", list_conversation_templates())
-def test_generation_markers_hold_what_the_model_writes(name: str) -> None:
+def test_generation_markers_hold_what_the_model_writes(name):
     template = get_conversation_template(name)
     dialogue = [("Why?", "Because."), ("And then?", ""), ("So?", " spaced ")]
     messages = [
@@ -110,7 +110,7 @@ def test_generation_markers_hold_what_the_model_writes(name: str) -> None:
     assert all(text[:start].endswith(template.generation_prompt) for start, _ in spans)
 
 
-def test_own_template_leaves_an_empty_system_block_out() -> None:
+def test_own_template_leaves_an_empty_system_block_out():
     template = get_conversation_template("internvl")
     question = [{"role": "user", "content": "Hi"}]
     expected = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
@@ -121,22 +121,22 @@ def test_own_template_leaves_an_empty_system_block_out() -> None:
 
 
 @pytest.mark.parametrize("name", PLAIN_NAMES)
-def test_llava_names_are_found_with_and_without_prefix(name: str) -> None:
+def test_llava_names_are_found_with_and_without_prefix(name):
     assert get_conversation_template(f"llava/{name}") is get_conversation_template(name)
 
 
-def test_clashing_names_give_different_templates() -> None:
+def test_clashing_names_give_different_templates():
     assert get_conversation_template("Hermes-2") != get_conversation_template("llava/Hermes-2")
 
 
 @pytest.mark.parametrize("name", ["nonsense", "llava/internvl2_5", "llava/nonsense", ""])
-def test_unknown_name_lists_the_known_ones(name: str) -> None:
+def test_unknown_name_lists_the_known_ones(name):
     with pytest.raises(ValueError, match=r"Unknown conversation template.*internvl_zh.*llava/phi3-chat"):
         get_conversation_template(name)
 
 
 @pytest.mark.parametrize("name", ["plain", "llava/plain"])
-def test_plain_is_refused_because_it_is_no_dialogue(name: str) -> None:
+def test_plain_is_refused_because_it_is_no_dialogue(name):
     with pytest.raises(ValueError, match="no conversation template"):
         get_conversation_template(name)
 
@@ -151,7 +151,7 @@ def test_plain_is_refused_because_it_is_no_dialogue(name: str) -> None:
         ([{"role": "user"}], None, "must be a string, got NoneType"),
     ],
 )
-def test_render_refuses_what_it_cannot_place(messages: Any, system_message: str | None, match: str) -> None:
+def test_render_refuses_what_it_cannot_place(messages, system_message, match):
     with pytest.raises(ValueError, match=match):
         get_conversation_template("internvl").render(messages, system_message)
 
@@ -163,7 +163,7 @@ def test_render_refuses_what_it_cannot_place(messages: Any, system_message: str 
         ({"role": "user", "content": [{"type": "video"}]}, "pass its frames to"),
     ],
 )
-def test_jinja_refuses_what_it_cannot_place(message: dict[str, Any], match: str) -> None:
+def test_jinja_refuses_what_it_cannot_place(message, match):
     with pytest.raises(Exception, match=match):
         jinja(get_conversation_template("internvl"), [message])
     with pytest.raises(Exception, match="must be the first"):
@@ -181,7 +181,7 @@ def query(name: str, question: str, history: Any = None, tiles: Any = None, syst
 
 
 @pytest.mark.parametrize("name", CHAT_NAMES)
-def test_chat_queries_equal_the_published_ones(name: str) -> None:
+def test_chat_queries_equal_the_published_ones(name):
     golden = GOLDEN["internvl_chat"][name]["chat"]
     two = f"Image-1: <image>\nImage-2: <image>\n{TEXTS['zh']}"
     history = [(f"<image>\n{TEXTS['zh']}", TEXTS["a1"])]
@@ -195,7 +195,7 @@ def test_chat_queries_equal_the_published_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CHAT_NAMES)
-def test_remembered_questions_equal_the_published_ones(name: str) -> None:
+def test_remembered_questions_equal_the_published_ones(name):
     golden = GOLDEN["internvl_chat"][name]["chat"]
     assert with_image_placeholder(TEXTS["q2"], None, True) == golden["single_image_no_placeholder"]["history"][0][0]
     two = golden["two_images_num_patches"]["history"][0][0]
@@ -205,7 +205,7 @@ def test_remembered_questions_equal_the_published_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CHAT_NAMES)
-def test_stop_string_and_cut_answer_equal_the_published_ones(name: str) -> None:
+def test_stop_string_and_cut_answer_equal_the_published_ones(name):
     template = get_conversation_template(name)
     stop = GOLDEN["internvl_chat"][name]["eos_string_used_by_chat"]
     assert template.stop_strings[0] == stop
@@ -213,13 +213,13 @@ def test_stop_string_and_cut_answer_equal_the_published_ones(name: str) -> None:
     assert template.cut_answer("hello\n") == "hello"
 
 
-def test_history_is_not_changed() -> None:
+def test_history_is_not_changed():
     history = [("<image>\nWhat?", "A bus.")]
     query("internvl", "Why?", history, [1])
     assert history == [("<image>\nWhat?", "A bus.")]
 
 
-def test_images_of_earlier_and_later_turns_keep_their_order() -> None:
+def test_images_of_earlier_and_later_turns_keep_their_order():
     text = query("internvl", "And <image>?", [("<image>\nFirst", "ok")], [1, 2])
     spans = [len(piece.split("</img>")[0]) // len("<IMG_CONTEXT>") for piece in text.split("<img>")[1:]]
     assert spans == [NUM_IMAGE_TOKEN, 2 * NUM_IMAGE_TOKEN]
@@ -233,12 +233,12 @@ def test_images_of_earlier_and_later_turns_keep_their_order() -> None:
         ("<image>", None, r"1 `<image>` placeholder\(s\) but 0 image"),
     ],
 )
-def test_query_refuses_placeholders_that_differ_from_images(question: str, tiles: Any, match: str) -> None:
+def test_query_refuses_placeholders_that_differ_from_images(question, tiles, match):
     with pytest.raises(ValueError, match=match):
         query("internvl", question, None, tiles)
 
 
-def test_query_escapes_image_tokens_of_users_and_answers() -> None:
+def test_query_escapes_image_tokens_of_users_and_answers():
     history = [("<image>\nWhat is <img>?", "An <image> of </img>.")]
     text = query("internvl", "Say <IMG_CONTEXT>", history, [1], system_message="No <img>!")
     assert text.count("<img>") == text.count("</img>") == 1
@@ -248,13 +248,13 @@ def test_query_escapes_image_tokens_of_users_and_answers() -> None:
 
 
 @pytest.mark.parametrize("token", ["<img>", "</img>", "<IMG_CONTEXT>", "<image>", "<video>"])
-def test_escaping_leaves_no_image_token_and_changes_nothing_else(token: str) -> None:
+def test_escaping_leaves_no_image_token_and_changes_nothing_else(token):
     assert escape_image_tokens(f"a <{token}> b <imge> < img") == f"a << {token[1:]}> b <imge> < img"
     assert escape_image_tokens(escape_image_tokens(token)) == escape_image_tokens(token)
 
 
 # ---------------------------------------------------------------------------------------------------------- end tokens
-def test_end_token_ids_are_the_stop_strings_the_tokenizer_has() -> None:
+def test_end_token_ids_are_the_stop_strings_the_tokenizer_has():
     tokenizer = make_tokenizer()
     ids = get_conversation_template("Hermes-2").end_token_ids(tokenizer)
     assert tokenizer.convert_ids_to_tokens(ids) == ["<|im_end|>", "<|endoftext|>", "</s>"]

@@ -30,20 +30,20 @@ def processor() -> InternVLProcessor:
 
 
 # -------------------------------------------------------------------------------------------------------------- calls
-def test_text_alone_gives_ids_and_mask(processor: InternVLProcessor) -> None:
+def test_text_alone_gives_ids_and_mask(processor):
     features = processor(text="Hello", return_tensors="pt")
     assert set(features) == {"input_ids", "attention_mask"}
     assert decoded(processor, features["input_ids"][0]) == "<s>Hello"
 
 
-def test_images_alone_give_tiles(processor: InternVLProcessor) -> None:
+def test_images_alone_give_tiles(processor):
     features = processor(images=[SQUARE, WIDE], return_tensors="pt")
     assert set(features) == {"pixel_values"}
     assert features["pixel_values"].shape == (5, 3, SIDE, SIDE)
 
 
 @pytest.mark.parametrize("placeholder", ["<image>", "<IMG_CONTEXT>"])
-def test_each_placeholder_becomes_the_span_of_its_image(processor: InternVLProcessor, placeholder: str) -> None:
+def test_each_placeholder_becomes_the_span_of_its_image(processor, placeholder):
     text = f"a {placeholder} b {placeholder} c"
     features = processor(images=[WIDE, SQUARE], text=text, return_tensors="pt")
     assert decoded(processor, features["input_ids"][0]) == f"<s>a {span(4)} b {span(1)} c"
@@ -51,7 +51,7 @@ def test_each_placeholder_becomes_the_span_of_its_image(processor: InternVLProce
     assert set(features) == {"input_ids", "attention_mask", "pixel_values"} == set(processor.model_input_names)
 
 
-def test_images_keep_their_order(processor: InternVLProcessor) -> None:
+def test_images_keep_their_order(processor):
     features = processor(images=[[WIDE], [], [SQUARE, WIDE]], text=["<image>", "none", "<image><image>"])
     alone = [processor.image_processor(image)["pixel_values"] for image in (WIDE, SQUARE, WIDE)]
     assert np.array_equal(np.stack(features["pixel_values"]), np.concatenate([np.stack(tiles) for tiles in alone]))
@@ -59,12 +59,12 @@ def test_images_keep_their_order(processor: InternVLProcessor) -> None:
     assert found == [4 * SEQ, 0, 5 * SEQ]
 
 
-def test_flat_images_are_taken_in_order(processor: InternVLProcessor) -> None:
+def test_flat_images_are_taken_in_order(processor):
     features = processor(images=[SQUARE, WIDE], text=["<image>", "<image>"])
     assert [row.count(processor.image_token_id) for row in features["input_ids"]] == [SEQ, 4 * SEQ]
 
 
-def test_batches_of_arrays_and_tensors_are_images(processor: InternVLProcessor) -> None:
+def test_batches_of_arrays_and_tensors_are_images(processor):
     pixels = np.stack([np.asarray(SQUARE)] * 2)
     for images in (pixels, torch.from_numpy(pixels)):
         features = processor(images=images, text="<image><image>", return_tensors="pt")
@@ -83,26 +83,24 @@ def test_batches_of_arrays_and_tensors_are_images(processor: InternVLProcessor) 
         (["<image>", "<image>"], [SQUARE] * 3, r"the texts have \[1, 1\] and 3 image"),
     ],
 )
-def test_placeholders_that_differ_from_images_raise(
-    processor: InternVLProcessor, text: Any, images: Any, match: str
-) -> None:
+def test_placeholders_that_differ_from_images_raise(processor, text, images, match):
     with pytest.raises(ValueError, match=match):
         processor(images=images, text=text)
 
 
-def test_truncation_inside_an_image_raises(processor: InternVLProcessor) -> None:
+def test_truncation_inside_an_image_raises(processor):
     with pytest.raises(ValueError, match="Mismatch in `image` token count"):
         processor(images=SQUARE, text="A <image>", truncation=True, max_length=5)
 
 
 @pytest.mark.parametrize("argument", ["videos", "audio"])
-def test_videos_and_sound_are_refused_in_calls(processor: InternVLProcessor, argument: str) -> None:
+def test_videos_and_sound_are_refused_in_calls(processor, argument):
     with pytest.raises(ValueError, match=f"`{argument}` cannot be passed"):
         processor(text="a", **{argument: [SQUARE]})
 
 
 @pytest.mark.parametrize("nothing", [[], (), [[]], {}, np.empty((0, 4))])
-def test_empty_containers_are_nothing(processor: InternVLProcessor, nothing: Any) -> None:
+def test_empty_containers_are_nothing(processor, nothing):
     expected = processor(text="Hi", return_tensors="pt")
     found = processor(text="Hi", images=nothing, videos=nothing, audio=nothing, audios=nothing, return_tensors="pt")
     assert set(found) == set(expected) == {"input_ids", "attention_mask"}
@@ -126,7 +124,7 @@ def test_empty_containers_are_nothing(processor: InternVLProcessor, nothing: Any
         ({"videos_kwargs": {"nonsense": 3}}, "`videos_kwargs['nonsense']`"),
     ],
 )
-def test_unknown_settings_of_a_call_are_named(mode: str, settings: Any, named: str) -> None:
+def test_unknown_settings_of_a_call_are_named(mode, settings, named):
     processor = make_processor()
     with pytest.raises(ValueError, match=re.escape(named)):
         processor(text="Hi", mode=mode, **settings)
@@ -136,7 +134,7 @@ def test_unknown_settings_of_a_call_are_named(mode: str, settings: Any, named: s
         chat(processor, [user("Hi")], processor_kwargs=settings)
 
 
-def test_settings_that_a_mode_does_not_read_are_named(processor: InternVLProcessor) -> None:
+def test_settings_that_a_mode_does_not_read_are_named(processor):
     with pytest.raises(ValueError, match=r"`return_offsets_mapping` is no setting of .* in mode `contrastive`"):
         processor(text="Hi", mode="contrastive", return_offsets_mapping=True)
     # As sentence-transformers calls it.
@@ -152,14 +150,14 @@ def test_settings_that_a_mode_does_not_read_are_named(processor: InternVLProcess
     assert features["input_ids"].ndim == 2
 
 
-def test_nothing_to_do_raises(processor: InternVLProcessor) -> None:
+def test_nothing_to_do_raises(processor):
     with pytest.raises(ValueError, match="Neither `images` nor `text`"):
         processor()
     with pytest.raises(ValueError, match="a string or a list of strings"):
         processor(text=[1])
 
 
-def test_a_chat_processor_pads_left_with_its_own_tokenizer_too(tmp_path: Path) -> None:
+def test_a_chat_processor_pads_left_with_its_own_tokenizer_too(tmp_path):
     """transformers' pipelines pad with the tokenizer; the side of the caller's is not touched."""
     given = make_tokenizer(padding_side="right")
     processor = make_processor(tokenizer=given)
@@ -173,7 +171,7 @@ def test_a_chat_processor_pads_left_with_its_own_tokenizer_too(tmp_path: Path) -
     assert make_processor(tokenizer=given, mode="contrastive").tokenizer is given
 
 
-def test_padding_is_on_the_left_for_every_tokenizer() -> None:
+def test_padding_is_on_the_left_for_every_tokenizer():
     processor = make_processor(tokenizer=make_tokenizer(padding_side="right"))
     features = processor(text=["one two three", "one"], return_tensors="pt")
     assert features["attention_mask"][1].tolist() == sorted(features["attention_mask"][1].tolist())
@@ -182,12 +180,12 @@ def test_padding_is_on_the_left_for_every_tokenizer() -> None:
         assert processor(text=["one two three", "one"], return_tensors="pt", **kwargs)["attention_mask"][1, -1] == 0
 
 
-def test_lists_are_not_padded(processor: InternVLProcessor) -> None:
+def test_lists_are_not_padded(processor):
     rows = processor(text=["one two three", "one"])["input_ids"]
     assert len(rows[0]) > len(rows[1])
 
 
-def test_number_of_tiles_is_returned_when_asked_for(processor: InternVLProcessor) -> None:
+def test_number_of_tiles_is_returned_when_asked_for(processor):
     features = processor(images=[SQUARE, WIDE], text="<image><image>", return_num_patches=True, return_tensors="pt")
     assert features["num_patches"].tolist() == [1, 4]
 
@@ -203,9 +201,7 @@ def test_number_of_tiles_is_returned_when_asked_for(processor: InternVLProcessor
         ({"min_num": [4, 1], "max_num": [4, 6], "use_thumbnail": [True, False]}, [5, 3]),
     ],
 )
-def test_tile_settings_reach_the_images_and_the_prompt(
-    processor: InternVLProcessor, kwargs: dict[str, Any], tiles: list[int]
-) -> None:
+def test_tile_settings_reach_the_images_and_the_prompt(processor, kwargs, tiles):
     features = processor(images=[SQUARE, WIDE], text="<image> <image>", return_num_patches=True, **kwargs)
     assert features["num_patches"] == tiles
     assert features["input_ids"][0].count(processor.image_token_id) == SEQ * sum(tiles)
@@ -215,27 +211,27 @@ def test_tile_settings_reach_the_images_and_the_prompt(
     assert counted["num_image_tokens"] == [2 + SEQ * count for count in tiles]
 
 
-def test_counting_without_images_gives_nothing(processor: InternVLProcessor) -> None:
+def test_counting_without_images_gives_nothing(processor):
     counted = processor._get_num_multimodal_tokens()
     assert "num_image_tokens" not in counted
     assert processor._get_num_multimodal_tokens(image_sizes=[[10000, 10000]])["num_image_patches"] == [5]
 
 
-def test_type_ids_mark_start_and_end_tokens_too(processor: InternVLProcessor) -> None:
+def test_type_ids_mark_start_and_end_tokens_too(processor):
     text = ["a <image>", "b"]
     features = processor(images=[[WIDE], []], text=text, return_mm_token_type_ids=True, return_tensors="pt")
     assert features["mm_token_type_ids"].shape == features["input_ids"].shape
     assert features["mm_token_type_ids"].sum(-1).tolist() == [2 + 4 * SEQ, 0]
 
 
-def test_replacement_offsets_point_at_the_spans(processor: InternVLProcessor) -> None:
+def test_replacement_offsets_point_at_the_spans(processor):
     features = processor(images=[WIDE], text="a <image> b", return_text_replacement_offsets=True)
     ((entry,),) = features["text_replacement_offsets"]
     assert entry["replacement"] == span(4)
     assert entry["new_span"] == (2, 2 + len(span(4)))
 
 
-def test_kwargs_of_the_caller_are_not_changed(processor: InternVLProcessor) -> None:
+def test_kwargs_of_the_caller_are_not_changed(processor):
     images_kwargs, text_kwargs = {"max_num": 1}, {"padding": True}
     processor(images=WIDE, text="<image>", images_kwargs=images_kwargs, text_kwargs=text_kwargs, return_tensors="pt")
     chat(processor, [user([SQUARE], "a"), assistant("b")], return_labels=True, processor_kwargs=text_kwargs)
@@ -246,7 +242,7 @@ def test_kwargs_of_the_caller_are_not_changed(processor: InternVLProcessor) -> N
 @pytest.mark.parametrize(
     "text", ["a cat on a street " * 20_000, "cat" * 100_000, " " * 300_000 + "a cat", "\u4e66" * 100_000]
 )
-def test_no_more_of_a_long_text_is_read_than_its_first_tokens_need(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_no_more_of_a_long_text_is_read_than_its_first_tokens_need(monkeypatch, text):
     processor = make_processor()
     prefix = processor.text_prefix
     expected = processor.tokenizer(prefix + text)["input_ids"][: processor.max_text_length - 1]
@@ -263,11 +259,9 @@ def test_no_more_of_a_long_text_is_read_than_its_first_tokens_need(monkeypatch: 
     assert max(read) <= 20_000
 
 
-def test_more_of_a_long_text_is_read_where_its_first_characters_give_too_few_tokens() -> None:
+def test_more_of_a_long_text_is_read_where_its_first_characters_give_too_few_tokens():
     tokenizer = make_tokenizer()
-    tokenizer.add_tokens(
-        ["x" * 100]
-    )  # 4,096 characters have 40 of them and single ones, fewer than twice `max_length`
+    tokenizer.add_tokens(["x" * 100])  # of which 4,096 characters have fewer than twice `max_length`
     processor, text = make_processor(tokenizer=tokenizer), "x" * 200_000 + " a cat"
     expected = tokenizer(processor.text_prefix + text)["input_ids"][: processor.max_text_length - 1]
     assert expected.count(tokenizer.convert_tokens_to_ids("x" * 100)) > 60
@@ -276,7 +270,7 @@ def test_more_of_a_long_text_is_read_where_its_first_characters_give_too_few_tok
 
 @pytest.mark.parametrize("add_eos", [False, True])
 @pytest.mark.parametrize("mode", ["contrastive", "retrieval"])
-def test_contrastive_text_has_prefix_end_and_fixed_length(mode: str, add_eos: bool) -> None:
+def test_contrastive_text_has_prefix_end_and_fixed_length(mode, add_eos):
     processor = make_processor(tokenizer=make_tokenizer(add_eos=add_eos, padding_side="left"))
     texts = ["a cat", "summarize:a cat", "a cat</s>", "cat " * 100]
     features = processor(text=texts, mode=mode, return_tensors="pt")
@@ -293,7 +287,7 @@ def test_contrastive_text_has_prefix_end_and_fixed_length(mode: str, add_eos: bo
     assert features["attention_mask"][3].all()
 
 
-def test_contrastive_tokens_equal_those_of_the_published_calls() -> None:
+def test_contrastive_tokens_equal_those_of_the_published_calls():
     tokenizer = make_tokenizer(add_eos=True)
     texts = ["a photo of a cat", "word " * 100]
     kwargs = {"max_length": 80, "truncation": True, "padding": "max_length", "padding_side": "right"}
@@ -303,7 +297,7 @@ def test_contrastive_tokens_equal_those_of_the_published_calls() -> None:
     assert features["attention_mask"] == published["attention_mask"]
 
 
-def test_contrastive_images_and_texts_need_not_match() -> None:
+def test_contrastive_images_and_texts_need_not_match():
     processor = make_processor(tokenizer=make_tokenizer(special_tokens=()), mode="retrieval", max_text_length=12)
     features = processor(images=[SQUARE, WIDE], text=["a", "b", "c"], max_num=1, return_tensors="pt")
     assert features["input_ids"].shape == (3, 12)
@@ -312,7 +306,7 @@ def test_contrastive_images_and_texts_need_not_match() -> None:
     assert processor(images=SQUARE, max_num=1, return_tensors="pt")["pixel_values"].shape[0] == 1
 
 
-def test_contrastive_settings_of_a_call() -> None:
+def test_contrastive_settings_of_a_call():
     processor = make_processor(mode="contrastive")
     longest = processor(text=["a", "a cat on a mat"], padding=True)
     assert len(longest["input_ids"][0]) == len(longest["input_ids"][1]) < 80
@@ -324,7 +318,7 @@ def test_contrastive_settings_of_a_call() -> None:
     assert left["attention_mask"][0][-1] == 1
 
 
-def test_tokenizers_without_end_or_padding_token() -> None:
+def test_tokenizers_without_end_or_padding_token():
     without_padding = make_processor(tokenizer=make_tokenizer(pad_token=None), mode="contrastive")
     assert without_padding(text="a")["input_ids"][0][-1] == 0
     with pytest.raises(ValueError, match="has no end token"):
@@ -332,7 +326,7 @@ def test_tokenizers_without_end_or_padding_token() -> None:
 
 
 @pytest.mark.parametrize("add_eos", [False, True])
-def test_caption_prompt_has_no_end_token_and_left_padding(add_eos: bool) -> None:
+def test_caption_prompt_has_no_end_token_and_left_padding(add_eos):
     processor = make_processor(tokenizer=make_tokenizer(add_eos=add_eos))
     features = processor(images=[SQUARE, SQUARE], mode="caption", return_tensors="pt")
     assert [decoded(processor, row) for row in features["input_ids"]] == ["<s>English caption:"] * 2
@@ -344,7 +338,7 @@ def test_caption_prompt_has_no_end_token_and_left_padding(add_eos: bool) -> None
     assert features["attention_mask"][:, -1].all()
 
 
-def test_chat_needs_image_tokens_and_the_other_modes_do_not() -> None:
+def test_chat_needs_image_tokens_and_the_other_modes_do_not():
     tokenizer = make_tokenizer(special_tokens=("<img>",))
     with pytest.raises(ValueError, match=r"lacks `<IMG_CONTEXT>`, `</img>`, which mode `chat` needs"):
         make_processor(tokenizer=tokenizer)
@@ -356,16 +350,16 @@ def test_chat_needs_image_tokens_and_the_other_modes_do_not() -> None:
 
 
 # -------------------------------------------------------------------------------------------------- saving and loading
-def test_pickle_keeps_the_processor(processor: InternVLProcessor) -> None:
+def test_pickle_keeps_the_processor(processor):
     again = pickle.loads(pickle.dumps(processor))
     assert chat(again, [user(WIDE)])["input_ids"].tolist() == chat(processor, [user(WIDE)])["input_ids"].tolist()
 
 
-def test_kwargs_class_is_the_one_transformers_looks_for() -> None:
+def test_kwargs_class_is_the_one_transformers_looks_for():
     assert InternVLProcessor.valid_processor_kwargs is InternVLProcessorKwargs
 
 
-def test_saved_processor_reloads_equal(tmp_path: Path) -> None:
+def test_saved_processor_reloads_equal(tmp_path):
     processor = make_processor("vicuna_v1", mode="retrieval", max_text_length=20, text_prefix="x:", caption_prompt="y")
     processor.save_pretrained(tmp_path)
     again = InternVLProcessor.from_pretrained(tmp_path)
@@ -436,7 +430,7 @@ def add_config(folder: Path, root: Path) -> Path:
     return folder
 
 
-def test_saved_files_do_not_name_a_class_that_transformers_has(processor: InternVLProcessor, tmp_path: Path) -> None:
+def test_saved_files_do_not_name_a_class_that_transformers_has(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     for name in ("processor_config.json", "tokenizer_config.json"):
         assert "processor_class" not in json.loads((tmp_path / name).read_text("utf-8"))
@@ -444,9 +438,7 @@ def test_saved_files_do_not_name_a_class_that_transformers_has(processor: Intern
     assert "processor_class" not in json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))
 
 
-def test_installed_package_is_used_whether_remote_code_is_trusted_or_not(
-    processor: InternVLProcessor, tmp_path: Path, root: Path
-) -> None:
+def test_installed_package_is_used_whether_remote_code_is_trusted_or_not(processor, tmp_path, root):
     processor.save_pretrained(tmp_path)
     add_config(tmp_path, root)
     for trust_remote_code in (None, False, True):
@@ -455,9 +447,7 @@ def test_installed_package_is_used_whether_remote_code_is_trusted_or_not(
         assert type(again.image_processor) is InternVLImageProcessor
 
 
-def test_saved_folder_works_after_a_move_and_a_second_save(
-    processor: InternVLProcessor, tmp_path: Path, root: Path
-) -> None:
+def test_saved_folder_works_after_a_move_and_a_second_save(processor, tmp_path, root):
     processor.save_pretrained(tmp_path / "first")
     config = json.loads((tmp_path / "first" / "processor_config.json").read_text())
     assert config["auto_map"] == {"AutoProcessor": "processing_internvl.InternVLProcessor"}

@@ -5,7 +5,6 @@ import copy
 import io
 import re
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,14 +26,14 @@ def processor() -> InternVLProcessor:
 
 
 # ---------------------------------------------------------------------------------------------------------- dialogues
-def test_dialogue_without_tokenizing_is_a_string(processor: InternVLProcessor) -> None:
+def test_dialogue_without_tokenizing_is_a_string(processor):
     dialogue = [user("What is ", WIDE, "this?")]
     text = processor.apply_chat_template(dialogue, add_generation_prompt=True)
     assert text == "<|im_start|>user\nWhat is <IMG_CONTEXT>\nthis?<|im_end|>\n<|im_start|>assistant\n"
     assert processor.apply_chat_template([dialogue, dialogue], add_generation_prompt=True) == [text, text]
 
 
-def test_dialogue_equals_the_call_with_its_prompt(processor: InternVLProcessor) -> None:
+def test_dialogue_equals_the_call_with_its_prompt(processor):
     dialogue = [user(WIDE, "What?"), assistant("Noise."), user("And ", SQUARE, " this?")]
     features = chat(processor, dialogue, add_generation_prompt=True)
     prompt = processor.apply_chat_template(dialogue, add_generation_prompt=True)
@@ -43,12 +42,12 @@ def test_dialogue_equals_the_call_with_its_prompt(processor: InternVLProcessor) 
     assert all(torch.equal(features[name], called[name]) for name in called)
 
 
-def test_dialogue_returns_ids_unless_a_dict_is_asked_for(processor: InternVLProcessor) -> None:
+def test_dialogue_returns_ids_unless_a_dict_is_asked_for(processor):
     ids = processor.apply_chat_template([user("Hi")], tokenize=True, return_tensors="pt")
     assert decoded(processor, ids[0]) == "<s><|im_start|>user\nHi<|im_end|>\n"
 
 
-def test_batch_of_unequal_dialogues_equals_the_single_ones(processor: InternVLProcessor) -> None:
+def test_batch_of_unequal_dialogues_equals_the_single_ones(processor):
     dialogues = [
         [user("No image.")],
         [user(WIDE, "One."), assistant("Yes."), user("Sure?")],
@@ -63,7 +62,7 @@ def test_batch_of_unequal_dialogues_equals_the_single_ones(processor: InternVLPr
     assert torch.equal(batch["pixel_values"], torch.cat(tiles))
 
 
-def test_order_of_the_prompt_is_the_order_of_the_message(processor: InternVLProcessor) -> None:
+def test_order_of_the_prompt_is_the_order_of_the_message(processor):
     orders = np.random.default_rng(0).integers(0, 3, (20, 6))
     kinds = ["text ", SQUARE, WIDE]
     for order in orders:
@@ -72,7 +71,7 @@ def test_order_of_the_prompt_is_the_order_of_the_message(processor: InternVLProc
         assert text == f"<s><|im_start|>user\n{expected}<|im_end|>\n"
 
 
-def test_images_come_as_path_base64_and_address_form(processor: InternVLProcessor, tmp_path: Path) -> None:
+def test_images_come_as_path_base64_and_address_form(processor, tmp_path):
     path = tmp_path / "image.png"
     SQUARE.save(path)
     text = base64.b64encode(path.read_bytes()).decode()
@@ -90,7 +89,7 @@ def test_images_come_as_path_base64_and_address_form(processor: InternVLProcesso
         assert torch.equal(features["input_ids"], expected["input_ids"])
 
 
-def test_messages_of_the_caller_are_not_changed(processor: InternVLProcessor) -> None:
+def test_messages_of_the_caller_are_not_changed(processor):
     buffer = io.BytesIO()
     SQUARE.save(buffer, "PNG")
     url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -101,7 +100,7 @@ def test_messages_of_the_caller_are_not_changed(processor: InternVLProcessor) ->
     assert dialogue == before
 
 
-def test_settings_may_be_flat_or_nested(processor: InternVLProcessor) -> None:
+def test_settings_may_be_flat_or_nested(processor):
     dialogue = [user(WIDE)]
     for kwargs in (
         {"max_num": 1},
@@ -115,7 +114,7 @@ def test_settings_may_be_flat_or_nested(processor: InternVLProcessor) -> None:
     assert merged["mm_token_type_ids"].sum() == 2 + SEQ
 
 
-def test_variables_and_other_templates_pass_through(processor: InternVLProcessor) -> None:
+def test_variables_and_other_templates_pass_through(processor):
     jinja = "{{ greeting }} {{ messages[0]['content'] }}"
     message = [{"role": "user", "content": "you"}]
     assert processor.apply_chat_template(message, jinja, greeting="Hello") == "Hello you"
@@ -128,7 +127,7 @@ def test_variables_and_other_templates_pass_through(processor: InternVLProcessor
             several.apply_chat_template(message, wrong)
 
 
-def test_only_undeclared_variables_belong_to_the_template(processor: InternVLProcessor) -> None:
+def test_only_undeclared_variables_belong_to_the_template(processor):
     """Not a word in its text, a comment, a loop's own name or a key."""
     loop = "{% for m in messages %}{{ m.role }}{% endfor %}"
     jinja = "{# padding #}max_num {% set inner = 1 %}" + loop + "{{ messages[0]['content'] }}"
@@ -156,7 +155,7 @@ WITH_TOOLS = (
 )
 
 
-def test_tools_are_rendered_or_refused(processor: InternVLProcessor) -> None:
+def test_tools_are_rendered_or_refused(processor):
     """Refused by the processor: that a template has the word `tool` in it is read by others as being able to."""
     assert not any("tool" in get_conversation_template(name).to_jinja() for name in list_conversation_templates())
     hi = {"role": "user", "content": "Hi"}
@@ -205,7 +204,7 @@ def test_tools_are_rendered_or_refused(processor: InternVLProcessor) -> None:
         ({"role": "user", "content": "Hi", "name": "Ann"}, "`name`"),
     ],
 )
-def test_malformed_messages_are_named(processor: InternVLProcessor, message: Any, shown: str) -> None:
+def test_malformed_messages_are_named(processor, message, shown):
     good = {"role": "user", "content": "Hi"}
     for settings in ({}, {"tokenize": True, "return_labels": True}):
         with pytest.raises(ValueError, match="(?i)message 1 .*" + re.escape(shown)):
@@ -217,12 +216,12 @@ def test_malformed_messages_are_named(processor: InternVLProcessor, message: Any
 @pytest.mark.parametrize(
     "conversation", ["Hi", None, 5, {"role": "user", "content": "Hi"}, [], [[]], [[user("Hi")], 5]]
 )
-def test_what_is_no_conversation_is_named(processor: InternVLProcessor, conversation: Any) -> None:
+def test_what_is_no_conversation_is_named(processor, conversation):
     with pytest.raises(ValueError, match=r"(?i)conversation.*(must be a list|is empty)"):
         processor.apply_chat_template(conversation)
 
 
-def test_parts_may_have_the_keys_of_other_parts_without_a_value(processor: InternVLProcessor) -> None:
+def test_parts_may_have_the_keys_of_other_parts_without_a_value(processor):
     """As the rows of a data set have them."""
     empty = dict.fromkeys(("text", "image", "url", "path", "image_url"))
     parts = [{**empty, "type": "image", "image": SQUARE}, {**empty, "type": "text", "text": "Hi"}]
@@ -231,7 +230,7 @@ def test_parts_may_have_the_keys_of_other_parts_without_a_value(processor: Inter
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_placeholder_typed_into_a_message_is_text_and_the_error_says_so(processor: InternVLProcessor) -> None:
+def test_a_placeholder_typed_into_a_message_is_text_and_the_error_says_so(processor):
     message = [{"role": "user", "content": "<image>\nWhat?"}]
     with pytest.raises(ValueError, match=r"sample 0 has 0 and 1 image.*typed into a message.*\{\"type\": \"image\""):
         chat(processor, message, processor_kwargs={"images": [SQUARE]})
@@ -250,16 +249,14 @@ def test_a_placeholder_typed_into_a_message_is_text_and_the_error_says_so(proces
         ({"type": "video", "video": [SQUARE], "url": "a.mp4"}, "video`, `url"),
     ],
 )
-def test_what_nothing_reads_in_a_part_is_named(processor: InternVLProcessor, part: Any, dropped: str) -> None:
+def test_what_nothing_reads_in_a_part_is_named(processor, part, dropped):
     for settings in ({}, {"tokenize": True}):
         with pytest.raises(ValueError, match=f"Message 0 .*`{dropped}`"):
             processor.apply_chat_template([{"role": "user", "content": [part]}], **settings)
 
 
 @pytest.mark.parametrize("kind", ["image", "image_url"])
-def test_an_image_part_has_its_image_under_any_key_of_one(
-    processor: InternVLProcessor, kind: str, tmp_path: Path
-) -> None:
+def test_an_image_part_has_its_image_under_any_key_of_one(processor, kind, tmp_path):
     path = str(tmp_path / "a.png")
     WIDE.save(path)
     expected = chat(processor, [user(WIDE)])
@@ -268,7 +265,7 @@ def test_an_image_part_has_its_image_under_any_key_of_one(
         assert torch.equal(found["pixel_values"], expected["pixel_values"])
 
 
-def test_images_beside_messages_take_the_places_that_are_empty_and_replace_none(processor: InternVLProcessor) -> None:
+def test_images_beside_messages_take_the_places_that_are_empty_and_replace_none(processor):
     empty = [{"role": "user", "content": [{"type": "image"}]}]
     batch = [empty, [user("Hi")], [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}]]
     expected = chat(processor, [user(WIDE)])["pixel_values"]
@@ -305,9 +302,7 @@ def test_images_beside_messages_take_the_places_that_are_empty_and_replace_none(
         ({"return_assistant_tokens_mask": True, "tokenize": False}, "tokenize=True"),
     ],
 )
-def test_settings_of_a_dialogue_that_cannot_be_met_are_named(
-    processor: InternVLProcessor, settings: dict[str, Any], message: str
-) -> None:
+def test_settings_of_a_dialogue_that_cannot_be_met_are_named(processor, settings, message):
     with pytest.raises(ValueError, match=message):
         chat(processor, [user("Hi"), assistant("a")], **settings)
 
@@ -321,18 +316,18 @@ def test_settings_of_a_dialogue_that_cannot_be_met_are_named(
         "messages | nofilter",
     ],
 )
-def test_errors_of_a_template_are_its_refusal(processor: InternVLProcessor, expression: str) -> None:
+def test_errors_of_a_template_are_its_refusal(processor, expression):
     with pytest.raises(ValueError, match="The chat template"):
         processor.apply_chat_template([user("Hi")], "{{ " + expression + " }}")
 
 
 @pytest.mark.parametrize("text", [b"a", {"a"}, iter(())])
-def test_texts_that_are_none_are_named(processor: InternVLProcessor, text: Any) -> None:
+def test_texts_that_are_none_are_named(processor, text):
     with pytest.raises(ValueError, match=r"`text` (must be|holds no)"):
         processor(text=text, mode="caption")
 
 
-def test_images_in_bottomless_lists_are_refused(processor: InternVLProcessor) -> None:
+def test_images_in_bottomless_lists_are_refused(processor):
     images: Any = SQUARE
     for _ in range(5000):
         images = [images]
@@ -341,13 +336,13 @@ def test_images_in_bottomless_lists_are_refused(processor: InternVLProcessor) ->
             call(images=images)
 
 
-def test_final_message_can_be_continued(processor: InternVLProcessor) -> None:
+def test_final_message_can_be_continued(processor):
     dialogue = [user("Say it."), assistant("It is")]
     text = processor.apply_chat_template(dialogue, continue_final_message=True)
     assert text.endswith("<|im_start|>assistant\nIt is")
 
 
-def test_missing_template_and_empty_dialogue_raise() -> None:
+def test_missing_template_and_empty_dialogue_raise():
     processor = make_processor()
     processor.chat_template = None
     with pytest.raises(ValueError, match="no \\(default\\) chat template"):
@@ -357,7 +352,7 @@ def test_missing_template_and_empty_dialogue_raise() -> None:
 
 
 @pytest.mark.parametrize("token", ["<IMG_CONTEXT>", "<img>", "</img>", "<image>", "<video>"])
-def test_image_tokens_in_texts_are_escaped(processor: InternVLProcessor, token: str) -> None:
+def test_image_tokens_in_texts_are_escaped(processor, token):
     dialogue = [
         {"role": "system", "content": f"sys {token}"},
         {"role": "user", "content": f"str {token}"},
@@ -377,7 +372,7 @@ def frames_as_array() -> np.ndarray:
 
 
 @pytest.mark.parametrize("form", ["images", "array", "tensor", "paths"])
-def test_frames_are_announced_and_have_one_tile_each(processor: InternVLProcessor, form: str, tmp_path: Path) -> None:
+def test_frames_are_announced_and_have_one_tile_each(processor, form, tmp_path):
     array = frames_as_array()
     video: Any = array
     if form == "tensor":
@@ -396,23 +391,23 @@ def test_frames_are_announced_and_have_one_tile_each(processor: InternVLProcesso
     assert torch.equal(features["pixel_values"], alone)
 
 
-def test_prompt_of_a_video_is_the_published_one(processor: InternVLProcessor) -> None:
+def test_prompt_of_a_video_is_the_published_one(processor):
     text = processor.apply_chat_template([user([SQUARE, SQUARE], "What?")])
     assert "Frame1: <IMG_CONTEXT>\nFrame2: <IMG_CONTEXT>\nWhat?" in text
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"max_num": 2}, {"max_patches": [2]}, {"images_kwargs": {"max_num": 2}}])
-def test_images_beside_frames_keep_their_tiles(processor: InternVLProcessor, kwargs: dict[str, Any]) -> None:
+def test_images_beside_frames_keep_their_tiles(processor, kwargs):
     features = chat(processor, [user([WIDE, WIDE], WIDE)], return_num_patches=True, **kwargs)
     assert features["num_patches"].tolist() == [1, 1, 3 if kwargs else 4]
 
 
-def test_too_few_settings_beside_frames_raise(processor: InternVLProcessor) -> None:
+def test_too_few_settings_beside_frames_raise(processor):
     with pytest.raises(ValueError, match=r"`max_num` has 1 value\(s\) for 2 image"):
         chat(processor, [user([WIDE], WIDE, WIDE)], max_num=[2])
 
 
-def test_frames_are_not_sampled_again_without_a_word(processor: InternVLProcessor) -> None:
+def test_frames_are_not_sampled_again_without_a_word(processor):
     for kwargs in ({"num_frames": 2}, {"fps": 1.0}, {"processor_kwargs": {"videos_kwargs": {"num_frames": 2}}}):
         with pytest.raises(ValueError, match="all frames in a message are used"):
             chat(processor, [user([SQUARE] * 3)], **kwargs)
@@ -420,7 +415,7 @@ def test_frames_are_not_sampled_again_without_a_word(processor: InternVLProcesso
 
 
 @pytest.mark.parametrize("video", ["film.mp4", [], None, np.zeros((4, 4, 3))])
-def test_video_files_are_refused(processor: InternVLProcessor, video: Any) -> None:
+def test_video_files_are_refused(processor, video):
     with pytest.raises(ValueError, match="must hold its frames"):
         chat(processor, [{"role": "user", "content": [{"type": "video", "video": video}]}])
 
@@ -458,7 +453,7 @@ def training_dialogues() -> list[list[dict[str, Any]]]:
 
 @pytest.mark.parametrize("padding_side", [None, "left"])
 @pytest.mark.parametrize("name", list_conversation_templates())
-def test_masked_tokens_are_the_answers_and_their_stops(name: str, padding_side: str | None) -> None:
+def test_masked_tokens_are_the_answers_and_their_stops(name, padding_side):
     processor = make_processor(name)
     template = get_conversation_template(name)
     features = chat(
@@ -477,7 +472,7 @@ def test_masked_tokens_are_the_answers_and_their_stops(name: str, padding_side: 
     assert not masks[features["attention_mask"] == 0].any()
 
 
-def test_training_pads_on_the_right_and_single_equals_batched(processor: InternVLProcessor) -> None:
+def test_training_pads_on_the_right_and_single_equals_batched(processor):
     dialogues = training_dialogues()
     batch = chat(processor, dialogues, return_labels=True)
     assert batch["attention_mask"][:, 0].all()
@@ -488,7 +483,7 @@ def test_training_pads_on_the_right_and_single_equals_batched(processor: InternV
     assert set(batch) == {"input_ids", "attention_mask", "pixel_values", "labels"}
 
 
-def test_masks_as_lists(processor: InternVLProcessor) -> None:
+def test_masks_as_lists(processor):
     features = processor.apply_chat_template(
         training_dialogues(), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_labels=True
     )
@@ -497,14 +492,14 @@ def test_masks_as_lists(processor: InternVLProcessor) -> None:
     assert lengths[0] == lengths[1] == lengths[2]
 
 
-def test_labels_without_an_answer_raise(processor: InternVLProcessor) -> None:
+def test_labels_without_an_answer_raise(processor):
     with pytest.raises(ValueError, match="nothing to learn"):
         chat(processor, [user("Hi")], return_labels=True)
     with pytest.raises(ValueError, match="nothing to learn"):
         chat(processor, [user("Hi"), assistant("Ho")], return_labels=True, truncation=True, max_length=3)
 
 
-def test_masks_cost_linear_time(processor: InternVLProcessor) -> None:
+def test_masks_cost_linear_time(processor):
     offsets = np.stack([np.arange(200_000), np.arange(200_000) + 1], axis=1)
     spans = [(start, start + 1) for start in range(0, 200_000, 3)]
     replaced = [{"span": (at, at + 1), "new_span": (at, at + 1)} for at in range(0, 200_000, 5)]
@@ -514,7 +509,7 @@ def test_masks_cost_linear_time(processor: InternVLProcessor) -> None:
     assert mask.tolist() == [int(index % 3 == 0) for index in range(200_000)]
 
 
-def test_masks_refuse_what_would_misplace_them(processor: InternVLProcessor) -> None:
+def test_masks_refuse_what_would_misplace_them(processor):
     with pytest.raises(ValueError, match="exclude assistant masks"):
         chat(processor, [user("a"), assistant("b")], return_labels=True, continue_final_message=True)
     jinja = "{% for m in messages %}<image>{% generation %}x{% endgeneration %}{% endfor %}"
