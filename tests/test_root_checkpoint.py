@@ -1,15 +1,11 @@
 """The checkpoint at the root: complete, small, and right about the bundled pictures through every door."""
 
 import json
-import re
 import subprocess
 import sys
-from functools import partial
-from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
@@ -183,28 +179,6 @@ def test_conversation_goes_on_without_encoding_the_picture_again(root, questions
     assert answers[-1] == afresh.ask(rows[-1]["question"])
 
 
-def test_the_card_is_valid_and_its_first_command_comes_early(root):
-    data = ModelCard.load(root / "README.md").data
-    assert (data.license, data.library_name, data.pipeline_tag) == ("mit", "transformers", "image-text-to-text")
-    lines = (root / "README.md").read_text().splitlines()
-    assert next(i for i, line in enumerate(lines, 1) if line.startswith("make ")) <= 30
-
-
-def test_the_snippets_of_the_card_run_and_are_right(root, monkeypatch, capsys):
-    snippets = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
-    ask, classify, compile_tower = (compile(snippet, "README.md", "exec") for snippet in snippets)
-    monkeypatch.chdir(root)
-    # Whole graphs, but no generated code, which takes long.
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    names: dict[str, Any] = {}
-    exec(ask, names)
-    exec(classify, {})
-    exec(compile_tower, names)
-    assert names["model"].vision_model._compiled_call_impl is not None
-    assert torch.equal(names["model"].generate(**names["inputs"], max_new_tokens=16), names["output"])
-    assert capsys.readouterr().out.splitlines() == ["4", "a red star"]
-
-
 # ---------------------------------------------------------------------------------------------- sub-folders of the same run
 @pytest.fixture(scope="module")
 def pair_model(root):
@@ -270,23 +244,3 @@ def test_evaluations_run_from_the_command_line(root, task, options, measured, tm
 
 def test_weights_are_finite(model):
     assert all(torch.isfinite(p).all() for p in model.parameters())
-
-
-def test_the_model_card_shows_what_was_measured(root):
-    card = (root / "README.md").read_text()
-    plots = re.findall(r"!\[.*?\]\((.*?)\)", card)
-    assert len(plots) == 5
-    assert all((root / plot).exists() for plot in plots)
-    measured = json.loads((root / "reproduction" / "results" / "results.json").read_text())
-    for stage, tiles in measured["dialogue"].items():
-        report = tiles["with_tiles"]
-        shares = [*(kind["accuracy"] for kind in report["by_kind"].values()), report["accuracy"]]
-        row = next(line for line in card.splitlines() if line.startswith(f"| {stage} |"))
-        assert re.findall(r"[\d.]+ %", row) == [f"{100 * share:.1f} %" for share in shares]
-    for variant, seeds in measured["ablation"].items():
-        row = next(line for line in card.splitlines() if line.startswith(f"| {variant} |"))
-        assert len(seeds) == 3
-        found = [float(number) for number in re.findall(r"([\d.]+) \u00b1", row)]
-        values = [[part["accuracy"] for part in seeds.values()]]
-        values += [[part["recall_at_1"][mode] for part in seeds.values()] for mode in MODES]
-        assert found == pytest.approx([100 * sum(value) / 3 for value in values], abs=0.051)

@@ -1,0 +1,92 @@
+"""README.md, which is the model card, and docs/: what they show is what the bundled checkpoint answers and what was measured."""
+
+import json
+import re
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+import internvl  # noqa: F401
+from internvl.chat import Conversation
+from internvl.modeling_internvl import MODES
+
+from .conftest import ROOT
+
+
+CARD = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "reproduction" / "results" / "README.md"]
+
+
+def snippets(text: str) -> list:
+    return [compile(code, "README.md", "exec") for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+
+
+def rows(text: str, start: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith(start)]
+
+
+def test_it_is_valid_and_its_first_command_comes_early():
+    data = ModelCard.load(ROOT / "README.md").data
+    assert (data.license, data.library_name, data.pipeline_tag) == ("mit", "transformers", "image-text-to-text")
+    assert next(i for i, line in enumerate(CARD.splitlines(), 1) if line.startswith("make ")) <= 30
+
+
+def test_its_answers_are_those_of_the_model():
+    conversation = Conversation(ROOT, max_new_tokens=16)
+    shown = rows(CARD, "| <img ")
+    assert len(shown) == 2
+    for row in shown:
+        image = ROOT / re.search(r'src="(.*?)"', row)[1]
+        for question, answer in re.findall(r"([^|>]+\?) \*\*(.*?)\*\*", row):
+            conversation.restart()
+            assert conversation.ask(question.strip(), [str(image)]) == answer
+
+
+def test_snippets_run_and_are_right(monkeypatch, capsys):
+    ask, compare = snippets(CARD)
+    (compile_tower,) = snippets((ROOT / "docs" / "usage.md").read_text())
+    monkeypatch.chdir(ROOT)
+    # Whole graphs, but no generated code, which takes long.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    names: dict[str, Any] = {}
+    exec(ask, names)
+    exec(compare, {})
+    exec(compile_tower, names)
+    assert names["model"].vision_model._compiled_call_impl is not None
+    assert torch.equal(names["model"].generate(**names["inputs"], max_new_tokens=16), names["output"])
+    assert capsys.readouterr().out.splitlines() == ["4", "a red star", "a red star at the left"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_to_files_and_headings_and_prose_is_wrapped(document):
+    text = document.read_text(encoding="utf-8")
+    assert not [line for line in text.splitlines() if len(line) > 119 and not re.search(r"^\s*\||https?://", line)]
+    for link in re.findall(r"\]\((?!https?:)(.*?)\)", text):
+        file, _, heading = link.partition("#")
+        target = document.parent / file if file else document
+        assert target.exists(), link
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, link
+
+
+def test_it_shows_what_was_measured():
+    results = ROOT / "reproduction" / "results"
+    page = (results / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"!\[.*?\]\((.*?)\)", page)) == {file.name for file in results.glob("*.png")}
+    measured = json.loads((results / "results.json").read_text())
+    for stage, tiles in measured["dialogue"].items():
+        report = tiles["with_tiles"]
+        shares = [*(kind["accuracy"] for kind in report["by_kind"].values()), report["accuracy"]]
+        (row,) = rows(CARD, f"| {stage} |")
+        assert re.findall(r"[\d.]+ %", row) == [f"{100 * share:.1f} %" for share in shares]
+    for variant, seeds in measured["ablation"].items():
+        (row,) = rows(page, f"| {variant} |")
+        assert len(seeds) == 3
+        found = [float(number) for number in re.findall(r"([\d.]+) \u00b1", row)]
+        values = [[part["accuracy"] for part in seeds.values()]]
+        values += [[part["recall_at_1"][mode] for part in seeds.values()] for mode in MODES]
+        assert found == pytest.approx([100 * sum(value) / 3 for value in values], abs=0.051)
