@@ -1,7 +1,7 @@
 """Captions by InternVL-G: `python -m internvl.evaluation captioning MODEL`.
 
-Captions are scored by CIDEr; those of generated scenes also by facts: the objects that a caption names, each correct only
-with its kind, value, colour, size and place.
+Captions are scored by CIDEr; those of generated scenes also by facts: the objects that a caption names, each correct
+only with its kind, value, colour, size and place.
 """
 
 if __name__ == "__main__":  # reads the arguments before torch is imported

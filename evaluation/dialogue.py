@@ -1,7 +1,8 @@
 """Dialogue accuracy: `python -m internvl.evaluation dialogue MODEL`.
 
-Answers are generated greedily and must equal the expected one, apart from case and surrounding blanks. Generated questions
-about small text are about large images only, and are asked twice: with tiles, and with the image as one tile.
+Answers are generated greedily and must equal the expected one, apart from case and surrounding blanks. Generated
+questions about small text are about large images only, and are asked twice: with tiles, and with the image as one
+tile.
 """
 
 if __name__ == "__main__":  # reads the arguments before torch is imported
@@ -103,8 +104,8 @@ def evaluate_dialogue(
         batch_size: Images per call.
 
     Returns:
-        What `evaluate_questions` gives, and "small_text_one_tile": the same questions about small text with every image
-        shown as one tile.
+        What `evaluate_questions` gives, and "small_text_one_tile": the questions about small text again, with every
+        image as one tile.
     """
     asked = held_out_questions(questions, seed)
     small = [item for item in asked if item.question.kind == SMALL_TEXT]

@@ -107,5 +107,5 @@ def held_out_question(index: int, seed: int = 0) -> ImageQuestion:
 
 
 def held_out_questions(count: int, seed: int = 0) -> list[ImageQuestion]:
-    """Draws `count` questions, each about an image of its own, balanced over `QUESTION_KINDS`."""
+    """Draws `count` questions, each about another image, balanced over `QUESTION_KINDS`."""
     return [held_out_question(index, seed) for index in range(count)]

@@ -1,7 +1,7 @@
 """Linear probe of frozen InternViT features: `python -m internvl.evaluation linear_probe MODEL`.
 
-scikit-learn's logistic regression is fitted on the class token and the mean of the patches. Any model with a `vision_model`
-will do, and `InternVisionModel` itself.
+scikit-learn's logistic regression is fitted on the class token and the mean of the patches. Any model with a
+`vision_model` will do, and `InternVisionModel` itself.
 """
 
 if __name__ == "__main__":  # reads the arguments before torch is imported

@@ -1,7 +1,7 @@
-"""Plots of the results page: learning curves from the logs of the stages, dialogue by kind of question, and the ablation.
+"""Plots of the results page: learning curves of the stages, dialogue by kind of question, and the ablation.
 
-Needs matplotlib (the extra `plot`). Each function draws one figure and returns it; `plot_all` writes those that there is
-something for.
+Needs matplotlib (the extra `plot`). Each function draws one figure and returns it; `plot_all` writes those that have
+data.
 """
 
 import json
@@ -18,22 +18,22 @@ Log = Mapping[str, Any]
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation of a sample; one value deviates by 0."""
+    """Computes mean and standard deviation of a sample; a single value has deviation 0."""
     return mean(values), stdev(values) if len(values) > 1 else 0.0
 
 
 def phases_of(log: Log) -> dict[str, list[dict[str, float]]]:
-    """Trainer's entries by phase, without the recipe."""
+    """Returns the entries of `Trainer` by phase, without the recipe and settings."""
     return {name: rows for name, rows in log.items() if isinstance(rows, list)}
 
 
 def series(log: Log, key: str, phases: Sequence[str] = ()) -> tuple[list[float], list[float]]:
-    """Steps and values of a key over the phases of a run, one after the other.
+    """Returns steps and values of a key over the phases of a run, one after the other.
 
     Args:
         log: As in `training_log.json`.
-        key: Of Trainer's entries.
-        phases: Those wanted; none means all.
+        key: Of the entries of `Trainer`.
+        phases: Names of phases; none means all.
     """
     steps, values, start = [], [], 0.0
     for name, rows in phases_of(log).items():
@@ -57,7 +57,7 @@ def _figure(title: str, num_axes: int, width: float = 10) -> tuple[Any, list[Any
 
 
 def _draw_curves(axes: Any, log: Log, keys: Mapping[str, str], **labels: Any) -> None:
-    """Lines of some keys by their names in the legend, with the beginnings of the later phases."""
+    """Draws a line for each key, named in the legend, and marks where phases begin."""
     for key, name in keys.items():
         steps, values = series(log, key)
         axes.plot(steps, values, label=name, marker="." if len(steps) < 40 else "")
@@ -73,12 +73,12 @@ def _draw_curves(axes: Any, log: Log, keys: Mapping[str, str], **labels: Any) ->
 
 
 def _draw_shares(axes: Any) -> None:
-    axes.set(ylim=(0, 1.02), ylabel="share of held-out pictures")
+    axes.set(ylim=(0, 1.02), ylabel="share of held-out images")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 
 
 def plot_stage1(log: Log) -> Any:
-    """Loss and zero-shot accuracy of stage 1."""
+    """Draws loss and zero-shot accuracy of stage 1."""
     figure, (left, right) = _figure("Stage 1: contrastive", 2)
     _draw_curves(left, log, {"loss": "InfoNCE"}, ylabel="loss")
     kinds = {f"zero_shot_{kind}": kind for kind in ("digit", "shape", "colour")}
@@ -89,13 +89,13 @@ def plot_stage1(log: Log) -> Any:
 
 
 def plot_stage2(log: Log) -> Any:
-    """The three losses, and retrieval by InternVL-C and -G, of stage 2."""
+    """Draws the losses of stage 2, and retrieval by InternVL-C and -G."""
     figure, (left, right) = _figure("Stage 2: generative", 2)
     losses = {
-        "loss_itc": "contrasting (ITC)",
+        "loss_itc": "contrastive (ITC)",
         "loss_itm": "matching (ITM)",
-        "loss_itg": "describing (ITG)",
-        "loss_itc_tower": "contrasting InternVL-C",
+        "loss_itg": "captioning (ITG)",
+        "loss_itc_tower": "contrastive, InternVL-C",
     }
     _draw_curves(left, log, losses, ylabel="loss", yscale="log")
     _draw_curves(right, log, {f"recall_at_1_{mode}": f"{mode}, R@1" for mode in MODES})
@@ -104,7 +104,7 @@ def plot_stage2(log: Log) -> Any:
 
 
 def plot_stage3(logs: Mapping[str, Log]) -> Any:
-    """Losses of stage 3 in each configuration."""
+    """Draws the losses of stage 3 in each configuration."""
     figure, (left, right) = _figure("Stage 3: dialogue", 2)
     for name, log in logs.items():
         for axes, phases in ((left, ("seeing",)), (right, ("connecting", "answering"))):
@@ -116,13 +116,13 @@ def plot_stage3(logs: Mapping[str, Log]) -> Any:
 
 
 def _draw_bars(axes: Any, labels: Sequence[str], bars: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-    """Groups of bars, one for each label, with error bars where the deviation is not 0."""
+    """Draws a group of bars for each label, with error bars where the deviation is not 0."""
     width = 0.8 / len(bars)
     for index, (name, values) in enumerate(bars.items()):
-        places = [place - 0.4 + (index + 0.5) * width for place in range(len(labels))]
+        centres = [place - 0.4 + (index + 0.5) * width for place in range(len(labels))]
         errors = [deviation for _, deviation in values]
         axes.bar(
-            places, [value for value, _ in values], width, label=name, yerr=errors if any(errors) else None, capsize=2
+            centres, [value for value, _ in values], width, label=name, yerr=errors if any(errors) else None, capsize=2
         )
     axes.set_xticks(range(len(labels)), [label.replace("_", " ") for label in labels])
     axes.set(ylim=(0, 1.05), ylabel="right answers")
@@ -131,14 +131,14 @@ def _draw_bars(axes: Any, labels: Sequence[str], bars: Mapping[str, Sequence[tup
 
 
 def _accuracies(reports: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Mean and deviation over reports of dialogue, by kind and of all."""
+    """Returns mean and deviation over reports of dialogue, by kind and of all."""
     found = {kind: [report["by_kind"][kind]["accuracy"] for report in reports] for kind in reports[0]["by_kind"]}
     found["all"] = [report["accuracy"] for report in reports]
     return {kind: mean_and_deviation(values) for kind, values in found.items()}
 
 
 def plot_dialogue(report: Mapping[str, Any]) -> Any:
-    """Dialogue by kind of question, for each configuration, with tiles and without."""
+    """Draws dialogue by kind of question, for each configuration, with tiles and without."""
     figure, (axes,) = _figure("Dialogue by kind of question", 1)
     bars = {
         f"{stage}, {tiles.replace('_', ' ')}": _accuracies([part[tiles]])
@@ -150,7 +150,7 @@ def plot_dialogue(report: Mapping[str, Any]) -> Any:
 
 
 def plot_ablation(report: Mapping[str, Any]) -> Any:
-    """Dialogue of the full configuration, and retrieval, without one stage or another; error bars are standard deviations over seeds."""
+    """Draws dialogue and retrieval without one stage or another; error bars are standard deviations over seeds."""
     seeds = len(next(iter(report.values())))
     figure, (axes,) = _figure(f"Stages left out: mean and deviation of {seeds} seeds", 1)
     bars = {}
@@ -164,17 +164,17 @@ def plot_ablation(report: Mapping[str, Any]) -> Any:
 
 
 def plot_all(results: Mapping[str, Any], run: Path, output: Path) -> list[Path]:
-    """Writes every figure that there is something for.
+    """Writes every figure that has data.
 
     Args:
-        results: As from `results.evaluate_run`.
+        results: As from `report.evaluate_run`.
         run: Folder with the stages and their logs.
-        output: Folder of the pictures.
+        output: Folder of the figures.
 
     Returns:
-        The pictures.
+        The files written.
     """
-    from .phases import LOG_FILE  # with it come the trainer, datasets and PEFT
+    from ..training.checkpoints import LOG_FILE  # with it come Trainer and accelerate
 
     logs = {
         path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(run.glob(f"*/{LOG_FILE}"))

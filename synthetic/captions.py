@@ -1,6 +1,6 @@
-"""Captions of generated scenes in five languages, and the prompts of zero-shot classification, from one table of words.
+"""Captions of generated scenes in five languages, and prompts of zero-shot classification, from one table of words.
 
-`caption` reads a scene and never the picture. A `Language` lists words and patterns; the first of each is the plain
+`caption` reads a scene and never the image. A `Language` lists words and patterns; the first of each is the plain
 wording, which `caption` takes without a random generator. Colours agree
 with the gender of the shape, and digits are written as numerals and as words. Rendered words stay English, as drawn.
 
@@ -14,14 +14,14 @@ from random import Random
 from .scenes import COLOURS, LAYOUTS, ONE_TILE, PLACES, SHAPES, Layout, Scene, SceneObject
 
 
-# What pairs of pictures and captions are drawn from: one object, which zero-shot prompts name, and many, for retrieval.
+# Layouts of image-text pairs: of one object, for zero-shot classification, and of several, for retrieval.
 PAIR_LAYOUTS = {
     "one_shape": Layout(ONE_TILE, shapes=(1, 1)),
     "one_digit": Layout(ONE_TILE, digits=(1, 1)),
     "few": Layout(ONE_TILE, shapes=(1, 2), digits=(1, 2)),
     **LAYOUTS,
 }
-# Shares of random captions that leave out what only tells apart scenes of many objects, and that are whole clauses.
+# Shares of random captions of one object without place or without colour, and of captions made of clauses.
 _PLACELESS, _COLOURLESS, _CLAUSES = 0.5, 0.3, 0.25
 
 
@@ -36,7 +36,7 @@ class Language:
         feminine_colours: The same beside a feminine shape; empty where nothing changes.
         places: One per `PLACES`, with the preposition where the patterns have none.
         digits: Words for 0 to 9.
-        numerals: Other numerals for 0 to 9 than those of ASCII; empty where there are none.
+        numerals: Numerals for 0 to 9 besides those of ASCII; may be empty.
         bare_shape: Patterns with `{shape}`.
         shape: Patterns with `{shape}` and `{colour}`.
         digit: Patterns of a handwritten digit, with `{digit}`.
@@ -66,7 +66,7 @@ class Language:
     numerals: str = ""
 
     def shape_names(self, shape: str, colour: str | None = None) -> list[str]:
-        """Every wording of a shape, with its colour if one is given."""
+        """Returns every wording of a shape, with its colour if one is given."""
         word = self.shapes[SHAPES.index(shape)]
         if colour is None:
             return [pattern.format(shape=word) for pattern in self.bare_shape]
@@ -76,12 +76,12 @@ class Language:
         return [pattern.format(shape=word, colour=colour_word) for pattern in self.shape]
 
     def digit_names(self, digit: str) -> list[str]:
-        """Every wording of a handwritten digit, plain numerals first."""
+        """Returns every wording of a handwritten digit, plain numerals first."""
         forms = (digit, self.digits[int(digit)], *self.numerals[int(digit) :][:1])
         return [pattern.format(digit=form) for pattern in self.digit for form in forms]
 
     def names_of(self, item: SceneObject) -> list[str]:
-        """Every wording of an object, place and nothing else left out."""
+        """Returns every wording of an object, without its place."""
         if item.kind == "shape":
             return self.shape_names(item.value, item.colour)
         if item.kind == "digit":
@@ -89,7 +89,7 @@ class Language:
         return [self.text[2 * (item.kind == "number") + item.is_small].format(text=item.value)]
 
     def at_place(self, name: str, place: int) -> str:
-        """A thing at a place, as an index into `PLACES`."""
+        """Places a wording at an index into `PLACES`."""
         return self.located.format(thing=name, place=self.places[place])
 
 
@@ -197,7 +197,7 @@ LANGUAGES = {
 }
 
 
-# What stage 2 asks for a caption with; the paper's prompt is the first.
+# Prompts for captions in stage 2; the paper's is the first.
 CAPTION_PROMPTS = {
     "en": "English caption:",
     "zh": "Chinese caption:",
@@ -211,7 +211,7 @@ def language_of(code: str) -> Language:
     """Returns the language of a code such as "en".
 
     Raises:
-        ValueError: If there is none.
+        ValueError: The code is unknown.
     """
     if code not in LANGUAGES:
         raise ValueError(f"`language` must be one of {list(LANGUAGES)}, got {code!r}.")
@@ -219,13 +219,13 @@ def language_of(code: str) -> Language:
 
 
 def caption(scene: Scene, language: str = "en", rng: Random | None = None) -> str:
-    """One sentence about a scene.
+    """Writes one sentence about a scene.
 
     Args:
         scene: The scene.
         language: Its code, see `LANGUAGES`.
-        rng: Chooses among the wordings. None takes the plain one, which names every object and its place, row by row.
-            The caption of a single object may leave out the place and a shape's colour, as zero-shot prompts do.
+        rng: Chooses the wording. None takes the plain one, which names every object and its place, row by row.
+            A random caption of a single object may omit the place and a shape's colour, as zero-shot prompts do.
 
     Returns:
         The caption.
@@ -250,7 +250,7 @@ def caption(scene: Scene, language: str = "en", rng: Random | None = None) -> st
 
 
 def prompts(language: str, kind: str, value: str) -> list[str]:
-    """Every way of saying that a picture shows something of a class.
+    """Returns every prompt that says that an image shows an object of a class.
 
     Args:
         language: Its code, see `LANGUAGES`.
@@ -258,7 +258,7 @@ def prompts(language: str, kind: str, value: str) -> list[str]:
         value: One of `SHAPES`, a digit, or one of `COLOURS`.
 
     Returns:
-        Prompts without repetitions; none names a place, and those of shapes name no colour.
+        Prompts without duplicates; they name no place, and those of shapes name no colour.
     """
     words = language_of(language)
     names: Sequence[str]

@@ -43,6 +43,6 @@ def digit_indices(split: Split) -> range:
 
 @lru_cache(maxsize=2)
 def digit_indices_by_label(split: Split) -> tuple[tuple[int, ...], ...]:
-    """Return ten tuples: the indices of `split` that show 0, 1, ... 9, so that each digit can be drawn equally often."""
+    """Return ten tuples: the indices of `split` that show 0, 1, ... 9, to draw each digit equally often."""
     labels = load_handwritten_digits()[1]
     return tuple(tuple(i for i in digit_indices(split) if labels[i] == label) for label in range(10))

@@ -1,7 +1,7 @@
-"""The bundled example pictures: `python -m internvl.synthetic.examples examples` writes them again.
+"""The bundled example images: `python -m internvl.synthetic.examples examples` writes them again.
 
-They come from the held-out stream, so the default checkpoint never saw them, nor the handwriting in them.
-`questions.json` lists the picture's file, the question and the right answer.
+They come from the held-out stream, so the bundled checkpoint was trained on neither them nor their handwriting.
+`questions.json` lists the image's file, the question and the correct answer.
 """
 
 import argparse
@@ -31,23 +31,23 @@ EXAMPLES = (
     ("wide_small_text", "many_tiles", 0),
     ("tall_small_text", "many_tiles", 1),
 )
-QUESTIONS_PER_PICTURE = 4
-# What shows best that the checkpoint looks at real handwriting, and at tiles.
+QUESTIONS_PER_IMAGE = 4
+# Kinds of questions that need the handwriting, and the tiles.
 TELLING_KINDS = ("digit", "small_text")
 
 
 def example(name: str, layout: str, index: int) -> tuple[Scene, list[Question]]:
-    """Return one example's scene and its questions: up to two about handwriting or small text, then one of each kind."""
+    """Return a scene and its questions: up to two about handwriting or small text, then one of each kind."""
     rng = scene_generator("held_out", SEED, index)
     scene = sample_scene(rng, LAYOUTS[layout], "held_out")
     asked = questions_about(scene, rng)
     telling = [question for question in asked if question.kind in TELLING_KINDS][:2]
     others = [question for question in asked if question.kind not in TELLING_KINDS]
-    return scene, telling + choose_questions(others, rng, QUESTIONS_PER_PICTURE - len(telling))
+    return scene, telling + choose_questions(others, rng, QUESTIONS_PER_IMAGE - len(telling))
 
 
 def write_examples(folder: Path) -> None:
-    """Write the pictures and `questions.json` into `folder`."""
+    """Write the images and `questions.json` into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for name, layout, index in EXAMPLES:
@@ -60,7 +60,7 @@ def write_examples(folder: Path) -> None:
 
 def main() -> None:
     """Write the examples from the command line."""
-    parser = argparse.ArgumentParser(description="Write the bundled example pictures.")
+    parser = argparse.ArgumentParser(description="Write the bundled example images.")
     parser.add_argument("folder", type=Path)
     write_examples(parser.parse_args().folder)
 

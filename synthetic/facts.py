@@ -18,7 +18,7 @@ def facts_of(scene: Scene) -> Counter[Fact | None]:
 
 
 def facts_in(text: str, language: str = "en") -> Counter[Fact | None]:
-    """Returns what a caption states, in any wording of `captions.caption`; None stands for each part that is not understood."""
+    """Returns what a caption in any wording of `captions` states; None stands for each part not understood."""
     words = language_of(language)
     for frame in sorted(words.frames, key=len, reverse=True):
         before, after = frame.split("{things}")

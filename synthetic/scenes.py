@@ -1,15 +1,15 @@
-"""Generated scenes: a description as plain data, the picture of it, and questions and captions about it.
+"""Generated scenes: a description as plain data, the image of it, and questions about it.
 
-Three things are kept apart, so that each later training stage takes what it needs:
+Three things are kept apart, so that each training stage takes what it needs:
 
 - `sample_scene` draws a `Scene` (data only) from a random generator;
-- `draw_scene` renders a scene, and nothing but the scene decides the pixels;
+- `draw_scene` renders a scene, and the pixels depend on the scene alone;
 - `questions_about`, and `caption` of captions.py, read the scene, never the image.
 
-A scene has nine places (`PLACES`, three by three) with at most one object in each: a coloured shape, a real handwritten
-digit, or a rendered word or number. Only a page has two texts at a place, one below the other; nothing is then
-asked that would not say which of them is meant. Shapes and digits grow with the picture. Text does not, and lies
-inside one 448 px tile: in a large picture it can be read in its tile only, not in the shrunken whole.
+A scene has nine places (`PLACES`, three by three) with at most one object in each: a coloured shape, a real
+handwritten digit, or a rendered word or number. Only a page has two texts at a place, one below the other, and the
+answer to a question about the place is both. Shapes and digits grow with the image. Text does not, and lies inside one
+448 px tile: in a large image it can be read in its tile only, not in the thumbnail.
 """
 
 import math
@@ -43,11 +43,12 @@ INKS = ((20, 20, 20), (24, 32, 96), (88, 16, 16), (16, 72, 40))
 MAX_COUNT = 6
 NUMBERS = range(10, 100)
 
-# Font sizes in pixels, whatever the size of the picture. Ink is about half as high, three quarters with ascenders.
+# Font sizes in pixels, for images of any size. Ink is about half as high, three quarters with ascenders.
 SMALL_TEXT_SIZE = 20
 BIG_TEXT_SIZE = 36
-# Texts begin at multiples of this many pixels and their lines stand in the middle of such steps, up to the jitter. A
-# small vision tower without convolutions learns to read this way in minutes; text at any pixel takes it far longer.
+# Texts begin at multiples of this many pixels, and their lines are centred within such steps, up to the jitter. A
+# small vision tower without convolutions learns to read these in minutes, and text at arbitrary pixels far more
+# slowly.
 TEXT_STEP = 28
 TEXT_JITTER = 2
 # Sizes of shapes and digits, and how far they stray from their cell's centre, as shares of its shorter side.
@@ -56,17 +57,17 @@ DIGIT_SHARE = (0.65, 0.8)
 CENTRE_JITTER = 0.04
 
 WORDS = tuple(
-    "apple baby ball bank bear bed bell bird boat bone book box boy bread bus cake car cat chair clock cloud coat corn "
-    "cow cup desk dog door duck ear egg eye farm fire fish flag foot fork frog game girl glass goat gold hand hat hill "
-    "home horse ice jar key king kite lake lamp leaf leg lion map milk moon mouse nest nose oven owl park pear pen pig "
-    "pot rain rice road rock roof rope rose salt sand sea ship shoe snow soap sock star sun tent tree van wall wind "
-    "wolf wood yard zoo".split()
+    "apple baby ball bank bear bed bell bird boat bone book box boy bread bus cake car cat chair clock cloud coat "
+    "corn cow cup desk dog door duck ear egg eye farm fire fish flag foot fork frog game girl glass goat gold "
+    "hand hat hill home horse ice jar key king kite lake lamp leaf leg lion map milk moon mouse nest nose oven "
+    "owl park pear pen pig pot rain rice road rock roof rope rose salt sand sea ship shoe snow soap sock star sun "
+    "tent tree van wall wind wolf wood yard zoo".split()
 )
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One thing in a scene.
+    """One object of a scene.
 
     Args:
         kind: "shape", "digit" (handwritten), "word" or "number" (both rendered text).
@@ -74,10 +75,10 @@ class SceneObject:
         place: Index into `PLACES`.
         centre: (x, y) in pixels.
         size: Height in pixels of a shape or digit; font size in pixels of a text.
-        colour: Name of a shape's colour; empty for the rest.
+        colour: Name of a shape's colour; empty for other kinds.
         rgb: The colour drawn.
         is_small: Whether it is small text.
-        digit_index: Index into the handwritten digits; -1 for the rest.
+        digit_index: Index into the handwritten digits; -1 for other kinds.
         warp: Rotation (radians), shear and width factor of a handwritten digit.
     """
 
@@ -100,7 +101,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture as data: its size, its background and its objects, ordered by place."""
+    """An image as data: its size, its background and its objects, ordered by place."""
 
     width: int
     height: int
@@ -122,10 +123,10 @@ class Scene:
 
 @dataclass(frozen=True)
 class Layout:
-    """What kind of scene to draw.
+    """The sizes and contents of a kind of scene.
 
     Args:
-        sizes: (width, height) in pixels, one of them is taken.
+        sizes: (width, height) in pixels, one of which is chosen.
         shapes, digits, big_texts, small_texts: Smallest and largest number of each.
         lines: Objects one below the other at each place.
     """
@@ -161,9 +162,9 @@ def sample_scene(rng: Random, layout: Layout, split: Split) -> Scene:
     """Draw a scene's description.
 
     Args:
-        rng: The only source of chance; the same state gives the same scene.
-        layout: How large, and how many of each object.
-        split: Which writers' digits may appear. Digits are warped in training only.
+        rng: The only source of randomness; the same state gives the same scene.
+        layout: Sizes, and numbers of objects.
+        split: Whose digits may appear. Digits are warped in training only.
 
     Returns:
         The scene.
@@ -187,7 +188,7 @@ def sample_scene(rng: Random, layout: Layout, split: Split) -> Scene:
 
 @dataclass(frozen=True)
 class _Cell:
-    """Room for one object: cell `index`, row by row, of three columns and `3 * lines` rows over the picture."""
+    """Room for one object: cell `index`, row by row, of three columns and `3 * lines` rows over the image."""
 
     index: int
     lines: int
@@ -208,7 +209,7 @@ class _Cell:
         return self.width / 3 * (self.index % 3 + 0.5), self.height / 3 / self.lines * (self.index // 3 + 0.5)
 
     def sample_centre(self, rng: Random) -> tuple[int, int]:
-        """Return where a shape or digit goes: near 3, 8 or 13 sixteenths of the picture, whole patches of its tile."""
+        """Return a centre for a shape or digit, near 3, 8 or 13 sixteenths of the image: whole patches of a tile."""
         stray = self.side * CENTRE_JITTER
         x = self.width * (self.index % 3 * 5 + 3) / 16
         y = self.height * (self.index // 3 * 5 + 3) / 16
@@ -230,7 +231,7 @@ class _Cell:
 
 
 def _sample_palette(rng: Random) -> tuple[list[str], list[str]]:
-    """Return the shapes and colours of one scene: few of them make for high counts, many for unique objects."""
+    """Return the shapes and colours of one scene: few of them give high counts, many give unique objects."""
     few = rng.random() < 0.4
     num_shapes = rng.randint(1, 2) if few else len(SHAPES)
     num_colours = rng.randint(1, 2) if rng.random() < 0.3 else len(COLOURS)
@@ -266,7 +267,7 @@ def _sample_text(rng: Random, cell: _Cell, is_small: bool) -> SceneObject:
 
 
 def text_extent(text: str, font_size: int) -> tuple[int, int]:
-    """Return width and height in pixels of a text, whose height is that of a line whatever its letters."""
+    """Return width and height in pixels of a text, whose height is that of a line for any letters."""
     left, _, right, _ = _font(font_size).getbbox(text, anchor="lm")
     return math.ceil(right - left), font_size
 
@@ -285,17 +286,17 @@ def draw_scene(scene: Scene) -> Image.Image:
         scene: The scene.
 
     Returns:
-        An RGB picture of the scene's size; the same scene gives the same pixels.
+        An RGB image of the scene's size; the same scene gives the same pixels.
     """
-    picture = Image.new("RGB", (scene.width, scene.height), scene.background)
+    image = Image.new("RGB", (scene.width, scene.height), scene.background)
     for item in scene.objects:
         if item.is_text:
-            ImageDraw.Draw(picture).text(item.centre, item.value, fill=item.rgb, font=_font(item.size), anchor="mm")
+            ImageDraw.Draw(image).text(item.centre, item.value, fill=item.rgb, font=_font(item.size), anchor="mm")
             continue
         mask = _shape_mask(item) if item.kind == "shape" else _digit_mask(item)
         corner = (item.centre[0] - mask.width // 2, item.centre[1] - mask.height // 2)
-        picture.paste(item.rgb, corner, mask)
-    return picture
+        image.paste(item.rgb, corner, mask)
+    return image
 
 
 @lru_cache(maxsize=256)
@@ -360,7 +361,7 @@ def _digit_mask(item: SceneObject) -> Image.Image:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a scene with its only right answer, and its kind (see `QUESTION_KINDS`)."""
+    """A question about an image, its only correct answer, and its kind (for scenes, one of `QUESTION_KINDS`)."""
 
     kind: str
     text: str
@@ -375,7 +376,7 @@ def questions_about(scene: Scene, rng: Random) -> list[Question]:
 
     Args:
         scene: The scene.
-        rng: Chooses among the phrasings only.
+        rng: Chooses the phrasings and nothing else.
 
     Returns:
         The questions, grouped by kind in the order of `QUESTION_KINDS`.
@@ -395,13 +396,13 @@ def questions_about(scene: Scene, rng: Random) -> list[Question]:
 
 
 def choose_question(questions: Sequence[Question], rng: Random) -> Question:
-    """Choose among questions such that each answer they have is equally likely (most counts are 0, say)."""
+    """Choose a question such that each of their answers is equally likely (most counts, for example, are 0)."""
     answer = rng.choice(sorted({question.answer for question in questions}))
     return rng.choice([question for question in questions if question.answer == answer])
 
 
 def choose_questions(questions: Sequence[Question], rng: Random, count: int) -> list[Question]:
-    """Choose up to `count` different questions in random order, taking turns among their kinds."""
+    """Choose up to `count` different questions in random order, interleaved by kind."""
     left = {kind: [q for q in questions if q.kind == kind] for kind in QUESTION_KINDS}
     chosen: list[Question] = []
     while any(left.values()) and len(chosen) < count:
@@ -465,7 +466,7 @@ def _digit_questions(scene: Scene) -> Iterator[tuple[str, tuple[str, ...], str]]
 def _text_questions(scene: Scene) -> Iterator[tuple[str, tuple[str, ...], str]]:
     for kind, is_small, size in (("small_text", True, "small"), ("text", False, "big")):
         texts = [item for item in scene.texts() if item.is_small == is_small]
-        if len(texts) == 1:  # in large pictures its place is hard to name, and nothing else could be meant
+        if len(texts) == 1:  # in large images its place is hard to name, and the question is clear without it
             yield kind, (f"What does the {size} text say?", f"What is written in {size} letters?"), texts[0].value
             continue
         for place in sorted({item.place for item in texts}):

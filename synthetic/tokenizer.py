@@ -31,7 +31,7 @@ def tokenizer_corpus(num_scenes: int = 2000, seed: int = 0) -> Iterator[str]:
 
 
 def caption_corpus(num_scenes: int = 1000, seed: int = 0) -> Iterator[str]:
-    """Yield captions of training scenes in every language, in the form that contrastive and generative prompts have."""
+    """Yield captions of training scenes in every language, in the form of contrastive and generative prompts."""
     for word in WORDS:
         yield from [f" {word}"] * 50  # one token
     layouts = list(PAIR_LAYOUTS.values())

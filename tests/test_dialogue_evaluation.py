@@ -18,27 +18,33 @@ def test_answers_must_match_exactly_apart_from_case_and_blanks(answer, expected,
     assert is_correct(answer, expected) is right
 
 
-def test_held_out_questions_are_balanced_over_kinds_and_reproducible():
-    first, second = held_out_questions(21), held_out_questions(21)
+@pytest.fixture(scope="module")
+def questions():
+    """Four of each kind."""
+    return held_out_questions(4 * len(QUESTION_KINDS))
+
+
+def test_held_out_questions_are_balanced_over_kinds_and_reproducible(questions):
+    first, second = questions[:21], held_out_questions(21)
     assert Counter(item.question.kind for item in first) == dict.fromkeys(QUESTION_KINDS, 3)
     assert [item.question for item in first] == [item.question for item in second]
     assert all(a.image.tobytes() == b.image.tobytes() for a, b in zip(first, second, strict=True))
-    assert [item.question for item in held_out_questions(21, seed=1)] != [item.question for item in first]
+    assert [item.question for item in held_out_questions(7, seed=1)] != [item.question for item in first[:7]]
 
 
-def test_every_kind_is_asked_in_each_of_its_layouts():
-    seen = {(item.question.kind, item.layout) for item in held_out_questions(7 * 4)}
+def test_every_kind_is_asked_in_each_of_its_layouts(questions):
+    seen = {(item.question.kind, item.layout) for item in questions}
     for kind in QUESTION_KINDS:
         assert {layout for asked, layout in seen if asked == kind} == set(LAYOUTS_OF_KIND.get(kind, EVERYWHERE))
 
 
-def test_small_text_is_asked_about_large_images_only():
-    for item in held_out_questions(28):
+def test_small_text_is_asked_about_large_images_only(questions):
+    for item in questions:
         if item.question.kind == SMALL_TEXT:
             assert item.image.size in LAYOUTS["many_tiles"].sizes
 
 
-def test_accuracy_is_counted_per_kind_with_the_share_of_the_commonest_answer():
+def test_accuracy_is_counted_per_kind_with_the_share_of_the_most_common_answer():
     questions = [Question("count", "?", answer) for answer in ("0", "0", "0", "2")] + [Question("digit", "?", "7")]
     report = accuracy_by_kind(questions, ["0", "1", "0", "2", "1"])
     assert report == {
@@ -52,9 +58,8 @@ def test_a_missing_answer_is_an_error():
         accuracy_by_kind([Question("count", "?", "0")], [])
 
 
-def test_the_report_asks_small_text_again_with_one_tile(monkeypatch):
-    asked = held_out_questions(14)
-    right_answers = {(item.image.tobytes(), item.question.text): item.question.answer for item in asked}
+def test_the_report_asks_small_text_again_with_one_tile(questions, monkeypatch):
+    right_answers = {(item.image.tobytes(), item.question.text): item.question.answer for item in questions[:14]}
 
     def answer(model, processor, items, batch_size, **settings):
         if settings == {"max_num": 1}:

@@ -1,4 +1,4 @@
-"""Zero-shot classification, retrieval, linear probe and captions: the measures against slow references, and whole reports."""
+"""Zero-shot classification, retrieval, linear probe and captions: metrics against slow references, and reports."""
 
 import math
 from collections import Counter
@@ -50,7 +50,7 @@ def tiny_model(num_queries=5):
     return tiny.randomize(InternVLModel(config))
 
 
-# ------------------------------------------------------------------------------------------------------------ zero-shot
+# ----------------------------------------------------------------------------------------------------------- zero-shot
 def test_an_ensemble_is_the_direction_of_the_mean_of_its_prompts():
     embeds = torch.nn.functional.normalize(torch.randn(5, 4), dim=1)
     expected = [embeds[[0, 3]].mean(0), embeds[1], embeds[[2, 4]].mean(0)]
@@ -122,7 +122,7 @@ def test_embeddings_do_not_depend_on_the_batch_size():
     torch.testing.assert_close(embed_texts(model, processor, texts, 1), embed_texts(model, processor, texts, 3))
 
 
-# ------------------------------------------------------------------------------------------------------------ retrieval
+# ----------------------------------------------------------------------------------------------------------- retrieval
 def slow_recall(similarity, is_match, k):
     hits = 0
     for scores, matches in zip(similarity.tolist(), is_match.tolist(), strict=True):
@@ -178,7 +178,7 @@ def test_retrieval_reports_every_mode_and_language():
     assert ways["image_to_text"]["R@1"] <= ways["image_to_text"]["R@10"] <= 1
 
 
-# ---------------------------------------------------------------------------------------------------------- linear probe
+# -------------------------------------------------------------------------------------------------------- linear probe
 def test_the_probe_reads_a_linear_feature_and_not_noise():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 240)
@@ -196,7 +196,7 @@ def test_the_probe_takes_a_model_or_its_tower():
     assert set(report["accuracy"]) == set(CLASSES)
 
 
-# ------------------------------------------------------------------------------------------------------------- captions
+# ------------------------------------------------------------------------------------------------------------ captions
 def slow_cider(candidate, references, all_references):
     """CIDEr-D from its definition, by lists."""
 
@@ -285,7 +285,7 @@ def test_captioning_reports_every_language(monkeypatch):
         assert set(report[language]) == {"cider", "precision", "recall", "exact"}
 
 
-# ------------------------------------------------------------------------------------------------------------ old names
+# ----------------------------------------------------------------------------------------------------------- old names
 def test_former_names_are_read_with_a_warning():
     with pytest.warns(FutureWarning, match="embed_images"):
         embed = embeddings.embed_pictures

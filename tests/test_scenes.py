@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from dataclasses import replace
+from functools import lru_cache
 from random import Random
 
 import numpy as np
@@ -37,19 +38,20 @@ def scenes(split="train", count=40, seed=5):
             yield name, sample_scene(scene_generator(split, seed, index), layout, split)
 
 
+@lru_cache(maxsize=32)
 def pixels_of(scene):
     return np.asarray(draw_scene(scene)).astype(int)
 
 
 def ink_of(scene, item):
-    """Where the picture changes when `item` is taken away: (top, bottom, left, right), inclusive."""
+    """Where the image changes when `item` is taken away: (top, bottom, left, right), inclusive."""
     without = replace(scene, objects=tuple(other for other in scene.objects if other is not item))
     rows, columns = np.nonzero((pixels_of(scene) != pixels_of(without)).any(axis=-1))
     return rows.min(), rows.max(), columns.min(), columns.max()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_same_seed_gives_the_same_scene_picture_and_questions(layout):
+def test_the_same_seed_gives_the_same_scene_image_and_questions(layout):
     def make():
         rng = scene_generator("train", 1, 2)
         scene = sample_scene(rng, LAYOUTS[layout], "train")
@@ -112,7 +114,7 @@ def test_every_count_up_to_the_largest_occurs():
 
 
 @pytest.mark.parametrize("layout", ["mixed", "reading", "crowd", "digits", "few_tiles"])
-def test_each_object_is_drawn_inside_its_ninth_of_the_picture(layout):
+def test_each_object_is_drawn_inside_its_ninth_of_the_image(layout):
     for index in range(3):
         scene = sample_scene(scene_generator("held_out", 2, index), LAYOUTS[layout], "held_out")
         for item in scene.objects:
@@ -140,7 +142,7 @@ def test_text_lies_in_one_tile_of_its_ninth_and_begins_on_the_lattice(layout, se
     assert seen <= 0
 
 
-def test_small_text_has_its_promised_height_in_large_pictures_and_too_little_in_one_tile():
+def test_small_text_has_its_promised_height_in_large_images_and_too_little_in_one_tile():
     for index in range(5):
         scene = sample_scene(scene_generator("held_out", 3, index), LAYOUTS["many_tiles"], "held_out")
         (item,) = scene.texts()
@@ -154,10 +156,10 @@ def test_small_text_has_its_promised_height_in_large_pictures_and_too_little_in_
 def test_shapes_have_the_colour_they_are_said_to_have():
     for index in range(10):
         scene = sample_scene(scene_generator("train", 4, index), LAYOUTS["mixed"], "train")
-        picture = pixels_of(scene)
+        image = pixels_of(scene)
         for item in scene.shapes():
             top, bottom, left, right = ink_of(scene, item)
-            patch = picture[top : bottom + 1, left : right + 1].reshape(-1, 3)
+            patch = image[top : bottom + 1, left : right + 1].reshape(-1, 3)
             ink = np.median(patch[(patch < 231).any(axis=1)], axis=0)
             nearest = min(COLOURS, key=lambda name: np.abs(np.array(COLOURS[name]) - ink).sum())
             assert nearest == item.colour
