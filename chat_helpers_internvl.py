@@ -1,4 +1,4 @@
-"""The published helpers of InternVL-Chat, `chat` and `batch_chat`: from questions to answers, with signatures as published."""
+"""The published helpers `chat` and `batch_chat` of InternVL-Chat, with their published signatures."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from .conversation_internvl import (
 
 logger = logging.get_logger(__name__)
 
-# The mixin calls what a model brings that generates; for type checkers it is one.
+# The mixin calls methods of a model that generates: type checkers see a subclass.
 _Generation: Any = GenerationMixin if TYPE_CHECKING else object
 
 
@@ -56,12 +56,13 @@ class ChatHelpersMixin(_Generation):
 
         Args:
             tokenizer: The checkpoint's tokenizer.
-            pixel_values: (tiles, 3, height, width) of all pictures of the conversation, or None.
-            question: What the user says, with one `<image>` per picture; without any, `<image>` and a line break are put first.
+            pixel_values: (tiles, 3, height, width) of all images of the conversation, or None.
+            question: What the user says, with one `<image>` per image; without any, `<image>` and a line break come
+                first.
             generation_config: Arguments of `generate` as a plain dictionary; may hold a `streamer`. Not changed.
             history: (question, answer) of earlier turns. Not changed.
             return_history: Whether to return the history with this turn appended as well.
-            num_patches_list: Tiles of each picture; None means all tiles are one picture.
+            num_patches_list: Tiles of each image; None means all tiles are one image.
             IMG_START_TOKEN: Must be the token of the checkpoint.
             IMG_END_TOKEN: Must be the token of the checkpoint.
             IMG_CONTEXT_TOKEN: Must be the token of the checkpoint.
@@ -104,15 +105,15 @@ class ChatHelpersMixin(_Generation):
             pixel_values: The tiles of all conversations, in order.
             questions: One per conversation.
             generation_config: As in `chat`.
-            num_patches_list: Per conversation the tiles of its picture, or a list with the tiles of each of its pictures (an
-                empty list for none).
-            history: Per conversation its earlier turns or None; the published code takes none at all.
+            num_patches_list: Per conversation the tiles of its image, or a list with the tiles of each of its images
+                (an empty list for none).
+            history: Per conversation its earlier turns or None; the published code accepts only None.
             return_history: Whether to return the histories with this turn appended as well.
             IMG_START_TOKEN: As in `chat`.
             IMG_END_TOKEN: As in `chat`.
             IMG_CONTEXT_TOKEN: As in `chat`.
             verbose: Whether to log prompts and answers.
-            image_counts: Former name of `num_patches_list`.
+            image_counts: Former name of `num_patches_list`, in the published signature.
         """
         _check_image_tokens(IMG_START_TOKEN, IMG_END_TOKEN)
         counts: Any = image_counts if num_patches_list is None else num_patches_list
@@ -122,8 +123,8 @@ class ChatHelpersMixin(_Generation):
         histories = list(history) if history is not None else [None] * len(questions)
         if not len(questions) == len(tiles) == len(histories):
             raise ValueError(
-                f"`questions`, `num_patches_list` and `history` must be equally long, got {len(questions)}, {len(tiles)} and "
-                f"{len(histories)}."
+                f"`questions`, `num_patches_list` and `history` must be equally long, got {len(questions)}, "
+                f"{len(tiles)} and {len(histories)}."
             )
         num_tiles = 0 if pixel_values is None else len(pixel_values)
         if num_tiles != sum(map(sum, tiles)):
@@ -135,7 +136,7 @@ class ChatHelpersMixin(_Generation):
             logger.info("%s %s", queries, answers)
         if not return_history:
             return answers
-        asked = [with_image_placeholder(question, past, bool(pictures)) for question, past, pictures in turns]
+        asked = [with_image_placeholder(question, past, bool(images)) for question, past, images in turns]
         return answers, [
             [*(past or []), (question, answer)]
             for past, question, answer in zip(histories, asked, answers, strict=True)
@@ -156,12 +157,12 @@ class ChatHelpersMixin(_Generation):
 
     @contextmanager
     def _placeholder_of(self, token: str, index: int) -> Iterator[None]:
-        """The id of the placeholder is that of the user's tokenizer, for this call; from then on where none was known."""
+        """Uses the user's tokenizer's id of the placeholder in this call, and from then on if none was known."""
         known = self._image_token_id
         if self.img_context_token_id not in (None, index):
             logger.warning_once(
-                f"The model's image placeholder has the id {self.img_context_token_id}, the tokenizer's `{token}` {index}: using the "
-                "tokenizer's."
+                f"The model's image placeholder has the id {self.img_context_token_id}, the tokenizer's `{token}` "
+                f"{index}: using the tokenizer's."
             )
         is_new = self.img_context_token_id is None
         self._image_token_id = index
@@ -200,4 +201,4 @@ class ChatHelpersMixin(_Generation):
 
 def _check_image_tokens(start: str, end: str) -> None:
     if (start, end) != ("<img>", "</img>"):
-        raise ValueError(f"Pictures stand between `<img>` and `</img>` in every release, got {start!r} and {end!r}.")
+        raise ValueError(f"Images stand between `<img>` and `</img>` in every release, got {start!r} and {end!r}.")

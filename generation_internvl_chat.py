@@ -1,4 +1,8 @@
-"""Generation of InternVL-Chat: images are encoded once, before the search, and reach the steps that read their placeholders."""
+"""Generation of InternVL-Chat with images.
+
+Images are encoded once, before the search, and reach the steps that read their placeholders. Drafts of assisted
+decoding and caches of earlier turns are accounted for.
+"""
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -7,14 +11,14 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, GenerationMixin, LogitsProcessor, LogitsProcessorList
 
-from .image_placement_internvl import NO_IMAGE_TOKEN
+from .image_placement_internvl import NO_IMAGE_TOKEN, mismatch_message, place_in_order
 
 
 # Arguments of the published `generate`, by position.
 PUBLISHED_ORDER = ("pixel_values", "input_ids", "attention_mask", "visual_features", "generation_config")
-# What `generate` tells its own steps.
+# Arguments that `generate` adds for its steps.
 SEARCH_STATE = ("prompt_length", "assistant_image_embeds", "is_assisted")
-# The mixin calls what `GenerationMixin` brings; for type checkers it is one, at run time it stands in front of it.
+# The mixin calls methods of `GenerationMixin`: type checkers see a subclass, at run time it stands before it.
 _Generation: Any = GenerationMixin if TYPE_CHECKING else object
 
 
@@ -32,7 +36,7 @@ class Tiles:
         return len(given)
 
     def only(self, is_kept: list[bool]) -> "Tiles":
-        """Those of the tiles that are marked."""
+        """The marked tiles."""
         given: Any = self.pixel_values if self.visual_features is None else self.visual_features
         kept = given[torch.tensor(is_kept, device=given.device)]
         is_pixels = self.visual_features is None
@@ -40,10 +44,10 @@ class Tiles:
 
 
 class ImageTokenBlocker(LogitsProcessor):
-    """Keeps generation from emitting the image placeholder, which a later turn would take for a picture.
+    """Keeps generation from emitting the image placeholder, which a later turn would take for an image.
 
-    Greedy search only ever takes the best token, so there only rows where the placeholder is the best are touched; every other score
-    stays what the model said.
+    Greedy search only takes the best token, so there only rows whose best token is the placeholder are changed; all
+    other scores stay those of the model.
     """
 
     def __init__(self, image_token_id: int, is_greedy: bool) -> None:
@@ -58,7 +62,7 @@ class ImageTokenBlocker(LogitsProcessor):
 
 
 class ImageGenerationMixin(_Generation):
-    """Searches over prompts with images; list it before the model and `GenerationMixin`."""
+    """`generate` with images; list it before the model and `GenerationMixin`."""
 
     @torch.no_grad()
     def generate(
@@ -74,12 +78,13 @@ class ImageGenerationMixin(_Generation):
     ) -> Any:
         """As in transformers: the prompt followed by the new tokens, or the new tokens alone after `inputs_embeds`.
 
-        Images are encoded once, before the search begins, whatever the number of beams or samples. With `past_key_values` of
-        earlier turns, images whose placeholders the cache covers are not encoded again; `pixel_values` may hold the tiles of all
-        turns or only the new ones. Drafts of assisted decoding (an assistant model, prompt lookup, generators of one's own) never hold
-        an image; an assistant that is an InternVL-Chat itself sees the images with its own tower.
+        Images are encoded once, before the search, for any number of beams or samples. With `past_key_values` of
+        earlier turns, images whose placeholders the cache covers are not encoded again; `pixel_values` may hold the
+        tiles of all turns or only the new ones. Drafts of assisted decoding (an assistant model, prompt lookup, custom
+        generators) never hold an image; an assistant that is an InternVL-Chat too sees the images through its tower.
 
-        The published positional call `generate(pixel_values, input_ids, attention_mask, visual_features)` is understood too.
+        The published positional call `generate(pixel_values, input_ids, attention_mask, visual_features)` is
+        understood too.
 
         Args:
             inputs: (B, L), also as `input_ids`.
@@ -89,7 +94,7 @@ class ImageGenerationMixin(_Generation):
             image_flags: As in `forward`.
             num_patches: As in `forward`.
             visual_features: (tiles, num_image_token, D), what `extract_feature` gives, in place of `pixel_values`.
-            **kwargs: Everything else that `generate` of transformers takes; `inputs_embeds` (B, L, D) may hold embedded placeholders.
+            **kwargs: As for `generate` of transformers; `inputs_embeds` (B, L, D) may hold embedded placeholders.
 
         Raises:
             ValueError: Placeholders and features differ in number, or the arguments do not go together.
@@ -107,7 +112,7 @@ class ImageGenerationMixin(_Generation):
         self._check_search(inputs, kwargs, settings)
         if pixel_values is not None or visual_features is not None:
             if chosen["prefill_chunk_size"]:
-                raise ValueError("`prefill_chunk_size` would cut pictures apart; leave it out where there are any.")
+                raise ValueError("`prefill_chunk_size` would cut images apart; leave it out with images.")
             tiles = Tiles(pixel_values, image_flags, num_patches, visual_features)
             kwargs |= self._with_images(inputs, tiles, kwargs)
         if self.img_context_token_id is not None:
@@ -118,7 +123,7 @@ class ImageGenerationMixin(_Generation):
         return super().generate(inputs, generation_config, **kwargs)
 
     def _check_search(self, input_ids: torch.Tensor | None, kwargs: dict[str, Any], settings: Any) -> None:
-        """Refuses searches that transformers would break off without saying why."""
+        """Refuses searches in which transformers would fail with an unrelated error."""
         drafts = {
             name: value
             for name in ("assistant_early_exit", "assistant_model", "prompt_lookup_num_tokens")
@@ -153,8 +158,8 @@ class ImageGenerationMixin(_Generation):
     ) -> dict[str, Any]:
         """Passes the images on in the steps that may hold placeholders: all but those of one new token.
 
-        Behind the prompt a placeholder can only be part of a draft, copied from the prompt. It is never accepted, whatever it reads
-        as; so it reads as another token.
+        Behind the prompt a placeholder can only be part of a draft, copied from the prompt. It is never accepted,
+        whichever token stands there, so another token replaces it.
         """
         cache = kwargs.get("past_key_values")
         reads_all = is_assisted and kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is None
@@ -174,12 +179,12 @@ class ImageGenerationMixin(_Generation):
         return model_inputs
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """As in transformers, which asks `prepare_inputs_for_generation` for its arguments; PEFT puts another in its place."""
+        """As in transformers, which inspects `prepare_inputs_for_generation`; PEFT replaces that by another."""
         super()._validate_model_kwargs({name: v for name, v in model_kwargs.items() if name not in SEARCH_STATE})
 
     def _get_candidate_generator(self, *, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers; an assistant gets the images as it sees them, or none if it is a language model alone."""
-        model_kwargs["is_assisted"] = True  # of the search, which goes on with this dictionary
+        """As in transformers; an assistant gets its features of the images, or none if it is a language model alone."""
+        model_kwargs["is_assisted"] = True  # for the search, which goes on with this dictionary
         seen = model_kwargs.get("assistant_image_embeds")
         ours = ("image_embeds", *SEARCH_STATE)
         model_kwargs = {name: value for name, value in model_kwargs.items() if name not in ours}
@@ -188,12 +193,14 @@ class ImageGenerationMixin(_Generation):
         return super()._get_candidate_generator(model_kwargs=model_kwargs, **kwargs)
 
     def _with_images(self, input_ids: torch.Tensor | None, tiles: "Tiles", kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of the search that hold the images: embeddings with the images in place, or the features of each row."""
+        """The arguments of the search that hold the images: embeddings with images placed, or features of each row."""
         inputs_embeds = kwargs.get("inputs_embeds")
         if inputs_embeds is not None:
             is_image = self._image_positions(input_ids, None if input_ids is not None else inputs_embeds)
             features = self._features_of(tiles)
-            return {"inputs_embeds": self._place(inputs_embeds, is_image, int(is_image.sum()), features)}
+            found_here = int(is_image.sum())
+            placed = place_in_order(inputs_embeds, is_image, found_here, features, self.num_image_token)
+            return {"inputs_embeds": placed}
         if input_ids is None:
             raise ValueError(
                 "`generate` with images needs `input_ids` or `inputs_embeds` that hold their placeholders."
@@ -203,8 +210,8 @@ class ImageGenerationMixin(_Generation):
         if isinstance(assistant, ImageGenerationMixin) and tiles.pixel_values is not None:
             if assistant.num_image_token != self.num_image_token:
                 raise ValueError(
-                    f"The `assistant_model` takes {assistant.num_image_token} positions for a tile, this model {self.num_image_token}: "
-                    "take an assistant that reads the same prompts, or a language model alone."
+                    f"The `assistant_model` takes {assistant.num_image_token} positions for a tile, this model "
+                    f"{self.num_image_token}: take an assistant that reads the same prompts, or a mere language model."
                 )
             pixels = replace(tiles, visual_features=None)
             found["assistant_image_embeds"] = assistant._image_embeds_of_new_tiles(input_ids, pixels, None)
@@ -218,9 +225,10 @@ class ImageGenerationMixin(_Generation):
     def _image_embeds_of_new_tiles(
         self, input_ids: torch.Tensor, tiles: "Tiles", past_key_values: Cache | None
     ) -> torch.Tensor | None:
-        """Features of the tiles that the cache does not cover: (B, most new placeholders of a row, D), padded with zeros.
+        """Features of the tiles that the cache does not cover: (B, most new placeholders of a row, D), zero-padded.
 
-        Reads on the host how many placeholders each row has, once and before any work is queued."""
+        The placeholders of each row are counted on the host, once and before any work is queued.
+        """
         if self.img_context_token_id is None:
             raise ValueError(NO_IMAGE_TOKEN)
         is_image = input_ids == self.img_context_token_id
@@ -237,7 +245,7 @@ class ImageGenerationMixin(_Generation):
         features = self._features_of(tiles) if len(tiles) else None
         num_features = 0 if features is None else features.shape[:-1].numel()
         if sum(new) != num_features:
-            raise ValueError(self._mismatch(new, num_features))
+            raise ValueError(mismatch_message(new, num_features, self.num_image_token))
         if features is None:
             return None
         return pad_sequence(features.flatten(0, 1).split(new), batch_first=True)

@@ -1,27 +1,25 @@
-"""InternVL-Chat: InternViT, a connector and any causal language model (paper section 3.4 and the later chat releases).
+"""InternVL-Chat: InternViT, a connector and any causal language model (paper section 3.4, later chat releases).
 
-Does: the simple configuration (patches through an MLP), the full one (QLLaMA queries and patches, each through its own MLP), training
-and generation with any number of pictures per sample and turn, and the published helpers `chat`, `batch_chat`, `extract_feature`.
-Does not: tiling and prompts in general; these are the image processor's and the processor's work.
+Does: the simple configuration (patches through an MLP), the full one (QLLaMA queries and patches, each through its
+MLP), training and generation with any number of images per sample and turn, and the published helpers `chat`,
+`batch_chat`, `extract_feature`. Does not: tiling and prompts in general; these are the image processor's and the
+processor's work.
 
-A tile becomes `config.num_image_token` features, which take the place of as many `<IMG_CONTEXT>` tokens, in order. Shape letters as in
-modeling_internvit.
+A tile becomes `config.num_image_token` features, which take the place of as many `<IMG_CONTEXT>` tokens, in order.
+Shape letters as in modeling_internvit.
 """
 
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import nn
 from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
     Cache,
     GenerationMixin,
     PreTrainedModel,
@@ -35,59 +33,32 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .chat_helpers_internvl import ChatHelpersMixin
 from .configuration_internvl import InternVLChatConfig
 from .generation_internvl_chat import ImageGenerationMixin
 from .hub_internvl import HubModelMixin, OwnParameters
-from .image_placement_internvl import NO_IMAGE_TOKEN, PLACEHOLDERS_HINT, TILES_HINT, check, on_host
+from .image_placement_internvl import NO_IMAGE_TOKEN, TILES_HINT, check, on_host, place_by_row, place_in_order
 from .keywords_internvl import refuse_unknown
-from .layers_internvl import IGNORE_INDEX, next_token_loss, plan_without_cut_heads
-from .modeling_internlm2 import InternLM2ForCausalLM, InternLM2Model
+from .layers_internvl import IGNORE_INDEX, next_token_loss
+from .layers_internvl_chat import (
+    build_decoder,
+    build_projector,
+    head_reads_only,
+    is_for_vllm,
+    next_along,
+    pixel_shuffle,
+    weighted_loss,
+)
 from .modeling_internvit import InternVisionModel
 from .modeling_qllama import QLlamaModel
 
 
-logger = logging.get_logger(__name__)
-
 # Weights of a decoder's head, by the names of the published checkpoints.
 LANGUAGE_HEADS = ("language_model.lm_head.", "language_model.output.")
-
-
-def pixel_shuffle(patches: torch.Tensor, ratio: float, version: str) -> torch.Tensor:
-    """Folds neighbouring patches into the channels.
-
-    Args:
-        patches: (B, S*S, D), row by row.
-        ratio: Sides shrink by it, e.g. 0.5.
-        version: "v2", or "v1" which leaves the grid transposed, as the first releases were trained.
-
-    Returns:
-        (B, S*S*ratio**2, D/ratio**2).
-    """
-    side, fold = int(patches.shape[1] ** 0.5), round(1 / ratio)
-    order = "(i j)" if version == "v2" else "(j i)"
-    return rearrange(patches, f"n (i a j b) c -> n {order} (a b c)", i=side // fold, a=fold, j=side // fold, b=fold)
-
-
-def build_projector(input_size: int, output_size: int, projector_type: str) -> nn.Sequential:
-    """The MLP between two widths; indices are those of the published checkpoints (`mlp1.0`...)."""
-    norm = [nn.LayerNorm(input_size)] if projector_type == "layer_norm_mlp" else []
-    return nn.Sequential(*norm, nn.Linear(input_size, output_size), nn.GELU(), nn.Linear(output_size, output_size))
-
-
-def next_along(values: torch.Tensor, last: float) -> torch.Tensor:
-    """What each position predicts: (B, L) one step to the left, with `last` at the end."""
-    return nn.functional.pad(values[:, 1:], (0, 1), value=last)
-
-
-def weighted_loss(
-    logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor, total_weight: torch.Tensor
-) -> torch.Tensor:
-    """Loss of logits (P, V) for `targets` (P,), -100 ignored: the sum weighted by `weight` (P,), over `total_weight`; 0 if that is 0."""
-    losses = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-    return (losses * weight).sum() / total_weight.where(total_weight != 0, 1)
+# What the outputs pass on from the decoder's.
+DECODER_OUTPUTS = ("past_key_values", "hidden_states", "attentions", "router_logits")
 
 
 def _joined(parts: Sequence) -> Any:
@@ -101,32 +72,13 @@ def _joined(parts: Sequence) -> Any:
     return tuple(_joined(layer) for layer in zip(*parts, strict=True))
 
 
-def build_decoder(config: Any, has_head: bool) -> PreTrainedModel:
-    """The language model of a decoder configuration, in the default dtype of the moment."""
-    if config.model_type == "internlm2":
-        decoder: Any = InternLM2ForCausalLM(config) if has_head else InternLM2Model(config)
-    else:
-        auto_class: Any = AutoModelForCausalLM if has_head else AutoModel
-        decoder = auto_class.from_config(config, dtype=torch.get_default_dtype())
-    if not is_for_vllm(
-        config
-    ):  # which shares out the heads itself, and copies key/value heads where there are too few
-        decoder._tp_plan = plan_without_cut_heads(decoder._tp_plan, config)
-    return decoder
-
-
-def is_for_vllm(config: Any) -> bool:
-    """Whether vLLM builds the model around this decoder configuration: it has the attention that exists only inside vLLM."""
-    return config._attn_implementation == "vllm"
-
-
 @dataclass
 class InternVLChatBaseOutput(BaseModelOutputWithPast):
-    """Output of a language model without its head, and the features of the pictures.
+    """Output of a language model without its head, and the features of the images.
 
     Args:
-        image_hidden_states: (tiles, num_image_token, D) when pictures were given as pixels.
-        router_logits: Of each layer with experts, where the decoder has any and was asked for them.
+        image_hidden_states: (tiles, num_image_token, D) when images were given as pixels.
+        router_logits: Per layer with experts, if the decoder has experts and was asked for them.
     """
 
     image_hidden_states: torch.Tensor | None = None
@@ -135,12 +87,12 @@ class InternVLChatBaseOutput(BaseModelOutputWithPast):
 
 @dataclass
 class InternVLChatOutput(CausalLMOutputWithPast):
-    """Output of a causal language model, and the features of the pictures.
+    """Output of a causal language model, and the features of the images.
 
     Args:
-        image_hidden_states: (tiles, num_image_token, D) when pictures were given as pixels.
-        router_logits: Of each layer with experts, where the decoder has any and was asked for them by `output_router_logits`.
-        aux_loss: Then also how unevenly the experts are used; part of `loss`, as in the decoder.
+        image_hidden_states: (tiles, num_image_token, D) when images were given as pixels.
+        router_logits: Per layer with experts, if the decoder has experts and `output_router_logits` asks for them.
+        aux_loss: In that case, the load-balancing loss of the experts; part of `loss`, as in the decoder.
     """
 
     image_hidden_states: torch.Tensor | None = None
@@ -178,19 +130,20 @@ class InternVLChatPreTrainedModel(HubModelMixin, PreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        """Always: a decoder may have experts. Transformers looks for `@use_experts_implementation` in this file; the decoder has it."""
+        """Always: the decoder may have experts. transformers looks for its decorator in this file alone."""
         return True
 
 
 class InternVLChatBaseModel(InternVLChatPreTrainedModel):
-    """InternVL-Chat without its language head, for hidden states; `config.connector` says what the decoder sees of a tile.
+    """InternVL-Chat without its language head; `config.connector` says what the decoder sees of a tile.
 
-    Loads any chat checkpoint (decoders whose head is called `lm_head` or `output`, and the rest `model`) and saves under the same
-    names.
+    Loads any chat checkpoint (decoders whose head is called `lm_head` or `output`, and the rest `model`) and saves
+    under the same names.
 
-    `vision_batch_size` may be set on a model: without gradients the vision tower encodes so many tiles at a time, which
-    bounds the memory of its activations. The default takes 1 GiB for tiles of 448 px in InternViT-6B in bfloat16, and
-    keeps a GPU busy. With gradients, and in a group of processes, all tiles go through the tower at once.
+    `vision_batch_size` may be set on a model: without gradients the vision tower encodes so many tiles at a time,
+    which bounds the memory of its activations. The default takes 1 GiB for tiles of 448 px in InternViT-6B in
+    bfloat16, and keeps a GPU busy. With gradients, and in a group of processes, all tiles go through the tower at
+    once.
     """
 
     vision_batch_size: int = 14
@@ -221,9 +174,10 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
             self.own_parameters = OwnParameters(self)
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
-        """As in transformers; a headless model is not surprised by the head of the checkpoint.
+        """As in transformers, but a headless model does not report the head of the checkpoint.
 
-        Not by `_keys_to_ignore_on_load_unexpected`: vLLM adds a head of its own to this class, and loads no weight that stands there.
+        `_keys_to_ignore_on_load_unexpected` would not do: vLLM adds its head to this class, and skips weights named
+        there.
         """
         super()._adjust_missing_and_unexpected_keys(loading_info)
         if not self._has_language_head:
@@ -290,12 +244,12 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
         """Features of tiles in the width of the decoder.
 
         Args:
-            pixel_values: (tiles, 3, height, width). Without gradients, `vision_batch_size` of
-                them are encoded at a time.
+            pixel_values: (tiles, 3, height, width). Without gradients, `vision_batch_size` of them are encoded at a
+                time.
 
         Returns:
-            `pooler_output` (tiles, num_image_token, D); `last_hidden_state` (tiles, N, D_vision): the output of the last vision
-            block that was run. Blocks above `select_layer` are run only for the queries.
+            `pooler_output` (tiles, num_image_token, D); `last_hidden_state` (tiles, N, D_vision): the output of the
+            last vision block that was run. Blocks above `select_layer` are run only for the queries.
 
         Raises:
             ValueError: A shape that does not fit, or an unknown keyword.
@@ -305,14 +259,17 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
         return _joined([self._encode_chunk(tiles, **kwargs) for tiles in self._chunks(pixel_values)])
 
     def extract_feature(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Published name: features (tiles, num_image_token, D) of tiles (tiles, 3, height, width). Of the vision tower, only a chunk's
-        output is ever kept."""
+        """Published name: features (tiles, num_image_token, D) of tiles (tiles, 3, height, width).
+
+        Frees the vision tower's output of each chunk, which `get_image_features` returns as well.
+        """
         return _joined([self._encode_chunk(tiles).pooler_output for tiles in self._chunks(pixel_values)])
 
     def _chunks(self, pixel_values: torch.Tensor) -> Sequence[torch.Tensor]:
         """The tiles in chunks that go through the vision tower one after the other."""
         # With gradients every activation is kept anyway, so chunks would save nothing. Processes that share sharded
-        # weights gather them in every call, so all must call the tower equally often, whatever number of tiles they have.
+        # weights gather them in every call, so all must call the tower equally often, whatever number of tiles they
+        # have.
         in_a_group = torch.distributed.is_available() and torch.distributed.is_initialized()
         if in_a_group or torch.is_grad_enabled():
             return [pixel_values]
@@ -324,7 +281,8 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
         depth, kept = self.config.vision_config.num_hidden_layers, self.config.num_vision_layers
         if self.config.connector == "queries":
             kept = depth
-        # Checkpointing makes transformers ask for gradients of every part's embeddings, which a frozen tower would then compute.
+        # With activation checkpointing transformers makes the embeddings of every part require gradients; a frozen
+        # tower would then run a backward.
         is_trained = pixel_values.requires_grad or any(x.requires_grad for x in self.vision_model.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
             vision = self.vision_model(pixel_values, num_layers=kept, return_dict=True, **kwargs)
@@ -364,49 +322,65 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
         mm_token_type_ids: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> InternVLChatBaseOutput:
-        """Hidden states of the decoder; arguments as in `InternVLChatForConditionalGeneration`, without those of the head."""
+        """Hidden states of the decoder; arguments as in `InternVLChatForConditionalGeneration`."""
         refuse_unknown(kwargs, f"`{type(self).__name__}.forward`", self._decoder_keywords)
-        placeholders = self._find_placeholders(input_ids, inputs_embeds, pixel_values, image_embeds)
-        features = self._encode_pictures(pixel_values, image_flags, num_patches, image_embeds)
-        inputs_embeds = self._embed(input_ids, inputs_embeds, features, image_embeds, placeholders)
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
+        outputs, features = self._decode(
+            input_ids,
+            inputs_embeds,
+            pixel_values,
+            image_flags,
+            num_patches,
+            image_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            return_dict=True,
-            **self._with_own_choice(kwargs),
+            **kwargs,
         )
         return InternVLChatBaseOutput(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
             image_hidden_states=features,
-            router_logits=getattr(outputs, "router_logits", None),
+            **{name: getattr(outputs, name, None) for name in DECODER_OUTPUTS},
         )
 
-    def _with_own_choice(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of the decoder. Trainer turns off the cache in the outer configuration, which the decoder does not read; with a
-        cache, transformers does not see from position ids that samples are packed."""
-        use_cache = getattr(self.config, "use_cache", None)
-        return settings if use_cache is None else {"use_cache": use_cache, **settings}
-
-    def _encode_pictures(
+    def _decode(
         self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
         pixel_values: torch.Tensor | None,
         image_flags: torch.Tensor | None,
         num_patches: torch.Tensor | None,
         image_embeds: torch.Tensor | None,
-    ) -> torch.Tensor | None:
+        **settings: Any,
+    ) -> tuple[Any, torch.Tensor | None]:
+        """The output of the decoder over text and images, and the features of the tiles; `settings` are the decoder's.
+
+        The order matters. Placeholders are counted on the host before anything of this forward is queued, so that the
+        host waits for no tower. Tiles are encoded before the text is embedded, with and without images, because
+        sharded processes must gather the weights of the parts in one order.
+        """
+        placeholders = self._find_placeholders(input_ids, inputs_embeds, pixel_values, image_embeds)
         features = self._encode_tiles(pixel_values, image_flags, num_patches)
         if features is None and image_embeds is None and self.training and torch.is_grad_enabled():
             features = self._features_of_nothing()
-        return features
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if placeholders is not None and features is None and image_embeds is not None:
+            if self.img_context_token_id is None:
+                raise ValueError(NO_IMAGE_TOKEN)
+            inputs_embeds = place_by_row(inputs_embeds, placeholders[0], image_embeds, self.num_image_token)
+        elif placeholders is not None:
+            inputs_embeds = place_in_order(inputs_embeds, *placeholders, features, self.num_image_token)
+        # Trainer turns the cache off in the outer configuration, which the decoder does not read; and with a cache
+        # transformers does not recognise packed samples by their position ids.
+        use_cache = getattr(self.config, "use_cache", None)
+        if use_cache is not None:
+            settings = {"use_cache": use_cache, **settings}
+        return self.language_model(inputs_embeds=inputs_embeds, return_dict=True, **settings), features
 
     def _encode_tiles(
         self, pixel_values: torch.Tensor | None, image_flags: torch.Tensor | None, num_patches: torch.Tensor | None
     ) -> torch.Tensor | None:
+        """Features of the tiles that are no dummies; None without any."""
         if pixel_values is None:
             return None
         if self.img_context_token_id is None:
@@ -422,6 +396,19 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
                 return None
         return self.extract_feature(pixel_values)
 
+    def _features_of_nothing(self) -> torch.Tensor:
+        """No features (0, num_image_token, D), computed from a blank tile.
+
+        The vision tower takes part in every training step, forward and backward (with zero gradients), whether the
+        batch holds images or not: sharded training (FSDP, ZeRO-3) would wait forever for a process whose batch has
+        none.
+        """
+        size, weight = self.config.image_size, self.vision_model.embeddings.position_embedding
+        channels = self.config.vision_config.num_channels
+        # `weight.new_zeros` would be sharded like the weight.
+        blank = torch.zeros(1, channels, size, size, dtype=weight.dtype, device=weight.device)
+        return self.extract_feature(blank)[:0]
+
     def _find_placeholders(
         self,
         input_ids: torch.Tensor | None,
@@ -429,51 +416,17 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
         pixel_values: torch.Tensor | None,
         image_embeds: torch.Tensor | None,
     ) -> tuple[torch.Tensor, int | torch.Tensor] | None:
-        """Where the placeholders are (B, L), and how many; None in a decoding step, since `generate` never emits one.
-
-        The number is read on the host before anything of this forward is queued, so that the host waits for no tower.
-        """
+        """Where the placeholders are (B, L), and how many; None in a decoding step, since `generate` never emits one."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
-                "Give exactly one of `input_ids` and `inputs_embeds`; for the features of images alone use `get_image_features`."
+                "Give exactly one of `input_ids` and `inputs_embeds`; for the features of images alone use "
+                "`get_image_features`."
             )
         length = (inputs_embeds if input_ids is None else input_ids).shape[1]
         if pixel_values is None and image_embeds is None and length == 1:
             return None
         is_image = self._image_positions(input_ids, inputs_embeds)
         return is_image, on_host(is_image.sum())
-
-    def _embed(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        features: torch.Tensor | None,
-        image_embeds: torch.Tensor | None,
-        placeholders: tuple[torch.Tensor, int | torch.Tensor] | None,
-    ) -> torch.Tensor:
-        """What the decoder reads, images in their places: (B, L, D)."""
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        if placeholders is None:
-            return inputs_embeds
-        if features is None and image_embeds is not None:
-            if self.img_context_token_id is None:
-                raise ValueError(NO_IMAGE_TOKEN)
-            return self._place_rows(inputs_embeds, placeholders[0], image_embeds)
-        return self._place(inputs_embeds, *placeholders, features)
-
-    def _features_of_nothing(self) -> torch.Tensor:
-        """No features (0, num_image_token, D), computed from a blank tile.
-
-        So the vision tower takes part in every training step, forward and backward (with zero gradients), whatever the batch holds:
-        sharded training (FSDP, ZeRO-3) would wait forever for a process whose batch has no picture. For the same reason it comes
-        before the embedding, as with pictures: processes gather the weights of the parts in one order.
-        """
-        size, weight = self.config.image_size, self.vision_model.embeddings.position_embedding
-        channels = self.config.vision_config.num_channels
-        # `weight.new_zeros` would be sharded like the weight.
-        blank = torch.zeros(1, channels, size, size, dtype=weight.dtype, device=weight.device)
-        return self.extract_feature(blank)[:0]
 
     def _image_positions(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Where the placeholders are: (B, L)."""
@@ -482,63 +435,12 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
             return torch.zeros(given.shape[:2], dtype=torch.bool, device=given.device)
         if input_ids is not None:
             return input_ids == self.img_context_token_id
-        # Filled there: a tensor made from a number would be copied there, and the host would wait for it.
+        # Filled on the device: a tensor made from a number would be copied there, and the host would wait for it.
         token = torch.full((), self.img_context_token_id, device=given.device)
         return (given == self.get_input_embeddings()(token)).all(dim=-1)
 
-    def _place(
-        self,
-        inputs_embeds: torch.Tensor,
-        is_image: torch.Tensor,
-        found: int | torch.Tensor,
-        features: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Puts the features (tiles, num_image_token, D), in order, where the placeholders are.
 
-        Neither this nor its backward reads a value on the host, as indexing by a mask and `masked_scatter` do."""
-        count = 0 if features is None else features.shape[:-1].numel()
-        check(found == count, PLACEHOLDERS_HINT, lambda: self._mismatch(is_image.sum(dim=1).tolist(), count))
-        if features is None:
-            return inputs_embeds
-        positions = is_image.flatten().int().argsort(descending=True, stable=True)[:count].to(inputs_embeds.device)
-        features = features.flatten(0, 1).to(inputs_embeds.device, inputs_embeds.dtype)
-        return inputs_embeds.flatten(0, 1).index_copy(0, positions, features).view_as(inputs_embeds)
-
-    def _place_rows(
-        self, inputs_embeds: torch.Tensor, is_image: torch.Tensor, image_embeds: torch.Tensor
-    ) -> torch.Tensor:
-        """Puts the features (B, M, D) of each row, in order, where its placeholders are; the rest of the M is padding."""
-        most = image_embeds.shape[1]
-        order = is_image.cumsum(dim=1) - 1
-        check(
-            on_host(order[:, -1].max()) < most,
-            PLACEHOLDERS_HINT,
-            lambda: self._mismatch(is_image.sum(dim=1).tolist(), int(is_image.sum(dim=1).clamp(max=most).sum())),
-        )
-        if not most:
-            return inputs_embeds
-        image_embeds = image_embeds.to(inputs_embeds.device, inputs_embeds.dtype)
-        index = order.clamp(min=0, max=most - 1).unsqueeze(-1).to(inputs_embeds.device)
-        placed = image_embeds.gather(1, index.expand(-1, -1, image_embeds.shape[-1]))
-        return torch.where(is_image.unsqueeze(-1).to(inputs_embeds.device), placed, inputs_embeds)
-
-    def _mismatch(self, found: list[int], num_features: int) -> str:
-        """Says what is wrong with `found` placeholders per sample."""
-        per_tile = self.num_image_token
-        broken = [i for i, count in enumerate(found) if count % per_tile]
-        sample = (
-            f"Sample {broken[0]} has {found[broken[0]]} placeholders, which is no multiple of {per_tile}: was it truncated?"
-            if broken
-            else f"Placeholders per sample: {dict(enumerate(found))}."
-        )
-        return (
-            f"The text has {sum(found)} image placeholders but {num_features} image features were given "
-            f"({num_features // per_tile} tiles of {per_tile}). {sample} Pass the tiles of every picture in the text, in order, and "
-            f"{per_tile} placeholders for each."
-        )
-
-
-# On loading the headless decoder drops one level of the published names, on saving it gets it back.
+# Loading drops one level of the published names for a headless decoder, saving restores it.
 register_checkpoint_conversion_mapping(
     InternVLChatBaseModel.__name__,
     [
@@ -546,7 +448,7 @@ register_checkpoint_conversion_mapping(
         # So that vLLM finds the head of InternLM2.
         WeightRenaming(r"^language_model\.(?:output|lm_head)\.", "language_model.lm_head."),
     ],
-    overwrite=True,  # this file may be imported under several names
+    overwrite=True,  # because this file may be imported under several names
 )
 
 
@@ -555,8 +457,9 @@ class InternVLChatForConditionalGeneration(
 ):
     """InternVL-Chat; `config.connector` says what the decoder sees of a tile.
 
-    `skips_unlabelled_logits` may be set on a model: training steps then compute the logits of positions with a label alone, which saves
-    memory and time where most positions are prompts and images. The logits of such a step are (positions, V).
+    `skips_unlabelled_logits` may be set on a model: training steps then compute logits only for positions that predict
+    a label, which saves memory and time where most positions are prompts and images. The logits of such a step are
+    (positions, V).
     """
 
     skips_unlabelled_logits: bool = False
@@ -571,18 +474,24 @@ class InternVLChatForConditionalGeneration(
     def _from_config(cls, config: InternVLChatConfig, **kwargs: Any) -> InternVLChatBaseModel:
         """As in transformers; for vLLM the model without its head.
 
-        vLLM takes its model from `AutoModel.from_config`, which by transformers' custom has no head, and adds one of its own. The
-        published repositories have the whole model there."""
+        vLLM takes its model from `AutoModel.from_config`, which for transformers' classes has no head, and adds one.
+        The published repositories give users the whole model there.
+        """
         if is_for_vllm(config.text_config):
             return InternVLChatBaseModel._from_config(config, **kwargs)
         return super()._from_config(config, **kwargs)
 
     @property
     def base_model(self) -> InternVLChatBaseModel:
-        """This model without its language head, over the same parts: trainers that project hidden states themselves (TRL) call it."""
+        """This model without its language head, over the same parts, for trainers that compute the logits (TRL).
+
+        A view: a part `model` that holds all the others would give every parameter another name than the published
+        one, in memory, for PEFT's targets, device maps and quantisation too. The copy shares all parts, hooks and
+        settings.
+        """
         view = copy(self)
         view.__class__ = InternVLChatBaseModel
-        view.__dict__.pop("forward", None)  # one that was put over this class's own
+        view.__dict__.pop("forward", None)  # accelerate and trainers replace it on the instance
         view._modules = {**self._modules, "language_model": self.language_model.base_model}
         return view
 
@@ -613,38 +522,37 @@ class InternVLChatForConditionalGeneration(
             position_ids: As in every decoder of transformers.
             past_key_values: Cache of earlier positions.
             inputs_embeds: (B, L, D) in place of `input_ids`.
-            labels: (B, L), -100 ignored; the loss of a batch without any is 0. With `self.skips_unlabelled_logits`, a training step
-                computes logits only for the positions that predict a label, and they are (positions, V).
-            image_flags: (tiles,) or (tiles, 1); tiles with 0 are dummies and are left out (published training code). Read on the
-                host: leave it out where no tile is a dummy.
+            labels: (B, L), -100 ignored; the loss of a batch without labels is 0.
+            image_flags: (tiles,) or (tiles, 1); tiles with 0 are dummies and are left out (published training code).
+                Read on the host: leave it out if no tile is a dummy.
             image_embeds: (B, most placeholders of a row, D), features encoded before, in place of `pixel_values`.
             loss_weight: (B, L) weights of the label positions; the loss is then their weighted mean.
             logits_to_keep: Number of last positions (or their indices) to compute logits for; 0 means all.
-            num_patches: Tiles per picture, as the image processor returns them; their sum is checked.
+            num_patches: Tiles per image, as the image processor returns them; their sum is checked.
             mm_token_type_ids: Accepted and unused: placeholders are found by their id.
-            **kwargs: Passed on to the decoder; what neither it nor transformers knows is refused. `shift_labels` (B, L) in place of
-                `labels` are what each position predicts, from trainers that share out sequences.
+            **kwargs: The decoder's. `shift_labels` (B, L) in place of `labels` are what each position predicts.
 
         Raises:
-            ValueError: Placeholders and features differ in number, an argument is missing, or a keyword is unknown.
+            ValueError: Placeholders and features differ in number, an argument is missing, a keyword is unknown.
         """
-        shift_labels: Any = kwargs.pop("shift_labels", None)  # no argument: Trainer takes those for labels
+        shift_labels: Any = kwargs.pop("shift_labels", None)  # as an argument, Trainer would take it for labels
         refuse_unknown(kwargs, f"`{type(self).__name__}.forward`", self._decoder_keywords)
-        # First, while nothing of this step is queued: it reads the labels on the host.
+        # Before this step queues any work, because it reads the labels on the host.
         wants_all = not isinstance(logits_to_keep, int) or logits_to_keep != 0 or shift_labels is not None
         positions = None if wants_all else self._positions_with_labels(labels)
-        placeholders = self._find_placeholders(input_ids, inputs_embeds, pixel_values, image_embeds)
-        features = self._encode_pictures(pixel_values, image_flags, num_patches, image_embeds)
-        inputs_embeds = self._embed(input_ids, inputs_embeds, features, image_embeds, placeholders)
-        with nullcontext() if positions is None else self._head_reads_only(positions):
-            outputs = self.language_model(
-                inputs_embeds=inputs_embeds,
+        with nullcontext() if positions is None else head_reads_only(self.get_output_embeddings(), positions):
+            outputs, features = self._decode(
+                input_ids,
+                inputs_embeds,
+                pixel_values,
+                image_flags,
+                num_patches,
+                image_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 logits_to_keep=logits_to_keep,
-                return_dict=True,
-                **self._with_own_choice(kwargs),
+                **kwargs,
             )
         if self.config.mask_image_token_logit:
             outputs.logits[..., self.img_context_token_id] = torch.finfo(outputs.logits.dtype).min
@@ -654,36 +562,17 @@ class InternVLChatForConditionalGeneration(
         return InternVLChatOutput(
             loss=loss,
             logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
             image_hidden_states=features,
-            router_logits=getattr(outputs, "router_logits", None),
             aux_loss=getattr(outputs, "aux_loss", None),
+            **{name: getattr(outputs, name, None) for name in DECODER_OUTPUTS},
         )
 
     def _positions_with_labels(self, labels: torch.Tensor | None) -> torch.Tensor | None:
-        """Positions (P,) of all B x L that predict a label, in a training step that asks for these alone; None elsewhere."""
+        """Positions (P,) of all B x L that predict a label, in a training step that needs no other; else None."""
         is_training_step = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if labels is None or not (self.skips_unlabelled_logits and is_training_step):
             return None
         return (next_along(labels, IGNORE_INDEX).flatten() != IGNORE_INDEX).nonzero().flatten()
-
-    @contextmanager
-    def _head_reads_only(self, positions: torch.Tensor) -> Iterator[None]:
-        """The decoder computes logits (P, V) of these positions (P,) alone.
-
-        A hook, because `logits_to_keep` of decoders takes the same positions of every row, and what a decoder does with its logits
-        (scaling, capping, a loss of its experts) should still happen."""
-
-        def select(_: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-            return (args[0].flatten(0, 1).index_select(0, positions.to(args[0].device)),)
-
-        handle = self.get_output_embeddings().register_forward_pre_hook(select)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def _loss(
         self,
@@ -695,7 +584,9 @@ class InternVLChatForConditionalGeneration(
         **kwargs: Any,
     ) -> Any:
         logits, chosen = outputs.logits, slice(None) if positions is None else positions
-        targets: Any = next_along(labels, IGNORE_INDEX) if shift_labels is None else shift_labels  # type: ignore[arg-type]
+        targets: Any = shift_labels
+        if shift_labels is None:
+            targets = next_along(labels, IGNORE_INDEX)  # type: ignore[arg-type]
         targets = targets.flatten()[chosen].to(logits.device)
         if loss_weight is None:
             if positions is not None:

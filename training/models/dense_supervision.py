@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ...modeling_internvl_chat import InternVLChatForConditionalGeneration, pixel_shuffle
+from ...layers_internvl_chat import pixel_shuffle
+from ...modeling_internvl_chat import InternVLChatForConditionalGeneration
 from ...synthetic.scenes import COLOURS, NUMBERS, PLACES, SHAPES, TILE_SIZE, WORDS, Scene, SceneObject, text_extent
 
 
