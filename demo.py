@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from . import register
 from .chat import DEFAULT_CHECKPOINT, Conversation, check_model
-from .renaming_internvl import RenamedOption
+from .renaming_internvl import RenamedOption, renamed_arguments
 
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MARGIN, CAPTION, PANEL = 24, 26, 360  # pixels of the drawing
 
 
+@renamed_arguments(picture="image")
 def draw_tiling(image: Image.Image, name: str, processor: "InternVLImageProcessor") -> Image.Image:
     """Draws the tiles of an image, and beside them its thumbnail if it has one."""
     from .image_processing_internvl import choose_grid  # imports torch and transformers
