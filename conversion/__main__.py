@@ -1,26 +1,25 @@
 """Command line: `python -m internvl.conversion SOURCE OUT`."""
 
 import argparse
-import inspect
 import sys
 import warnings
+from dataclasses import fields
 
 from .. import register
 
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-FORMS = ("internvl", "published", "native")  # the first is this package's own
+TARGETS = ("internvl", "published", "native")  # the first is this package's own format
 
 
 def path(text: str) -> str:
-    """The name of a place; an empty one, as of a variable that is not set, would be the current folder."""
+    """Takes the name of a place. An empty one, as of an unset variable, would mean the current folder."""
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError(f"must be a name, got {text!r}")
     return text
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line's arguments."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m internvl.conversion",
         description="Converts a published InternVL checkpoint to a complete repository of this package.",
@@ -35,14 +34,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of SOURCE on the Hub")
     parser.add_argument("--tokenizer", metavar="DIR", help="folder of a tokenizer, instead of the source's own")
     parser.add_argument(
-        "--image-token-id", metavar="N", type=int, help="id of <IMG_CONTEXT> where no tokenizer tells it"
+        "--image-token-id", metavar="N", type=int, help="id of <IMG_CONTEXT> where no tokenizer has it"
     )
     parser.add_argument("--head", metavar="FILE", help="classification head to put on a raw backbone")
     parser.add_argument(
         "--num-heads", metavar="N", type=int, help="attention heads of the tower of a raw file without a config.json"
     )
     parser.add_argument(
-        "--image-size", metavar="N", type=int, help="resize the vision tower's positions to pictures of N pixels"
+        "--image-size", metavar="N", type=int, help="resize the vision tower's positions to images of N pixels"
     )
     parser.add_argument(
         "--patch-size", metavar="N", type=int, help="resize the vision tower's patch kernel to N pixels"
@@ -67,7 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--vision-config", metavar="FILE", help="config.json of a LLaVA checkpoint's vision tower, or its folder"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="type of the weights (default: as they are)")
-    parser.add_argument("--to", choices=FORMS, default=FORMS[0], help="form of the result (default: this package's)")
+    parser.add_argument(
+        "--to", choices=TARGETS, default=TARGETS[0], help="format of the result (default: this package's)"
+    )
     parser.add_argument("--llama-decoder", action="store_true", help="write an InternLM2 decoder as a plain LLaMA")
     parser.add_argument(
         "--max-shard-size", metavar="SIZE", default="5GB", help="largest file with weights (default: 5GB)"
@@ -78,7 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="RECORDED",
         nargs="?",
         const="",
-        help="load the result, compare every tensor with the source and, with a safetensors file of recorded `in.NAME` and `out.NAME`, the outputs",
+        help="load the result, compare every tensor with the source and, with a safetensors file of recorded `in.NAME` "
+        "and `out.NAME`, the outputs",
     )
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the result to this repository, e.g. user/name")
     parser.add_argument("--private", action="store_true", help="with --push-to-hub, make a new repository private")
@@ -95,25 +97,21 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         Exit code: 0, or 2 where the conversion was refused.
     """
-    parser = build_parser()
+    parser = _parser()
     options = parser.parse_args(arguments)
     if options.out is None and not options.dry_run:
         parser.error("OUT is missing: name a folder to write, or look only with --dry-run")
     register()
     from .convert import convert
-    from .plan import plan_conversion
+    from .plan import ConversionOptions, plan_conversion
     from .repository.publish import create_repository, upload
 
-    inputs = {
-        name: getattr(options, name)
-        for name in inspect.signature(plan_conversion).parameters
-        if name in vars(options) and name != "source"
-    }
+    choices = {field.name: getattr(options, field.name) for field in fields(ConversionOptions)}
     # What torch finds odd in a broken file is said in the one line about it.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\b")
     try:
         if options.dry_run:
-            for line in plan_conversion(options.source, **inputs).describe():
+            for line in plan_conversion(options.source, ConversionOptions(**choices)).describe():
                 print(line)
             return 0
         if options.push_to_hub:
@@ -121,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
         out = convert(
             options.source,
             options.out,
-            **inputs,
+            **choices,
             max_shard_size=options.max_shard_size,
             overwrite=options.overwrite,
             report=print,

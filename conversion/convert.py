@@ -10,13 +10,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .formats.image_token import add_to_tokenizer
-from .plan import INPUT_OPTIONS, Plan, name_dtypes, name_size, plan_conversion
+from .formats.own_format import OwnFormat
+from .plan import ConversionOptions, Plan, name_dtypes, name_size, plan_conversion
 from .readers.damages import describing
 from .readers.opening import open_file
 from .readers.tensors import TensorReader
 from .repository.card import write_card
 from .repository.code import write_json
-from .repository.records import MANIFEST_FILE, hashes_of, in_manifest
+from .repository.records import MANIFEST_FILE, hashes_of, manifest_of
 from .repository.shards import write_shards
 from .repository.target import complete_or_nothing, place_of
 from .repository.tokenizer import check_tokenizer, copy_tokenizer, image_token_id_of, needed_image_tokens
@@ -49,19 +50,20 @@ def convert(
         report: Takes messages to the user.
         verify: Load what was written through its Auto class and compare every tensor with the source, before `out` appears.
         recorded: With `verify`, a file of recorded inputs and outputs to compare with, see `verify.compare_with_source`.
-        **options: What is converted and how, as for `plan_conversion`.
+        **options: What is converted, and how; see `ConversionOptions`.
 
     Returns:
         `out`.
 
     Raises:
         OSError: A file is missing, cannot be read or written, or `out` is not free.
-        ValueError: The layout is unknown, tensors do not fit, a setting cannot take effect, or what was written is not the source.
+        ValueError: The format is unknown, tensors do not fit, a setting cannot take effect, or what was written is not
+            the source.
     """
     out = Path(out)
-    inputs = (source, *(options.get(name) for name in INPUT_OPTIONS))
-    place = place_of(out, overwrite, [Path(path) for path in inputs if path is not None])
-    plan = plan_conversion(source, **options)
+    choices = ConversionOptions(**options)
+    place = place_of(out, overwrite, [Path(source), *choices.inputs])
+    plan = plan_conversion(source, choices)
     for line in plan.describe():
         report(line)
     with complete_or_nothing(out, place, overwrite) as folder:
@@ -80,28 +82,28 @@ def convert(
 
 def _verification(folder: Path, plan: Plan, recorded: str | Path | None) -> Verification:
     # Trusted is this package's own code, which was just written there.
-    settings = {"dtype": "auto", "trust_remote_code": plan.form.brings_code}
-    model = plan.form.auto_class(plan).from_pretrained(folder, **settings)
-    return compare_with_source(model, plan.written, recorded, plan.form.spelling)
+    settings = {"dtype": "auto", "trust_remote_code": plan.target_format.brings_code}
+    model = plan.target_format.auto_class.from_pretrained(folder, **settings)
+    return compare_with_source(model, plan.written, recorded, plan.target_format.spelling)
 
 
 def _write_all_but_weights(folder: Path, plan: Plan, report: Callable[[str], None]) -> None:
-    layout, tokenizer = plan.layout, None
+    result, tokenizer = plan.result, None
     if plan.tokenizer_folder is not None:
-        tokenizer = copy_tokenizer(plan.tokenizer_folder, folder, plan.config, layout.result.kind == "contrastive")
-        if layout.lacks_image_token:
+        tokenizer = copy_tokenizer(plan.tokenizer_folder, folder, plan.config, result.kind == "contrastive")
+        if plan.source_format.lacks_image_token:
             add_to_tokenizer(tokenizer)
             tokenizer.save_pretrained(folder)
-        needed = needed_image_tokens(plan.config) if layout.result.kind == "chat" else ()
+        needed = needed_image_tokens(plan.config) if result.kind == "chat" else ()
         check_tokenizer(tokenizer, plan.config.text_config.vocab_size, needed)
-    elif layout.result.kind != "vision":
+    elif result.kind != "vision":
         report("No tokenizer was found, so the result has none and no processor; `--tokenizer DIR` names one.")
     settings = plan.settings
-    if layout.result.kind == "chat":
+    if result.kind == "chat":
         settings = {**settings, "image_token_id": _image_token_id(plan.config, tokenizer, report)}
-    content = replace(plan, settings=settings, config=layout.build_config(settings), tokenizer=tokenizer)
-    plan.form.write(folder, content)
-    write_card(folder, layout.name, layout.result, plan.source.folder, _facts(plan), plan.form.name)
+    content = replace(plan, settings=settings, config=plan.source_format.build_config(settings), tokenizer=tokenizer)
+    plan.target_format.write(folder, content)
+    write_card(folder, plan.source_format.name, result, plan.source.folder, _facts(plan), str(plan.target_format.to))
 
 
 def _image_token_id(
@@ -116,9 +118,7 @@ def _image_token_id(
             )
         return found
     if given is None:
-        report(
-            "The id of `<IMG_CONTEXT>` is not known: pictures cannot be placed until `--image-token-id N` names it."
-        )
+        report("The id of `<IMG_CONTEXT>` is not known: images cannot be placed until `--image-token-id N` names it.")
     elif not 0 <= given < vocabulary_size:
         raise ValueError(f"`image_token_id` must lie in the vocabulary of {vocabulary_size} tokens, got {given}.")
     return given
@@ -135,18 +135,24 @@ def _check_space(folder: Path, num_bytes: int) -> None:
 # ------------------------------------------------------------------------------------------------------------- messages
 def _manifest(folder: Path, plan: Plan, hashes: dict[str, str]) -> dict[str, Any]:
     return {
-        # Where the weights came from first.
-        "layout": (plan.source.read_json(MANIFEST_FILE).get("layout") if plan.is_own else None) or plan.found,
+        "layout": _first_format(plan),
         "left_out": plan.dropped,
         "sha256": hashes,
         "written": hashes_of(folder),
-        "forms": in_manifest({name: record for name, record in plan.records.items() if name != plan.form.name}),
+        "forms": manifest_of({name: record for name, record in plan.records.items() if name != plan.target_format.to}),
     }
+
+
+def _first_format(plan: Plan) -> str:
+    """Name of the format that the weights had first: a result of this command remembers it."""
+    is_own = plan.source_format.to == OwnFormat.to
+    remembered = plan.source.read_json(MANIFEST_FILE).get("layout") if is_own else None
+    return remembered or plan.source_format.name
 
 
 def _facts(plan: Plan) -> dict[str, str]:
     return {
-        "Converted from": plan.found,
+        "Converted from": plan.source_format.name,
         "Parameters": f"{plan.num_parameters:,}",
         "Type": name_dtypes(tensor.dtype for tensor in plan.written.values()),
         "Model type": f"`{plan.config.model_type}`",

@@ -1,4 +1,4 @@
-"""What a conversion will do, before it does anything: the layout, the changes, and every tensor compared with the model to be."""
+"""What a conversion will do, known before it does anything: formats, changes, and every tensor compared with the model."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,15 +12,15 @@ from transformers import PreTrainedModel
 from ..configuration_internlm2 import InternLM2Config
 from .formats.content import Content
 from .formats.edits import Draft, Edit, drop_blocks_above, resize_tower
-from .formats.format import Layout
-from .formats.forms import FORMS, NativeForm, OwnForm, form_of
+from .formats.format import Format
 from .formats.image_token import adding_image_token
 from .formats.key_tables import DERIVED_BUFFERS
 from .formats.llama_decoder import decoder_as_llama, internlm2_as_llama, llama_as_internlm2
 from .formats.llava_parts import complete_llava
+from .formats.own_format import OwnFormat
 from .formats.raw_files import join_raw_files
-from .formats.raw_formats import RAW_LAYOUTS
-from .formats.recognition import recognise
+from .formats.raw_formats import RAW_FORMATS
+from .formats.recognition import TARGETS, find_target, recognise
 from .formats.rules import Translation, names_before, translate
 from .readers.adapters import merge_adapters
 from .readers.damages import describing
@@ -36,42 +36,84 @@ from .repository.tokenizer import has_tokenizer
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# Options of `plan_conversion` that name files or folders which are read.
-INPUT_OPTIONS = ("tokenizer", "head", "base", "vision_tower", "vision_config")
-# Above it, a number of layers is compared with the number of tensors first.
+# More layers than this are compared with the number of tensors first.
 LARGEST_DEPTH = 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan(Content):
-    """What a conversion will do: the model, and the form in which it is written.
+class ConversionOptions:
+    """What is converted, and how.
 
     Args:
-        form: The form.
-        written: Tensors of the result, under their names in that form.
-        dropped: Name to reason, of tensors of the source that the result does not hold.
-        notes: What else the user is told.
+        tokenizer: Folder of a tokenizer to use instead of the source's.
+        image_token_id: Id of `<IMG_CONTEXT>`, for a chat model without a tokenizer.
+        dtype: Type of the result's floats: "auto" (the source's), "float32", "float16" or "bfloat16".
+        head: File of a classification head for a raw backbone, where config.json does not name it and it is not the only
+            one.
+        num_heads: Attention heads of the tower of a raw checkpoint, whose weights do not say it.
+        image_size: Size of images to resize the tower's positions to; None keeps them.
+        patch_size: Size of patches to resize the tower's patch kernel to; None keeps it.
+        drop_unused_blocks: Leave out the blocks of a chat model's tower above the one whose output the decoder sees.
+        lora_alpha: Alpha of all LoRA adapters, instead of the configuration's.
+        base: Checkpoint that the folder of a LoRA adapter belongs to.
+        vision_tower: Checkpoint of the vision tower, for one of the LLaVA code base without it.
+        vision_config: config.json of the vision tower, for one of the LLaVA code base.
+        to: Format of the result: "internvl" (this package's), "published" or "native".
+        llama_decoder: Write an InternLM2 decoder as a plain LLaMA, as the native format always does.
+        revision: Branch, tag or commit of a repository on the Hub.
+
+    Raises:
+        ValueError: If `dtype` or `to` has another value.
     """
 
-    form: OwnForm
+    tokenizer: str | Path | None = None
+    image_token_id: int | None = None
+    dtype: str = "auto"
+    head: str | Path | None = None
+    num_heads: int | None = None
+    image_size: int | None = None
+    patch_size: int | None = None
+    drop_unused_blocks: bool = False
+    lora_alpha: float | None = None
+    base: str | Path | None = None
+    vision_tower: str | Path | None = None
+    vision_config: str | Path | None = None
+    to: str = next(iter(TARGETS))
+    llama_decoder: bool = False
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise ValueError(f"`dtype` must be one of auto, {', '.join(DTYPES)}, got {self.dtype!r}.")
+        if self.to not in TARGETS:
+            raise ValueError(f"`to` must be one of {', '.join(TARGETS)}, got {self.to!r}.")
+
+    @property
+    def inputs(self) -> list[Path]:
+        """Files and folders that are read besides the source."""
+        paths = (self.tokenizer, self.head, self.base, self.vision_tower, self.vision_config)
+        return [Path(path) for path in paths if path is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Content):
+    """What a conversion will do: the model, and the format in which it is written.
+
+    Args:
+        target_format: Format of the result.
+        written: Tensors of the result under their names in that format.
+        dropped: Name to reason, of tensors of the source that the result does not hold.
+        notes: Further remarks for the user.
+    """
+
+    target_format: OwnFormat
     written: Tensors
     dropped: dict[str, str]
     notes: list[str]
 
     @property
-    def found(self) -> str:
-        """What the source is."""
-        name = self.layout.name
-        return f"{name.partition(',')[0]}, {OwnForm.title}" if self.is_own else name
-
-    @property
-    def is_own(self) -> bool:
-        """Whether the source is a result of this command, in this package's form."""
-        return form_of(self.layout, self.source.config) == OwnForm.name
-
-    @property
     def num_parameters(self) -> int:
-        """Numbers in all tensors of the result."""
+        """Number of elements in all tensors of the result."""
         return sum(torch.Size(tensor.shape).numel() for tensor in self.written.values())
 
     @property
@@ -84,10 +126,10 @@ class Plan(Content):
         source = self.source
         files = f"{len(source.files)} file{'s' if len(source.files) > 1 else ''}"
         lines = [
-            f"Found {self.found}: {len(source.tensors)} tensors, {name_size(source.num_bytes)}, "
+            f"Found {self.source_format.name}: {len(source.tensors)} tensors, {name_size(source.num_bytes)}, "
             f"{name_dtypes(info.dtype for info in source.tensors.values())}, in {files}.",
-            f"Result: {self.config.model_type} in {self.form.title}, {self.num_parameters:,} parameters, {name_size(self.num_bytes)}, "
-            f"{name_dtypes(tensor.dtype for tensor in self.written.values())}.",
+            f"Result: {self.config.model_type} in {self.target_format.title}, {self.num_parameters:,} parameters, "
+            f"{name_size(self.num_bytes)}, {name_dtypes(tensor.dtype for tensor in self.written.values())}.",
         ]
         for reason in dict.fromkeys(self.dropped.values()):
             names = ", ".join(name for name, why in self.dropped.items() if why == reason)
@@ -95,169 +137,107 @@ class Plan(Content):
         return lines + self.notes
 
 
-def plan_conversion(
-    source: str | Path,
-    tokenizer: str | Path | None = None,
-    image_token_id: int | None = None,
-    dtype: str = "auto",
-    head: str | Path | None = None,
-    num_heads: int | None = None,
-    image_size: int | None = None,
-    patch_size: int | None = None,
-    drop_unused_blocks: bool = False,
-    lora_alpha: float | None = None,
-    base: str | Path | None = None,
-    vision_tower: str | Path | None = None,
-    vision_config: str | Path | None = None,
-    to: str = OwnForm.name,
-    llama_decoder: bool = False,
-    edits: Sequence[Edit] = (),
-    revision: str | None = None,
-) -> Plan:
+def plan_conversion(source: str | Path, options: ConversionOptions | None = None) -> Plan:
     """Looks at a source and compares every tensor with the model that is to hold it. Reads no weights and writes nothing.
 
     Args:
-        source: Folder of the checkpoint, its file with weights, or a repository on the Hub (`user/name`), which is downloaded.
-        tokenizer: Folder of a tokenizer to use instead of the source's own.
-        image_token_id: Id of `<IMG_CONTEXT>`, for a chat model without a tokenizer.
-        dtype: Type of the result's floats: "auto" (the source's), "float32", "float16" or "bfloat16".
-        head: File of a classification head for a raw backbone, where it is not the one that config.json names or the only one.
-        num_heads: Heads of the tower of a raw checkpoint, whose weights do not tell.
-        image_size: Pictures to resize the tower's positions to; None keeps them.
-        patch_size: Patches to resize the tower's patch kernel to; None keeps it.
-        drop_unused_blocks: Leave out the blocks of a chat model's tower above the one whose output the decoder sees.
-        lora_alpha: Alpha of all LoRA adapters, instead of what the configuration says.
-        base: Checkpoint that a folder with a LoRA adapter belongs to.
-        vision_tower: Checkpoint of the vision tower, for one of the LLaVA code base without it.
-        vision_config: config.json of the vision tower, for one of the LLaVA code base.
-        to: Form of the result: "internvl" (this package's), "published" or "native".
-        llama_decoder: Write an InternLM2 decoder as a plain LLaMA, which the native form needs anyway.
-        edits: Further changes to the model, in their order.
-        revision: Branch, tag or commit of a repository on the Hub.
-
-    Returns:
-        The plan.
+        source: Folder of the checkpoint, its file with weights, or a repository on the Hub (`user/name`), which is
+            downloaded.
+        options: What is converted, and how.
 
     Raises:
         OSError: A file is missing or cannot be read.
-        ValueError: The layout is unknown, tensors do not fit, or a setting cannot take effect.
+        ValueError: The format is unknown, tensors do not fit, or a setting cannot take effect.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ValueError(f"`dtype` must be one of auto, {', '.join(DTYPES)}, got {dtype!r}.")
-    if to not in FORMS:
-        raise ValueError(f"`to` must be one of {', '.join(FORMS)}, got {to!r}.")
-    source = find_source(source, revision)
-    with describing(source):
-        opened = join_raw_files(_with_num_heads(open_source(source), num_heads), head)
-        opened = complete_llava(merge_adapters(opened, lora_alpha, base), vision_tower, vision_config)
-        layout = recognise(opened)
-        _check_effect(layout, tokenizer=tokenizer, image_token_id=image_token_id, num_heads=num_heads)
-        folder = Path(tokenizer) if tokenizer is not None else opened.folder
-        check_links(folder, depth=0)
-        has_text = layout.result.kind != "vision" and (tokenizer is not None or has_tokenizer(folder))
-        tokenizer_folder = folder if has_text else None
+    options = options or ConversionOptions()
+    path = find_source(source, options.revision)
+    with describing(path):
+        opened = _open(path, options)
+        source_format = recognise(opened)
+        _check_effect(source_format, options)
+        tokenizer_folder = _tokenizer_folder(opened, source_format, options)
         records = read_records(opened)
-        sizes = {"image_size": image_size, "patch_size": patch_size}
-        sizes = {**layout.wanted_sizes(opened), **{key: size for key, size in sizes.items() if size is not None}}
-        asked = [resize_tower(**sizes)] if sizes else []
-        asked += [drop_blocks_above] if drop_unused_blocks else []
-        asked += (
-            [adding_image_token(tokenizer_folder, image_token_id, layout.build_config)]
-            if layout.lacks_image_token
-            else []
-        )
-        draft, translation = _draft(opened, layout, [*asked, *_decoder_edits(to, llama_decoder, records), *edits])
-        tensors, same = _compared(opened, layout, draft, translation, dtype)
-        settings = draft.settings
-        settings["architectures"] = [layout.result.model_class.__name__]
-        settings["auto_map"] = layout.result.auto_map
-        # Parts that were frozen in training may outnumber what was trained, and must not decide.
-        settings["dtype"] = name_dtypes([opened.dtype]) if opened.dtype and dtype == "auto" else _main_dtype(tensors)
-        settings |= {} if image_token_id is None else {"image_token_id": image_token_id}
+        edits = _edits(opened, source_format, options, tokenizer_folder, records)
+        draft, translation = _draft(opened, source_format, edits)
+        tensors, same = _compared(opened, source_format, draft, translation, options.dtype)
+        settings = _complete_settings(opened, source_format, draft, tensors, options)
         content = Content(
             source=opened,
-            layout=layout,
+            source_format=source_format,
             settings=settings,
-            config=layout.build_config(settings),
+            config=source_format.build_config(settings),
             tensors=tensors,
             image_size=draft.image_size,
             tokenizer_folder=tokenizer_folder,
-            records={**records, **_own_record(opened, layout, same)},
+            records={**records, **_own_record(opened, source_format, same)},
         )
-        return _in_form(content, FORMS[to], draft)
+        return _in_format(content, find_target(options.to, content.result), draft)
 
 
-def _check_effect(
-    layout: Layout, tokenizer: str | Path | None, image_token_id: int | None, num_heads: int | None
-) -> None:
-    """Refuses options that cannot change this layout's result."""
-    if num_heads is not None and layout not in RAW_LAYOUTS:
-        raise ValueError(f"`num_heads` has no effect: the configuration of {layout.name} says how many there are.")
-    if layout.result.kind == "vision" and tokenizer is not None:
-        raise ValueError(f"`tokenizer` has no effect: {layout.name} reads no text.")
-    if layout.result.kind != "chat" and image_token_id is not None:
-        raise ValueError(f"`image_token_id` has no effect: in {layout.name} no picture stands in a text.")
+def _open(path: Path, options: ConversionOptions) -> Source:
+    """The source with all of its parts."""
+    opened = open_source(path)
+    if options.num_heads is not None:  # an argument of the published class
+        opened = replace(opened, config={**opened.config, "num_heads": options.num_heads})
+    opened = merge_adapters(join_raw_files(opened, options.head), options.lora_alpha, options.base)
+    return complete_llava(opened, options.vision_tower, options.vision_config)
 
 
-def _compared(
-    source: Source, layout: Layout, draft: Draft, translation: Translation, dtype: str
-) -> tuple[Tensors, dict[str, str]]:
-    """The tensors of the result, each known to fit, and names that the source held twice: the one left out to the one kept."""
-    settings = draft.settings
-    model = _meta_model(layout, settings)
-    tied, same = _resolve_tied_heads(model, draft.tensors, settings)
-    if not tied and model.all_tied_weights_keys:
-        model = _meta_model(layout, settings)
-    draft.dropped |= {name: f"the same as {other}" for name, other in same.items()}
-    shapes = {name: tensor.shape for name, tensor in stored_state(model).items() if name not in tied}
-    _check_keys(layout, source, draft, translation, shapes)
-    found = draft.tensors
-    return {name: cast(name, found[name], _target_dtype(found[name].dtype, dtype)) for name in shapes}, same
+def _check_effect(source_format: Format, options: ConversionOptions) -> None:
+    """Refuses options that cannot change the result."""
+    name, kind = source_format.name, source_format.result.kind
+    if options.num_heads is not None and source_format not in RAW_FORMATS:
+        raise ValueError(f"`num_heads` has no effect: the configuration of {name} says how many there are.")
+    if kind == "vision" and options.tokenizer is not None:
+        raise ValueError(f"`tokenizer` has no effect: {name} reads no text.")
+    if kind != "chat" and options.image_token_id is not None:
+        raise ValueError(f"`image_token_id` has no effect: in {name} no image stands in a text.")
 
 
-def _decoder_edits(to: str, llama_decoder: bool, records: dict[str, Record]) -> list[Edit]:
-    """An InternLM2 decoder becomes a LLaMA on request and in the native form, and on the way back what it was."""
-    if llama_decoder:
+def _tokenizer_folder(source: Source, source_format: Format, options: ConversionOptions) -> Path | None:
+    folder = source.folder if options.tokenizer is None else Path(options.tokenizer)
+    check_links(folder, depth=0)
+    has_text = source_format.result.kind != "vision" and (options.tokenizer is not None or has_tokenizer(folder))
+    return folder if has_text else None
+
+
+def _edits(
+    source: Source,
+    source_format: Format,
+    options: ConversionOptions,
+    tokenizer_folder: Path | None,
+    records: dict[str, Record],
+) -> list[Edit]:
+    """Changes that the options ask for or the target format needs, in their order."""
+    asked = {"image_size": options.image_size, "patch_size": options.patch_size}
+    sizes = source_format.wanted_sizes(source) | {key: size for key, size in asked.items() if size is not None}
+    edits: list[Edit] = [resize_tower(**sizes)] if sizes else []
+    if options.drop_unused_blocks:
+        edits.append(drop_blocks_above)
+    if source_format.lacks_image_token:
+        edits.append(adding_image_token(tokenizer_folder, options.image_token_id, source_format.build_config))
+    return [*edits, *_decoder_edits(options, records)]
+
+
+def _decoder_edits(options: ConversionOptions, records: dict[str, Record]) -> list[Edit]:
+    """An InternLM2 decoder becomes a LLaMA on request and in the native format, and on the way back what it was."""
+    if options.llama_decoder:
         return [decoder_as_llama]
-    if to == NativeForm.name:
+    if options.to == "native":
         return [internlm2_as_llama]
-    config = records[to]["config"] if to in records else {}
+    config = records[options.to].config if options.to in records else {}
     decoder = config.get("llm_config") or config.get("text_config") or {}
     was_internlm2 = isinstance(decoder, dict) and decoder.get("model_type") == InternLM2Config.model_type
     return [llama_as_internlm2] if was_internlm2 else []
 
 
-def _own_record(source: Source, layout: Layout, twice: dict[str, str]) -> dict[str, Record]:
-    """What is remembered of the source itself, if its form is one that can be written."""
-    name = form_of(layout, source.config)
-    return {} if name is None else {name: new_record(source, _main_dtype(source.tensors), twice)}
-
-
-def _in_form(content: Content, form: OwnForm, draft: Draft) -> Plan:
-    obstacles = form.obstacles(content)
-    if obstacles:
-        raise ValueError(f"This model cannot be written as {form.title}: {'; '.join(obstacles)}.")
-    return Plan(
-        **vars(content),
-        form=form,
-        written=in_order_of_files(form.named_tensors(content), content.source.files),
-        dropped=draft.dropped,
-        notes=[*draft.notes, *form.notes(content)],
-    )
-
-
-def _with_num_heads(source: Source, num_heads: int | None) -> Source:
-    """The same with an argument of the published class in its configuration."""
-    return source if num_heads is None else replace(source, config={**source.config, "num_heads": num_heads})
-
-
-def _draft(source: Source, layout: Layout, edits: Sequence[Edit]) -> tuple[Draft, Translation]:
-    """The model in today's names, with every change that was asked for."""
-    settings = layout.map_config(source)
+def _draft(source: Source, source_format: Format, edits: Sequence[Edit]) -> tuple[Draft, Translation]:
+    """The model under today's names, with every change that was asked for."""
+    settings = source_format.map_config(source)
     _check_counts(source, settings)
     derived = {name: "a buffer that is computed" for name in source.tensors if _is_derived(name)}
     weights = {name: tensor for name, tensor in source.tensors.items() if name not in derived}
-    translation = translate(weights, layout.rules, settings)
+    translation = translate(weights, source_format.rules, settings)
     draft = Draft(settings, dict(translation.tensors), {**source.left_out, **derived}, list(source.notes))
     for edit in edits:
         edit(draft)
@@ -265,7 +245,7 @@ def _draft(source: Source, layout: Layout, edits: Sequence[Edit]) -> tuple[Draft
 
 
 def _check_counts(source: Source, settings: dict[str, Any]) -> None:
-    """Refuses counts that are none, and more layers than a source of so many tensors has, before anything is built of them."""
+    """Refuses counts that are no numbers, and more layers than the source has tensors, before anything is built of them."""
     parts = {"": settings, **{f"{key}.": part for key, part in settings.items() if isinstance(part, dict)}}
     file = source.folder / "config.json"
     for prefix, part in parts.items():
@@ -275,16 +255,66 @@ def _check_counts(source: Source, settings: dict[str, Any]) -> None:
         depth = part.get("num_hidden_layers", 0)
         if isinstance(depth, int) and depth > max(LARGEST_DEPTH, len(source.tensors)):
             raise ValueError(
-                f"`{file}` says `{prefix}num_hidden_layers` {depth:,}, but the weights are {len(source.tensors)} tensors. Put the "
-                "config.json in its place that was published with them."
+                f"`{file}` says `{prefix}num_hidden_layers` {depth:,}, but the weights are {len(source.tensors)} tensors. "
+                "Put the config.json in its place that was published with them."
             )
 
 
+def _complete_settings(
+    source: Source, source_format: Format, draft: Draft, tensors: Tensors, options: ConversionOptions
+) -> dict[str, Any]:
+    """This package's config.json, with what follows from the class, the tensors and the options."""
+    # Parts that were frozen in training may outnumber what was trained, and must not decide the type.
+    trained = source.dtype if options.dtype == "auto" else None
+    return {
+        **draft.settings,
+        "architectures": [source_format.result.model_class.__name__],
+        "auto_map": source_format.result.auto_map,
+        "dtype": name_dtypes([trained]) if trained else _main_dtype(tensors),
+        **({} if options.image_token_id is None else {"image_token_id": options.image_token_id}),
+    }
+
+
+def _own_record(source: Source, source_format: Format, twice: dict[str, str]) -> dict[str, Record]:
+    """The record of the source itself, if its format can be written."""
+    name = source_format.to
+    return {} if name is None else {name: new_record(source, _main_dtype(source.tensors), twice)}
+
+
+def _in_format(content: Content, target: OwnFormat, draft: Draft) -> Plan:
+    obstacles = target.obstacles(content)
+    if obstacles:
+        raise ValueError(f"This model cannot be written as {target.title}: {'; '.join(obstacles)}.")
+    return Plan(
+        **vars(content),
+        target_format=target,
+        written=in_order_of_files(target.named_tensors(content), content.source.files),
+        dropped=draft.dropped,
+        notes=[*draft.notes, *target.notes(content)],
+    )
+
+
 # ------------------------------------------------------------------------------------------------------ what is compared
-def _meta_model(layout: Layout, settings: dict[str, Any]) -> PreTrainedModel:
+def _compared(
+    source: Source, source_format: Format, draft: Draft, translation: Translation, dtype: str
+) -> tuple[Tensors, dict[str, str]]:
+    """The tensors of the result, each known to fit, and names that the source held twice: the one left out to the one kept."""
+    settings = draft.settings
+    model = _meta_model(source_format, settings)
+    tied, same = _resolve_tied_heads(model, draft.tensors, settings)
+    if not tied and model.all_tied_weights_keys:
+        model = _meta_model(source_format, settings)
+    draft.dropped |= {name: f"the same as {other}" for name, other in same.items()}
+    shapes = {name: tensor.shape for name, tensor in stored_state(model).items() if name not in tied}
+    _check_keys(source_format, source, draft, translation, shapes)
+    found = draft.tensors
+    return {name: cast(name, found[name], _target_dtype(found[name].dtype, dtype)) for name in shapes}, same
+
+
+def _meta_model(source_format: Format, settings: dict[str, Any]) -> PreTrainedModel:
     """The model without memory, to know names and shapes."""
     with torch.device("meta"):
-        return layout.result.model_class(layout.build_config(settings))
+        return source_format.result.model_class(source_format.build_config(settings))
 
 
 def _resolve_tied_heads(
@@ -318,7 +348,7 @@ def _is_derived(name: str) -> bool:
 
 
 def _check_keys(
-    layout: Layout, source: Source, draft: Draft, translation: Translation, shapes: dict[str, torch.Size]
+    source_format: Format, source: Source, draft: Draft, translation: Translation, shapes: dict[str, torch.Size]
 ) -> None:
     """Raises with everything that does not fit, all at once."""
     tensors = draft.tensors
@@ -328,7 +358,9 @@ def _check_keys(
         if name in tensors and tuple(shape) != tensors[name].shape
     ]
     # Under their names in the source, where it would have them.
-    absent = [old for name in shapes if name not in tensors for old in names_before(name, layout.rules) or (name,)]
+    absent = [
+        old for name in shapes if name not in tensors for old in names_before(name, source_format.rules) or (name,)
+    ]
     missing = [name for name in absent if name not in source.tensors]
     unused = [name for name in tensors if name not in shapes and name not in draft.dropped]
     unknown = translation.unknown + [old for name in unused for old in translation.origins.get(name, (name,))]
@@ -341,7 +373,7 @@ def _check_keys(
     }
     found = [f"{len(names)} {problem}: {', '.join(names)}" for problem, names in problems.items() if names]
     if found:
-        raise ValueError(f"The tensors of `{source.folder}` do not fit {layout.name}. {'; '.join(found)}.")
+        raise ValueError(f"The tensors of `{source.folder}` do not fit {source_format.name}. {'; '.join(found)}.")
 
 
 def _target_dtype(found: torch.dtype, wanted: str) -> torch.dtype:

@@ -11,7 +11,7 @@ from transformers import AutoModel
 
 from internvl.conversion import convert
 from internvl.conversion.formats.edits import Draft, drop_blocks_above
-from internvl.conversion.plan import plan_conversion
+from internvl.conversion.plan import ConversionOptions, plan_conversion
 from internvl.image_processing_internvl import InternVLImageProcessor
 
 from .fixtures_published import published
@@ -110,7 +110,7 @@ def test_a_resized_chat_model_takes_larger_tiles(tmp_path):
 
 
 def test_the_size_that_is_there_already_changes_nothing(tmp_path):
-    same = plan_conversion(GOLDEN / "intern_vit_6b", image_size=56, patch_size=14)
+    same = plan_conversion(GOLDEN / "intern_vit_6b", ConversionOptions(image_size=56, patch_size=14))
     plain = plan_conversion(GOLDEN / "intern_vit_6b")
     assert same.settings == plain.settings
     assert same.notes == plain.notes
@@ -163,7 +163,9 @@ def test_a_tower_of_48_blocks_read_at_minus_4_becomes_one_of_45_with_the_same_fe
 
 def test_of_a_tower_that_is_used_whole_nothing_is_dropped(tmp_path):
     plain, asked = (
-        plan_conversion(GOLDEN / "chat_qwen2_v2", drop_unused_blocks=drop, image_token_id=500)
+        plan_conversion(
+            GOLDEN / "chat_qwen2_v2", ConversionOptions(drop_unused_blocks=drop, image_token_id=500)
+        )
         for drop in (False, True)
     )
     assert asked.tensors.keys() == plain.tensors.keys()

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageClassification, AutoModelForSemanticSegmentation
 
 from internvl.conversion import convert
-from internvl.conversion.formats.raw_formats import RAW_LAYOUTS, TOWER_RAW
+from internvl.conversion.formats.raw_formats import RAW_FORMATS, TOWER_RAW
 from internvl.conversion.formats.raw_towers import tower_settings
 from internvl.conversion.formats.rules import inverse, translate
-from internvl.conversion.plan import plan_conversion
+from internvl.conversion.plan import ConversionOptions, plan_conversion
 from internvl.conversion.readers.opening import open_source
 from internvl.conversion.readers.source import Source
 from internvl.conversion.readers.tensors import LazyTensor
@@ -354,7 +354,7 @@ def test_without_config_json_everything_but_the_heads_follows_from_shapes(tmp_pa
             ValueError, match=rf"How many heads a tower of width 56 has cannot be read from `{name}`.*--num-heads N"
         ):
             run(source, tmp_path / "out")
-        plan = plan_conversion(source, num_heads=4)
+        plan = plan_conversion(source, ConversionOptions(num_heads=4))
         wanted = plan_conversion(GOLDEN / "classification_raw" / name)
         differing = {key for key, value in wanted.settings.items() if plan.settings.get(key) != value}
         assert differing <= {"drop_path_rate", "initializer_factor"}  # of training; the file does not say
@@ -382,13 +382,13 @@ def test_feature_maps_are_those_of_the_published_heads_where_nothing_says_which(
     source = fake_tower("backbone.", **tower)
     source = replace(source, tensors={**source.tensors, **fake_tower(**added).tensors})
     for end, indices in {"pyramid": [12, 24, 36, 48], "linear": [45]}.items():
-        layout = next(layout for layout in RAW_LAYOUTS if end in layout.name)
+        layout = next(layout for layout in RAW_FORMATS if end in layout.name)
         assert layout.map_config(source)["out_indices"] == indices
 
 
 def test_what_was_assumed_is_said(tmp_path):
     source = copy_of("segmentation_raw", tmp_path, LINEAR)
-    notes = plan_conversion(source, num_heads=4).notes
+    notes = plan_conversion(source, ConversionOptions(num_heads=4)).notes
     assert len(notes) == 1
     assert "published value was taken: the blocks that give the feature maps" in notes[0]
 
@@ -495,7 +495,7 @@ MODELS = {
 
 def raw_file(model, layout_name: str, folder: Path) -> Path:
     """A model in a raw layout, by the inverse of its key table."""
-    layout = next(layout for layout in RAW_LAYOUTS if layout.name == layout_name)
+    layout = next(layout for layout in RAW_FORMATS if layout.name == layout_name)
     state = model.state_dict()
     named = {
         name: replace(next(iter(fake_tower(x=tuple(value.shape)).tensors.values())), dtype=value.dtype)
@@ -519,7 +519,7 @@ def test_the_key_tables_are_read_both_ways(kind, tmp_path):
     make, layout_name = MODELS[kind]
     model = make()
     plan = plan_conversion(raw_file(model, layout_name, tmp_path / "raw"))
-    assert plan.layout.name == layout_name
+    assert plan.source_format.name == layout_name
     found = weights_of(run(tmp_path / "raw", tmp_path / "out"))
     wanted = model.state_dict()
     assert found.keys() == wanted.keys()
@@ -555,8 +555,8 @@ def test_a_raw_tower_in_parts_is_one_model(tmp_path):
         torch.save({name: tensors[name].clone() for name in part}, tmp_path / "parts" / file)
     index = {"weight_map": {name: file for file, part in files.items() for name in part}}
     (tmp_path / "parts" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    plan = plan_conversion(tmp_path / "parts", num_heads=4)
-    assert plan.layout is TOWER_RAW
+    plan = plan_conversion(tmp_path / "parts", ConversionOptions(num_heads=4))
+    assert plan.source_format is TOWER_RAW
     assert len(plan.source.files) == 2
 
 

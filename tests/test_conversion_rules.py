@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from internvl.conversion.formats.rules import Rule, inverse, rename, translate, within
+from internvl.conversion.formats.rules import TensorRule, inverse, rename, translate, within
 from internvl.conversion.readers.tensors import LazyTensor, TensorReader, computed, in_order_of_files, stored
 
 
@@ -22,7 +22,7 @@ def values(tensors):
         return {name: tensor.load(reader) for name, tensor in tensors.items()}
 
 
-FUSED = Rule(
+FUSED = TensorRule(
     ("layers.{}.q", "layers.{}.k"),
     ("blocks.{}.qk",),
     rightward=(lambda parts, settings: torch.cat(list(parts)),),

@@ -9,7 +9,8 @@ import pytest
 
 import internvl
 from internvl.conversion import __main__ as conversion
-from internvl.conversion.formats.forms import FORMS, OwnForm
+from internvl.conversion.formats.own_format import OwnFormat
+from internvl.conversion.formats.recognition import TARGETS
 from internvl.conversion.plan import DTYPES
 from internvl.planning import commands as planning
 from internvl.planning import memory as planner
@@ -43,8 +44,8 @@ def test_a_command_reads_its_arguments_before_it_imports_torch(command, argument
 def test_the_choices_of_a_command_are_those_of_what_it_starts():
     """They are written out, because the tables they come from need torch."""
     assert ("auto", *DTYPES) == conversion.DTYPES
-    assert tuple(FORMS) == conversion.FORMS
-    assert conversion.FORMS[0] == OwnForm.name
+    assert tuple(TARGETS) == conversion.TARGETS
+    assert conversion.TARGETS[0] == OwnFormat.to
     assert tuple(planner.COMPUTE_DTYPES) == planning.DTYPES
 
 

@@ -1,4 +1,4 @@
-"""A model of this package, before it is written in some form."""
+"""A model in this package's terms, after it was read and before it is written."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from ..readers.tensors import Tensors
 from ..repository.processor import image_processor_for
 from ..repository.records import Record
 from ..repository.result import Result
-from .format import Layout
+from .format import Format
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,18 +20,18 @@ class Content:
     """The model and all that belongs to it.
 
     Args:
-        layout: Of the source.
+        source_format: Format of the source.
         source: The opened source.
-        settings: config.json of the model in this package's form; the image token comes once the tokenizer is there.
-        config: The same as an object.
-        tensors: Those of the model under this package's names.
-        image_size: Size of pictures, where it is not that of the source.
-        tokenizer_folder: Where its tokenizer comes from, or None.
-        records: What is remembered of other forms, by name.
-        tokenizer: Its tokenizer, once written.
+        settings: This package's config.json; the image token is added once the tokenizer is there.
+        config: The configuration object built from `settings`.
+        tensors: The model's tensors under this package's names.
+        image_size: Size of images, where it differs from the source's.
+        tokenizer_folder: Folder that the tokenizer is copied from, or None.
+        records: What is remembered of formats that the model had before, by their `to`.
+        tokenizer: The tokenizer, once written.
     """
 
-    layout: Layout
+    source_format: Format
     source: Source
     settings: dict[str, Any]
     config: Any
@@ -43,10 +43,11 @@ class Content:
 
     @property
     def result(self) -> Result:
-        """What it is."""
-        return self.layout.result
+        """The kind of model."""
+        return self.source_format.result
 
     @property
     def image_processor(self) -> InternVLImageProcessor:
-        """Its image processor in this package's form."""
-        return image_processor_for(self.result, self.layout.resize_mode, self.config, self.source, self.image_size)
+        """This package's image processor for the model."""
+        mode = self.source_format.resize_mode
+        return image_processor_for(self.result, mode, self.config, self.source, self.image_size)

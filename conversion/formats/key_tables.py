@@ -6,8 +6,6 @@ from .rules import rename, within
 
 
 # ------------------------------------------------------------------------------------------------------------- tensors
-# Our names are those of the published Hub checkpoints.
-SAME_NAMES = (rename("*", "*"),)
 # The published training code (left) calls the tower's tensors otherwise; what is beside the tower is called alike.
 RAW_TOWER = (
     rename("cls_token", "embeddings.class_embedding"),

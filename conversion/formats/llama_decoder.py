@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 from ...configuration_internlm2 import InternLM2Config
 from .edits import Draft
-from .rules import Part, Rule, inverse, rename, translate, within
+from .rules import TensorFunction, TensorRule, inverse, rename, translate, within
 
 
 def _grouped(packed: torch.Tensor, settings: dict[str, Any]) -> torch.Tensor:
@@ -43,14 +43,14 @@ def _packed(parts: Sequence[torch.Tensor], settings: dict[str, Any]) -> torch.Te
     return torch.cat([query, key, value], dim=1).flatten(0, 2)
 
 
-_SPLIT: tuple[Part, ...] = (_query, _key, _value)
+_SPLIT: tuple[TensorFunction, ...] = (_query, _key, _value)
 _LAYER = "model.layers.{}."
 
 # InternLM2 (left) and LLaMA (right), as causal language models. Biases are there where the configuration says so.
 INTERNLM2_AS_LLAMA = (
     rename("model.tok_embeddings.weight", "model.embed_tokens.weight"),
     *(
-        Rule(
+        TensorRule(
             (f"{_LAYER}attention.wqkv.{kind}",),
             tuple(f"{_LAYER}self_attn.{name}_proj.{kind}" for name in "qkv"),
             rightward=_SPLIT,
@@ -137,7 +137,7 @@ def _decoder_type(draft: Draft) -> str | None:
     return (draft.settings.get("text_config") or {}).get("model_type")
 
 
-def _translate(draft: Draft, config_class: type[LlamaConfig], rules: Sequence[Rule]) -> Any:
+def _translate(draft: Draft, config_class: type[LlamaConfig], rules: Sequence[TensorRule]) -> Any:
     """Gives the tensors of a draft the names of the other layout; returns the decoder's configuration."""
     settings = {key: value for key, value in draft.settings["text_config"].items() if key != "model_type"}
     try:

@@ -13,8 +13,8 @@ from ..readers.adapters import LLAVA_TOWER_PREFIX
 from ..readers.foreign_settings import LLAVA_KEYS
 from ..readers.source import Source
 from ..repository.result import CHAT
-from .format import Layout
-from .hub_formats import contrastive_settings, vision_settings, with_stored_size, without_old_defaults
+from .format import Format
+from .hub_settings import contrastive_settings, vision_settings, with_stored_size, without_old_defaults
 from .key_tables import LLAVA_PICTURE_SIZES, LLAVA_PROJECTORS, LLAVA_SUPPORTED, LLAVA_TEMPLATE, OLD_DEFAULTS
 from .rules import rename, within
 
@@ -87,8 +87,8 @@ def _check_supported(source: Source) -> None:
         raise ValueError(f"`{source.folder / 'config.json'}` cannot be converted: {'; '.join(wrong)}.")
 
 
-LLAVA_LAYOUTS = (
-    Layout(
+LLAVA_FORMATS = (
+    Format(
         name="InternVL-Chat of the LLaVA code base, InternVL-14B tower",
         result=CHAT,
         config_keys=("mm_vision_tower", "mm_projector_type"),
@@ -98,7 +98,7 @@ LLAVA_LAYOUTS = (
         lacks_image_token=True,
         resize_mode="crop",
     ),
-    Layout(
+    Format(
         name="InternVL-Chat of the LLaVA code base, InternViT tower",
         result=CHAT,
         config_keys=("mm_vision_tower", "mm_projector_type"),

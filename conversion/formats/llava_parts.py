@@ -101,14 +101,14 @@ def _with_tower(source: Source, vision_tower: str | Path | None) -> tuple[Source
             "folder with `--vision-tower DIR`."
         )
     opened = merge_adapters(open_source(vision_tower))
-    layout = recognise(opened)
-    if layout.result.kind not in ("vision", "contrastive"):
+    found_format = recognise(opened)
+    if found_format.result.kind not in ("vision", "contrastive"):
         raise ValueError(
-            f"`vision_tower` must be an InternViT or InternVL-14B checkpoint, got {layout.name} in `{opened.folder}`."
+            f"`vision_tower` must be an InternViT or InternVL-14B checkpoint, got {found_format.name} in `{opened.folder}`."
         )
-    settings = layout.map_config(opened)
+    settings = found_format.map_config(opened)
     weights = {name: x for name, x in opened.tensors.items() if not name.endswith(DERIVED_BUFFERS)}
-    translation = translate(weights, layout.rules, settings)
+    translation = translate(weights, found_format.rules, settings)
     # What no rule knows is taken along, to be listed with everything else that does not fit.
     tower = {**{name: weights[name] for name in translation.unknown}, **translation.tensors}
     kept = {name: tensor for name, tensor in source.tensors.items() if name not in own}

@@ -1,4 +1,4 @@
-"""transformers' own InternVL as a layout to read and as a form to write.
+"""Configurations of transformers' own InternVL, both ways.
 
 The native model is the simple configuration of InternVL-Chat with pixel shuffle "v2"; what it cannot express is refused with the
 reason. "v1" is among it: there the shuffled grid stands transposed in the text, and as the decoder counts positions along the text, no
@@ -11,17 +11,13 @@ from transformers import InternVLConfig, InternVLVisionConfig
 
 from ...configuration_internvl import InternViTConfig, InternVLChatConfig
 from ..readers.source import Source
-from ..repository.result import CHAT
-from .format import Layout
-from .hub_formats import without_old_defaults
+from .hub_settings import without_old_defaults
 from .key_tables import MEANINGLESS_KEYS, OLD_DEFAULTS, OLD_VISION_DEFAULTS
 from .native_tables import (
     FIXED_OURS,
     FIXED_TOP,
     FIXED_VISION,
     HEAD_SETTINGS,
-    NATIVE_NAMES,
-    NATIVE_RULES,
     QK_NORM_EPS,
     TOP_KEYS,
     TURN_MARKS,
@@ -196,16 +192,3 @@ def _picture_size(settings: dict[str, Any], image_seq_length: int) -> dict[str, 
     vision = settings["vision_config"]
     side = round(image_seq_length**0.5 / settings["downsample_ratio"]) * vision["patch_size"]
     return {} if side == vision["image_size"] else {"force_image_size": side}
-
-
-NATIVE_LAYOUTS = tuple(
-    Layout(
-        name=f"InternVL-Chat, native layout of transformers{remark}",
-        result=CHAT,
-        config_keys=("text_config", "image_seq_length"),
-        tensor_names=names,
-        map_config=map_native,
-        rules=NATIVE_RULES,
-    )
-    for names, remark in zip(NATIVE_NAMES, ("", ", names of its first releases"), strict=True)
-)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .rules import Part, Rule, rename, within
+from .rules import TensorFunction, TensorRule, rename, within
 
 
 # ------------------------------------------------------------------------------------------------------------- tensors
@@ -16,7 +16,7 @@ def _fused(parts: Sequence[torch.Tensor], settings: dict[str, Any]) -> torch.Ten
     return torch.cat(list(parts))
 
 
-def _third(index: int) -> Part:
+def _third(index: int) -> TensorFunction:
     return lambda parts, settings: parts[0].chunk(3)[index]
 
 
@@ -38,7 +38,7 @@ _VISION = (
     rename("embeddings.patch_embeddings.projection.weight", "embeddings.patch_embedding.weight"),
     rename("embeddings.patch_embeddings.projection.bias", "embeddings.patch_embedding.bias"),
     *(
-        Rule(
+        TensorRule(
             tuple(f"{_LAYER}attention.{name}_proj.{kind}" for name in "qkv"),
             (f"{_OURS}attn.qkv.{kind}",),
             rightward=(_fused,),

@@ -1,23 +1,16 @@
-"""The published Hub layouts as a form to write: their configurations, and what they cannot express.
+"""Configurations of the published Hub layouts, made of this package's, and what those layouts cannot express."""
 
-The published code reads them, and engines those of chat models: vLLM has `InternVLChatModel` built in, llama.cpp's
-`convert_hf_to_gguf.py` splits one into decoder and tower. InternVL-C/G has no engine: neither knows QLLaMA, queries or attention pooling,
-so that its published form is for the published code alone. Names of tensors are those of this package.
-"""
-
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ...configuration_internvl import InternViTConfig, InternVLChatConfig, InternVLConfig
-from .key_tables import MEANINGLESS_KEYS
+from .hub_settings import KEPT_DEFAULTS, spelled_out
 
 
 # --------------------------------------------------------------------------------------------------------------- config
-# What the published classes say of themselves.
+# What the published classes write about themselves.
 _VISION = {
     "architectures": ["InternVisionModel"],
     "auto_map": {
@@ -55,44 +48,27 @@ _CHAT = {
     "use_backbone_lora": 0,
     "use_llm_lora": 0,
 }
-# Keys that only this package has; what they say is fixed in the published code, or in the tokenizer.
+# Keys of this package alone; the published code, or the tokenizer, fixes their values.
 _OWN_VISION_KEYS = (
-    "attn_pool_num_heads classifier_pooling clip_embed_dim feature_pyramid out_features out_indices semantic_loss_ignore_index "
-    "stage_names"
+    "attn_pool_num_heads classifier_pooling clip_embed_dim feature_pyramid out_features out_indices "
+    "semantic_loss_ignore_index stage_names"
 ).split()
 _OWN_CHAT_KEYS = "connector image_token_id mask_image_token_logit projector_type use_image_start_end".split()
 # Adapters are merged by any conversion.
 LORA_KEYS = ("use_backbone_lora", "use_llm_lora", "use_qllama_lora")
-# Keys of every configuration that say something even where they hold their default.
-_KEPT_DEFAULTS = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 
 
-def spelled_out(config: PretrainedConfig) -> dict[str, Any]:
-    """All settings of a configuration, defaults of its class included, without those that every configuration has.
-
-    Args:
-        config: A configuration; nested ones are left out.
-    """
-    common = PretrainedConfig().to_dict()
-    return {
-        key: value
-        for key, value in config.to_dict().items()
-        if key not in (*MEANINGLESS_KEYS, *config.sub_configs)
-        and not key.startswith("_")
-        and not (key in common and key not in _KEPT_DEFAULTS and value == common[key])
-    }
-
-
-def _vision(config: InternViTConfig) -> dict[str, Any]:
+def published_vision(config: InternViTConfig) -> dict[str, Any]:
+    """The published config.json of an InternViT."""
     settings = spelled_out(config)
     return {
         **_VISION,
-        **{key: value for key, value in settings.items() if key not in (*_OWN_VISION_KEYS, *_KEPT_DEFAULTS)},
+        **{key: value for key, value in settings.items() if key not in (*_OWN_VISION_KEYS, *KEPT_DEFAULTS)},
     }
 
 
 def _decoder(config: PretrainedConfig) -> dict[str, Any]:
-    """Of a language model, rotary positions as of old: `rope_theta` and `rope_scaling`."""
+    """A language model's config.json with rotary positions in the old spelling, `rope_theta` and `rope_scaling`."""
     settings = spelled_out(config)
     rope = settings.pop("rope_parameters", None)
     if isinstance(rope, dict) and "rope_theta" in rope:
@@ -109,13 +85,14 @@ def _decoder(config: PretrainedConfig) -> dict[str, Any]:
     return {"architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)], **settings}
 
 
-def _contrastive(config: InternVLConfig) -> dict[str, Any]:
+def published_contrastive(config: InternVLConfig) -> dict[str, Any]:
+    """The published config.json of an InternVL-14B."""
     qllama = _decoder(config.qllama_config)
     qllama.pop("vision_hidden_size")
     return {
         **_CONTRASTIVE,
         **spelled_out(config),
-        "vision_config": _vision(config.vision_config),
+        "vision_config": published_vision(config.vision_config),
         "qllama_config": {**qllama, "architectures": ["LlamaForCausalLM"], "model_type": "llama"},
         "hidden_size": config.qllama_config.hidden_size,
         # The published code takes them from here.
@@ -125,12 +102,13 @@ def _contrastive(config: InternVLConfig) -> dict[str, Any]:
     }
 
 
-def _chat(config: InternVLChatConfig) -> dict[str, Any]:
+def published_chat(config: InternVLChatConfig) -> dict[str, Any]:
+    """The published config.json of an InternVL-Chat."""
     settings = {key: value for key, value in spelled_out(config).items() if key not in _OWN_CHAT_KEYS}
     return {
         **_CHAT,
         **settings,
-        "vision_config": _vision(config.vision_config),
+        "vision_config": published_vision(config.vision_config),
         "llm_config": _decoder(config.text_config),
         "hidden_size": config.text_config.hidden_size,
         "model_type": _CHAT["model_type"],
@@ -138,45 +116,28 @@ def _chat(config: InternVLChatConfig) -> dict[str, Any]:
 
 
 # --------------------------------------------------------------------------------------------------------------- reasons
-def _no_obstacles(config: Any) -> list[str]:
+def no_obstacles(config: Any) -> list[str]:
+    """A tower without a head can always be written."""
     return []
 
 
-def _contrastive_obstacles(config: InternVLConfig) -> list[str]:
+def contrastive_obstacles(config: InternVLConfig) -> list[str]:
+    """Reasons why a model is no published InternVL-14B."""
     if config.qllama_config.num_query_token:
         return []
     return ["it has no queries (InternVL-C, stage 1), which the published InternVL-14B always has"]
 
 
-def _chat_obstacles(config: InternVLChatConfig) -> list[str]:
+def chat_obstacles(config: InternVLChatConfig) -> list[str]:
+    """Reasons why a model is no published InternVL-Chat."""
     reasons = {
         f"`connector` is {config.connector!r}, and the published InternVL-Chat has no QLLaMA": config.connector
         != "patches",
         f"`projector_type` is {config.projector_type!r}, and the published projector begins with a LayerNorm": (
             config.projector_type != "layer_norm_mlp"
         ),
-        "pictures stand between no `<img>` and `</img>`, and in the published InternVL-Chat they do": (
+        "images stand between no `<img>` and `</img>`, and in the published InternVL-Chat they do": (
             not config.use_image_start_end
         ),
     }
     return [reason for reason, is_true in reasons.items() if is_true]
-
-
-@dataclass(frozen=True)
-class PublishedKind:
-    """One published layout.
-
-    Args:
-        map_config: Its config.json, but for the type of the weights, from a configuration of this package.
-        obstacles: Why a model cannot be written so.
-    """
-
-    map_config: Callable[[Any], dict[str, Any]]
-    obstacles: Callable[[Any], list[str]]
-
-
-PUBLISHED_KINDS = {
-    "InternVisionModel": PublishedKind(_vision, _no_obstacles),
-    "InternVLModel": PublishedKind(_contrastive, _contrastive_obstacles),
-    "InternVLChatForConditionalGeneration": PublishedKind(_chat, _chat_obstacles),
-}

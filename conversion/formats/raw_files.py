@@ -11,12 +11,12 @@ from typing import Any
 from ..readers.opening import loose_files, open_source
 from ..readers.source import Source
 from ..readers.zero_files import FILE_SUFFIXES
-from .format import Layout
+from .format import Format
 from .raw_formats import (
     CLASSIFIER_RAW,
     LINEAR_SEGMENTER_RAW,
     PYRAMID_RAW,
-    RAW_LAYOUTS,
+    RAW_FORMATS,
     SEGMENTATION_TOWER_RAW,
     TOWER_RAW,
     assumptions,
@@ -51,7 +51,7 @@ def join_raw_files(source: Source, head: str | Path | None = None) -> Source:
     elif is_raw and is_head(source) and head is None:
         joined = _join(_pick_backbone(_look_for_backbones(source)), source)
     elif head is not None:
-        if _layout_of(source) is not TOWER_RAW:
+        if _format_of(source) is not TOWER_RAW:
             raise ValueError(f"`head` has no effect: `{source.files[0]}` is no raw backbone alone.")
         joined = _join(source, _open_head(head))
     else:
@@ -98,7 +98,7 @@ class _Collection:
     @property
     def backbones(self) -> dict[str, Source]:
         """Towers without a head."""
-        return {name: part for name, part in self.models.items() if _layout_of(part) is TOWER_RAW}
+        return {name: part for name, part in self.models.items() if _format_of(part) is TOWER_RAW}
 
     def left_out(self, taken: Source) -> dict[str, str]:
         """Name to reason, of the files that are not taken."""
@@ -113,7 +113,7 @@ class _Collection:
 
 def _collect(source: Source, files: list[Path]) -> _Collection:
     parts = {file.name: replace(open_source(file), config=source.config) for file in files}
-    models = {name: part for name, part in parts.items() if _layout_of(part) is not None}
+    models = {name: part for name, part in parts.items() if _format_of(part) is not None}
     heads = {name: part for name, part in parts.items() if is_head(part)}
     others = [name for name in parts if name not in models and name not in heads]
     return _Collection(source.folder, source.config, models, heads, others)
@@ -153,8 +153,8 @@ def _join_in_folder(source: Source, head: str | Path | None) -> Source:
 def _pick_model(found: _Collection) -> Source:
     """The model that config.json describes, or the only one."""
     if "decode_head" in mmseg_settings(found.config):
-        layout = PYRAMID_RAW if constructor_arguments(found.config).get("with_fpn") else LINEAR_SEGMENTER_RAW
-        fitting = [part for part in found.models.values() if _layout_of(part) is layout]
+        wanted = PYRAMID_RAW if constructor_arguments(found.config).get("with_fpn") else LINEAR_SEGMENTER_RAW
+        fitting = [part for part in found.models.values() if _format_of(part) is wanted]
         if len(fitting) == 1:
             return fitting[0]
     has_choice = found.heads or _pretrained_name(found.config) in found.backbones
@@ -177,7 +177,7 @@ def _pick_backbone(found: _Collection, candidates: dict[str, Source] | None = No
 
 def _pick_head(found: _Collection, backbone: Source) -> Source | None:
     """The head that config.json asks for, or the only one; None where there is none."""
-    if _layout_of(backbone) is not TOWER_RAW or mmseg_settings(found.config):
+    if _format_of(backbone) is not TOWER_RAW or mmseg_settings(found.config):
         return None
     fitting = list(found.heads.values())
     if isinstance(found.config.get("MODEL"), dict):
@@ -210,12 +210,12 @@ def _join(backbone: Source, head: Source) -> Source:
 
 def _without_unused(source: Source) -> Source:
     """Leaves out, by name, what lies in the files and the model has no use for."""
-    layout = _layout_of(source)
+    found = _format_of(source)
     unused: tuple[str, ...] = ()
     reason = ""
-    if layout is TOWER_RAW or (layout is CLASSIFIER_RAW and classifier_pooling(source) != "clip_projector"):
+    if found is TOWER_RAW or (found is CLASSIFIER_RAW and classifier_pooling(source) != "clip_projector"):
         unused, reason = ("clip_projector.",), "the CLIP pooling, which this model does not use"
-    elif layout in (PYRAMID_RAW, SEGMENTATION_TOWER_RAW):
+    elif found in (PYRAMID_RAW, SEGMENTATION_TOWER_RAW):
         unused, reason = (
             ("decode_head.", "auxiliary_head."),
             "a head of mmsegmentation; of these only linear ones are converted",
@@ -225,5 +225,5 @@ def _without_unused(source: Source) -> Source:
     return replace(source, tensors=kept, left_out={**source.left_out, **dropped})
 
 
-def _layout_of(source: Source) -> Layout | None:
-    return next((layout for layout in RAW_LAYOUTS if layout.matches(source)), None)
+def _format_of(source: Source) -> Format | None:
+    return next((candidate for candidate in RAW_FORMATS if candidate.matches(source)), None)

@@ -5,8 +5,8 @@ from typing import Any
 from ...configuration_internvl import InternVLConfig
 from ..readers.source import Source
 from ..repository.result import CLASSIFICATION, CONTRASTIVE, PYRAMID, SEGMENTATION, VISION
-from .format import Layout
-from .hub_formats import without_old_defaults
+from .format import Format
+from .hub_settings import without_old_defaults
 from .key_tables import (
     OLD_DEFAULTS,
     PUBLISHED_LINEAR_BLOCK,
@@ -196,14 +196,14 @@ def _text_settings(source: Source) -> dict[str, Any]:
     return {**settings, "pad_token_id": 0, "num_query_token": 0, "model_type": "qllama"}
 
 
-CONTRASTIVE_RAW = Layout(
+CONTRASTIVE_RAW = Format(
     name="InternVL-C, raw stage-1 layout",
     result=CONTRASTIVE,
     tensor_names=("cls_token", "transformer.embed_tokens.weight", "text_projection"),
     map_config=_map_contrastive,
     rules=RAW_CONTRASTIVE,
 )
-CLASSIFIER_RAW = Layout(
+CLASSIFIER_RAW = Format(
     name="InternViT with a classification head, raw layout",
     result=CLASSIFICATION,
     tensor_names=("cls_token", "head.weight", "norm.weight"),
@@ -211,7 +211,7 @@ CLASSIFIER_RAW = Layout(
     rules=RAW_CLASSIFIER,
     wanted_sizes=_wanted_sizes,
 )
-TOWER_RAW = Layout(
+TOWER_RAW = Format(
     name="InternViT, raw layout",
     result=VISION,
     tensor_names=("cls_token", "pos_embed"),
@@ -219,21 +219,21 @@ TOWER_RAW = Layout(
     rules=RAW_TOWER,
     wanted_sizes=_wanted_sizes,
 )
-LINEAR_SEGMENTER_RAW = Layout(
+LINEAR_SEGMENTER_RAW = Format(
     name="InternViT with a linear segmentation head, raw layout",
     result=SEGMENTATION,
     tensor_names=("backbone.cls_token", "decode_head.conv_seg.weight"),
     map_config=_map_linear_segmenter,
     rules=RAW_LINEAR_SEGMENTER,
 )
-PYRAMID_RAW = Layout(
+PYRAMID_RAW = Format(
     name="InternViT with a feature pyramid, raw segmentation layout",
     result=PYRAMID,
     tensor_names=("backbone.cls_token", "backbone.up1.0.weight"),
     map_config=_map_pyramid,
     rules=RAW_PYRAMID,
 )
-SEGMENTATION_TOWER_RAW = Layout(
+SEGMENTATION_TOWER_RAW = Format(
     name="InternViT, raw segmentation layout",
     result=VISION,
     tensor_names=("backbone.cls_token", "backbone.pos_embed"),
@@ -241,7 +241,7 @@ SEGMENTATION_TOWER_RAW = Layout(
     rules=within("backbone.", "", RAW_TOWER),
 )
 # The first that matches is taken: a tower with more beside it stands before one with less.
-RAW_LAYOUTS = (
+RAW_FORMATS = (
     CONTRASTIVE_RAW,
     CLASSIFIER_RAW,
     TOWER_RAW,

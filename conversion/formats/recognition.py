@@ -1,40 +1,61 @@
-"""Which layout a source has, by its content."""
+"""All formats: which one a source has, and which one a result is written in."""
 
 from ..readers.source import Source
-from .format import Layout
-from .hub_formats import HUB_LAYOUTS
-from .llava_formats import LLAVA_LAYOUTS
-from .native_settings import NATIVE_LAYOUTS
-from .raw_formats import RAW_LAYOUTS
+from ..repository.result import Result
+from .format import Format
+from .llava_formats import LLAVA_FORMATS
+from .native_format import NATIVE_FORMATS
+from .own_format import OWN_FORMATS, OwnFormat
+from .published_format import PUBLISHED_FORMATS
+from .raw_formats import RAW_FORMATS
 
 
 # The first that matches is taken, so that one with more parts stands before one with fewer.
-LAYOUTS = (*LLAVA_LAYOUTS, *HUB_LAYOUTS, *NATIVE_LAYOUTS, *RAW_LAYOUTS)
+FORMATS: tuple[Format, ...] = (*LLAVA_FORMATS, *OWN_FORMATS, *PUBLISHED_FORMATS, *NATIVE_FORMATS, *RAW_FORMATS)
+# Values of `--to`; the first is the default.
+TARGETS: dict[str, tuple[OwnFormat, ...]] = {
+    "internvl": OWN_FORMATS,
+    "published": PUBLISHED_FORMATS,
+    "native": NATIVE_FORMATS,
+}
 
 
-def recognise(source: Source) -> Layout:
-    """The layout of a source.
+def recognise(source: Source) -> Format:
+    """Finds the format of a source.
 
     Args:
         source: An opened source.
 
-    Returns:
-        The layout.
-
     Raises:
-        ValueError: If no layout fits; the message says what is supported.
+        ValueError: If no format matches; the message lists those that are supported.
     """
-    for layout in LAYOUTS:
-        if layout.matches(source):
-            return layout
+    for candidate in FORMATS:
+        if candidate.matches(source):
+            return candidate
     has_config = f"`model_type` {source.config.get('model_type')!r}" if source.config else "no config.json"
     names = ", ".join(list(source.tensors)[:3])
     raise ValueError(
-        f"The layout of `{source.folder}` is unknown: it has {has_config} and {len(source.tensors)} tensors ({names}...). Supported: "
-        f"{'; '.join(map(_describe, LAYOUTS))}."
+        f"The layout of `{source.folder}` is unknown: it has {has_config} and {len(source.tensors)} tensors "
+        f"({names}...). Supported: {'; '.join(candidate.describe() for candidate in FORMATS)}."
     )
 
 
-def _describe(layout: Layout) -> str:
-    keys = f"config.json with `{'` or `'.join(layout.config_keys)}`, " if layout.config_keys else ""
-    return f"{layout.name} ({keys}tensors {', '.join(layout.tensor_names)})"
+def find_target(to: str, result: Result) -> OwnFormat:
+    """Finds the format in which a kind of model is written.
+
+    Args:
+        to: One of `TARGETS`.
+        result: The kind of model.
+
+    Raises:
+        ValueError: If that format has no place for such a model.
+    """
+    candidates = TARGETS[to]
+    for candidate in candidates:
+        if candidate.result.model_class is result.model_class:
+            return candidate
+    kinds = " and ".join(dict.fromkeys(candidate.result.kind for candidate in candidates))
+    raise ValueError(
+        f"This model cannot be written as {candidates[0].title}: it has no place for a {result.model_class.__name__}, only "
+        f"for {kinds} models."
+    )

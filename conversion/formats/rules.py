@@ -15,11 +15,11 @@ from ..readers.tensors import LazyTensor, Tensors, computed
 
 
 # From all tensors of one side, and the settings of the model, to one of the other side.
-Part = Callable[[Sequence[torch.Tensor], dict[str, Any]], torch.Tensor]
+TensorFunction = Callable[[Sequence[torch.Tensor], dict[str, Any]], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Rule:
+class TensorRule:
     """One kind of tensor in two layouts.
 
     Args:
@@ -31,26 +31,30 @@ class Rule:
 
     left: tuple[str, ...]
     right: tuple[str, ...]
-    rightward: tuple[Part, ...] | None = None
-    leftward: tuple[Part, ...] | None = None
+    rightward: tuple[TensorFunction, ...] | None = None
+    leftward: tuple[TensorFunction, ...] | None = None
 
     @property
-    def inverse(self) -> "Rule":
+    def inverse(self) -> "TensorRule":
         """The same, from right to left."""
         return replace(self, left=self.right, right=self.left, rightward=self.leftward, leftward=self.rightward)
 
 
-def rename(left: str, right: str) -> Rule:
+def rename(left: str, right: str) -> TensorRule:
     """The rule of a tensor that has only another name."""
-    return Rule((left,), (right,))
+    return TensorRule((left,), (right,))
 
 
-def inverse(rules: Iterable[Rule]) -> tuple[Rule, ...]:
+# This package keeps the names of the published Hub checkpoints.
+SAME_NAMES = (rename("*", "*"),)
+
+
+def inverse(rules: Iterable[TensorRule]) -> tuple[TensorRule, ...]:
     """A table from right to left."""
     return tuple(rule.inverse for rule in rules)
 
 
-def within(prefix_left: str, prefix_right: str, rules: Iterable[Rule]) -> tuple[Rule, ...]:
+def within(prefix_left: str, prefix_right: str, rules: Iterable[TensorRule]) -> tuple[TensorRule, ...]:
     """A table whose tensors lie deeper: every name behind a prefix."""
     return tuple(
         replace(
@@ -62,7 +66,7 @@ def within(prefix_left: str, prefix_right: str, rules: Iterable[Rule]) -> tuple[
     )
 
 
-def names_before(name: str, rules: Iterable[Rule]) -> tuple[str, ...]:
+def names_before(name: str, rules: Iterable[TensorRule]) -> tuple[str, ...]:
     """What a tensor of the right side is called on the left: several names where it is made of several tensors.
 
     Args:
@@ -99,7 +103,7 @@ class Translation:
     doubled: list[str]
 
 
-def translate(tensors: Tensors, rules: Sequence[Rule], settings: dict[str, Any] | None = None) -> Translation:
+def translate(tensors: Tensors, rules: Sequence[TensorRule], settings: dict[str, Any] | None = None) -> Translation:
     """Gives tensors the names and shapes of another layout.
 
     Args:
@@ -126,7 +130,9 @@ def translate(tensors: Tensors, rules: Sequence[Rule], settings: dict[str, Any] 
     return done
 
 
-def _group(tensors: Tensors, rules: Sequence[Rule]) -> tuple[dict[tuple[int, tuple[str, ...]], set[str]], list[str]]:
+def _group(
+    tensors: Tensors, rules: Sequence[TensorRule]
+) -> tuple[dict[tuple[int, tuple[str, ...]], set[str]], list[str]]:
     """Names by rule and by what stands in its slots; names without a rule."""
     patterns = [(index, _compile(name)) for index, rule in enumerate(rules) for name in rule.left]
     groups: dict[tuple[int, tuple[str, ...]], set[str]] = {}
@@ -151,7 +157,7 @@ def _fill(pattern: str, slots: Sequence[str]) -> str:
     return pattern.format(*slots)
 
 
-def _make(rule: Rule, place: int, inputs: list[LazyTensor], settings: dict[str, Any]) -> LazyTensor:
+def _make(rule: TensorRule, place: int, inputs: list[LazyTensor], settings: dict[str, Any]) -> LazyTensor:
     if rule.rightward is None:
         return inputs[place]
     function = rule.rightward[place]

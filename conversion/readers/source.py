@@ -24,6 +24,7 @@ class Source:
         left_out: What files hold besides weights, with the reason why it is not converted.
         notes: What the user is told.
         dtype: Of what was trained, where other parts of the model are kept in another type.
+        recorded_files: JSON files by name, read in place of those in the folder where the source is one of the past.
     """
 
     folder: Path
@@ -34,6 +35,7 @@ class Source:
     left_out: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     dtype: torch.dtype | None = None
+    recorded_files: dict[str, dict[str, Any]] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -42,4 +44,6 @@ class Source:
 
     def read_json(self, name: str) -> dict[str, Any]:
         """The data in a JSON file of the folder; empty where there is none."""
+        if self.recorded_files is not None:
+            return dict(self.recorded_files.get(name, {}))
         return only_data(name, read_json(self.folder / name))

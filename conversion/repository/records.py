@@ -1,24 +1,23 @@
-"""What a result remembers of the forms it came from (in conversion.json), so that the way back loses nothing.
+"""What a result remembers, in conversion.json, of the formats its model had before, so that the way back loses nothing.
 
-A configuration of another form is kept as it was. On the way back it is used again, changed only where the model has changed since:
-the configuration that follows from the kept one is compared with the one that follows from the model at hand.
+A remembered config.json is used again, changed only where the model has changed since: what follows from the remembered one is
+compared with what follows from the model at hand.
 """
 
 import hashlib
-from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..readers.foreign_settings import only_data
 from ..readers.source import Source
-from ..readers.tensors import Tensors
 from .code import write_json
 from .tokenizer import TOKENIZER_FILES
 
 
-# Beside config.json; kept as long as nobody changes what they became.
+MANIFEST_FILE = "conversion.json"
+# Written again as long as nobody changed what they became.
 RECORDED_FILES = (
     "added_tokens.json",
     "generation_config.json",
@@ -26,112 +25,82 @@ RECORDED_FILES = (
     "special_tokens_map.json",
     "tokenizer_config.json",
 )
-# The one that is no JSON; in a record it is an object with one key.
+# The only one that is no JSON; a record holds it as an object with one key.
 TEMPLATE_FILE = "chat_template.jinja"
-_TEXT_FILES = (*TOKENIZER_FILES, TEMPLATE_FILE)
-MANIFEST_FILE = "conversion.json"
-# What `auto_map` is called there.
-AUTO_MAP_MEMORY = "remembered_auto_map"
-Record = dict[str, Any]
+# Files that belong together: a record gives back all of them or none.
+_TEXT_FILES = {*TOKENIZER_FILES, TEMPLATE_FILE}
+# conversion.json itself must hold no `auto_map`, as the code that was named there is not in its folder.
+_REMEMBERED_AUTO_MAP = "remembered_auto_map"
 
 
-def read_records(source: Source) -> dict[str, Record]:
-    """Records of a source by name of the form, without files that were changed since.
+@dataclass(frozen=True)
+class Record:
+    """A checkpoint as it was.
 
     Args:
-        source: An opened source.
+        config: config.json.
+        dtype: Type of most of the weights.
+        stored_twice: Name of a tensor that was there twice, to its other name.
+        files: Name to content of `RECORDED_FILES` and the template.
     """
-    content = source.read_json(MANIFEST_FILE)
-    found = _with_key(content.get("forms"), AUTO_MAP_MEMORY, "auto_map")
-    if not isinstance(found, dict):
-        return {}
-    written = content.get("written")
-    changed = _changed_files(source.folder, written if isinstance(written, dict) else {})
-    records = {name: record for name, record in found.items() if _is_record(record)}
-    return {
-        name: {
-            **record,
-            "config": only_data("config.json", record["config"]),
-            "files": {file: only_data(file, content) for file, content in _kept_files(record, changed).items()},
-        }
-        for name, record in records.items()
-    }
+
+    config: dict[str, Any]
+    dtype: str
+    stored_twice: dict[str, str]
+    files: dict[str, dict[str, Any]]
 
 
-def new_record(source: Source, dtype: str, twice: dict[str, str]) -> Record:
-    """A record of a source.
+def new_record(source: Source, dtype: str, stored_twice: dict[str, str]) -> Record:
+    """Records a source.
 
     Args:
         source: An opened source.
         dtype: Type of most of its weights.
-        twice: Names of tensors that it holds twice, to the other name.
+        stored_twice: Names of tensors that it holds twice, to their other names.
     """
     files = {name: source.read_json(name) for name in RECORDED_FILES}
     template = source.folder / TEMPLATE_FILE
     if template.is_file():
         files[TEMPLATE_FILE] = {"text": template.read_text(encoding="utf-8")}
-    return {
-        "config": source.config,
-        "dtype": dtype,
-        "stored_twice": twice,
-        "files": {name: content for name, content in files.items() if content},
-    }
+    return Record(source.config, dtype, stored_twice, {name: content for name, content in files.items() if content})
 
 
-@dataclass(frozen=True)
-class RecordedSource(Source):
-    """A source as it once was.
+def read_records(source: Source) -> dict[str, Record]:
+    """Reads what a source remembers, by `to` of the format. Unreadable records, and files that were changed since, are ignored.
 
     Args:
-        recorded: Files by name, in place of those in the folder.
+        source: An opened source.
     """
+    manifest = _with_key(source.read_json(MANIFEST_FILE), _REMEMBERED_AUTO_MAP, "auto_map")
+    found, written = manifest.get("forms"), manifest.get("written")
+    if not isinstance(found, dict):
+        return {}
+    hashes = hashes_of(source.folder)
+    changed = {name for name in hashes if not isinstance(written, dict) or written.get(name) != hashes[name]}
+    if changed & _TEXT_FILES:
+        changed |= _TEXT_FILES
+    return {name: _read(record, changed) for name, record in found.items() if _is_record(record)}
 
-    recorded: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def read_json(self, name: str) -> dict[str, Any]:
-        """A recorded file; empty where there is none."""
-        return dict(self.recorded.get(name, {}))
-
-
-def recorded_source(source: Source, tensors: Tensors, record: Record) -> RecordedSource:
-    """The source of a record.
+def manifest_of(records: dict[str, Record]) -> dict[str, Any]:
+    """Records as conversion.json holds them.
 
     Args:
-        source: That of today.
-        tensors: Of the model under this package's names.
-        record: The record.
+        records: By `to` of the format.
     """
-    return RecordedSource(
-        **{**vars(source), "tensors": tensors, "config": record["config"], "recorded": record["files"]}
-    )
-
-
-def in_manifest(records: dict[str, Record]) -> dict[str, Record]:
-    """Records as they are written: what they remember of code is no `auto_map` that this folder has.
-
-    Args:
-        records: By name of the form.
-    """
-    return _with_key(records, "auto_map", AUTO_MAP_MEMORY)
-
-
-def _with_key(content: Any, old: str, new: str) -> Any:
-    """The same with another name of a key, at every depth."""
-    if isinstance(content, list):
-        return [_with_key(part, old, new) for part in content]
-    if not isinstance(content, dict):
-        return content
-    return {new if key == old else key: _with_key(value, old, new) for key, value in content.items()}
+    return _with_key({name: asdict(record) for name, record in records.items()}, "auto_map", _REMEMBERED_AUTO_MAP)
 
 
 def hashes_of(folder: Path) -> dict[str, str]:
     """SHA-256 of the files that records depend on."""
-    names = (*RECORDED_FILES, *_TEXT_FILES)
-    return {name: _hash(folder / name) for name in sorted(set(names)) if (folder / name).is_file()}
+    names = sorted({*RECORDED_FILES, *_TEXT_FILES})
+    return {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names if (folder / name).is_file()
+    }
 
 
 def overlaid(kept: dict[str, Any], then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """A kept configuration with all changes since.
+    """A remembered configuration with all changes since.
 
     Args:
         kept: The configuration as it was.
@@ -155,16 +124,17 @@ def restore_files(folder: Path, record: Record, with_tokenizer: bool) -> None:
     """Writes the files of a record again.
 
     Args:
-        folder: Of the result.
-        record: Of its form.
+        folder: Folder of the result.
+        record: The record of its format.
         with_tokenizer: Whether the tokenizer is the one that it had.
     """
-    files = record["files"]
+    files = record.files
+    tokenizer_settings = files.get("tokenizer_config.json", {})
     # Code that a tokenizer names is not carried along; what the conversion made of it needs none.
-    if not with_tokenizer or "auto_map" in files.get("tokenizer_config.json", {}):
+    if not with_tokenizer or "auto_map" in tokenizer_settings:
         files = {name: content for name, content in files.items() if name not in TOKENIZER_FILES}
-    elif "chat_template" in files.get("tokenizer_config.json", {}):
-        (folder / TEMPLATE_FILE).unlink(missing_ok=True)  # it would be read in place of that one
+    elif "chat_template" in tokenizer_settings:
+        (folder / TEMPLATE_FILE).unlink(missing_ok=True)  # It would be read in place of that one.
     for name, content in files.items():
         if name == TEMPLATE_FILE:
             (folder / name).write_text(str(content.get("text", "")), encoding="utf-8")
@@ -172,35 +142,27 @@ def restore_files(folder: Path, record: Record, with_tokenizer: bool) -> None:
             write_json(folder / name, content)
 
 
-def _is_record(record: Any) -> bool:
-    if not isinstance(record, dict):
+def _with_key(content: Any, old: str, new: str) -> Any:
+    """Renames a key at every depth."""
+    if isinstance(content, list):
+        return [_with_key(part, old, new) for part in content]
+    if not isinstance(content, dict):
+        return content
+    return {new if key == old else key: _with_key(value, old, new) for key, value in content.items()}
+
+
+def _is_record(content: Any) -> bool:
+    if not isinstance(content, dict) or not isinstance(content.get("dtype"), str):
         return False
-    kinds: dict[str, Callable[[Any], bool]] = {
-        "config": lambda value: isinstance(value, dict),
-        "dtype": lambda value: isinstance(value, str),
-        "stored_twice": lambda value: (
-            isinstance(value, dict) and all(isinstance(name, str) for name in value.values())
-        ),
-        "files": lambda value: isinstance(value, dict) and all(isinstance(part, dict) for part in value.values()),
-    }
-    return all(is_right(record.get(key)) for key, is_right in kinds.items())
+    config, twice, files = (content.get(key) for key in ("config", "stored_twice", "files"))
+    if not (isinstance(config, dict) and isinstance(twice, dict) and isinstance(files, dict)):
+        return False
+    return all(isinstance(name, str) for name in twice.values()) and all(isinstance(p, dict) for p in files.values())
 
 
-def _changed_files(folder: Path, written: dict[str, Any]) -> set[str]:
-    return {name for name, digest in hashes_of(folder).items() if written.get(name) != digest}
-
-
-def _kept_files(record: Record, changed: set[str]) -> dict[str, dict[str, Any]]:
-    """Of the tokenizer all or nothing, since its files belong together."""
-    dropped = {name for name in changed if name not in TOKENIZER_FILES}
-    if changed & set(_TEXT_FILES):
-        dropped |= set(_TEXT_FILES)
-    return {
-        name: content
-        for name, content in record["files"].items()
-        if name in (*RECORDED_FILES, TEMPLATE_FILE) and name not in dropped
-    }
-
-
-def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _read(content: dict[str, Any], changed: set[str]) -> Record:
+    """The data of a record in conversion.json."""
+    names = {*RECORDED_FILES, TEMPLATE_FILE} - changed
+    files = {name: only_data(name, file) for name, file in content["files"].items() if name in names}
+    config = only_data("config.json", content["config"])
+    return Record(config, content["dtype"], content["stored_twice"], files)

@@ -1,4 +1,4 @@
-"""What a conversion makes: one kind of repository, and how its model is loaded."""
+"""The kinds of models that a repository may hold."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,12 +21,12 @@ from ...modeling_internvl_chat import InternVLChatForConditionalGeneration
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One kind of repository that a conversion makes.
+    """One kind of model.
 
     Args:
         kind: "vision", "contrastive" or "chat".
         config_class: Class of its configuration.
-        model_class: The class whose weights it holds.
+        model_class: Class of the model.
         pipeline_tag: Task on the Hub.
     """
 
@@ -37,8 +37,15 @@ class Result:
 
     @property
     def auto_map(self) -> dict[str, str]:
-        """Its Auto classes."""
+        """Auto class to `module.Class`, as in config.json."""
         return dict(self.config_class.hub_auto_map)
+
+    @property
+    def auto_class(self) -> Any:
+        """The Auto class that loads the model; for a backbone its own class, as `AutoBackbone` loads from no folder."""
+        own = self.model_class.__name__
+        name = next(auto for auto, place in self.auto_map.items() if place.rpartition(".")[2] == own)
+        return self.model_class if name == "AutoBackbone" else getattr(transformers, name)
 
 
 VISION = Result(
@@ -64,22 +71,8 @@ CHAT = Result(
 )
 
 
-def auto_class_of(model_class: type[PreTrainedModel], auto_map: dict[str, str]) -> Any:
-    """The Auto class that gives a model class.
-
-    Args:
-        model_class: Class of the model.
-        auto_map: Auto class to `module.Class`, as in config.json.
-
-    Returns:
-        The Auto class; for a backbone the class itself, as `AutoBackbone` loads from the Hub alone, and from no folder.
-    """
-    name = next(auto for auto, place in auto_map.items() if place.rpartition(".")[2] == model_class.__name__)
-    return model_class if name == "AutoBackbone" else getattr(transformers, name)
-
-
 def stored_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Tensors of a model under the names in files, which transformers changes as it loads: there each expert of a mixture has its own.
+    """Tensors of a model under the names that files have; loading fuses some, such as the experts of a mixture.
 
     Args:
         model: Any model, also on the meta device.

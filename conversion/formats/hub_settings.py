@@ -1,30 +1,34 @@
-"""The layouts of published checkpoints: how each is recognised by its content, and what becomes of its configuration.
+"""Configurations of the published Hub layouts in this package's spelling, and the marks that each layout is recognised by.
 
-A layout is recognised by keys of config.json and names of tensors, never by the name of a folder. Its configuration is copied key by
-key into today's spelling; keys that mean nothing here are kept, what old releases of transformers wrote into every configuration is
-dropped (tables in key_tables).
+Configurations are copied key by key. Keys without a meaning here are kept; what old releases of transformers wrote into every
+configuration is dropped (tables in key_tables).
 """
 
 from typing import Any
+
+from transformers import PretrainedConfig
 
 from ...configuration_internvl import InternViTConfig, InternVLChatConfig, InternVLConfig
 from ..readers.source import Source
 from ..readers.tensors import LazyTensor
 from ..repository.generation import OLD_GENERATION_DEFAULTS
-from ..repository.result import CHAT, CLASSIFICATION, CONTRASTIVE, PYRAMID, SEGMENTATION, VISION
-from .format import Layout
+from ..repository.result import CHAT, CONTRASTIVE, VISION
 from .key_tables import MEANINGLESS_KEYS, OLD_DEFAULTS, OLD_VISION_DEFAULTS, ROTARY_ALIASES, ROTARY_KEYS
 
 
+# Keys common to all configurations that mean something even where they hold their default.
+KEPT_DEFAULTS = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
+
+
 def without_old_defaults(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without what transformers once wrote into all of them.
+    """Drops what old releases of transformers wrote into every configuration.
 
     Args:
         config: As published.
-        defaults: Keys that say nothing where they hold this value.
+        defaults: Keys that mean nothing where they hold this value.
 
     Returns:
-        What is left, names of rotary positions in today's spelling; settings of `generate` are not among it.
+        The remaining settings, with kinds of rotary positions in today's spelling and without settings of `generate`.
     """
     return {
         key: _todays_rotary(value) if key in ROTARY_KEYS else value
@@ -36,7 +40,7 @@ def without_old_defaults(config: dict[str, Any], defaults: dict[str, Any]) -> di
 
 
 def _todays_rotary(value: Any) -> Any:
-    """`rope_scaling` or `rope_parameters` with the name of its kind that transformers has today; its kinds may lie deeper, by layer."""
+    """Renames the kinds in `rope_scaling` or `rope_parameters`, which may lie deeper, by layer."""
     if not isinstance(value, dict):
         return value
     return {
@@ -47,25 +51,42 @@ def _todays_rotary(value: Any) -> Any:
     }
 
 
+def spelled_out(config: PretrainedConfig) -> dict[str, Any]:
+    """Lists all settings of a configuration, defaults of its class included, without those common to all classes.
+
+    Args:
+        config: The configuration; nested ones are left out.
+    """
+    common = PretrainedConfig().to_dict()
+    return {
+        key: value
+        for key, value in config.to_dict().items()
+        if key not in (*MEANINGLESS_KEYS, *config.sub_configs)
+        and not key.startswith("_")
+        and not (key in common and key not in KEPT_DEFAULTS and value == common[key])
+    }
+
+
 def vision_settings(config: dict[str, Any]) -> dict[str, Any]:
     """Today's InternViT configuration from a published one."""
     # The earliest 6B releases have no `norm_type`; the class default is theirs.
     return {**without_old_defaults(config, OLD_VISION_DEFAULTS), "model_type": InternViTConfig.model_type}
 
 
-def _map_vision(source: Source) -> dict[str, Any]:
+def map_vision(source: Source) -> dict[str, Any]:
+    """Today's config.json of an InternViT."""
     return vision_settings(source.config)
 
 
 def with_stored_size(settings: dict[str, Any], positions: LazyTensor | None, side: int | None) -> dict[str, Any]:
-    """InternViT's configuration with the size that its positions were stored for.
+    """Sets `image_size` of an InternViT configuration to the size that its positions were stored for.
 
     The published code may stretch the positions before training, and leaves the old size in the tower's configuration.
 
     Args:
-        settings: Of the tower.
-        positions: Its position embedding.
-        side: `force_image_size` of the configuration around it; taken where it is the size of the positions.
+        settings: The tower's configuration.
+        positions: The tower's position embedding.
+        side: `force_image_size` of the configuration around it; used where it is the size of the positions.
     """
     patch_size = settings.get("patch_size", InternViTConfig.patch_size)
     if side and positions is not None and positions.shape[1:2] == ((side // patch_size) ** 2 + 1,):
@@ -79,7 +100,8 @@ def _tower_settings(source: Source) -> dict[str, Any]:
     return with_stored_size(settings, positions, source.config.get("force_image_size"))
 
 
-def _map_contrastive(source: Source) -> dict[str, Any]:
+def map_contrastive(source: Source) -> dict[str, Any]:
+    """Today's config.json of an InternVL-C or InternVL-G."""
     return {**contrastive_settings(source.config), "vision_config": _tower_settings(source)}
 
 
@@ -103,7 +125,8 @@ def contrastive_settings(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _map_chat(source: Source) -> dict[str, Any]:
+def map_chat(source: Source) -> dict[str, Any]:
+    """Today's config.json of an InternVL-Chat."""
     mapped = without_old_defaults(source.config, OLD_DEFAULTS)
     published = mapped.pop("llm_config", None) or mapped.pop("text_config", None) or {}
     decoder = without_old_defaults(published, OLD_DEFAULTS)
@@ -120,54 +143,22 @@ def _map_chat(source: Source) -> dict[str, Any]:
     }
 
 
-HUB_LAYOUTS = (
-    Layout(
-        name="InternVL-14B, published Hub layout",
-        result=CONTRASTIVE,
-        config_keys=("qllama_config",),
-        tensor_names=("text_projection", "vision_model.embeddings.class_embedding"),
-        map_config=_map_contrastive,
-    ),
-    Layout(
-        name="InternVL-Chat, published Hub layout",
-        result=CHAT,
-        config_keys=("llm_config", "text_config"),
-        tensor_names=("mlp1.0.weight", "vision_model.embeddings.class_embedding"),
-        map_config=_map_chat,
-    ),
-    Layout(
-        name="InternVL-Chat that reads queries alone, layout of this package",
-        result=CHAT,
-        config_keys=("connector",),
-        tensor_names=("mlp2.0.weight", "query_tokens", "vision_model.embeddings.class_embedding"),
-        map_config=_map_chat,
-    ),
-    Layout(
-        name="InternViT with a classification head, layout of this package",
-        result=CLASSIFICATION,
-        config_keys=("qk_normalization", "classifier_pooling"),
-        tensor_names=("vision_model.embeddings.class_embedding", "head.weight", "norm.running_mean"),
-        map_config=_map_vision,
-    ),
-    Layout(
-        name="InternViT with a linear segmentation head, layout of this package",
-        result=SEGMENTATION,
-        config_keys=("qk_normalization", "out_indices"),
-        tensor_names=("vision_model.embeddings.class_embedding", "decode_head.conv_seg.weight"),
-        map_config=_map_vision,
-    ),
-    Layout(
-        name="InternViT with a feature pyramid, layout of this package",
-        result=PYRAMID,
-        config_keys=("feature_pyramid",),
-        tensor_names=("embeddings.class_embedding", "up1.0.weight"),
-        map_config=_map_vision,
-    ),
-    Layout(
-        name="InternViT, published Hub layout",
-        result=VISION,
-        config_keys=("qk_normalization", "initializer_factor"),
-        tensor_names=("embeddings.class_embedding", "embeddings.position_embedding"),
-        map_config=_map_vision,
-    ),
-)
+# Fields of `Format` that the published Hub layouts share with this package's formats, whose names of tensors are the same.
+CONTRASTIVE_MARKS: dict[str, Any] = {
+    "result": CONTRASTIVE,
+    "config_keys": ("qllama_config",),
+    "tensor_names": ("text_projection", "vision_model.embeddings.class_embedding"),
+    "map_config": map_contrastive,
+}
+CHAT_MARKS: dict[str, Any] = {
+    "result": CHAT,
+    "config_keys": ("llm_config", "text_config"),
+    "tensor_names": ("mlp1.0.weight", "vision_model.embeddings.class_embedding"),
+    "map_config": map_chat,
+}
+VISION_MARKS: dict[str, Any] = {
+    "result": VISION,
+    "config_keys": ("qk_normalization", "initializer_factor"),
+    "tensor_names": ("embeddings.class_embedding", "embeddings.position_embedding"),
+    "map_config": map_vision,
+}
