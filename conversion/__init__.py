@@ -1,4 +1,4 @@
-"""Published checkpoints to complete, self-contained repositories of this package: `python -m internvl.conversion SOURCE OUT`.
+"""Converts published checkpoints to complete repositories of this package: `python -m internvl.conversion SOURCE OUT`.
 
 Each stands above the ones before it:
 

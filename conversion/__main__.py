@@ -79,8 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RECORDED",
         nargs="?",
         const="",
-        help="load the result, compare every tensor with the source and, with a safetensors file of recorded `in.NAME` "
-        "and `out.NAME`, the outputs",
+        help="load the result, compare every tensor with the source and, with a safetensors file of recorded "
+        "`in.NAME` and `out.NAME`, the outputs",
     )
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the result to this repository, e.g. user/name")
     parser.add_argument("--private", action="store_true", help="with --push-to-hub, make a new repository private")
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one conversion.
 
     Args:
-        arguments: Of the command line; None takes the process's own.
+        arguments: Arguments of the command line; None takes those of the process.
 
     Returns:
         Exit code: 0, or 2 where the conversion was refused.

@@ -41,15 +41,15 @@ def convert(
     """Converts a published checkpoint to a complete repository of this package.
 
     Args:
-        source: Folder of the checkpoint, its file with weights, or a repository on the Hub (`user/name`), which is downloaded. Not
-            changed, and none of its code is run.
+        source: Folder of the checkpoint, its file with weights, or a repository on the Hub (`user/name`), which is
+            downloaded. It is not changed, and none of its code is run.
         out: Folder of the result; must not exist, be empty, or be allowed to be replaced.
         max_shard_size: Largest size of a file with weights.
         overwrite: Replace what `out` holds.
         show_progress: Whether to draw a progress bar.
         report: Takes messages to the user.
-        verify: Load what was written through its Auto class and compare every tensor with the source, before `out` appears.
-        recorded: With `verify`, a file of recorded inputs and outputs to compare with, see `verify.compare_with_source`.
+        verify: Load the result through its Auto class and compare every tensor with the source, before `out` appears.
+        recorded: With `verify`, a file of recorded inputs and outputs; see `verify.compare_with_source`.
         **options: What is converted, and how; see `ConversionOptions`.
 
     Returns:
@@ -128,11 +128,12 @@ def _check_space(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise OSError(
-            f"The result needs {name_size(num_bytes)}, but the disk of `{folder.parents[1]}` has {name_size(free)} left."
+            f"The result needs {name_size(num_bytes)}, but the disk of `{folder.parents[1]}` has {name_size(free)} "
+            "left."
         )
 
 
-# ------------------------------------------------------------------------------------------------------------- messages
+# ------------------------------------------------------------------------------------------------------------ messages
 def _manifest(folder: Path, plan: Plan, hashes: dict[str, str]) -> dict[str, Any]:
     return {
         "layout": _first_format(plan),

@@ -1,4 +1,4 @@
-"""What a conversion will do, known before it does anything: formats, changes, and every tensor compared with the model."""
+"""Plans a conversion: formats, changes, and every tensor compared with the model, before anything is written."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -48,8 +48,8 @@ class ConversionOptions:
         tokenizer: Folder of a tokenizer to use instead of the source's.
         image_token_id: Id of `<IMG_CONTEXT>`, for a chat model without a tokenizer.
         dtype: Type of the result's floats: "auto" (the source's), "float32", "float16" or "bfloat16".
-        head: File of a classification head for a raw backbone, where config.json does not name it and it is not the only
-            one.
+        head: File of a classification head for a raw backbone, where config.json does not name it and it is not the
+            only one.
         num_heads: Attention heads of the tower of a raw checkpoint, whose weights do not say it.
         image_size: Size of images to resize the tower's positions to; None keeps them.
         patch_size: Size of patches to resize the tower's patch kernel to; None keeps it.
@@ -138,7 +138,7 @@ class Plan(Content):
 
 
 def plan_conversion(source: str | Path, options: ConversionOptions | None = None) -> Plan:
-    """Looks at a source and compares every tensor with the model that is to hold it. Reads no weights and writes nothing.
+    """Compares every tensor of a source with the model that is to hold it. Reads no weights and writes nothing.
 
     Args:
         source: Folder of the checkpoint, its file with weights, or a repository on the Hub (`user/name`), which is
@@ -245,7 +245,7 @@ def _draft(source: Source, source_format: Format, edits: Sequence[Edit]) -> tupl
 
 
 def _check_counts(source: Source, settings: dict[str, Any]) -> None:
-    """Refuses counts that are no numbers, and more layers than the source has tensors, before anything is built of them."""
+    """Refuses counts that are no numbers, and more layers than the source has tensors, before a model is built."""
     parts = {"": settings, **{f"{key}.": part for key, part in settings.items() if isinstance(part, dict)}}
     file = source.folder / "config.json"
     for prefix, part in parts.items():
@@ -255,8 +255,8 @@ def _check_counts(source: Source, settings: dict[str, Any]) -> None:
         depth = part.get("num_hidden_layers", 0)
         if isinstance(depth, int) and depth > max(LARGEST_DEPTH, len(source.tensors)):
             raise ValueError(
-                f"`{file}` says `{prefix}num_hidden_layers` {depth:,}, but the weights are {len(source.tensors)} tensors. "
-                "Put the config.json in its place that was published with them."
+                f"`{file}` says `{prefix}num_hidden_layers` {depth:,}, but the weights are {len(source.tensors)} "
+                "tensors. Put the config.json in its place that was published with them."
             )
 
 
@@ -294,11 +294,11 @@ def _in_format(content: Content, target: OwnFormat, draft: Draft) -> Plan:
     )
 
 
-# ------------------------------------------------------------------------------------------------------ what is compared
+# ---------------------------------------------------------------------------------------------------- what is compared
 def _compared(
     source: Source, source_format: Format, draft: Draft, translation: Translation, dtype: str
 ) -> tuple[Tensors, dict[str, str]]:
-    """The tensors of the result, each known to fit, and names that the source held twice: the one left out to the one kept."""
+    """The tensors of the result, each of which fits, and names held twice: the one left out to the one kept."""
     settings = draft.settings
     model = _meta_model(source_format, settings)
     tied, same = _resolve_tied_heads(model, draft.tensors, settings)
@@ -323,7 +323,8 @@ def _resolve_tied_heads(
     """Decides by the stored weights whether heads are tied to embeddings, and writes it into `settings`.
 
     Returns:
-        Names that the result does not hold because they are tied, and those of them that the source holds twice with the other name.
+        Names that the result does not hold because they are tied, and those of them that the source holds twice with
+        the other name.
     """
     tied = dict(model.all_tied_weights_keys)
     both = [name for name in tied if name in tensors and tied[name] in tensors]
@@ -388,7 +389,7 @@ def _main_dtype(tensors: Tensors) -> str:
     return str(sizes.most_common(1)[0][0]).removeprefix("torch.")
 
 
-# ------------------------------------------------------------------------------------------------------------- messages
+# ------------------------------------------------------------------------------------------------------------ messages
 def name_dtypes(dtypes: Iterable[torch.dtype]) -> str:
     """Types as people write them, the most frequent first."""
     return ", ".join(str(dtype).removeprefix("torch.") for dtype, _ in Counter(dtypes).most_common())

@@ -1,4 +1,4 @@
-"""Whether a written repository holds what its source held: every tensor, and outputs that were recorded before."""
+"""Compares a written repository with its source: every tensor, and outputs that were recorded before."""
 
 import inspect
 from collections.abc import Callable
@@ -61,8 +61,9 @@ def compare_with_source(
     Args:
         model: Loaded from the written folder in the type it was written in.
         tensors: What should be in it, read from the source once more.
-        recorded: A safetensors file with `in.NAME`, arguments of `forward`, and `out.NAME`, what it returned (`out.logits`,
-            `out.hidden_states.0`); of InternVL-C/G also `out.encode_text`, `out.c.encode_image`, `out.g.logits_per_image`...
+        recorded: A safetensors file with `in.NAME`, arguments of `forward`, and `out.NAME`, what it returned
+            (`out.logits`, `out.hidden_states.0`); of InternVL-C/G also `out.encode_text`, `out.c.encode_image`,
+            `out.g.logits_per_image`...
         spelling: The name of a tensor in the written files, from the one under which transformers would store it.
 
     Returns:
@@ -106,8 +107,8 @@ def _compare_outputs(model: PreTrainedModel, path: Path, done: Verification) -> 
             found = observe(model.eval(), inputs, any(name.startswith("out.hidden_states.") for name in content))
     except (TypeError, ValueError, KeyError, IndexError, RuntimeError) as error:
         raise ValueError(
-            f"The model cannot be run on the inputs in `{path}` ({', '.join(inputs) or 'none that it knows'}): {error}. Record arguments "
-            f"of `{type(model).__name__}.forward` as `in.NAME`."
+            f"The model cannot be run on the inputs in `{path}` ({', '.join(inputs) or 'none that it knows'}): "
+            f"{error}. Record arguments of `{type(model).__name__}.forward` as `in.NAME`."
         ) from error
     far = []
     for name in (name for name in content if name.startswith("out.")):
@@ -122,8 +123,9 @@ def _compare_outputs(model: PreTrainedModel, path: Path, done: Verification) -> 
     done.not_compared = unknown
     if not done.differences:
         raise ValueError(
-            f"Nothing in `{path}` could be compared: expected `in.NAME` (arguments of `{type(model).__name__}.forward`) and `out.NAME` "
-            f"(one of {', '.join(found)}, in the recorded shape), got {', '.join(content)}."
+            f"Nothing in `{path}` could be compared: expected `in.NAME` (arguments of "
+            f"`{type(model).__name__}.forward`) and `out.NAME` (one of {', '.join(found)}, in the recorded shape), "
+            f"got {', '.join(content)}."
         )
     if far:
         raise ValueError(f"Outputs differ from `{path}`: {', '.join(far)}.")

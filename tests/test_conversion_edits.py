@@ -163,9 +163,7 @@ def test_a_tower_of_48_blocks_read_at_minus_4_becomes_one_of_45_with_the_same_fe
 
 def test_of_a_tower_that_is_used_whole_nothing_is_dropped(tmp_path):
     plain, asked = (
-        plan_conversion(
-            GOLDEN / "chat_qwen2_v2", ConversionOptions(drop_unused_blocks=drop, image_token_id=500)
-        )
+        plan_conversion(GOLDEN / "chat_qwen2_v2", ConversionOptions(drop_unused_blocks=drop, image_token_id=500))
         for drop in (False, True)
     )
     assert asked.tensors.keys() == plain.tensors.keys()

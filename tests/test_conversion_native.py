@@ -393,7 +393,7 @@ def test_the_native_processor_takes_videos(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dynamic_image_size": False, "pad2square": True}, "cannot pad pictures to squares"),
+        ({"dynamic_image_size": False, "pad2square": True}, "cannot pad images to squares"),
         ({"use_thumbnail": False}, "always adds a thumbnail"),
         ({"template": None}, "no chat template"),
     ],

@@ -1,9 +1,10 @@
-"""The formats of checkpoints: how each is recognised, its tables of names, its configuration, and its files.
+"""The formats of checkpoints: how each is recognised, read and, where `--to` names it, written.
 
-- recognition: which format a source has, by its content
-- hub_formats: the published Hub layouts, which are also this package's; published_settings, published_files: these written
+- recognition: all formats; format: what one is; content: a model between reading and writing
+- own_format: this package's; published_format, published_settings, published_files: the published Hub layouts;
+  hub_settings: configurations of both; sentence_files: files of sentence-transformers
+- native_format, native_settings, native_tables, native_files: transformers' own InternVL
 - raw_formats, raw_towers, raw_files: files of the published training code
 - llava_formats, llava_parts: chat checkpoints of the LLaVA code base; image_token: the token they lack
-- native_settings, native_tables, native_files: transformers' own InternVL; llama_decoder: InternLM2 as a LLaMA
-- rules, key_tables: tables of names, read both ways; edits: changes that are asked for
+- rules, key_tables: tables of names, read both ways; edits, llama_decoder: changes that are asked for
 """

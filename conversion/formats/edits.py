@@ -1,4 +1,4 @@
-"""Changes to a model that a user asks for, or that its new form needs, before it is written."""
+"""Changes to a model that a user asks for, or that its new format needs, before it is written."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,8 +18,8 @@ class Draft:
         settings: Its configuration.
         tensors: Name to tensor.
         dropped: Name to reason, of tensors that the result will not hold.
-        notes: What the user is told.
-        image_size: Size of its pictures, where that was changed.
+        notes: Remarks for the user.
+        image_size: Size of its images, where that was changed.
     """
 
     settings: dict[str, Any]
@@ -34,11 +34,12 @@ Edit = Callable[[Draft], None]
 
 
 def resize_tower(image_size: int | None = None, patch_size: int | None = None) -> Edit:
-    """Resizes learned positions and the patch kernel, as the published tools do: bicubic, in fp32, without antialiasing.
+    """Resizes learned positions and the patch kernel as the published tools do: bicubic, in fp32, no antialiasing.
 
     Args:
-        image_size: Of the pictures, in pixels. None keeps it where the patch size divides it, else the number of patches.
-        patch_size: In pixels; None keeps it.
+        image_size: Size of images in pixels. None keeps it where the patch size divides it, else the number of
+            patches.
+        patch_size: Size of patches in pixels; None keeps it.
     """
 
     def edit(draft: Draft) -> None:
@@ -85,7 +86,7 @@ def _resize_kernel(draft: Draft, size: int) -> None:
 
 
 def drop_blocks_above(draft: Draft) -> None:
-    """Leaves out the blocks of a chat model's tower above the one whose output the decoder sees; `select_layer` becomes -1.
+    """Leaves out the tower's blocks above the one whose output the decoder sees; `select_layer` becomes -1.
 
     Args:
         draft: Changed in place.
@@ -101,7 +102,8 @@ def drop_blocks_above(draft: Draft) -> None:
     connector = settings.get("connector", InternVLChatConfig.connector)
     if connector != "patches":
         raise ValueError(
-            f"`drop_unused_blocks` cannot leave out blocks: with `connector` {connector!r} the queries read the last one."
+            f"`drop_unused_blocks` cannot leave out blocks: with `connector` {connector!r} the queries read the last "
+            "one."
         )
     vision = settings["vision_config"]
     depth = vision.get("num_hidden_layers", InternViTConfig.num_hidden_layers)

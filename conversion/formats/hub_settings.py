@@ -1,7 +1,7 @@
-"""Configurations of the published Hub layouts in this package's spelling, and the marks that each layout is recognised by.
+"""Configurations of the published Hub layouts in this package's spelling, and the marks of each layout.
 
-Configurations are copied key by key. Keys without a meaning here are kept; what old releases of transformers wrote into every
-configuration is dropped (tables in key_tables).
+Configurations are copied key by key. Keys without a meaning here are kept; what old releases of transformers wrote
+into every configuration is dropped (tables in key_tables).
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ def without_old_defaults(config: dict[str, Any], defaults: dict[str, Any]) -> di
     """Drops what old releases of transformers wrote into every configuration.
 
     Args:
-        config: As published.
+        config: The published configuration.
         defaults: Keys that mean nothing where they hold this value.
 
     Returns:
@@ -110,7 +110,7 @@ def contrastive_settings(config: dict[str, Any]) -> dict[str, Any]:
     mapped = without_old_defaults(config, OLD_DEFAULTS)
     qllama = without_old_defaults(mapped.pop("qllama_config"), OLD_DEFAULTS)
     qllama["model_type"] = "qllama"
-    # The published code overwrites the value inside, with 2 if there is none outside; a result of this command has it inside.
+    # The published code overwrites the inner value with the outer one, or 2; results of this command have it inside.
     is_ours = config.get("model_type") == InternVLConfig.model_type
     frequency = qllama.get("cross_attention_frequency", 2) if is_ours else 2
     qllama["cross_attention_frequency"] = mapped.pop("cross_attention_frequency", frequency)
@@ -143,7 +143,7 @@ def map_chat(source: Source) -> dict[str, Any]:
     }
 
 
-# Fields of `Format` that the published Hub layouts share with this package's formats, whose names of tensors are the same.
+# Fields of `Format` that a published Hub layout shares with this package's format; names of tensors are the same.
 CONTRASTIVE_MARKS: dict[str, Any] = {
     "result": CONTRASTIVE,
     "config_keys": ("qllama_config",),

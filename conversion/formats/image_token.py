@@ -1,8 +1,9 @@
 """An image token for a decoder whose vocabulary has none.
 
-The published LLaVA code marks pictures with an id that no vocabulary has; every other tool needs a token. Its row of the embedding is the
-mean of the others (what stands there is never read: features take its place), its row of the head is zero, and the model gives it the
-lowest logit, so that probabilities of the other tokens, and with them the loss, stay what they were.
+LLaVA uses -200 as image id, outside the vocabulary; every other tool needs a token, so `<IMG_CONTEXT>` is added. Its
+row of the embedding is the mean of the others (never read: features take its place), its row of the head is zero, and
+the model gives it the lowest logit, so that the probabilities of the other tokens, and with them the loss, do not
+change.
 """
 
 from collections.abc import Callable
@@ -38,15 +39,15 @@ def add_to_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
 def adding_image_token(
     tokenizer_folder: Path | None, image_token_id: int | None, build_config: Callable[[dict[str, Any]], Any]
 ) -> Edit:
-    """The change that an image token makes to a model.
+    """Builds the edit that adds an image token to a model.
 
     Args:
         tokenizer_folder: Folder of its tokenizer, or None.
         image_token_id: What the user said.
-        build_config: From settings to a configuration.
+        build_config: Builds a configuration from settings.
 
     Returns:
-        The change; it raises ValueError if the tokenizer says otherwise than the user, or does not belong to the model.
+        The edit; it raises ValueError if the tokenizer contradicts the user, or does not belong to the model.
     """
 
     def edit(draft: Draft) -> None:
@@ -58,7 +59,7 @@ def adding_image_token(
         if tokenizer_folder is not None:
             token_id, is_free = _id_in_tokenizer(tokenizer_folder, build_config(draft.settings), image_token_id)
         draft.settings["image_token_id"] = token_id
-        # Whether a row that exists is in use, only a tokenizer tells: the one that is named without it is left alone.
+        # Only a tokenizer shows whether an existing row is in use: without one, the named row is left alone.
         if is_free or token_id >= num_rows:
             _add_rows(draft, token_id, num_rows)
 
@@ -73,7 +74,8 @@ def _id_in_tokenizer(folder: Path, config: Any, image_token_id: int | None) -> t
         token_id = add_to_tokenizer(tokenizer)
     if image_token_id not in (None, token_id):
         raise ValueError(
-            f"`image_token_id` is {image_token_id}, the tokenizer has {token_id} for `{IMAGE_CONTEXT_TOKEN}`. Leave it out."
+            f"`image_token_id` is {image_token_id}, the tokenizer has {token_id} for `{IMAGE_CONTEXT_TOKEN}`. Leave "
+            "it out."
         )
     return token_id, is_free
 
@@ -81,8 +83,8 @@ def _id_in_tokenizer(folder: Path, config: Any, image_token_id: int | None) -> t
 def _add_rows(draft: Draft, token_id: int, num_rows: int) -> None:
     if token_id > num_rows:
         raise ValueError(
-            f"`{IMAGE_CONTEXT_TOKEN}` would be token {token_id}, but the model has embeddings for {num_rows} tokens: the tokenizer or "
-            "`image_token_id` is not that of this checkpoint."
+            f"`{IMAGE_CONTEXT_TOKEN}` would be token {token_id}, but the model has embeddings for {num_rows} tokens: "
+            "the tokenizer or `image_token_id` is not that of this checkpoint."
         )
     draft.tensors[EMBEDDING] = _with_row(draft.tensors[EMBEDDING], token_id, is_mean=True)
     if HEAD in draft.tensors:

@@ -34,7 +34,7 @@ LLAVA_UNUSED_TOWER_PARTS = {
     "qllama.lm_head.": "in a chat model QLLaMA writes no text",
     **dict.fromkeys(
         ("clip_projector.", "clip_projector2.", "itm_head.", "text_projection", "logit_scale"),
-        "a chat model does not compare pictures with texts",
+        "a chat model does not compare images with texts",
     ),
 }
 
@@ -55,20 +55,21 @@ LLAVA_SUPPORTED = {
     "mm_use_im_start_end": (None, False),
     "mm_vision_select_feature": (None, "patch"),
 }
-# Its code uses towers of 224 pixels at 336, whatever their configuration says.
-LLAVA_PICTURE_SIZES = {224: 336}
+# Its code uses towers of 224 pixels at 336, regardless of their configuration.
+LLAVA_IMAGE_SIZES = {224: 336}
 # All of its releases speak as Vicuna does.
 LLAVA_TEMPLATE = "vicuna_v1"
-# `PretrainedConfig` once wrote all of its own keys into every nested configuration. These say nothing, whatever their value:
-# they belong to the machine, the code or the release that wrote the file.
+# `PretrainedConfig` once wrote all of its keys into every nested configuration. These mean nothing for the model: they
+# belong to the machine, the code or the release that wrote the file.
 MEANINGLESS_KEYS = frozenset(
     "_name_or_path _commit_hash _attn_implementation _attn_implementation_internal _attn_implementation_autoset "
-    "_experts_implementation_internal architectures attn_implementation auto_map dtype torch_dtype transformers_version".split()
+    "_experts_implementation_internal architectures attn_implementation auto_map dtype torch_dtype "
+    "transformers_version".split()
 )
-# Where configurations of decoders say how positions are turned, before and since transformers 5, and kinds that have another name today.
+# Keys of rotary positions before and since transformers 5, and kinds that have another name today.
 ROTARY_KEYS = ("rope_scaling", "rope_parameters")
 ROTARY_ALIASES = {"su": "longrope"}
-# These say nothing where they hold their old default.
+# These mean nothing where they hold their old default.
 OLD_DEFAULTS: dict[str, Any] = {
     "add_cross_attention": False,
     "chunk_size_feed_forward": 0,
@@ -104,4 +105,4 @@ OLD_VISION_DEFAULTS: dict[str, Any] = {
 
 # ---------------------------------------------------------------------------------------------------------- tokenizers
 
-# ---------------------------------------------------------------------------------------------------------- Auto classes
+# -------------------------------------------------------------------------------------------------------- Auto classes

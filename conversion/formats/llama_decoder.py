@@ -1,7 +1,7 @@
 """An InternLM2 decoder as the LLaMA that it is, and back.
 
-InternLM2 computes what a LLaMA computes; its q, k and v are one matrix, and its tensors have other names. Engines and transformers'
-native InternVL know the LLaMA.
+InternLM2 computes what a LLaMA computes; its q, k and v are one matrix, and its tensors have other names. Engines and
+transformers' native InternVL know the LLaMA.
 """
 
 from collections.abc import Sequence
@@ -138,7 +138,7 @@ def _decoder_type(draft: Draft) -> str | None:
 
 
 def _translate(draft: Draft, config_class: type[LlamaConfig], rules: Sequence[TensorRule]) -> Any:
-    """Gives the tensors of a draft the names of the other layout; returns the decoder's configuration."""
+    """Gives the tensors of a draft the names of the other format; returns the decoder's configuration."""
     settings = {key: value for key, value in draft.settings["text_config"].items() if key != "model_type"}
     try:
         config: Any = config_class(**settings)

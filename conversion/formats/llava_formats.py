@@ -1,9 +1,10 @@
 """Chat checkpoints of the LLaVA code base: their names and their configuration in today's.
 
-One flat config.json holds the decoder's keys and, as `mm_...`, those of the pictures. The vision tower is InternViT, or InternVL-14B, of
-which the patches and QLLaMA's queries are used; its configuration lies elsewhere (`llava_parts` finds it).
+One flat config.json holds the decoder's keys and, as `mm_...`, those for images. The vision tower is InternViT, or
+InternVL-14B with patches and QLLaMA's queries; its configuration lies elsewhere (`llava_parts` finds it).
 
-Not covered, and refused: other projectors than the released ones, start and end tokens around a picture, tilings of later LLaVA code.
+Refused are other projectors than the released ones, start and end tokens around an image, and tilings of later LLaVA
+code.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ from ..readers.source import Source
 from ..repository.result import CHAT
 from .format import Format
 from .hub_settings import contrastive_settings, vision_settings, with_stored_size, without_old_defaults
-from .key_tables import LLAVA_PICTURE_SIZES, LLAVA_PROJECTORS, LLAVA_SUPPORTED, LLAVA_TEMPLATE, OLD_DEFAULTS
+from .key_tables import LLAVA_IMAGE_SIZES, LLAVA_PROJECTORS, LLAVA_SUPPORTED, LLAVA_TEMPLATE, OLD_DEFAULTS
 from .rules import rename, within
 
 
@@ -67,8 +68,8 @@ def _map_llava(source: Source) -> dict[str, Any]:
     }
     if connector != "patches":
         mapped["qllama_config"] = parts["qllama_config"]
-    if vision.get("image_size") in LLAVA_PICTURE_SIZES:
-        mapped["force_image_size"] = LLAVA_PICTURE_SIZES[vision["image_size"]]
+    if vision.get("image_size") in LLAVA_IMAGE_SIZES:
+        mapped["force_image_size"] = LLAVA_IMAGE_SIZES[vision["image_size"]]
     return mapped
 
 

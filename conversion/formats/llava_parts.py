@@ -1,4 +1,4 @@
-"""What belongs to a checkpoint of the LLaVA code base and lies beside it: the projector's file, the vision tower, its configuration."""
+"""Completes a checkpoint of the LLaVA code base with the projector and the vision tower that lie beside it."""
 
 import re
 from dataclasses import replace
@@ -29,7 +29,7 @@ CONFIG_ADVICE = "Name the config.json of the vision tower with `--vision-config 
 def complete_llava(
     source: Source, vision_tower: str | Path | None = None, vision_config: str | Path | None = None
 ) -> Source:
-    """A checkpoint of the LLaVA code base with all of its parts; any other source as it is.
+    """Completes a checkpoint of the LLaVA code base; returns any other source as it is.
 
     Args:
         source: An opened source, adapters merged.
@@ -52,8 +52,8 @@ def complete_llava(
         return source
     if not has_decoder:
         raise ValueError(
-            f"`{source.folder}` holds a projector and no language model: it is the result of pre-training, from which fine-tuning starts. "
-            "Convert the folder of the fine-tuned model."
+            f"`{source.folder}` holds a projector and no language model: it is the result of pre-training, from which "
+            "fine-tuning starts. Convert the folder of the fine-tuned model."
         )
     source, config = _with_tower(_with_projector(source), vision_tower)
     config = (
@@ -78,7 +78,8 @@ def _with_projector(source: Source) -> Source:
         ]
     if different:
         raise ValueError(
-            f"`{file}` and {source.files[0].name} do not agree in {', '.join(different)}. Take away the file that is not of this model."
+            f"`{file}` and {source.files[0].name} do not agree in {', '.join(different)}. Take away the file that is "
+            "not of this model."
         )
     notes = [f"{PROJECTOR_FILE} repeats what the other files hold."] if both else []
     new = {name: tensor for name, tensor in added.items() if name not in source.tensors}
@@ -91,20 +92,21 @@ def _with_projector(source: Source) -> Source:
 
 
 def _with_tower(source: Source, vision_tower: str | Path | None) -> tuple[Source, dict[str, Any]]:
-    """The source with a tower, and the tower's configuration where that is known by now."""
+    """Adds the tower, and returns its configuration where that is known by now."""
     own = [name for name in source.tensors if name.startswith(LLAVA_TOWER_PREFIX)]
     if vision_tower is None:
         if own:
             return source, {}
         raise ValueError(
-            f"`{source.folder}` has no vision tower: config.json names {source.config.get('mm_vision_tower')!r}. Download that and name its "
-            "folder with `--vision-tower DIR`."
+            f"`{source.folder}` has no vision tower: config.json names {source.config.get('mm_vision_tower')!r}. "
+            "Download that and name its folder with `--vision-tower DIR`."
         )
     opened = merge_adapters(open_source(vision_tower))
     found_format = recognise(opened)
     if found_format.result.kind not in ("vision", "contrastive"):
         raise ValueError(
-            f"`vision_tower` must be an InternViT or InternVL-14B checkpoint, got {found_format.name} in `{opened.folder}`."
+            f"`vision_tower` must be an InternViT or InternVL-14B checkpoint, got {found_format.name} in "
+            f"`{opened.folder}`."
         )
     settings = found_format.map_config(opened)
     weights = {name: x for name, x in opened.tensors.items() if not name.endswith(DERIVED_BUFFERS)}
@@ -135,7 +137,7 @@ def _without_unused(source: Source) -> Source:
     return replace(source, tensors=kept, left_out={**source.left_out, **reasons})
 
 
-# --------------------------------------------------------------------------------------------- the tower's configuration
+# ------------------------------------------------------------------------------------------- the tower's configuration
 def _read_config(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
@@ -148,7 +150,7 @@ def _read_config(path: str | Path) -> dict[str, Any]:
 
 
 def _config_from_shapes(source: Source) -> dict[str, Any]:
-    """The configuration of a tower of a published size: shapes tell all but the number of heads."""
+    """The configuration of a tower of a published size; shapes give all but the number of heads."""
     tower = {
         name.removeprefix(LLAVA_TOWER_PREFIX): tensor
         for name, tensor in source.tensors.items()
@@ -181,7 +183,7 @@ def _vision_from_shapes(source: Source, tower: Tensors) -> dict[str, Any]:
         return tower_settings(replace(source, config={}, tensors=raw))
     except ValueError as error:
         raise ValueError(
-            f"`{source.folder}` has no {TOWER_CONFIG_FILE}, and shapes do not tell all. {CONFIG_ADVICE}"
+            f"`{source.folder}` has no {TOWER_CONFIG_FILE}, and shapes do not give all of it. {CONFIG_ADVICE}"
         ) from error
 
 

@@ -19,10 +19,10 @@ _VIDEO_PART = "{%- elif part['type'] == 'video' -%}\n{{- " + json.dumps(VIDEO_TO
 
 
 def native_notes(config: InternVLChatConfig) -> list[str]:
-    """What the native image processor does otherwise than the one here."""
+    """Lists where the native image processor differs from the one here."""
     notes = []
     if config.pad2square and not config.dynamic_image_size:
-        notes.append("The native image processor cannot pad pictures to squares: pass pictures that are square.")
+        notes.append("The native image processor cannot pad images to squares: pass images that are square.")
     if config.dynamic_image_size and not config.use_thumbnail:
         notes.append(
             "The native image processor always adds a thumbnail to tiles; this checkpoint was trained without."
@@ -38,13 +38,13 @@ def write_native_files(
     image_processor: InternVLImageProcessor,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """Writes settings of the native image, video and text processors, and names the image tokens in those of the tokenizer.
+    """Writes settings of the native processors, and names the image tokens in those of the tokenizer.
 
     Args:
-        folder: Of the result.
-        config: Of the model, in this package's form.
-        image_processor: Of this package.
-        tokenizer: Already written, or None: then there is no processor.
+        folder: Folder of the result.
+        config: This package's configuration of the model.
+        image_processor: This package's image processor.
+        tokenizer: The tokenizer, written before, or None: then no processor is written.
     """
     common = {
         "do_convert_rgb": True,
@@ -58,7 +58,7 @@ def write_native_files(
         "rescale_factor": 1 / 255,
         "size": {"height": config.image_size, "width": config.image_size},
     }
-    # The native processor asks for tiles in any case; one of them is the whole picture.
+    # The native processor always asks for tiles; one of them is the whole image.
     smallest, largest = (config.min_dynamic_patch, config.max_dynamic_patch) if config.dynamic_image_size else (1, 1)
     tiles = {"crop_to_patches": config.dynamic_image_size, "min_patches": smallest, "max_patches": largest}
     write_json(

@@ -1,8 +1,8 @@
 """Configurations of transformers' own InternVL, both ways.
 
-The native model is the simple configuration of InternVL-Chat with pixel shuffle "v2"; what it cannot express is refused with the
-reason. "v1" is among it: there the shuffled grid stands transposed in the text, and as the decoder counts positions along the text, no
-change of weights makes up for that.
+The native model is the simple configuration of InternVL-Chat with pixel shuffle "v2"; what it cannot express is
+refused with the reason. So is "v1": there the shuffled grid stands transposed in the text, and as the decoder counts
+positions along the text, no change of weights makes up for that.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ def native_obstacles(config: InternVLChatConfig) -> list[str]:
     """Why a chat model cannot become a native one; empty where it can.
 
     Args:
-        config: Its configuration.
+        config: The model's configuration.
     """
     vision, decoder = config.vision_config, config.text_config
     fold = 1 / config.downsample_ratio
@@ -39,19 +39,21 @@ def native_obstacles(config: InternVLChatConfig) -> list[str]:
         f"`projector_type` is {config.projector_type!r}, and the native projector begins with a LayerNorm": (
             config.projector_type != "layer_norm_mlp"
         ),
-        f"`ps_version` is {config.ps_version!r}, and the native model lays pixel-shuffled patches row by row; the decoder "
-        "would see them at other positions": config.ps_version != "v2",
+        f"`ps_version` is {config.ps_version!r}, and the native model lays pixel-shuffled patches row by row; the "
+        "decoder would see them at other positions": config.ps_version != "v2",
         f"`layer_norm_eps` is {vision.layer_norm_eps:g}, and the eps of the native q/k norm is {QK_NORM_EPS:g}": (
             vision.qk_normalization and vision.layer_norm_eps != QK_NORM_EPS
         ),
-        f"`downsample_ratio` is {config.downsample_ratio:g}, and the native model takes 1 over a whole number that floats "
-        "hold exactly": (
+        f"`downsample_ratio` is {config.downsample_ratio:g}, and the native model takes 1 over a whole number that "
+        "floats hold exactly": (
             int(fold) != round(fold) or config.image_size // vision.patch_size % config.downsample_ratio != 0
         ),
-        "pictures stand between no `<img>` and `</img>`, and the native processor writes them": (
+        "images stand between no `<img>` and `</img>`, and the native processor writes them": (
             not config.use_image_start_end
         ),
-        "`mask_image_token_logit` is set, and the native model gives the image token a logit": config.mask_image_token_logit,
+        "`mask_image_token_logit` is set, and the native model gives the image token a logit": (
+            config.mask_image_token_logit
+        ),
         f"the decoder has `{'`, `'.join(scaled)}`, and the native model takes logits as its head gives them": bool(
             scaled
         ),
@@ -64,7 +66,7 @@ def to_native(settings: dict[str, Any], config: InternVLChatConfig) -> dict[str,
 
     Args:
         settings: Its config.json.
-        config: The same as an object.
+        config: The configuration object built from `settings`.
     """
     dropped = {"vision_config", "text_config", "qllama_config", "img_context_token_id", "model_type", *FIXED_OURS}
     vision = _swapped(settings["vision_config"], config.vision_config, VISION_KEYS)
@@ -125,7 +127,7 @@ def map_native(source: Source) -> dict[str, Any]:
     return {
         "template": _template(source),
         **_tiling(source),
-        **_picture_size(ours, top["image_seq_length"]),
+        **_image_size(ours, top["image_seq_length"]),
         **ours,
     }
 
@@ -167,11 +169,11 @@ def _check_fixed(parts: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> Non
 
 
 def _tiling(source: Source) -> dict[str, Any]:
-    """How pictures are tiled, which native checkpoints keep with their image processor alone."""
+    """Settings of tiles, which native checkpoints keep with their image processor alone."""
     nested = source.read_json("processor_config.json").get("image_processor") or {}
     settings = {**nested, **source.read_json("preprocessor_config.json")}
     return {
-        "dynamic_image_size": True,  # the native processor asks for tiles whatever the image processor says
+        "dynamic_image_size": True,  # the native processor always asks for tiles
         "use_thumbnail": True,
         "min_dynamic_patch": settings.get("min_patches", 1),
         "max_dynamic_patch": settings.get("max_patches", 12),
@@ -179,7 +181,7 @@ def _tiling(source: Source) -> dict[str, Any]:
 
 
 def _template(source: Source) -> str | None:
-    """Name of the conversation form, by the marks of turns in the Jinja template."""
+    """Name of the conversation template, recognised by the marks of turns in the Jinja template."""
     path = source.folder / "chat_template.jinja"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     for name in ("chat_template.json", "tokenizer_config.json"):
@@ -187,8 +189,8 @@ def _template(source: Source) -> str | None:
     return next((name for mark, name in TURN_MARKS.items() if mark in text), None)
 
 
-def _picture_size(settings: dict[str, Any], image_seq_length: int) -> dict[str, Any]:
-    """Size of the pictures where it is not that of the positions, told by the number of image tokens."""
+def _image_size(settings: dict[str, Any], image_seq_length: int) -> dict[str, Any]:
+    """Size of the images, from the number of image tokens, where it is not that of the positions."""
     vision = settings["vision_config"]
     side = round(image_seq_length**0.5 / settings["downsample_ratio"]) * vision["patch_size"]
     return {} if side == vision["image_size"] else {"force_image_size": side}

@@ -1,6 +1,4 @@
-"""transformers' own InternVL (`InternVLForConditionalGeneration`, `model_type` "internvl") and the chat models of this package, as data:
-names of tensors and keys of configurations, read both ways.
-"""
+"""Tables of tensor names and configuration keys between transformers' own InternVL and the chat models here."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -90,7 +88,7 @@ NATIVE_RULES = (*_TODAY, *(replace(rule, left=tuple(map(_first_spelling, rule.le
 _MARKS = ("model.vision_tower.embeddings.cls_token", "model.multi_modal_projector.linear_1.weight")
 NATIVE_NAMES = (_MARKS, tuple(map(_first_spelling, _MARKS)))
 
-# ------------------------------------------------------------------------------------------------------- configurations
+# ------------------------------------------------------------------------------------------------------ configurations
 # Native key to ours. Both configurations keep keys that they do not know, so all others pass unchanged.
 VISION_KEYS = {
     "attention_bias": "qkv_bias",
@@ -100,8 +98,8 @@ VISION_KEYS = {
     **{
         key: key
         for key in (
-            "hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels hidden_act norm_type layer_norm_eps "
-            "attention_dropout initializer_range image_size patch_size"
+            "hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels hidden_act norm_type "
+            "layer_norm_eps attention_dropout initializer_range image_size patch_size"
         ).split()
     },
 }

@@ -1,4 +1,4 @@
-"""This package's own formats, and how a result is written; the other formats that can be written override what differs."""
+"""This package's formats, and how a result is written; the other formats that can be written override what differs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,7 +24,8 @@ class OwnFormat(Format):
     """A format of this package.
 
     Args:
-        is_published: Whether a published layout has the same names and keys, so that only `auto_map` tells the two apart.
+        is_published: Whether a published layout has the same names and keys, so that only `auto_map` distinguishes
+            them.
     """
 
     to: ClassVar[str | None] = "internvl"
@@ -105,7 +106,7 @@ class OwnFormat(Format):
             write_sentence_files(folder)
 
     def _kept_config(self, content: Content, record: Record) -> dict[str, Any] | None:
-        """The remembered configuration with all changes since; None where it does not describe a model of this format."""
+        """The remembered configuration with all changes since; None if it describes no model of this format."""
         kept = record.config
         if not any(key in kept for key in self.config_keys):
             return None

@@ -10,7 +10,7 @@ from ..repository.code import PACKAGE, copy_code, write_json
 from ..repository.result import Result
 
 
-# So that the names in `auto_map` lead somewhere: engines that build the model themselves still load the configuration by them.
+# Modules for the names in `auto_map`, by which even engines that build the model themselves load the configuration.
 _CONFIG = '''\
 """The configuration under its published name."""
 
@@ -41,8 +41,8 @@ _VISION_MODULES = {
     ),
     "modeling_intern_vit.py": _TOWER,
 }
-# By class of the model, to their text. The names of InternVL-14B are those of this package, but for its tower, whose configuration
-# names modules too, as in chat models.
+# Class of the model to modules and their text. InternVL-14B has the names of this package, but for its tower, whose
+# configuration names modules too, as in chat models.
 PUBLISHED_MODULES = {
     "InternVisionModel": _VISION_MODULES,
     "InternVLModel": _VISION_MODULES,
@@ -61,8 +61,8 @@ def write_published_code(folder: Path, result: Result) -> None:
     """Copies the code of this package, and gives it the published names.
 
     Args:
-        folder: Of the result.
-        result: What it holds.
+        folder: Folder of the result.
+        result: The kind of model.
     """
     own = result.model_class.__name__
     copy_code(folder, [result.auto_map])
@@ -75,10 +75,10 @@ def write_published_code(folder: Path, result: Result) -> None:
 
 
 def own_contents(name: str) -> list[bytes]:
-    """What a file of this name holds where this package wrote it, in any form.
+    """Contents that a file of this name may have where this package wrote it, in any format.
 
     Args:
-        name: Of a file at the top of a repository.
+        name: Name of a file at the top of a repository.
     """
     texts = {modules[name] for modules in PUBLISHED_MODULES.values() if name in modules}
     contents = [text.encode("utf-8") for text in sorted(texts)]
@@ -95,11 +95,11 @@ def _published_name(own: str, published: str) -> str:
 
 
 def write_published_template(folder: Path, config: InternVLChatConfig) -> None:
-    """Writes the chat template. Its mark of a picture is that of the published code and of engines, `<image>`.
+    """Writes the chat template. It marks images as the published code and engines do, with `<image>`.
 
     Args:
-        folder: Of the result.
-        config: Of the model; without `template` nothing is written.
+        folder: Folder of the result.
+        config: The model's configuration; without `template` nothing is written.
     """
     if config.template is not None:
         text = get_conversation_template(config.template).to_jinja().replace(IMAGE_CONTEXT_TOKEN, IMAGE_PLACEHOLDER)
@@ -110,8 +110,8 @@ def write_clip_settings(folder: Path, image_processor: InternVLImageProcessor) -
     """Writes preprocessor_config.json for CLIP's image processor, which the published snippets use.
 
     Args:
-        folder: Of the result.
-        image_processor: Of this package.
+        folder: Folder of the result.
+        image_processor: This package's image processor.
     """
     size = dict(image_processor.size)
     side = size.get("shortest_edge") or size.get("height")

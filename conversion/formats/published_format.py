@@ -1,7 +1,7 @@
 """The published Hub layouts, which the published code reads, and of chat models also engines and GGUF converters.
 
-vLLM has `InternVLChatModel` built in, llama.cpp's `convert_hf_to_gguf.py` splits one into decoder and tower. No engine reads
-InternVL-C/G: none has QLLaMA, queries or attention pooling. Names of tensors are those of this package.
+vLLM has `InternVLChatModel` built in, llama.cpp's `convert_hf_to_gguf.py` splits one into decoder and tower. No engine
+reads InternVL-C/G: none has QLLaMA, queries or attention pooling. Names of tensors are those of this package.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ class PublishedFormat(ForeignFormat):
     """One of the published Hub layouts.
 
     Args:
-        published_config: Builds its config.json, but for the type of the weights, from a configuration of this package.
+        published_config: Builds its config.json, without the type of the weights, from this package's configuration.
     """
 
     to: ClassVar[str | None] = "published"

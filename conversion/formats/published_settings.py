@@ -9,7 +9,7 @@ from ...configuration_internvl import InternViTConfig, InternVLChatConfig, Inter
 from .hub_settings import KEPT_DEFAULTS, spelled_out
 
 
-# --------------------------------------------------------------------------------------------------------------- config
+# -------------------------------------------------------------------------------------------------------------- config
 # What the published classes write about themselves.
 _VISION = {
     "architectures": ["InternVisionModel"],
@@ -115,7 +115,7 @@ def published_chat(config: InternVLChatConfig) -> dict[str, Any]:
     }
 
 
-# --------------------------------------------------------------------------------------------------------------- reasons
+# ------------------------------------------------------------------------------------------------------------- reasons
 def no_obstacles(config: Any) -> list[str]:
     """A tower without a head can always be written."""
     return []

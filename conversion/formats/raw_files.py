@@ -1,7 +1,7 @@
-"""Which files of a raw checkpoint make one model: a backbone, and the head that belongs to it.
+"""Joins the files of a raw checkpoint that make one model: a backbone, and the head that belongs to it.
 
-The published training code keeps them apart, and people keep several of them in one folder. What belongs together follows from what
-the files hold and from config.json; what is not taken is named, with how to convert it.
+The published training code keeps them apart, and people keep several of them in one folder. What belongs together
+follows from the tensors and from config.json; files that are left out are listed, with how to convert them.
 """
 
 from dataclasses import dataclass, replace
@@ -32,11 +32,11 @@ TOWER_NAMES = ("cls_token", "backbone.cls_token")
 
 
 def join_raw_files(source: Source, head: str | Path | None = None) -> Source:
-    """A source that is one model: of a raw checkpoint, the files that belong together, without what the model does not use.
+    """Reduces a raw checkpoint to one model: the files that belong together, without what the model does not use.
 
     Args:
         source: An opened source.
-        head: File of a classification head to put on the backbone, where it is not the one that config.json names or the only one.
+        head: File of a classification head, where it is not the one that config.json names or the only one.
 
     Returns:
         The same source where it is no raw checkpoint.
@@ -69,21 +69,21 @@ def is_head(source: Source) -> bool:
 
 
 def _is_collection(source: Source) -> bool:
-    """Whether the files of a source stand side by side, each complete, and are no parts of one model."""
+    """Whether the files of a source are complete models or heads side by side, not shards of one model."""
     if len(source.files) < 2 or any(source.folder.glob("*.index.json")):
         return False
     loose = loose_files(source.folder)
     return all(file in loose and not file.name.endswith(FILE_SUFFIXES) for file in source.files)
 
 
-# ------------------------------------------------------------------------------------------------------- what lies around
+# ---------------------------------------------------------------------------------------------------- what lies around
 @dataclass(frozen=True)
 class _Collection:
     """Files by what they hold.
 
     Args:
-        folder: Where they lie.
-        config: Of the folder.
+        folder: Their folder.
+        config: config.json of the folder.
         models: Name to complete model.
         heads: Name to classification head.
         others: Names of what is neither.
@@ -120,7 +120,7 @@ def _collect(source: Source, files: list[Path]) -> _Collection:
 
 
 def _look_for_backbones(head: Source) -> _Collection:
-    """What lies beside a head; only the backbone that config.json names, where it does."""
+    """Collects the files beside a head; only the backbone that config.json names, if it names one."""
     files = [file for file in loose_files(head.folder) if file != head.files[0]]
     named = [file for file in files if file.name == _pretrained_name(head.config)]
     return _collect(head, named or files)
@@ -139,7 +139,7 @@ def _open_head(head: str | Path) -> Source:
     return opened
 
 
-# -------------------------------------------------------------------------------------------------------- what is taken
+# ------------------------------------------------------------------------------------------------------- what is taken
 def _join_in_folder(source: Source, head: str | Path | None) -> Source:
     found = _collect(source, source.files)
     taken = _pick_model(found) if head is None else _pick_backbone(found)
@@ -170,8 +170,9 @@ def _pick_backbone(found: _Collection, candidates: dict[str, Source] | None = No
     if len(candidates) == 1:
         return next(iter(candidates.values()))
     raise ValueError(
-        f"`{found.folder}` must hold one raw model, or a config.json that names its backbone as `pretrained`; it holds "
-        f"{', '.join(candidates) or 'none'}. Give the file to convert as SOURCE, and a head for a backbone as `--head FILE`."
+        f"`{found.folder}` must hold one raw model, or a config.json that names its backbone as `pretrained`; it "
+        f"holds {', '.join(candidates) or 'none'}. Give the file to convert as SOURCE, and a head for a backbone as "
+        "`--head FILE`."
     )
 
 
@@ -186,7 +187,8 @@ def _pick_head(found: _Collection, backbone: Source) -> Source | None:
     if len(fitting) > 1:
         names = ", ".join(head.files[0].name for head in fitting)
         raise ValueError(
-            f"`{found.folder}` holds several heads for one backbone: {names}. Give the one to convert as SOURCE, or as `--head FILE`."
+            f"`{found.folder}` holds several heads for one backbone: {names}. Give the one to convert as SOURCE, or "
+            "as `--head FILE`."
         )
     return fitting[0] if fitting else None
 

@@ -33,7 +33,7 @@ LLM_CONFIG_FILE = "llm_config.json"
 
 
 def assumptions(source: Source) -> list[str]:
-    """What a raw checkpoint does not say and the published sizes had to, for the user to read."""
+    """Lists the settings that were assumed from the published sizes, for the user to check."""
     arguments = constructor_arguments(source.config)
     lines = []
     if "num_heads" not in arguments:
@@ -53,10 +53,10 @@ def classifier_pooling(source: Source) -> str:
     """What a classification head reads, one of `InternViTConfig.classifier_pooling`.
 
     Args:
-        source: With tower and head.
+        source: A source with tower and head.
 
     Raises:
-        ValueError: If the head's width is none that the tower can give.
+        ValueError: If the tower cannot give the head's width.
     """
     if any(name.startswith("attn_pooling.") for name in source.tensors):
         return "attention_pooling"
@@ -68,8 +68,9 @@ def classifier_pooling(source: Source) -> str:
     fitting = [name for name, wanted in widths.items() if wanted == width]
     if not fitting:
         raise ValueError(
-            f"The head in `{source.files[-1].name}` reads {width} numbers, but the tower gives {widths['cls_patch_concat']} (class token "
-            f"and mean patch) or {widths['clip_projector'] or 'none'} (CLIP pooling). It belongs to another backbone."
+            f"The head in `{source.files[-1].name}` reads {width} numbers, but the tower gives "
+            f"{widths['cls_patch_concat']} (class token and mean patch) or {widths['clip_projector'] or 'none'} (CLIP "
+            "pooling). It belongs to another backbone."
         )
     target = constructor_arguments(source.config).get("cls_target")
     return target if target in fitting else fitting[0]
@@ -82,8 +83,8 @@ def _pool_heads(source: Source) -> dict[str, Any]:
     width = size_of(source, "cls_token", 2) or 0
     if not isinstance(heads, int) or heads < 1 or width % heads:
         raise ValueError(
-            f"A CLIP pooling of width {width} cannot have {heads} heads: put the right number beside the weights as config.json, "
-            '`{"attn_pool_num_heads": N}`.'
+            f"A CLIP pooling of width {width} cannot have {heads} heads: put the right number beside the weights as "
+            'config.json, `{"attn_pool_num_heads": N}`.'
         )
     return {
         "attn_pool_num_heads": heads,
@@ -92,13 +93,13 @@ def _pool_heads(source: Source) -> dict[str, Any]:
 
 
 def _wanted_sizes(source: Source) -> dict[str, int]:
-    """Picture and patch size that the published code resizes a backbone to when it loads."""
+    """Image and patch size that the published code resizes a backbone to when it loads."""
     arguments = constructor_arguments(source.config)
     wanted = {"image_size": arguments.get("img_size"), "patch_size": arguments.get("patch_size")}
     return {key: value for key, value in wanted.items() if value is not None}
 
 
-# ---------------------------------------------------------------------------------------------------------- what uses it
+# -------------------------------------------------------------------------------------------------------- what uses it
 def _map_tower(source: Source) -> dict[str, Any]:
     settings = tower_settings(source)
     if "out_indices" in constructor_arguments(source.config):
@@ -163,7 +164,7 @@ def _feature_blocks(source: Source, count: int) -> list[int]:
     return [index + 1 for index in stated]
 
 
-# ------------------------------------------------------------------------------------------------------ contrastive stage 1
+# ------------------------------------------------------------------------------------------------- contrastive stage 1
 def _map_contrastive(source: Source) -> dict[str, Any]:
     return {
         "vision_config": tower_settings(source),
@@ -188,11 +189,11 @@ def _text_settings(source: Source) -> dict[str, Any]:
     if "num_attention_heads" not in settings:
         if width % 128:
             raise ValueError(
-                f"How many heads a text encoder of width {width} has cannot be read from its weights: put the configuration of its LLaMA "
-                f"beside them as {LLM_CONFIG_FILE}."
+                f"How many heads a text encoder of width {width} has cannot be read from its weights: put the "
+                f"configuration of its LLaMA beside them as {LLM_CONFIG_FILE}."
             )
         settings["num_attention_heads"] = width // 128  # LLaMA of every size
-    # The published code takes every token above 0 for text, whatever the tokenizer pads with.
+    # The published code takes every token above 0 for text, regardless of the tokenizer's padding token.
     return {**settings, "pad_token_id": 0, "num_query_token": 0, "model_type": "qllama"}
 
 

@@ -1,7 +1,7 @@
-"""The vision tower of a raw checkpoint: what its shapes say, and what has to be said beside them.
+"""The vision tower of a raw checkpoint.
 
-Sizes are read from shapes. What shapes do not tell comes from config.json beside the file (the yaml of the classification code or the
-mmseg configuration, as JSON, or arguments of the published class at its top), and where that does not say, from the published sizes.
+Sizes are read from shapes. Everything else comes from config.json beside the file (the yaml of the classification code
+or the mmseg configuration as JSON, or arguments of the published class at its top), and else from the published sizes.
 """
 
 from math import isqrt
@@ -13,15 +13,16 @@ from ..readers.source import Source
 from .key_tables import PUBLISHED_NUM_HEADS
 
 
-# ---------------------------------------------------------------------------------------------------- what is read where
+# -------------------------------------------------------------------------------------------------- what is read where
 def constructor_arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the published model class, whatever the code that stored them calls them.
+    """Collects arguments of the published model class from the spellings of all codes that store them.
 
     Args:
         config: Content of config.json.
 
     Returns:
-        Argument to value: those at the top, in `backbone` of an mmseg configuration, and in the yaml's MODEL, where they are in capitals.
+        Argument to value, from the top, `backbone` of an mmseg configuration, and the yaml's MODEL (there in
+        capitals).
     """
     model, data = section(config, "MODEL"), section(config, "DATA")
     yaml = {**section(model, "INTERN_VIT_6B"), **{key: model.get(key) for key in ("DROP_PATH_RATE", "NUM_CLASSES")}}
@@ -35,7 +36,7 @@ def constructor_arguments(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def mmseg_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The model's part of an mmseg configuration; empty where it is none."""
+    """The model's part of an mmseg configuration; empty for any other."""
     found = section(config, "model") or config
     return found if isinstance(found.get("backbone"), dict) else {}
 
@@ -56,7 +57,7 @@ def _tower_prefix(source: Source) -> str:
     return "" if "cls_token" in source.tensors else "backbone."
 
 
-# -------------------------------------------------------------------------------------------------------------- the tower
+# ----------------------------------------------------------------------------------------------------------- the tower
 def tower_settings(source: Source) -> dict[str, Any]:
     """Configuration of the vision tower.
 
@@ -76,17 +77,17 @@ def tower_settings(source: Source) -> dict[str, Any]:
     ]
     if contradictions:
         raise ValueError(
-            f"`{source.folder / 'config.json'}` does not describe `{source.files[0].name}`: {'; '.join(contradictions)}. Take it away, or "
-            "put the right one in its place."
+            f"`{source.folder / 'config.json'}` does not describe `{source.files[0].name}`: "
+            f"{'; '.join(contradictions)}. Take it away, or put the right one in its place."
         )
     if "num_attention_heads" not in stated:
         stated["num_attention_heads"] = num_heads(source)
-    # A number of blocks that config.json states is believed: the weights may be cut off, and the missing ones are listed then.
+    # Trust config.json's depth: a truncated file is then reported as missing keys.
     return {"num_hidden_layers": count_blocks(source), **found, **stated, "model_type": InternViTConfig.model_type}
 
 
 def _sizes_of_tower(source: Source) -> dict[str, Any]:
-    """What shapes say; what they do not say because a tensor is missing is left to the comparison of keys."""
+    """Sizes that follow from shapes. Missing tensors are left to the comparison of keys."""
     prefix = _tower_prefix(source)
     block = f"{prefix}blocks.0."
     patch, num_positions = (
@@ -118,7 +119,7 @@ def num_heads(source: Source) -> int:
     width = size_of(source, f"{_tower_prefix(source)}cls_token", 2) or 0
     if width not in PUBLISHED_NUM_HEADS and width % 128:
         raise ValueError(
-            f"How many heads a tower of width {width} has cannot be read from `{source.files[0].name}`: name them with `--num-heads N`, or "
-            'put them beside it as config.json, `{"num_heads": N}`.'
+            f"How many heads a tower of width {width} has cannot be read from `{source.files[0].name}`: name them "
+            'with `--num-heads N`, or put them beside it as config.json, `{"num_heads": N}`.'
         )
     return PUBLISHED_NUM_HEADS.get(width, width // 128)

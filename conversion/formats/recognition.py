@@ -56,6 +56,6 @@ def find_target(to: str, result: Result) -> OwnFormat:
             return candidate
     kinds = " and ".join(dict.fromkeys(candidate.result.kind for candidate in candidates))
     raise ValueError(
-        f"This model cannot be written as {candidates[0].title}: it has no place for a {result.model_class.__name__}, only "
-        f"for {kinds} models."
+        f"This model cannot be written as {candidates[0].title}: it has no place for a {result.model_class.__name__}, "
+        f"only for {kinds} models."
     )

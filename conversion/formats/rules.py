@@ -1,7 +1,8 @@
 """Key tables read both ways.
 
-A rule says which tensors of one layout are which of another. `{}` in a name stands for a number between dots, `*` at the end for all
-that follows; both sides have the same of them, in the same order. The inverse of a table is derived from it, never written.
+A rule maps tensors of one format to those of another. In a name, `{}` matches a number between dots and `*` at the end
+matches the rest; both sides have the same placeholders in the same order. The inverse of a table is derived from it,
+never written.
 """
 
 import re
@@ -20,11 +21,11 @@ TensorFunction = Callable[[Sequence[torch.Tensor], dict[str, Any]], torch.Tensor
 
 @dataclass(frozen=True)
 class TensorRule:
-    """One kind of tensor in two layouts.
+    """One kind of tensor in two formats.
 
     Args:
-        left: Its name or names in the first layout.
-        right: In the second.
+        left: Its name or names in the first format.
+        right: Its name or names in the second.
         rightward: One function for each name on the right, where the tensors change; None where they are the same.
         leftward: One for each name on the left, the inverse.
     """
@@ -36,7 +37,7 @@ class TensorRule:
 
     @property
     def inverse(self) -> "TensorRule":
-        """The same, from right to left."""
+        """The rule from right to left."""
         return replace(self, left=self.right, right=self.left, rightward=self.leftward, leftward=self.rightward)
 
 
@@ -70,7 +71,7 @@ def names_before(name: str, rules: Iterable[TensorRule]) -> tuple[str, ...]:
     """What a tensor of the right side is called on the left: several names where it is made of several tensors.
 
     Args:
-        name: On the right.
+        name: A name on the right.
         rules: The first that knows it is used.
 
     Returns:
@@ -104,10 +105,10 @@ class Translation:
 
 
 def translate(tensors: Tensors, rules: Sequence[TensorRule], settings: dict[str, Any] | None = None) -> Translation:
-    """Gives tensors the names and shapes of another layout.
+    """Gives tensors the names and shapes of another format.
 
     Args:
-        tensors: Of the left side.
+        tensors: Tensors of the left side.
         rules: The first that knows a name is used.
         settings: Handed to functions of rules.
     """

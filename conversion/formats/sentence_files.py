@@ -1,7 +1,6 @@
-"""What sentence-transformers (6 and later) reads beside a model of InternVL-C and InternVL-G, as its own `save_pretrained` writes it.
+"""Files that sentence-transformers (6 and later) reads beside InternVL-C and -G, as its `save_pretrained` writes them.
 
-Without these files it finds the same by itself, and says that it had to. Prompts are empty: prefix and end token are the processor's
-work.
+Without them it finds the same settings, with a warning. Prompts are empty: the processor adds prefix and end token.
 """
 
 from pathlib import Path
@@ -30,7 +29,7 @@ def write_sentence_files(folder: Path) -> None:
     """Writes modules.json, sentence_bert_config.json and config_sentence_transformers.json.
 
     Args:
-        folder: Of a result of InternVL-C or InternVL-G with its processor.
+        folder: Folder of an InternVL-C or InternVL-G with its processor.
     """
     write_json(folder / "modules.json", MODULES)
     write_json(folder / "sentence_bert_config.json", TRANSFORMER)

@@ -1,11 +1,11 @@
 """LoRA adapters of PEFT, merged on the way: wrapped into a checkpoint, or in a folder of their own.
 
-PEFT spells a wrapped layer `x.weight` (up to 0.5) or `x.base_layer.weight` (since), with `x.lora_A.default.weight` and
-`x.lora_B.default.weight` beside it, and puts `base_model.model.` in front of whatever it wraps. Merged is `W + alpha / rank * B @ A`, in
-fp32, in the type of W.
+PEFT names a wrapped layer `x.weight` (up to 0.5) or `x.base_layer.weight` (since), with `x.lora_A.default.weight` and
+`x.lora_B.default.weight` beside it, and prefixes the wrapped model with `base_model.model.`. The merged weight is
+`W + alpha / rank * B @ A`, computed in fp32 and cast to the type of W.
 
-Does: linear layers, modules that were trained whole, rank and alpha by pattern, rank-stabilised scaling. Does not: DoRA, adapters of
-embeddings and convolutions, starts that change the base (PiSSA, OLoRA...): they are refused, since adding them would give another model.
+Linear layers are merged, modules that were trained whole, rank and alpha by pattern, rank-stabilised scaling. DoRA,
+adapters of embeddings and convolutions, and initialisations that change the base (PiSSA, OLoRA...) are refused.
 """
 
 import re
@@ -22,13 +22,14 @@ from .source import Source
 from .tensors import LazyTensor, Tensors, computed
 
 
-# LoRA adapters wrapped into a part of a checkpoint: the key of config.json that has their rank. Alpha is twice the rank.
+# LoRA adapters wrapped into a part of a checkpoint: the key of config.json that has their rank. Alpha is twice the
+# rank.
 LORA_RANK_KEYS = {
     "vision_model": "use_backbone_lora",
     "qllama": "use_qllama_lora",
     "language_model": "use_llm_lora",
 }
-# In the LLaVA code base the tower's alpha is this number, whatever the rank.
+# In the LLaVA code base the tower's alpha is this number for every rank.
 LLAVA_TOWER_PREFIX = "model.vision_tower.vision_tower."
 LLAVA_TOWER_LORA_ALPHA = 256
 
@@ -39,14 +40,15 @@ PAIR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?
 TRAINED_WHOLE = re.compile(r"\.modules_to_save\.[^.]+\.")
 # Settings of PEFT that mean nothing for the merge, or that it follows. Any other one that is set is refused.
 KNOWN_SETTINGS = frozenset(
-    "alpha_pattern auto_mapping base_model_name_or_path bias ensure_weight_tying eva_config exclude_modules inference_mode "
-    "init_lora_weights layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core modules_to_save peft_type peft_version "
-    "qalora_group_size r rank_pattern revision runtime_config target_modules task_type use_rslora".split()
+    "alpha_pattern auto_mapping base_model_name_or_path bias ensure_weight_tying eva_config exclude_modules "
+    "inference_mode init_lora_weights layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core "
+    "modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision runtime_config target_modules "
+    "task_type use_rslora".split()
 )
 # Starts that leave the base as it is.
 KNOWN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-# Where the base of an adapter is a part of the model that is converted.
-PARTS = ("", "language_model.", "vision_model.", "qllama.")
+# Prefixes of the parts of a model that an adapter's base may be.
+BASE_PREFIXES = ("", "language_model.", "vision_model.", "qllama.")
 
 # From the name of a layer and its rank to alpha / rank, or to what is wrong.
 Scaling = Callable[[str, int], float | str]
@@ -57,7 +59,7 @@ class Wrapped:
     """Tensors under the names that they have without PEFT.
 
     Args:
-        plain: Of the model.
+        plain: Tensors of the model.
         pairs: Name of a layer to its "A" and "B".
         left_out: Originals whose place was taken.
         problems: Kind of problem to names.
@@ -202,7 +204,7 @@ def _by_config(config: dict[str, Any], lora_alpha: float | None) -> Scaling:
     return scaling
 
 
-# ---------------------------------------------------------------------------------------------------- folders of adapters
+# ------------------------------------------------------------------------------------------------- folders of adapters
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     refused = sorted(key for key, value in settings.items() if value and key not in KNOWN_SETTINGS)
     if str(settings.get("peft_type")).upper() != "LORA":
@@ -211,8 +213,8 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
         refused.append(f"init_lora_weights {settings['init_lora_weights']!r}")
     if refused:
         raise ValueError(
-            f"`{folder / ADAPTER_CONFIG}` describes an adapter that is not merged by this command ({', '.join(refused)}). Merge it with "
-            "PEFT (`merge_and_unload`), save the model, and convert that."
+            f"`{folder / ADAPTER_CONFIG}` describes an adapter that is not merged by this command "
+            f"({', '.join(refused)}). Merge it with PEFT (`merge_and_unload`), save the model, and convert that."
         )
 
 
@@ -226,21 +228,22 @@ def _open_base(source: Source, settings: dict[str, Any], base: str | Path | None
 
 
 def _named_base(source: Source, settings: dict[str, Any]) -> Path:
-    """The base that an adapter names, as PEFT writes it where it was trained: not by a way from here, and not in a download."""
+    """The base that an adapter names by an absolute path; relative paths and downloads are not followed."""
     base = settings.get("base_model_name_or_path")
     if isinstance(base, str) and hub_snapshot(source.folder) is None:
         place = Path(base)
         if place.is_absolute() and ".." not in place.parts and place.is_dir():
             return place
     raise FileNotFoundError(
-        f"`{source.folder}` holds an adapter of {base!r}, which is no folder here: download it and name it with `--base DIR`."
+        f"`{source.folder}` holds an adapter of {base!r}, which is no folder here: download it and name it with "
+        "`--base DIR`."
     )
 
 
 def _with_base(source: Source, wrapped: Wrapped, base: Source) -> Source:
     """The base with the adapter's files and settings; fills `wrapped` with the tensors of the base."""
     names = [f"{module}.weight" for module in wrapped.pairs]
-    part = next((part for part in PARTS if all(part + name in base.tensors for name in names)), "")
+    part = next((part for part in BASE_PREFIXES if all(part + name in base.tensors for name in names)), "")
     wrapped.pairs = {part + module: pair for module, pair in wrapped.pairs.items()}
     wrapped.plain = {**base.tensors, **{part + name: tensor for name, tensor in wrapped.plain.items()}}
     return replace(

@@ -1,7 +1,8 @@
 """One file of a checkpoint: what it holds, read without running any of it.
 
-PyTorch files are opened with `weights_only=True`: whatever else is pickled in them is refused by name. Where the reader of a format
-knows of further classes in its files, these are stood in for by something inert, so that none of their code is needed or run.
+PyTorch files are opened with `weights_only=True`; other pickled objects are refused by name. Where the reader of a
+format knows of further classes in its files, inert objects stand in for theirs, so that none of their code is needed
+or run.
 """
 
 import io
@@ -38,7 +39,8 @@ SAFETENSORS_DTYPES = {
 ARCHIVE_START = b"PK\x03\x04"
 PICKLE_STARTS = tuple(bytes((128, version)) for version in range(2, 6))
 LENGTH_OF_START = 64
-# Callables among those that torch permits, in the spelling of a pickle, that make memory of a size which the pickle says.
+# Callables among those that torch permits, in the spelling of a pickle, that make memory of a size which the pickle
+# says.
 ALLOCATIONS = re.compile(rb"c(?:builtins|__builtin__|torch)\n(bytearray|\w+Tensor)\n")
 LARGEST_PICKLE = 64 * 2**20
 # What else people find under such a name.
@@ -62,10 +64,10 @@ class Weights:
     """Tensors of a checkpoint.
 
     Args:
-        files: Where they lie.
+        files: Files that hold them.
         tensors: Name to tensor, of all files.
-        dtype: Of what was trained, where other parts of the model are kept in another type.
-        left_out: What files hold besides weights, with the reason why it is not converted.
+        dtype: Type of the trained weights, where other parts of the model have another.
+        left_out: Name to reason, of what the files hold and conversion leaves out.
     """
 
     files: list[Path]
@@ -75,7 +77,7 @@ class Weights:
 
 
 class Inert:
-    """Stands in for an object of a class that is known but not made; does nothing, and keeps the state that was pickled of it."""
+    """Stands in for an object of a known class that is not created; only keeps its pickled state."""
 
     state: Any = None
 
@@ -108,7 +110,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: If it cannot be read.
-        ValueError: If it holds anything else, says one thing twice, or is nested deeper or larger than any checkpoint's.
+        ValueError: If it holds anything else, says one thing twice, or is nested deeper or larger than any
+            checkpoint's.
     """
     if not path.is_file():
         return {}
@@ -180,15 +183,15 @@ def load_pytorch_file(file: Path) -> PyTorchContent:
 
 
 def check_tensor(file: Path, name: Any, tensor: torch.Tensor) -> None:
-    """Refuses a tensor that no safetensors file can hold, or that is none.
+    """Refuses anything that is no tensor, or that no safetensors file can hold.
 
     Args:
-        file: Where it lies.
+        file: File that holds it.
         name: Its name there.
         tensor: The tensor.
 
     Raises:
-        ValueError: With the name and what is wrong.
+        ValueError: If it is no such tensor; the message has its name and the reason.
     """
     wrong = ""
     if not isinstance(name, str) or SURROGATE_CHARACTER.search(name):
@@ -230,7 +233,7 @@ def unpickle_stream(stream: BinaryIO, file: Path) -> Any:
 
     Args:
         stream: The part.
-        file: For messages.
+        file: The file, for messages.
 
     Raises:
         OSError: If the part cannot be read.
@@ -247,8 +250,8 @@ def _load(readable: Path | BinaryIO, file: Path, mmap: bool) -> Any:
         except torch.serialization.pickle.UnpicklingError as error:
             refused = error
     raise ValueError(
-        f"`{file}` was refused: it holds pickled objects besides tensors, which could run code when loaded ({_reason(refused)}). Get "
-        "the weights as safetensors, or from someone you trust as a file of tensors only."
+        f"`{file}` was refused: it holds pickled objects besides tensors, which could run code when loaded "
+        f"({_reason(refused)}). Get the weights as safetensors, or from someone you trust as a file of tensors only."
     ) from refused
 
 
@@ -267,7 +270,7 @@ def _check_growth(readable: Path | BinaryIO) -> None:
 
 
 def _pickles_of_archive(stream: BinaryIO) -> bytes:
-    """What an archive holds besides numbers; PyTorch compresses nothing, so that its entries are not larger than the file."""
+    """The pickles of an archive. PyTorch compresses nothing, so entries larger than the file are refused."""
     size = stream.seek(0, io.SEEK_END)
     with zipfile.ZipFile(stream) as archive:
         entries = archive.infolist()
@@ -279,7 +282,7 @@ def _pickles_of_archive(stream: BinaryIO) -> bytes:
 
 
 def _kind_of(start: bytes) -> str:
-    """What a file is, by its first bytes."""
+    """Describes a file by its first bytes."""
     if not start:
         return "nothing: it is empty"
     found = next((kind for mark, kind in KINDS.items() if start.startswith(mark)), None)
@@ -290,6 +293,6 @@ def _kind_of(start: bytes) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What was found, out of a message that goes on to advise to load it all the same."""
+    """The finding alone, from a message that goes on to advise loading the file all the same."""
     found = re.search(r"GLOBAL (\S+)|Unsupported operand \d+", str(error))
     return (found[1] or found[0]) if found else "objects that no file of tensors needs"

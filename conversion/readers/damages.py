@@ -1,4 +1,4 @@
-"""What reading a damaged or hostile file may raise, and the one sentence that becomes of it."""
+"""Errors that reading a damaged or hostile file may raise, turned into one sentence that names the file."""
 
 import re
 import struct
@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 
 
 LONGEST_REASON = 300
-# Of the readers of JSON, pickles, archives and safetensors, and of classes that are given settings of a wrong type or size. No list of
-# them can be short: what they have in common is that the file is at fault, and that it must be named.
+# Of the readers of JSON, pickles, archives and safetensors, and of classes that are given settings of a wrong type or
+# size. No list of them can be short: what they have in common is that the file is at fault, and that it must be named.
 DAMAGES = (
     ArithmeticError,
     AssertionError,
@@ -44,7 +44,7 @@ def naming(
     Args:
         file: The file.
         kind: What it should be, e.g. "complete PyTorch file".
-        error_class: Of the error that is raised in their place.
+        error_class: Class of the error that is raised instead.
         advice: What to do.
     """
     try:
@@ -60,8 +60,8 @@ def describing(folder: Path, name: str = "config.json") -> Iterator[None]:
     """Gives the errors of settings that no model can have the name of their file; what names itself already passes.
 
     Args:
-        folder: Of the checkpoint, or a file in it.
-        name: Of the file with the settings.
+        folder: Folder of the checkpoint, or a file in it.
+        name: Name of the file with the settings.
     """
     try:
         yield
@@ -70,13 +70,13 @@ def describing(folder: Path, name: str = "config.json") -> Iterator[None]:
     except DAMAGES as error:
         file = (folder if folder.is_dir() else folder.parent) / name
         raise ValueError(
-            f"`{file}`, or a file beside it, does not describe this checkpoint ({reason_of(error)}). Put the one in its "
-            "place that was published with the weights."
+            f"`{file}`, or a file beside it, does not describe this checkpoint ({reason_of(error)}). Put the one in "
+            "its place that was published with the weights."
         ) from error
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error says, in one line that is not too long."""
+    """The message of an error, in one line of limited length."""
     if isinstance(error, RecursionError):
         return "it is nested too deep"
     if isinstance(error, MemoryError):

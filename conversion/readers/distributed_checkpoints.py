@@ -1,7 +1,7 @@
 """Weights of a torch.distributed.checkpoint folder, which FSDP writes: `.metadata` and files of the ranks (*.distcp).
 
-`.metadata` says which tensors there are, and for every chunk of one, in which file and at which byte it lies as a PyTorch file of its
-own. Chunks may cut a tensor along any dimensions.
+`.metadata` says which tensors there are, and for every chunk of one, in which file and at which byte it lies as a
+PyTorch file of its own. Chunks may cut a tensor along any dimensions.
 """
 
 import io
@@ -14,7 +14,7 @@ from typing import IO, Any
 import torch
 
 from .checkpoint_files import WRAPPERS, Inert, Weights, is_plain, unpickle_stream
-from .distributed_metadata import METADATA_FILE, attribute, kind_of, read_metadata
+from .distributed_metadata import METADATA_FILE, attribute, class_name, read_metadata
 from .tensors import LazyTensor, TensorReader, stored
 
 
@@ -27,7 +27,7 @@ class Chunk:
 
     Args:
         data: Its numbers.
-        offsets: Where in the tensor it begins, in every dimension.
+        offsets: Its first index in the tensor, in every dimension.
     """
 
     data: LazyTensor
@@ -35,7 +35,7 @@ class Chunk:
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """Where it ends."""
+        """The index behind its last, in every dimension."""
         return tuple(offset + size for offset, size in zip(self.offsets, self.data.shape, strict=True))
 
 
@@ -80,7 +80,7 @@ def read_distributed_weights(folder: Path) -> Weights:
     """The weights of the model.
 
     Args:
-        folder: With `.metadata`.
+        folder: Folder with `.metadata`.
 
     Raises:
         OSError: If a file is missing or cannot be read.
@@ -91,7 +91,8 @@ def read_distributed_weights(folder: Path) -> Weights:
     model = _model_entries(metadata)
     if not model:
         raise ValueError(
-            f"`{folder}` holds no model, only {', '.join(sorted({key.split('.')[0] for key in entries}))}. Give the folder beside it."
+            f"`{folder}` holds no model, only {', '.join(sorted({key.split('.')[0] for key in entries}))}. Give the "
+            "folder beside it."
         )
     places = {
         (attribute(index, "fqn"), _offsets(index)): info for index, info in attribute(metadata, "storage_data").items()
@@ -100,7 +101,7 @@ def read_distributed_weights(folder: Path) -> Weights:
     tensors = {}
     left_out = {}
     for key, name in model.items():
-        if kind_of(entries[key]) == "TensorStorageMetadata":
+        if class_name(entries[key]) == "TensorStorageMetadata":
             tensors[name] = _tensor(folder, key, entries[key], places)
         else:
             left_out[f"{name} in {folder.name}"] = "no tensor"
@@ -109,7 +110,7 @@ def read_distributed_weights(folder: Path) -> Weights:
     return Weights(files, tensors, left_out=left_out)
 
 
-# -------------------------------------------------------------------------------------------------------------- metadata
+# ------------------------------------------------------------------------------------------------------------ metadata
 def _dtype(entry: Any) -> torch.dtype:
     state = getattr(attribute(entry, "properties"), "state", None)
     if not (isinstance(state, tuple) and state and isinstance(state[0], torch.dtype)):
@@ -159,7 +160,7 @@ def _check_files(folder: Path, infos: Any) -> list[Path]:
     return [folder / name for name in sorted(ends)]
 
 
-# --------------------------------------------------------------------------------------------------------------- tensors
+# ------------------------------------------------------------------------------------------------------------- tensors
 def _tensor(folder: Path, key: str, entry: Any, places: dict[tuple[str, tuple[int, ...]], Any]) -> LazyTensor:
     """A tensor out of its chunks."""
     dtype = _dtype(entry)
@@ -208,7 +209,7 @@ def _is_covered(shape: tuple[int, ...], chunks: list[Chunk]) -> bool:
 def _load(key: str, data: LazyTensor, reader: TensorReader) -> torch.Tensor:
     tensor = data.load(reader)
     if not isinstance(tensor, torch.Tensor) or (tuple(tensor.shape), tensor.dtype) != (data.shape, data.dtype):
-        found = f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, torch.Tensor) else kind_of(tensor)
+        found = f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, torch.Tensor) else class_name(tensor)
         raise ValueError(f"`{data.file}` must hold {data.shape} {data.dtype} for `{key}`, got {found}.")
     return tensor
 

@@ -1,7 +1,7 @@
 """The description of a torch.distributed.checkpoint folder: `.metadata`, a pickle, read without running any of it.
 
-Only the few classes that a description needs are known, and even these are not made: something inert stands in for their objects.
-Anything else is refused by name.
+Only the few classes that a description needs are known, and even these are not made: something inert stands in for
+their objects. Anything else is refused by name.
 """
 
 import pickle
@@ -49,7 +49,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         self.classes: dict[str, type[Inert]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands in for a class or value."""
+        """The inert stand-in for a class or value."""
         full_name = f"{module}.{name}"
         if full_name in KNOWN_VALUES:
             return KNOWN_VALUES[full_name]
@@ -62,7 +62,7 @@ def read_metadata(folder: Path) -> Inert:
     """The description of a checkpoint.
 
     Args:
-        folder: With `.metadata`.
+        folder: Folder with `.metadata`.
 
     Returns:
         A record, whose attributes are read with `attribute`.
@@ -82,17 +82,17 @@ def read_metadata(folder: Path) -> Inert:
             raise ValueError(str(error)) from error
     if refused is not None:
         raise ValueError(
-            f"`{file}` was refused: it holds pickled objects of `{refused}`, which could run code when loaded. Get the weights as "
-            "safetensors, or from someone you trust."
+            f"`{file}` was refused: it holds pickled objects of `{refused}`, which could run code when loaded. Get "
+            "the weights as safetensors, or from someone you trust."
         )
-    if kind_of(metadata) != "Metadata":
+    if class_name(metadata) != "Metadata":
         raise ValueError(
-            f"`{file}` must describe a checkpoint of torch.distributed.checkpoint, got a {kind_of(metadata)}."
+            f"`{file}` must describe a checkpoint of torch.distributed.checkpoint, got a {class_name(metadata)}."
         )
     return metadata
 
 
-def kind_of(record: Any) -> str:
+def class_name(record: Any) -> str:
     """Name of the class that a record stands for."""
     return type(record).__name__
 
@@ -101,5 +101,5 @@ def attribute(record: Any, name: str) -> Any:
     """An attribute of a record; ValueError where it has none."""
     state = record.state if isinstance(record, Inert) else None
     if not isinstance(state, dict) or name not in state:
-        raise ValueError(f"`{METADATA_FILE}` is malformed: a {kind_of(record)} in it must have `{name}`.")
+        raise ValueError(f"`{METADATA_FILE}` is malformed: a {class_name(record)} in it must have `{name}`.")
     return state[name]

@@ -1,9 +1,9 @@
-"""What is taken over from the JSON files of a source: an allow-list, applied where they are read.
+"""The allow-list for JSON files of a source, applied where they are read.
 
-A source is somebody else's, and transformers follows some of what such files say to code: `auto_map`, `_attn_implementation` (a kernel on
-the Hub), `custom_pipelines`, `quantization_config`, `trust_remote_code`. So nothing of a source reaches a model, a result or a memory of
-its form but data: numbers and flags under any key, since they name nothing; texts and objects only under keys that are known to hold
-data, or that transformers' own class of this configuration declares.
+A source is untrusted, and transformers follows some settings to code: `auto_map`, `_attn_implementation` (a kernel on
+the Hub), `custom_pipelines`, `quantization_config`, `trust_remote_code`. So only data of a source reaches a model, a
+result or its records: numbers and flags under any key, since they name nothing; texts and objects only under keys that
+are known to hold data, or that transformers' class of this configuration declares.
 """
 
 import re
@@ -24,12 +24,14 @@ RAW_ARGUMENTS = {
     "drop_path_rate": "drop_path_rate",
     "init_values": "initializer_factor",
 }
-# The LLaVA code base: beginnings of its own keys among those of the decoder.
+# Prefixes of the LLaVA code base's keys among those of the decoder.
 LLAVA_KEYS = ("mm_", "tune_mm_", "freeze_mm_", "unfreeze_mm_", "use_mm_", "image_", "vision_tower")
 # Modules that a result of any form may hold, and the only ones that its `auto_map`s name.
 OWN_MODULES = frozenset(
-    "configuration_intern_vit configuration_internlm2 configuration_internvl configuration_internvl_chat image_processing_internvl "
-    "modeling_intern_vit modeling_internlm2 modeling_internvit modeling_internvl modeling_internvl_chat processing_internvl".split()
+    "configuration_intern_vit configuration_internlm2 configuration_internvl configuration_internvl_chat "
+    "image_processing_internvl "
+    "modeling_intern_vit modeling_internlm2 modeling_internvit modeling_internvl modeling_internvl_chat "
+    "processing_internvl".split()
 )
 
 
@@ -67,7 +69,8 @@ class Allowed:
     Args:
         texts: Keys whose texts, or lists of texts, are data.
         parts: Keys of objects that are looked at in the same way.
-        labels: Keys of texts by name: tokens with their properties, templates, labels. What else is in them does not pass.
+        labels: Keys of texts by name: tokens with their properties, templates, labels. What else is in them does not
+            pass.
         endings: Ends of further keys of that kind.
     """
 
@@ -83,16 +86,17 @@ class Allowed:
 
 CONFIGURATION = Allowed(
     texts=frozenset(
-        "_commit_hash _name_or_path activation_function architectures classifier_pooling connector dtype feature_pyramid finetuning_task "
-        "hidden_act hidden_activation layer_types mlp_layer_types model model_type norm_type out_features prefix problem_type "
-        "projector_hidden_act projector_type ps_version rope_type stage_names template tokenizer_class torch_dtype transformers_version "
-        "type vision_feature_select_strategy "
+        "_commit_hash _name_or_path activation_function architectures classifier_pooling connector dtype "
+        "feature_pyramid finetuning_task hidden_act hidden_activation layer_types mlp_layer_types model model_type "
+        "norm_type out_features prefix problem_type projector_hidden_act projector_type ps_version rope_type "
+        "stage_names template tokenizer_class torch_dtype transformers_version type vision_feature_select_strategy "
         # of the published training code's configurations, which are read and not passed on
         "CLS_TARGET PRETRAINED TYPE cls_target pretrained".split()
     ),
     parts=frozenset(
         "llm_config qllama_config rope_parameters rope_scaling text_config vision_config vision_tower_config "
-        "DATA INTERN_VIT_6B MODEL auxiliary_head backbone decode_head fpn_variant full_attention model sliding_attention".split()
+        "DATA INTERN_VIT_6B MODEL auxiliary_head backbone decode_head fpn_variant full_attention model "
+        "sliding_attention".split()
     ),
     labels=frozenset(("id2label", "label2id")),
 )
@@ -102,14 +106,16 @@ GENERATION = Allowed(
 )
 PROCESSOR = Allowed(
     texts=frozenset(
-        "crop_size data_format feature_extractor_type image_mean image_processor_type image_std processor_class resample resize_mode "
+        "crop_size data_format feature_extractor_type image_mean image_processor_type image_std processor_class "
+        "resample resize_mode "
         "size".split()
     ),
     parts=frozenset("crop_size feature_extractor image_mean image_processor image_std size video_processor".split()),
 )
 TOKENIZER = Allowed(
     texts=frozenset(
-        "backend errors model_input_names name_or_path padding_side processor_class tokenizer_class truncation_side".split()
+        "backend errors model_input_names name_or_path padding_side processor_class tokenizer_class "
+        "truncation_side".split()
     ),
     parts=frozenset(("sp_model_kwargs",)),
     labels=frozenset(("added_tokens_decoder", "chat_template")),
@@ -130,8 +136,8 @@ def only_data(name: str, content: dict[str, Any], refused: list[str] | None = No
     """What may be taken over from a file of a source.
 
     Args:
-        name: Of the file.
-        content: Of the file.
+        name: Name of the file.
+        content: Content of the file.
         refused: Takes the keys of what is left out.
 
     Returns:
@@ -168,7 +174,7 @@ def _data(content: dict[str, Any], allowed: Allowed, refused: list[str], path: s
 
 
 def _labels(value: Any, refused: list[str], path: str) -> Any:
-    """Texts and numbers, and objects and lists of these; of an object within an object what a token or a template has."""
+    """Keeps texts, numbers, and objects and lists of these; of nested objects, the fields of tokens and templates."""
     if isinstance(value, list):
         return [_labels(part, refused, path) for part in value]
     if not isinstance(value, dict):

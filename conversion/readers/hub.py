@@ -1,7 +1,7 @@
-"""A repository on the Hub as SOURCE: its files in the cache of `huggingface_hub`, and of these only what a conversion reads.
+"""Downloads a repository of the Hub into the cache of `huggingface_hub`: files that a conversion reads, and no code.
 
-The token, the endpoint, offline mode and the place of the cache are those of that library (`HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`,
-`HF_HOME`), and so is the download: what was broken off goes on when the command is run again. No code of the repository is downloaded.
+Token, endpoint, offline mode and cache are that library's (`HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_HOME`),
+and so is the download: run again, it goes on where it broke off.
 """
 
 import re
@@ -73,7 +73,8 @@ def _said_in_one_line(name: str, revision: str | None) -> Iterator[None]:
         yield
     except GatedRepoError as error:
         raise PermissionError(
-            f"{there} is gated: accept its terms on its page on the Hub, then log in with `hf auth login`, or set `HF_TOKEN`."
+            f"{there} is gated: accept its terms on its page on the Hub, then log in with `hf auth login`, or set "
+            "`HF_TOKEN`."
         ) from error
     except RevisionNotFoundError as error:
         raise FileNotFoundError(
@@ -81,13 +82,14 @@ def _said_in_one_line(name: str, revision: str | None) -> Iterator[None]:
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise FileNotFoundError(
-            f"There is no `{name}` here, and on the Hub no such repository that may be read. Give the folder of a checkpoint, or log in with "
-            "`hf auth login` where it is private."
+            f"There is no `{name}` here, and on the Hub no such repository that may be read. Give the folder of a "
+            "checkpoint, or log in with `hf auth login` where it is private."
         ) from error
     except LocalEntryNotFoundError as error:
         why = "offline mode is on" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
         raise FileNotFoundError(
-            f"There is no `{name}` here, {there} is not whole in the Hub's cache, and {why}. Run it again when it can be downloaded."
+            f"There is no `{name}` here, {there} is not whole in the Hub's cache, and {why}. Run it again when it can "
+            "be downloaded."
         ) from error
     except HfHubHTTPError as error:
         raise OSError(f"The Hub did not give {there}: {str(error).splitlines()[0]} Run it again to go on.") from error

@@ -1,4 +1,4 @@
-"""Links in a source: a checkpoint that somebody else packed may link to any file of this machine, and a result may be uploaded."""
+"""Refuses links out of a source: a foreign checkpoint may link to any file here, and results are uploaded."""
 
 import os
 from pathlib import Path
@@ -15,14 +15,14 @@ READ = (*WEIGHT_SUFFIXES, ".distcp", ".jinja", ".json", ".metadata", ".model", "
 
 
 def check_links(folder: Path, depth: int = DEPTH) -> None:
-    """Refuses links that lead out of a folder, but for those of the Hub's cache from a snapshot to that repository's own files.
+    """Refuses links out of a folder, but for those of the Hub's cache from a snapshot to the repository's blobs.
 
     Args:
         folder: Given by the user, so that it may be a link itself.
-        depth: Of folders in it that are looked at; 0 where only files beside a file are read.
+        depth: Depth of the folders that are searched; 0 where only files beside a file are read.
 
     Raises:
-        ValueError: With all such links, and where they lead.
+        ValueError: If there are any; the message lists them, and where they lead.
     """
     root = folder.resolve()
     snapshots = hub_snapshot(root)
@@ -35,13 +35,13 @@ def check_links(folder: Path, depth: int = DEPTH) -> None:
     if leaving:
         found = ", ".join(f"{place} -> {target}" for place, target in sorted(leaving.items()))
         raise ValueError(
-            f"`{folder}` holds links that leave it: {found}. What they lead to is not read: copy what belongs to the checkpoint in their "
-            "place, and take away the others."
+            f"`{folder}` holds links that leave it: {found}. What they lead to is not read: copy what belongs to the "
+            "checkpoint in their place, and take away the others."
         )
 
 
 def hub_snapshot(folder: Path) -> Path | None:
-    """The folder of snapshots that a folder lies in, where it is one of the Hub's cache: models--USER--NAME/snapshots/COMMIT.
+    """The `snapshots` folder of a folder in the Hub's cache (models--USER--NAME/snapshots/COMMIT), else None.
 
     Args:
         folder: Any folder.

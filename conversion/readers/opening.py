@@ -70,7 +70,7 @@ class SafetensorsContent:
 
 
 def open_source(path: str | Path) -> Source:
-    """Looks at a checkpoint: reads headers, no weights (PyTorch files are mapped to learn their names).
+    """Opens a checkpoint: reads headers, no weights (PyTorch files are memory-mapped to learn their names).
 
     Args:
         path: Folder of a checkpoint, or a single file with weights and a config.json beside it.
@@ -112,7 +112,7 @@ def _open(path: Path) -> Source:
 
 
 def _open_parts(path: Path) -> Source | None:
-    """What a training framework wrote in parts, if there is such."""
+    """The source that a training framework wrote in parts, if there is one."""
     found = open_training_folder(path)
     if found is None:
         return None
@@ -137,11 +137,11 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def open_files(folder: Path, files: list[Path]) -> Source:
-    """Looks at certain files of a checkpoint.
+    """Opens certain files of a checkpoint.
 
     Args:
-        folder: Of config.json and what else belongs to it.
-        files: With weights.
+        folder: Folder of config.json and the other files of the checkpoint.
+        files: Files with weights.
 
     Raises:
         OSError: A file cannot be read.
@@ -160,10 +160,10 @@ def open_files(folder: Path, files: list[Path]) -> Source:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Files with weights in a folder: those that transformers would take, else all there are.
+    """Lists the files with weights in a folder: those that transformers would load, else all there are.
 
     Args:
-        folder: Of a checkpoint.
+        folder: Folder of a checkpoint.
 
     Raises:
         OSError: There are none, or one that an index names is missing.
@@ -181,11 +181,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _with_other_shards(file: Path) -> list[Path]:
-    """A file; or, where that is an index or one of the shards that an index names, all shards."""
+    """All shards where the file is an index or a shard that an index names; else the file alone."""
     indices = (file.parent / name for name in STANDARD_FILES if name.endswith(".json"))
     for index in indices:
         weight_map = read_json(index).get("weight_map")
-        # Whatever is wrong with an index that does not name the file, the file can be read.
+        # An index that does not name the file need not be sound.
         if file == index or (isinstance(weight_map, dict) and file.name in weight_map.values()):
             return _shards(index)
     return [file]
@@ -199,7 +199,7 @@ def _shards(index: Path) -> list[Path]:
     names = sorted(set(map(str, weight_map.values())))
     outside = [name for name in names if not (is_plain(name) and name.endswith(WEIGHT_SUFFIXES))]
     if outside:
-        # The name itself is judged, not where a link leads: the Hub's cache is made of links to a folder of its own.
+        # The name is judged, not where a link leads: the Hub's cache consists of links to a separate folder.
         raise ValueError(f"`{index}` points outside its folder: {', '.join(outside)}. Do not use this checkpoint.")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
@@ -241,7 +241,7 @@ def _list_tensors(file: Path) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
 
 
 def _data_starts(file: Path) -> dict[str, int]:
-    """Where the data of every tensor begins, from the header of a safetensors file that was found valid."""
+    """Offset of every tensor's data, from the header of a valid safetensors file."""
     with file.open("rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8))
         header = json.loads(opened.read(length))

@@ -1,8 +1,9 @@
-"""Published quantised checkpoints. What bitsandbytes wrote is given back as the numbers its layers compute with; others are refused by name.
+"""Quantised checkpoints: those of bitsandbytes become the numbers that its layers compute with, others are refused.
 
-bitsandbytes keeps a linear layer in 8 bits as `x.weight` (int8) with the largest magnitude of each row (`x.SCB`), whose 127th part is the
-unit; in 4 bits as `x.weight`, two places of a table of 16 numbers to a byte, with the largest magnitude of each block of 64 or so, which
-may itself be kept in 8 bits. Both say exactly which numbers are meant. What the quantisation lost of the published weights stays lost.
+In 8 bits, bitsandbytes stores a linear layer as `x.weight` (int8) and the largest magnitude of each row (`x.SCB`), in
+units of 1/127 of it. In 4 bits, `x.weight` packs two indices into a table of 16 numbers in a byte, with the largest
+magnitude of each block (of 64, say), which may itself be stored in 8 bits. Both define the numbers exactly; what
+quantising lost stays lost.
 """
 
 import json
@@ -41,19 +42,19 @@ def dequantised(source: Source, open_file: Any) -> Source:
 
     Args:
         source: An opened source.
-        open_file: As for `TensorReader`.
+        open_file: See `TensorReader`.
 
     Returns:
         The same where nothing is quantised.
 
     Raises:
-        ValueError: The quantisation is none whose numbers are known exactly, or its parts do not fit together.
+        ValueError: The quantisation is another one, or its parts do not fit together.
     """
     other = next((who for name in source.tensors for mark, who in OTHER_MARKS.items() if name.endswith(mark)), None)
     if other is not None:
         raise ValueError(
-            f"`{source.folder}` is quantised ({_method(source) or other}), and only weights that bitsandbytes quantised are converted. Give "
-            "the checkpoint that this one was made of."
+            f"`{source.folder}` is quantised ({_method(source) or other}), and only weights that bitsandbytes "
+            "quantised are converted. Give the checkpoint that this one was made of."
         )
     states = {match["weight"]: match[0] for match in map(STATE.fullmatch, source.tensors) if match}
     scales = [name for name in source.tensors if name.endswith(".SCB")]
@@ -73,7 +74,7 @@ def _method(source: Source) -> str | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------------------------ 8 bits
+# -------------------------------------------------------------------------------------------------------------- 8 bits
 def _from_eight_bits(source: Source, scales: list[str], open_file: Any) -> Source:
     tensors = dict(source.tensors)
     with TensorReader(open_file) as reader:
@@ -105,7 +106,7 @@ def _widened(tensor: LazyTensor) -> LazyTensor:
     return computed(lambda value: value.float(), tensor) if is_narrow else tensor
 
 
-# ------------------------------------------------------------------------------------------------------------------ 4 bits
+# -------------------------------------------------------------------------------------------------------------- 4 bits
 def _from_four_bits(source: Source, states: dict[str, str], open_file: Any) -> Source:
     tensors = dict(source.tensors)
     with TensorReader(open_file) as reader:

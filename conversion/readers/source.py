@@ -16,15 +16,15 @@ class Source:
     """A checkpoint: its configuration and its tensors.
 
     Args:
-        folder: Where everything else of the checkpoint lies.
+        folder: Folder of the checkpoint's other files.
         config: config.json, or an empty dictionary.
         files: Files with weights.
         tensors: Name to tensor, of all files.
         doubled: Names that lie in more than one file.
-        left_out: What files hold besides weights, with the reason why it is not converted.
-        notes: What the user is told.
-        dtype: Of what was trained, where other parts of the model are kept in another type.
-        recorded_files: JSON files by name, read in place of those in the folder where the source is one of the past.
+        left_out: Name to reason, of what the files hold and conversion leaves out.
+        notes: Remarks for the user.
+        dtype: Type of the trained weights, where other parts of the model have another.
+        recorded_files: JSON files by name, read instead of those in the folder; for a source as it once was.
     """
 
     folder: Path

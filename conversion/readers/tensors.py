@@ -1,7 +1,7 @@
 """Tensors that are read when they are needed.
 
-A conversion is a chain of steps from names to names (merge adapters, rename, split, resize, cast), each from one dictionary of lazy
-tensors to another. Nothing is read until a result is written, and then one tensor at a time.
+A conversion is a chain of steps (merge adapters, rename, split, resize, cast), each from one dictionary of lazy
+tensors to another. Nothing is read until the result is written, and then one tensor at a time.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ class TensorReader:
     """Reads stored tensors; files stay open until `close`.
 
     Args:
-        open_file: From a file to its content, looked up by name, and what to do when it is closed.
+        open_file: Opens a file on an exit stack and returns its tensors by name.
     """
 
     def __init__(self, open_file: Callable[[Path, ExitStack], Any]) -> None:
@@ -38,21 +38,21 @@ class TensorReader:
         self.close()
 
     def close(self) -> None:
-        """Gives back the memory maps, and with them the pages that were read; the next look-up opens its file again."""
+        """Closes the memory maps and frees the pages that were read; the next look-up opens its file again."""
         self.contents.clear()
         self.stack.close()
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor to be.
+    """A tensor that is read when it is needed.
 
     Args:
         shape: Its shape.
         dtype: Its type.
-        file: Where (the first part of) its data lies.
-        load: Gives it.
-        start: Where in the file, if that holds the bytes of just this tensor, in order.
+        file: File with its data, or with the first part of it.
+        load: Reads it.
+        start: Offset in bytes, if the file holds the tensor contiguously; else None.
     """
 
     shape: tuple[int, ...]
@@ -67,7 +67,7 @@ class LazyTensor:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def on_meta(self) -> torch.Tensor:
-        """The same without data."""
+        """A tensor without data of this shape and type."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
@@ -80,11 +80,11 @@ def stored(file: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype, st
 
 
 def computed(function: Callable[..., torch.Tensor], *inputs: LazyTensor) -> LazyTensor:
-    """What a function makes of tensors. It is called once on the meta device, which tells shape and type.
+    """Applies a function when the tensor is read. Shape and type come from one call on the meta device.
 
     Args:
-        function: Of as many tensors as there are inputs.
-        inputs: One at least; all are in memory while it runs.
+        function: Takes as many tensors as there are inputs.
+        inputs: At least one; all are in memory while `function` runs.
     """
     result = function(*(part.on_meta() for part in inputs))
     return LazyTensor(
@@ -96,6 +96,6 @@ def computed(function: Callable[..., torch.Tensor], *inputs: LazyTensor) -> Lazy
 
 
 def in_order_of_files(tensors: dict[str, LazyTensor], files: list[Path]) -> dict[str, LazyTensor]:
-    """The same, those of one file together, so that each file is opened once."""
+    """Sorts tensors by file, so that each file is opened once."""
     places = {file: place for place, file in enumerate(files)}
     return dict(sorted(tensors.items(), key=lambda item: places[item[1].file]))

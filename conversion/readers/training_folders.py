@@ -44,7 +44,7 @@ def only_checkpoint(folder: Path) -> Path | None:
     """The `checkpoint-N` of a Trainer's output folder.
 
     Args:
-        folder: Without weights of its own.
+        folder: A folder without weights in it.
 
     Returns:
         The checkpoint; None where there is none.
@@ -61,6 +61,6 @@ def only_checkpoint(folder: Path) -> Path | None:
 
 
 def _folder_of_config(folder: Path) -> Path:
-    """Where the configuration lies: beside the weights, or up to two folders above (run/checkpoint-N/global_stepM)."""
+    """The folder of config.json: beside the weights, or up to two folders above (run/checkpoint-N/global_stepM)."""
     places = [folder, *folder.absolute().parents[:2]]
     return next((place for place in places if (place / "config.json").is_file()), folder)

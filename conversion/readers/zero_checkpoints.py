@@ -1,11 +1,13 @@
 """Weights of a DeepSpeed ZeRO checkpoint, read without DeepSpeed.
 
-Each process wrote a file with its part of the float32 weights. In stages 1 and 2 all parameters of an optimizer group lie behind each
-other in one long vector, of which each process holds a stretch. In stage 3 each parameter is cut into as many equal parts as there are
-processes, and each process holds its parts behind each other. Both are padded at the end of what is cut. Names, shapes and order are in
-the files with model states, and beside them what is not trained: buffers, and frozen parameters in the type of the training.
+Each process wrote a file with its part of the float32 weights. In stages 1 and 2 all parameters of an optimizer group
+lie behind each other in one long vector, of which each process holds a stretch. In stage 3 each parameter is cut into
+as many equal parts as there are processes, and each process holds its parts behind each other. Both are padded at the
+end of what is cut. Names, shapes and order are in the files with model states, and beside them what is not trained:
+buffers, and frozen parameters in the type of the training.
 
-Does: data parallel training of any world size, in float16, bfloat16 or float32. Does not: tensor, pipeline or expert parallelism.
+Supported is data parallel training of any world size, in float16, bfloat16 or float32; not tensor, pipeline or expert
+parallelism.
 """
 
 import math
@@ -23,7 +25,7 @@ def read_zero_weights(folder: Path) -> Weights:
     """The weights as they were trained: float32, but for frozen parameters, which lie in the type of the training.
 
     Args:
-        folder: With the files of ranks.
+        folder: Folder with the files of ranks.
 
     Raises:
         OSError: If a file is missing or cannot be read.
@@ -76,7 +78,7 @@ def _widen(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _shapes(zero: Zero) -> list[dict[str, torch.Size]]:
-    """Of each optimizer group, in the order of the flat weights."""
+    """Shapes of each optimizer group, in the order of the flat weights."""
     shapes = zero.model.get("param_shapes")
     if not shapes:
         raise ValueError(
@@ -100,8 +102,9 @@ def _trained_by_stretch(zero: Zero) -> Iterator[tuple[str, LazyTensor]]:
     paddings = zero.optimizers[0].get("param_alignment_paddings") or [[0] * len(group) for group in shapes]
     if any(len(groups) != len(shapes) for groups in ranks) or [*map(len, paddings)] != [*map(len, shapes)]:
         raise ValueError(
-            f"The files of `{zero.folder}` do not belong together: {len(shapes)} optimizer groups in the model states, "
-            f"{', '.join(str(len(groups)) for groups in ranks)} in the optimizer states, or other parameters in them."
+            f"The files of `{zero.folder}` do not belong together: {len(shapes)} optimizer groups in the model "
+            f"states, {', '.join(str(len(groups)) for groups in ranks)} in the optimizer states, or other parameters "
+            "in them."
         )
     for index, (group, padding) in enumerate(zip(shapes, paddings, strict=True)):
         vector = [groups[index] for groups in ranks]
@@ -150,11 +153,11 @@ def _cut(
     """One tensor, out of equally long parts of vectors.
 
     Args:
-        zero: For messages.
-        name: For messages.
+        zero: The checkpoint, for messages.
+        name: Name of the tensor, for messages.
         places: Vectors, each a list of flat tensors that continue each other, and where in each the part begins.
-        length: Of each part.
-        shape: Of the result; what the parts hold beyond it is padding.
+        length: Length of each part.
+        shape: Shape of the result; numbers of the parts beyond it are padding.
     """
     found = [piece for vector, start in places for piece in _pieces(vector, start, start + length)]
     if sum(stop - start for _, start, stop in found) != length * len(places):
@@ -185,5 +188,6 @@ def _check_length(zero: Zero, place: str, used: int, there: int, alignment: int)
     """The flat weights must be used up, but for padding to a multiple of the alignment."""
     if math.ceil(used / alignment) != math.ceil(there / alignment):
         raise ValueError(
-            f"The files of `{zero.folder}` do not belong together: the parameters of {place} have {used} numbers, {there} are there."
+            f"The files of `{zero.folder}` do not belong together: the parameters of {place} have {used} numbers, "
+            f"{there} are there."
         )

@@ -31,11 +31,11 @@ class Zero:
     """The files of one checkpoint and what they say.
 
     Args:
-        folder: Where they lie.
-        model_files: By rank.
-        model: Content of the first of them.
-        optimizer_files: By rank.
-        optimizers: For each rank, what its file holds for the optimizer.
+        folder: Their folder.
+        model_files: Files with model states, by rank.
+        model: Content of the first of `model_files`.
+        optimizer_files: Files with optimizer states, by rank.
+        optimizers: Optimizer states, by rank.
     """
 
     folder: Path
@@ -81,7 +81,7 @@ def open_zero_folder(folder: Path) -> Zero:
     """Looks at the files of all ranks.
 
     Args:
-        folder: With the files.
+        folder: Folder with the files.
 
     Raises:
         OSError: If a file is missing or cannot be read.
@@ -91,7 +91,8 @@ def open_zero_folder(folder: Path) -> Zero:
     unknown = [name for name in names if not (OPTIMIZER_FILE.fullmatch(name) or MODEL_FILE.fullmatch(name))]
     if unknown:
         raise ValueError(
-            f"`{folder}` holds files of tensor, pipeline or expert parallel training, which are not converted: {', '.join(unknown)}."
+            f"`{folder}` holds files of tensor, pipeline or expert parallel training, which are not converted: "
+            f"{', '.join(unknown)}."
         )
     model_files, optimizer_files = (_by_rank(folder, names, pattern) for pattern in (MODEL_FILE, OPTIMIZER_FILE))
     if 0 not in model_files:
@@ -116,7 +117,7 @@ def open_zero_file(file: Path) -> dict[str, torch.Tensor]:
     """Tensors of one file: `module.NAME` and `frozen_param_fragments.NAME`, or those of the optimizer, `KEY.GROUP`.
 
     Args:
-        file: With the states of one rank.
+        file: File with the states of one rank.
     """
     content = _read(file)
     found = {
@@ -178,7 +179,8 @@ def _world_size(folder: Path, optimizers: dict[int, dict[str, Any]]) -> int:
     if len(different) != 1 or not all(isinstance(size, int) for size in different):
         said = "; ".join(f"rank {rank}: {', '.join(map(str, size))}" for rank, size in sizes.items())
         raise ValueError(
-            f"The files of `{folder}` do not belong together: they must agree on the number of processes, and say {said}."
+            f"The files of `{folder}` do not belong together: they must agree on the number of processes, and say "
+            f"{said}."
         )
     return different.pop()
 
@@ -187,10 +189,12 @@ def _check_ranks(folder: Path, kind: str, files: dict[int, Path], size: int) -> 
     missing = [str(rank) for rank in range(size) if rank not in files]
     if missing:
         raise FileNotFoundError(
-            f"`{folder}` was written by {size} processes, and lacks the *_{kind}.pt of rank {', '.join(missing)}. Copy all files."
+            f"`{folder}` was written by {size} processes, and lacks the *_{kind}.pt of rank {', '.join(missing)}. "
+            "Copy all files."
         )
     beyond = [file.name for rank, file in files.items() if rank >= size]
     if beyond:
         raise ValueError(
-            f"`{folder}` was written by {size} process{'es' if size > 1 else ''}, and holds files of another run: {', '.join(beyond)}."
+            f"`{folder}` was written by {size} process{'es' if size > 1 else ''}, and holds files of another run: "
+            f"{', '.join(beyond)}."
         )

@@ -13,7 +13,7 @@ TAGS = {
     "chat": ["vision", "multimodal", "conversational"],
 }
 
-# By kind of result, or by class where that is another than its kind's.
+# By kind of model, or by class where that differs from its kind's.
 SNIPPETS = {
     "InternViTForImageClassification": """\
 import torch
@@ -23,7 +23,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 path = "."  # this folder, or its id on the Hub
 model = AutoModelForImageClassification.from_pretrained(path, trust_remote_code=True).eval()
 image_processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=True)
-inputs = image_processor(Image.open("picture.jpg"), return_tensors="pt")
+inputs = image_processor(Image.open("image.jpg"), return_tensors="pt")
 with torch.no_grad():
     logits = model(inputs["pixel_values"]).logits
 print(logits.softmax(dim=-1).topk(min(5, model.num_labels)))
@@ -36,11 +36,11 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 path = "."  # this folder, or its id on the Hub
 model = AutoModelForSemanticSegmentation.from_pretrained(path, trust_remote_code=True).eval()
 image_processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=True)
-picture = Image.open("picture.jpg")
-inputs = image_processor(picture, return_tensors="pt")
+image = Image.open("image.jpg")
+inputs = image_processor(image, return_tensors="pt")
 with torch.no_grad():
     logits = model(inputs["pixel_values"]).logits
-scores = torch.nn.functional.interpolate(logits, size=(picture.height, picture.width), mode="bilinear")
+scores = torch.nn.functional.interpolate(logits, size=(image.height, image.width), mode="bilinear")
 print(scores.argmax(dim=1).shape)
 """,
     "InternViTBackbone": """\
@@ -53,7 +53,7 @@ path = "."  # this folder, or its id on the Hub
 backbone_class = get_class_from_dynamic_module("modeling_internvit.InternViTBackbone", path)
 model = backbone_class.from_pretrained(path).eval()
 image_processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=True)
-inputs = image_processor(Image.open("picture.jpg"), return_tensors="pt")
+inputs = image_processor(Image.open("image.jpg"), return_tensors="pt")
 with torch.no_grad():
     feature_maps = model(inputs["pixel_values"]).feature_maps
 print([tuple(feature_map.shape) for feature_map in feature_maps])
@@ -66,7 +66,7 @@ from transformers import AutoImageProcessor, AutoModel
 path = "."  # this folder, or its id on the Hub
 model = AutoModel.from_pretrained(path, trust_remote_code=True).eval()
 image_processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=True)
-inputs = image_processor(Image.open("picture.jpg"), return_tensors="pt")
+inputs = image_processor(Image.open("image.jpg"), return_tensors="pt")
 with torch.no_grad():
     outputs = model(inputs["pixel_values"])
 print(outputs.last_hidden_state.shape, outputs.pooler_output.shape)
@@ -80,7 +80,7 @@ path = "."  # this folder, or its id on the Hub
 model = AutoModel.from_pretrained(path, trust_remote_code=True).eval()
 processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
 texts = ["a photo of a cat", "a photo of a dog"]
-inputs = processor(images=Image.open("picture.jpg"), text=texts, return_tensors="pt")
+inputs = processor(images=Image.open("image.jpg"), text=texts, return_tensors="pt")
 with torch.no_grad():
     outputs = model(**inputs, mode="InternVL-G")  # or "InternVL-C"
 print(outputs.logits_per_image.softmax(dim=-1))
@@ -92,7 +92,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 path = "."  # this folder, or its id on the Hub
 model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True).eval()
 processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
-content = [{"type": "image", "image": Image.open("picture.jpg")}, {"type": "text", "text": "What is shown?"}]
+content = [{"type": "image", "image": Image.open("image.jpg")}, {"type": "text", "text": "What is shown?"}]
 inputs = processor.apply_chat_template(
     [{"role": "user", "content": content}],
     add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
@@ -109,59 +109,59 @@ from transformers import AutoModel
 path = "."  # this folder, or its id on the Hub
 model = AutoModel.from_pretrained(path, trust_remote_code=True).eval()
 """
-# By form: what the title ends in, and what beside the weights is whose.
-FORM_TEXTS = {
+# By `--to`: the end of the title, and whose the files beside the weights are.
+TARGET_TEXTS = {
     "internvl": (
         "for today's transformers",
         "code, processor and configuration are those of the InternVL package, which wrote this folder.",
     ),
     "published": (
         "in the published layout",
-        "names and configuration are those of the releases, for engines and code that read them (vLLM's `InternVLChatModel`, "
-        "llama.cpp's `convert_hf_to_gguf.py`). The code is that of the InternVL package, which wrote this folder, under the "
-        "published names.",
+        "names and configuration are those of the releases, for engines and code that read them (vLLM's "
+        "`InternVLChatModel`, llama.cpp's `convert_hf_to_gguf.py`). The code is that of the InternVL package, which "
+        "wrote this folder, under the published names.",
     ),
     "native": (
         "for transformers' own InternVL",
-        "names, configuration and processor are transformers' own, so nothing here needs remote code; the processor needs "
-        "torchvision. The InternVL package wrote this folder.",
+        "names, configuration and processor are transformers' own, so nothing here needs remote code; the processor "
+        "needs torchvision. The InternVL package wrote this folder.",
     ),
 }
 
 
-def snippet_of(result: Result, form: str) -> str:
-    """Code that runs a result in one of the forms."""
-    if form == "published":
+def snippet_of(result: Result, to: str) -> str:
+    """Code that runs a model in the format that `to` names."""
+    if to == "published":
         return PUBLISHED_SNIPPET
     snippet = SNIPPETS.get(result.model_class.__name__) or SNIPPETS[result.kind]
-    return snippet.replace(", trust_remote_code=True", "") if form == "native" else snippet
+    return snippet.replace(", trust_remote_code=True", "") if to == "native" else snippet
 
 
 def front_matter(text: str) -> dict[str, str]:
-    """Plain `key: value` lines of a card's front matter; nested values are left out."""
+    """Reads the plain `key: value` lines of a card's front matter, without nested values."""
     block = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", text, re.DOTALL)
     pairs = re.findall(r"^(\w+):[ \t]*(\S[^\n]*)$", block.group(1), re.MULTILINE) if block else []
     return {key: value.strip().strip("'\"") for key, value in pairs}
 
 
 def hub_id(folder: Path) -> str | None:
-    """The repository id, where a folder lies in the Hub's cache or its card names it."""
+    """The id of a repository whose folder lies in the Hub's cache."""
     for part in folder.absolute().parts:
         if part.startswith("models--"):
             return part.removeprefix("models--").replace("--", "/", 1)
     return None
 
 
-def write_card(target: Path, name: str, result: Result, source_folder: Path, facts: dict[str, Any], form: str) -> None:
+def write_card(target: Path, name: str, result: Result, source_folder: Path, facts: dict[str, Any], to: str) -> None:
     """Writes README.md.
 
     Args:
         target: Folder of the result.
-        name: Of the source's layout.
+        name: Name of the source's format.
         result: What is written.
-        source_folder: Its card names the licence; its place in the Hub's cache names the repository.
-        facts: Label to value, listed in the card.
-        form: Name of the form of the result.
+        source_folder: Folder of the source. Its card names the licence, its place in the Hub's cache the repository.
+        facts: Label to value, for the list in the card.
+        to: Value of `--to` of the result's format.
     """
     card = source_folder / "README.md"
     published = front_matter(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else {}
@@ -170,8 +170,8 @@ def write_card(target: Path, name: str, result: Result, source_folder: Path, fac
     lines += [f"{key}: {published[key]}" for key in ("license_name", "license_link") if key in published]
     lines += ["library_name: transformers", f"pipeline_tag: {result.pipeline_tag}"]
     lines += [f"base_model: {base_model}"] if base_model else []
-    code = () if form == "native" else ("custom_code",)
-    title, remark = FORM_TEXTS[form]
+    code = () if to == "native" else ("custom_code",)
+    title, remark = TARGET_TEXTS[to]
     lines += ["tags:", *(f"- {tag}" for tag in ("internvl", *code, *TAGS[result.kind])), "---", ""]
     title_name = base_model or name.partition(",")[0]
     lines += [
@@ -180,7 +180,7 @@ def write_card(target: Path, name: str, result: Result, source_folder: Path, fac
         f"The weights are those of {base_model or 'the published checkpoint'}; {remark}",
         "",
         "```python",
-        snippet_of(result, form).rstrip(),
+        snippet_of(result, to).rstrip(),
         "```",
         "",
         *(f"- {label}: {value}" for label, value in facts.items()),

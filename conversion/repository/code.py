@@ -20,7 +20,7 @@ def write_json(path: Path, content: dict[str, Any] | list[dict[str, Any]]) -> No
 
 
 def code_files(modules: Iterable[str]) -> list[Path]:
-    """Files of modules and of all that they import from the same folder, which is what the remote loader follows.
+    """Lists the files of modules and of all that they import from the same folder, as the remote loader does.
 
     Args:
         modules: Names of modules at the root of the package.
@@ -59,9 +59,10 @@ def copy_code(target: Path, auto_maps: Iterable[dict[str, str]]) -> list[str]:
 
 
 def keep_written_code(target: Path) -> None:
-    """Takes every `auto_map` out of a result that names anything but a module lying in it.
+    """Removes every `auto_map` of a result that names a module other than those in its folder.
 
-    What comes from a source names modules of this package at most (see `foreign_settings`); of these, a form need not write all.
+    Settings of a source name modules of this package at most (see `foreign_settings`); not every format writes all of
+    them.
 
     Args:
         target: Folder of the result, its code written.
@@ -76,7 +77,7 @@ def keep_written_code(target: Path) -> None:
 
 
 def _drop_foreign(content: Any, written: set[str]) -> bool:
-    """Takes them out of a content; whether there was any."""
+    """Removes them from a content, and says whether there was any."""
     parts = list(content.values()) if isinstance(content, dict) else content if isinstance(content, list) else []
     found = [_drop_foreign(part, written) for part in parts]
     if isinstance(content, dict) and "auto_map" in content and not _is_written(content["auto_map"], written):

@@ -1,4 +1,4 @@
-"""Settings of generation: where it ends, what pads, and what the source says besides."""
+"""generation_config.json of a result."""
 
 from pathlib import Path
 from typing import Any
@@ -55,14 +55,14 @@ def generation_settings(config: dict[str, Any]) -> dict[str, Any]:
 def write_generation_config(
     target: Path, result: Result, config: Any, source: Source, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
-    """Writes generation_config.json: where generation ends and what pads, and what the source says besides.
+    """Writes generation_config.json: the source's settings, with the end and padding tokens of the result.
 
     Args:
         target: Folder of the result.
         result: What is written; a vision tower generates nothing.
         config: The result's configuration.
         source: The source.
-        tokenizer: Of the result, or None: then the decoder's own end token is all that is known.
+        tokenizer: Tokenizer of the result, or None: then only the decoder's end token is known.
     """
     if result.kind == "vision":
         return

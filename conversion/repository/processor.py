@@ -1,4 +1,4 @@
-"""Everything in the result but weights and tokenizer: code, configuration, processor, generation settings."""
+"""Processor and image processor of a result."""
 
 import json
 import math
@@ -21,25 +21,26 @@ IMAGE_PROCESSOR_AUTO_MAP = {"AutoImageProcessor": "image_processing_internvl.Int
 PROCESSOR_AUTO_MAP = {"AutoProcessor": "processing_internvl.InternVLProcessor"}
 
 
-# What is taken over from a source's preprocessor_config.json; how a picture becomes tiles is the configuration's to say.
+# Kept from a source's preprocessor_config.json; the configuration says how an image becomes tiles.
 KEPT_IMAGE_SETTINGS = ("image_mean", "image_std", "resample")
 
 
 def image_processor_for(
     result: Result, resize_mode: str, config: Any, source: Source, image_size: int | None = None
 ) -> InternVLImageProcessor:
-    """The image processor of a checkpoint.
+    """Builds the image processor of a checkpoint.
 
-    Mean, deviation and resampling are those of the source's preprocessor_config.json. Chat models: the mode follows the configuration
-    (tiles; pad-to-square; plain resize), since that file describes CLIP's class, which published user code feeds with finished tiles.
-    The others: the file's resize and crop, which published user code runs.
+    Mean, standard deviation and resampling are those of the source's preprocessor_config.json. For chat models the
+    mode follows the configuration (tiles, padding to a square, plain resize): the file describes CLIP's class, to
+    which published user code passes finished tiles. For others it follows the file's resize and crop, which published
+    user code runs.
 
     Args:
         result: What the source becomes.
-        resize_mode: Of a chat model, where its configuration asks for neither tiles nor padding.
+        resize_mode: Resize mode of a chat model whose configuration asks for neither tiles nor padding.
         config: The result's configuration.
         source: The source.
-        image_size: Size of pictures, where it is not that of the source.
+        image_size: Size of images, where it is not that of the source.
 
     Returns:
         The image processor.
@@ -56,7 +57,8 @@ def image_processor_for(
         return _chat_image_processor(config, settings, "crop" if crops else "squash")
     side = getattr(config, "force_image_size", None) or getattr(config, "vision_config", config).image_size
     if not published:
-        # InternVL-C/G were evaluated on plainly resized pictures in retrieval, InternViT on crops; a class per pixel is wanted of all.
+        # InternVL-C/G were evaluated on resized images in retrieval, InternViT on crops; segmentation needs whole
+        # images.
         is_whole = result.kind == "contrastive" or result.pipeline_tag == "image-segmentation"
         mode = "squash" if is_whole else "crop"
         return InternVLImageProcessor(size={"height": side, "width": side}, resize_mode=mode)
@@ -69,7 +71,7 @@ def image_processor_for(
 
 
 def _check_channels(source: Source, key: str, value: Any) -> None:
-    """Refuses anything but a finite number for each of three colours, positive for the deviation."""
+    """Checks for three finite numbers, one for each colour, positive for the deviation."""
     if value is None:
         return
     is_right = (
@@ -80,8 +82,9 @@ def _check_channels(source: Source, key: str, value: Any) -> None:
     )
     if not is_right:
         raise ValueError(
-            f"`{key}` of `{source.folder / 'preprocessor_config.json'}` must be three numbers{' above 0' * (key == 'image_std')}, one for "
-            f"each colour, got {value!r:.80}. Put the file in its place that was published with the weights."
+            f"`{key}` of `{source.folder / 'preprocessor_config.json'}` must be three "
+            f"numbers{' above 0' * (key == 'image_std')}, one for each colour, got {value!r:.80}. Put the file in its "
+            "place that was published with the weights."
         )
 
 
@@ -112,8 +115,8 @@ def write_processor(
         target: Folder of the result.
         result: What is written.
         config: The result's configuration.
-        image_processor: Of the result.
-        tokenizer: Of the result, or None.
+        image_processor: Image processor of the result.
+        tokenizer: Tokenizer of the result, or None.
 
     Returns:
         Every `auto_map` written.

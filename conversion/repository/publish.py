@@ -1,4 +1,4 @@
-"""A result on the Hub."""
+"""Uploads a result to the Hub."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 
 
 def create_repository(repo_id: str, private: bool) -> None:
-    """Makes sure of the right to write before hours of work are spent.
+    """Creates a repository, which proves the right to write before the work begins.
 
     Args:
         repo_id: `user/name` or `organisation/name`; may exist.

@@ -1,7 +1,7 @@
-"""What a result remembers, in conversion.json, of the formats its model had before, so that the way back loses nothing.
+"""Records of the formats that a model had before, kept in conversion.json so that the way back loses nothing.
 
-A remembered config.json is used again, changed only where the model has changed since: what follows from the remembered one is
-compared with what follows from the model at hand.
+A remembered config.json is used again, changed only where the model has changed since: what follows from the
+remembered one is compared with what follows from the model at hand.
 """
 
 import hashlib
@@ -66,7 +66,7 @@ def new_record(source: Source, dtype: str, stored_twice: dict[str, str]) -> Reco
 
 
 def read_records(source: Source) -> dict[str, Record]:
-    """Reads what a source remembers, by `to` of the format. Unreadable records, and files that were changed since, are ignored.
+    """Reads the records of a source, by `to` of the format; ignores unreadable ones and files changed since.
 
     Args:
         source: An opened source.
@@ -86,7 +86,7 @@ def manifest_of(records: dict[str, Record]) -> dict[str, Any]:
     """Records as conversion.json holds them.
 
     Args:
-        records: By `to` of the format.
+        records: Records by the `to` of their format.
     """
     return _with_key({name: asdict(record) for name, record in records.items()}, "auto_map", _REMEMBERED_AUTO_MAP)
 

@@ -42,7 +42,7 @@ class Result:
 
     @property
     def auto_class(self) -> Any:
-        """The Auto class that loads the model; for a backbone its own class, as `AutoBackbone` loads from no folder."""
+        """The Auto class that loads the model; for a backbone its class, as `AutoBackbone` loads from no folder."""
         own = self.model_class.__name__
         name = next(auto for auto, place in self.auto_map.items() if place.rpartition(".")[2] == own)
         return self.model_class if name == "AutoBackbone" else getattr(transformers, name)

@@ -1,9 +1,9 @@
-"""A sentencepiece model (tokenizer.model) as a tokenizer of the tokenizers library, with the ids of the published slow tokenizer.
+"""Builds a tokenizer of the tokenizers library from a sentencepiece model, with the ids of the slow tokenizer.
 
-transformers reads such files only beside sentencepiece and protobuf; what is made here needs neither. Added tokens may take the place of
-unused pieces, as in InternLM2, whose `<|im_start|>` is `[UNUSED_TOKEN_146]`.
+transformers needs sentencepiece and protobuf to read such a file; this module needs neither, and runs no foreign
+parser on untrusted bytes. Added tokens may replace unused pieces: InternLM2's `<|im_start|>` is `[UNUSED_TOKEN_146]`.
 
-Does: BPE models, with byte fallback. Does not: unigram models, which no InternVL release has.
+Supported are BPE models with byte fallback, not unigram models, which no InternVL release has.
 """
 
 import struct
@@ -32,7 +32,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """What a tokenizer.model says."""
+    """Content of a tokenizer.model."""
 
     pieces: list[Piece]
     is_bpe: bool
@@ -51,7 +51,7 @@ def read_model(path: Path) -> SentencePieceModel:
         Its content.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is no sentencepiece model.
     """
     try:
         fields = list(_fields(path.read_bytes()))
@@ -68,13 +68,13 @@ def read_model(path: Path) -> SentencePieceModel:
     )
 
 
-def build_tokenizer(path: Path, added_tokens: dict[int, dict[str, Any]], is_legacy: bool) -> Tokenizer:
-    """Makes a tokenizer of the tokenizers library.
+def tokenizer_from_sentencepiece(path: Path, added_tokens: dict[int, dict[str, Any]], is_legacy: bool) -> Tokenizer:
+    """Builds a tokenizer of the tokenizers library.
 
     Args:
         path: A tokenizer.model.
         added_tokens: Id to content and properties of tokens outside the model, or in the place of its pieces.
-        is_legacy: Whether the text behind each added token begins with a space of its own, as in LLaMA's first slow tokenizer.
+        is_legacy: Whether a space is put before the text behind each added token, as in LLaMA's first slow tokenizer.
 
     Returns:
         The tokenizer, without begin and end tokens.
@@ -141,12 +141,12 @@ def _add_tokens(tokenizer: Tokenizer, model: SentencePieceModel, added_tokens: d
         tokenizer.add_tokens([token])
         if tokenizer.token_to_id(token.content) != index:
             raise ValueError(
-                f"The added token `{token.content}` has id {index}, but the vocabulary of {len(model.pieces)} pieces and the tokens "
-                f"before it end at {tokenizer.get_vocab_size() - 1}: ids in between have no token."
+                f"The added token `{token.content}` has id {index}, but the vocabulary of {len(model.pieces)} pieces "
+                f"and the tokens before it end at {tokenizer.get_vocab_size() - 1}: ids in between have no token."
             )
 
 
-# ------------------------------------------------------------------------------------------------- the protobuf wire format
+# -------------------------------------------------------------------------------------------- the protobuf wire format
 def _piece(fields: dict[int, Any]) -> Piece:
     score = struct.unpack("<f", fields[2])[0] if 2 in fields else 0.0
     text = fields[1].decode("utf-8")
@@ -160,7 +160,7 @@ def _last(fields: list[tuple[int, Any]], number: int, default: Any) -> Any:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Number and content of every field: a whole number, or bytes."""
+    """Yields number and content of every field: an integer, or bytes."""
     position = 0
     while position < len(data):
         key, position = _varint(data, position)

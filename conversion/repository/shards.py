@@ -1,7 +1,7 @@
 """Weights of the result: safetensors files whose tensors are written one by one, as they are read.
 
-The format is a length, a JSON header with name, type, shape and place of every tensor, then the data; names, shapes and types are
-known before any data is read, so nothing is held but the tensor at hand.
+The format is a length, a JSON header with name, type, shape and place of every tensor, then the data; names, shapes
+and types are known before any data is read, so nothing is held but the tensor at hand.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ def write_shards(
     """Writes all weights.
 
     Args:
-        folder: Where to.
+        folder: Folder to write to.
         tensors: Name to tensor.
         reader: Gives their data.
         max_shard_size: Largest size of a file, e.g. "5GB".
@@ -67,7 +67,7 @@ def write_shards(
 
 def _write_shard(path: Path, tensors: dict[str, LazyTensor], reader: TensorReader, progress: Any) -> str:
     digest = hashlib.sha256()
-    # Wide types first, so that every tensor starts at a multiple of its own width.
+    # Wide types first, so that every tensor starts at a multiple of its width.
     names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     # The checksum of a tensor is computed while its bytes are written: both leave Python's lock.
     with path.open("wb") as file, ThreadPoolExecutor(max_workers=1) as worker:
@@ -84,7 +84,7 @@ def _write_shard(path: Path, tensors: dict[str, LazyTensor], reader: TensorReade
 
 
 def _write(file: BinaryIO, tensor: LazyTensor, data: memoryview) -> None:
-    """Writes the data of a tensor; where a file holds just these bytes, the system copies them, without a detour through memory."""
+    """Writes the data of a tensor. Where a file holds just these bytes, the kernel copies them from file to file."""
     if tensor.start is None or not HAS_FILE_COPY:
         file.write(data)
         return
@@ -99,15 +99,15 @@ def _write(file: BinaryIO, tensor: LazyTensor, data: memoryview) -> None:
 
 
 def cast(name: str, tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
-    """A tensor in another type.
+    """Casts a tensor.
 
     Args:
-        name: For the message.
+        name: Name of the tensor, for messages.
         tensor: The tensor.
-        dtype: The type; a tensor that has it is returned as it is.
+        dtype: The type; a tensor that has it already is returned.
 
     Returns:
-        The cast tensor; reading it raises ValueError where a number becomes infinite.
+        The tensor in that type; reading it raises ValueError where a number becomes infinite.
     """
     return tensor if tensor.dtype == dtype else computed(lambda value: _cast(name, value, dtype), tensor)
 

@@ -1,6 +1,7 @@
-"""The place of a result: OUT is the old folder or the new one, each whole, whenever a run is killed and however many run at once.
+"""OUT: at any moment the complete old folder or the complete new one, even if a run is killed or several run at once.
 
-A run writes into a folder of its own beside OUT, which is locked as long as the process lives, and exchanges the two when all is there.
+Each run writes into a separate folder beside OUT, locked for the life of the process, and exchanges the two at the
+end.
 """
 
 import ctypes
@@ -19,7 +20,7 @@ try:
 except ImportError:  # on Windows, where no run sees another
     fcntl = None  # type: ignore[assignment]
 
-# In the folder of a run. It is taken away last, so that a folder is never without it while there is something else in it.
+# Names in the folder of a run. The lock is removed last, so that a folder with content always has one.
 LOCK, NEW, OLD = "conversion.lock", "new", "old"
 RENAME_EXCHANGE, AT_FDCWD = 2, -100  # of Linux's renameat2
 
@@ -28,7 +29,7 @@ def place_of(out: Path, overwrite: bool, inputs: list[Path]) -> Path:
     """Where a result is written.
 
     Args:
-        out: As the user named it. A link to a folder stays one: what it leads to is written.
+        out: The path that the user gave. Where it is a link, the folder it leads to is written.
         overwrite: Whether what is there may be replaced.
         inputs: Files and folders that are read.
 
@@ -46,14 +47,16 @@ def place_of(out: Path, overwrite: bool, inputs: list[Path]) -> Path:
     for path in inputs:
         real = path.resolve()
         if real.is_relative_to(place):
-            raise ValueError(f"OUT (`{out}`) must be a folder of its own, and not hold the input `{path}`.")
+            raise ValueError(f"OUT (`{out}`) must be a separate folder, and not hold the input `{path}`.")
         if place.is_relative_to(real) and place.is_dir() and any(place.iterdir()):
             raise ValueError(
-                f"OUT (`{out}`) must be a folder of its own, and is a part of the input `{path}`. Name a new folder in it."
+                f"OUT (`{out}`) must be a separate folder, and is a part of the input `{path}`. Name a new folder in "
+                "it."
             )
     if Path.cwd().is_relative_to(place):
         raise ValueError(
-            f"OUT (`{out}`) must be a folder of its own, and is the one in which this command runs, or above it. Name a new folder in it."
+            f"OUT (`{out}`) must be a separate folder, and is the one in which this command runs, or above it. Name a "
+            "new folder in it."
         )
     check_free(out, place, overwrite)
     return place
@@ -63,7 +66,7 @@ def check_free(out: Path, place: Path, overwrite: bool) -> None:
     """Refuses a place where something is that may not be replaced.
 
     Args:
-        out: As the user named it.
+        out: The path that the user gave.
         place: Without links.
         overwrite: Whether a folder may be replaced.
     """
@@ -81,8 +84,8 @@ def complete_or_nothing(out: Path, place: Path, overwrite: bool) -> Iterator[Pat
     """A folder beside the place that takes its name when all went well, and else vanishes.
 
     Args:
-        out: As the user named it, for messages.
-        place: Where the result is to be.
+        out: The path that the user gave, for messages.
+        place: The path of the result.
         overwrite: Whether what is there may be replaced.
 
     Raises:
@@ -142,7 +145,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _is_abandoned(folder: Path) -> bool:
-    """Whether no living process holds the lock of a run; one that was killed before it had any left an empty folder."""
+    """Whether no living process holds the lock. A run that was killed before it took one left an empty folder."""
     if fcntl is None:
         return False
     try:
@@ -156,7 +159,7 @@ def _is_abandoned(folder: Path) -> bool:
 
 
 def _clear(run: Path, place: Path) -> None:
-    """Takes away the folder of a run; what it had moved out of the place returns there, if nothing took it."""
+    """Removes the folder of a run. The old result returns to its place if nothing took that."""
     if (run / OLD).exists() and not place.exists():
         (run / OLD).rename(place)
     for name in (NEW, OLD):

@@ -1,7 +1,7 @@
 """Tokenizer files of the result, which need no remote code, no sentencepiece and no protobuf.
 
-Published cards ask for the slow tokenizer, so where a source has a sentencepiece model, a tokenizer.json is made of that model; else
-the source's files are copied.
+Published cards ask for the slow tokenizer, so where a source has a sentencepiece model, a tokenizer.json is made of
+that model; else the source's files are copied.
 """
 
 import json
@@ -20,7 +20,7 @@ from ...conversation_internvl import IMAGE_CONTEXT_TOKEN, IMAGE_END_TOKEN, IMAGE
 from ..readers.checkpoint_files import read_json
 from ..readers.damages import describing
 from ..readers.foreign_settings import FILES, only_data
-from .sentencepiece_model import build_tokenizer
+from .sentencepiece_model import tokenizer_from_sentencepiece
 
 
 TOKENIZER_FILES = (
@@ -63,8 +63,8 @@ PROBES = (
     "two  spaces\tand\nlines\n\n",
     "caf\u00e9, \u4e2d\u6587, \U0001f600 and 12345.67",
 )
-# Only for the legacy kind. In the newer one, only the text's first part gets a space in front, and only if it has none: the first half
-# cannot be asked of sentencepiece directly, the second is how transformers' fast tokenizers of that kind are.
+# For the legacy kind only. In the newer one, only the first part of a text gets a space in front, and only if it has
+# none: sentencepiece itself cannot show the first, and the second is a trait of transformers' fast tokenizers.
 LEGACY_PROBES = (" begins with a space", "{token}user\nhello{token}{token} there\n")
 
 
@@ -81,7 +81,7 @@ def copy_tokenizer(
     Args:
         source: Folder of the tokenizer; no code in it is run.
         target: Folder of the result.
-        config: Of the result.
+        config: Configuration of the result.
         is_for_retrieval: Whether it will be loaded with `add_eos_token=True`, as published for InternVL-14B.
 
     Returns:
@@ -125,13 +125,15 @@ def _copied(source: Path, target: Path, config: PretrainedConfig, is_for_retriev
 
 
 def pad_left(target: Path) -> None:
-    """Makes the tokenizer of a chat model pad as generation needs it, where something pads with the tokenizer itself, as transformers'
-    pipelines do; published ones say "right", or nothing, which means the same."""
+    """Sets the padding side that generation needs, for code that pads with the tokenizer, such as pipelines.
+
+    Published tokenizers of chat models say "right", or nothing, which means the same.
+    """
     _write_settings(target, {**read_json(target / "tokenizer_config.json"), "padding_side": "left"})
 
 
 def needed_image_tokens(config: Any) -> tuple[str, ...]:
-    """Tokens that stand for pictures in the texts of a chat model, by its configuration."""
+    """Tokens that mark images in the texts of a chat model with this configuration."""
     around = (IMAGE_START_TOKEN, IMAGE_END_TOKEN) if config.use_image_start_end else ()
     return (*around, IMAGE_CONTEXT_TOKEN)
 
@@ -140,34 +142,34 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int, ne
     """Compares a tokenizer with the model that is to use it.
 
     Args:
-        tokenizer: Of the result.
+        tokenizer: Tokenizer of the result.
         vocabulary_size: Rows of the model's embedding.
         needed_tokens: Tokens that must be in its vocabulary.
 
     Raises:
-        ValueError: If it has ids that the model has not, or lacks tokens that stand for pictures.
+        ValueError: If it has ids that the model has not, or lacks tokens that mark images.
     """
     vocabulary = tokenizer.get_vocab()
     largest = max(vocabulary.values())
     if largest >= vocabulary_size:
         raise ValueError(
-            f"The tokenizer has ids up to {largest}, the model has embeddings for {vocabulary_size} tokens: it is not the tokenizer "
-            "of this checkpoint. Give the right one with `--tokenizer DIR`."
+            f"The tokenizer has ids up to {largest}, the model has embeddings for {vocabulary_size} tokens: it is not "
+            "the tokenizer of this checkpoint. Give the right one with `--tokenizer DIR`."
         )
     missing = [token for token in needed_tokens if token not in vocabulary]
     if missing:
         raise ValueError(
-            f"The tokenizer lacks {', '.join(f'`{token}`' for token in missing)}, so pictures have no place in its texts: it is not "
-            "the tokenizer of this checkpoint. Give the right one with `--tokenizer DIR`."
+            f"The tokenizer lacks {', '.join(f'`{token}`' for token in missing)}, so images have no place in its "
+            "texts: it is not the tokenizer of this checkpoint. Give the right one with `--tokenizer DIR`."
         )
 
 
 def image_token_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id of the token that stands for a picture."""
+    """Id of the image token."""
     return tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT_TOKEN)
 
 
-# ---------------------------------------------------------------------------------------------------------- copied files
+# -------------------------------------------------------------------------------------------------------- copied files
 def _copy_files(source: Path, target: Path, settings: dict[str, Any]) -> None:
     for name in TOKENIZER_FILES:
         if name in FILES and (source / name).is_file():
@@ -181,8 +183,8 @@ def _copy_files(source: Path, target: Path, settings: dict[str, Any]) -> None:
     settings.pop("auto_map", None)
     if is_remote and not (source / "tokenizer.json").is_file():
         raise ValueError(
-            f"The tokenizer of `{source}` is remote code (`{settings.get('tokenizer_class')}`), which is not run. Load and save it "
-            "once with code that you trust, and give that folder with `--tokenizer DIR`."
+            f"The tokenizer of `{source}` is remote code (`{settings.get('tokenizer_class')}`), which is not run. "
+            "Load and save it once with code that you trust, and give that folder with `--tokenizer DIR`."
         )
     if is_remote:
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -190,7 +192,7 @@ def _copy_files(source: Path, target: Path, settings: dict[str, Any]) -> None:
 
 
 def _drop_native_tokens(target: Path, vocabulary_size: int) -> None:
-    """Takes away what only the native processor asks for; its token for a video may lie past the model's vocabulary."""
+    """Removes the native processor's tokens; its video token may lie past the model's vocabulary."""
 
     def is_kept(text: str, index: int) -> bool:
         return text != VIDEO_TOKEN or index < vocabulary_size
@@ -217,9 +219,9 @@ def _drop_native_tokens(target: Path, vocabulary_size: int) -> None:
 def _keep_begin_token(target: Path) -> None:
     """Lets `<s>` stay in front when the tokenizer is loaded with `add_eos_token=True`.
 
-    Where there is a tokenizer.json, transformers forgets `add_bos_token` of tokenizer_config.json, and this call, which the published
-    cards make, then turns the begin token off. CodeLLaMA's tokenizer is LLaMA's, but turns it on by itself; its tokens for filling in
-    code are switched off.
+    Where there is a tokenizer.json, transformers forgets `add_bos_token` of tokenizer_config.json, and this call,
+    which the published cards make, then turns the begin token off. CodeLLaMA's tokenizer is LLaMA's, but turns it on
+    by itself; its tokens for filling in code are switched off.
     """
     settings = read_json(target / "tokenizer_config.json")
     if settings.get("add_bos_token") is False:
@@ -231,7 +233,7 @@ def _keep_begin_token(target: Path) -> None:
 def _with_padding(
     target: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedTokenizerBase:
-    """Names what to pad with, where the source leaves it to the user: stock pipelines pad with the tokenizer itself."""
+    """Sets the padding token where the source leaves it to the user; pipelines pad with the tokenizer."""
     index = config.get_text_config().pad_token_id
     token = tokenizer.unk_token or tokenizer.eos_token if index is None else tokenizer.convert_ids_to_tokens(index)
     _write_settings(target, {**read_json(target / "tokenizer_config.json"), "pad_token": token})
@@ -247,12 +249,13 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-# --------------------------------------------------------------------------------------------------- sentencepiece models
+# ------------------------------------------------------------------------------------------------ sentencepiece models
 def _write_from_sentencepiece(source: Path, target: Path, settings: dict[str, Any]) -> None:
     added_tokens = _added_tokens(source, settings)
-    # Slow LLaMA tokenizers that were saved before the key existed are of the legacy kind, and so is every InternLM2 tokenizer.
+    # Slow LLaMA tokenizers that were saved before the key existed are of the legacy kind, and so is every InternLM2
+    # tokenizer.
     is_legacy = "InternLM2" in str(settings.get("tokenizer_class")) or settings.get("legacy") is not False
-    backend = build_tokenizer(source / "tokenizer.model", added_tokens, is_legacy)
+    backend = tokenizer_from_sentencepiece(source / "tokenizer.model", added_tokens, is_legacy)
     _compare_with_sentencepiece(source / "tokenizer.model", backend, added_tokens, is_legacy)
     special = {**read_json(source / "special_tokens_map.json"), **settings}
     kept = {"add_bos_token": True, "add_eos_token": False, "padding_side": "right"}
@@ -263,7 +266,7 @@ def _write_from_sentencepiece(source: Path, target: Path, settings: dict[str, An
 
 
 def _added_tokens(source: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Id to content and properties, from the newer or the older of the two places where they are kept."""
+    """Added tokens, id to content and properties, from the newer or the older place."""
     tokens = {int(index): dict(token) for index, token in (settings.get("added_tokens_decoder") or {}).items()}
     special = read_json(source / "special_tokens_map.json")
     names = [special.get(name) for name in SPECIAL_NAMES] + list(special.get("additional_special_tokens") or [])
@@ -299,6 +302,6 @@ def _compare_with_sentencepiece(
         found = backend.encode(text, add_special_tokens=False).ids
         if found != wanted:
             raise ValueError(
-                f"`{path}` could not be converted: {text!r} became {found}, sentencepiece says {wanted}. Save the tokenizer as "
-                "tokenizer.json with code that you trust, and give that folder with `--tokenizer DIR`."
+                f"`{path}` could not be converted: {text!r} became {found}, sentencepiece says {wanted}. Save the "
+                "tokenizer as tokenizer.json with code that you trust, and give that folder with `--tokenizer DIR`."
             )
