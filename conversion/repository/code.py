@@ -1,11 +1,12 @@
 """The code of a result, and its JSON files."""
 
-import ast
 import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..readers.checkpoint_files import read_json
 from ..readers.foreign_settings import FILES, is_own_code
@@ -28,34 +29,21 @@ def code_files(modules: Iterable[str]) -> list[Path]:
     Returns:
         Their files, sorted.
     """
-    found: set[str] = set()
-    waiting = list(modules)
-    while waiting:
-        module = waiting.pop()
-        if module in found:
-            continue
-        found.add(module)
-        tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
-        nodes = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
-        waiting += [node.module for node in nodes if node.level == 1 and node.module]
-    return [PACKAGE / f"{module}.py" for module in sorted(found)]
+    entries = [PACKAGE / f"{module}.py" for module in modules]
+    imported = [Path(file) for entry in entries for file in get_relative_import_files(entry)]
+    return sorted({*entries, *imported})
 
 
-def copy_code(target: Path, auto_maps: Iterable[dict[str, str]]) -> list[str]:
+def copy_code(target: Path, auto_maps: Iterable[dict[str, str]]) -> None:
     """Copies the code that Auto classes need.
 
     Args:
         target: Folder of the result.
         auto_maps: Every `auto_map` of the result.
-
-    Returns:
-        Names of the files.
     """
     modules = {reference.partition(".")[0] for auto_map in auto_maps for reference in auto_map.values()}
-    files = code_files(modules)
-    for file in files:
+    for file in code_files(modules):
         shutil.copyfile(file, target / file.name)
-    return [file.name for file in files]
 
 
 def keep_written_code(target: Path) -> None:
