@@ -27,6 +27,7 @@ PREPROCESSOR = {
 }
 
 
+@cache
 def sentencepiece_model(num_unused: int = 0) -> bytes:
     """A LLaMA-like tokenizer.model of some 300 pieces; the first after `</s>` are unused ones, as InternLM2 has."""
     import sentencepiece

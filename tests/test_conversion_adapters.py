@@ -15,6 +15,7 @@ from transformers import AutoModel
 from internvl.conversion import convert
 from internvl.conversion.__main__ import main
 
+from .fixtures_conversions import edit_json, edit_weights, json_of
 from .fixtures_published import GOLDEN, published
 
 
@@ -24,21 +25,6 @@ QKV = "vision_model.encoder.layers.0.attn.qkv"
 
 def run(source, out, **settings):
     return load_file(convert(source, out, show_progress=False, **settings) / "model.safetensors")
-
-
-def config_of(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text())
-
-
-def edit_config(folder: Path, **changes) -> None:
-    content = {key: value for key, value in {**config_of(folder), **changes}.items() if value is not ...}
-    (folder / "config.json").write_text(json.dumps(content))
-
-
-def edit_weights(source: Path, change) -> None:
-    tensors = load_file(source / "model.safetensors")
-    change(tensors)
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
 
 
 def wrap(tensors: dict, module: str, prefix: str, rank: int, base_layer: str = "", seed: int = 0) -> torch.Tensor:
@@ -67,7 +53,7 @@ def test_both_spellings_give_the_recorded_weights(case, tmp_path):
 
 def test_the_configuration_says_what_the_result_is(tmp_path):
     run(GOLDEN / PEFT08, tmp_path / "out")
-    written = config_of(tmp_path / "out")
+    written = json_of(tmp_path / "out")
     assert (written["use_backbone_lora"], written["use_qllama_lora"]) == (0, 0)
     assert written["vision_config"]["image_size"] == written["force_image_size"] == 84
     model = AutoModel.from_pretrained(tmp_path / "out")
@@ -76,10 +62,10 @@ def test_the_configuration_says_what_the_result_is(tmp_path):
 
 def test_the_size_of_the_tower_stays_where_its_positions_have_it(tmp_path):
     source = published("internvl_14b", tmp_path)
-    size = config_of(source)["vision_config"]["image_size"]
-    edit_config(source, force_image_size=size + 28)
+    size = json_of(source)["vision_config"]["image_size"]
+    edit_json(source / "config.json", force_image_size=size + 28)
     run(source, tmp_path / "out")
-    assert config_of(tmp_path / "out")["vision_config"]["image_size"] == size
+    assert json_of(tmp_path / "out")["vision_config"]["image_size"] == size
 
 
 @pytest.mark.parametrize("base_layer", ["", ".base_layer"])
@@ -105,7 +91,7 @@ def test_chat_models_are_merged_in_tower_and_decoder(case, base_layer, tmp_path)
     for module, delta in deltas.items():
         torch.testing.assert_close(found[f"{module}.weight"], plain[f"{module}.weight"] + 2 * delta)
     assert all(torch.equal(found[name], plain[name]) for name in plain if name.rpartition(".")[0] not in deltas)
-    assert (config_of(tmp_path / "out")["use_backbone_lora"], config_of(tmp_path / "out")["use_llm_lora"]) == (0, 0)
+    assert (json_of(tmp_path / "out")["use_backbone_lora"], json_of(tmp_path / "out")["use_llm_lora"]) == (0, 0)
 
 
 def test_alpha_may_be_given(tmp_path):

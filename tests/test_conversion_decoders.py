@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, Phi3Config, Phi3ForCausalLM
 
 from internvl.configuration_internvl import InternVLChatConfig
-from internvl.conversion import convert
 from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
 
 from . import tiny
+from .fixtures_conversions import json_of, run
 
 
 PHI3 = {
@@ -48,14 +48,6 @@ PUBLISHED = {
 }
 
 
-def run(source, out, **settings):
-    return convert(source, out, show_progress=False, **settings)
-
-
-def config_of(folder) -> dict:
-    return json.loads((folder / "config.json").read_text())
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A chat model with a Phi-3 decoder in the published layout, and its weights."""
@@ -68,7 +60,7 @@ def saved(tmp_path_factory):
 def published_phi3(saved, folder, rope_scaling):
     source = shutil.copytree(saved, folder / "source")
     (source / "conversion.json").unlink()
-    config = config_of(source)
+    config = json_of(source)
     decoder = {key: value for key, value in config["llm_config"].items() if not key.startswith("rope")}
     config["llm_config"] = {**decoder, **PUBLISHED, "rope_scaling": rope_scaling}
     (source / "config.json").write_text(json.dumps(config))
@@ -96,7 +88,7 @@ def test_a_phi3_decoder_computes_what_transformers_own_does_and_goes_back(kind, 
             torch.testing.assert_close(model(input_ids=ids).logits, reference(input_ids=ids).logits)
 
     back = run(out, tmp_path / "back", to="published")
-    found, wanted = config_of(back), config_of(source)
+    found, wanted = json_of(back), json_of(source)
     del wanted["llm_config"]["auto_map"]  # its code is not carried along
     assert found == wanted
     restored = load_file(back / "model.safetensors")
@@ -106,11 +98,11 @@ def test_a_phi3_decoder_computes_what_transformers_own_does_and_goes_back(kind, 
 
 def test_the_kind_of_rotary_positions_is_that_of_today_wherever_it_stands(saved, tmp_path):
     source = published_phi3(saved, tmp_path, {"type": "su", **FACTORS})
-    decoder = config_of(run(source, tmp_path / "out", image_token_id=tiny.IMAGE_TOKEN_ID))["text_config"]
+    decoder = json_of(run(source, tmp_path / "out", image_token_id=tiny.IMAGE_TOKEN_ID))["text_config"]
     assert decoder["rope_scaling"]["type"] == "longrope"
     assert not {"attn_implementation", "_attn_implementation", "auto_map", "torch_dtype"} & decoder.keys()
     # As transformers 5 saves them, with the old name.
-    config = config_of(source)
+    config = json_of(source)
     del config["llm_config"]["rope_scaling"], config["llm_config"]["rope_theta"]
     config["llm_config"]["rope_parameters"] = {"rope_type": "su", "rope_theta": 5000.0, **FACTORS}
     (source / "config.json").write_text(json.dumps(config))
@@ -129,7 +121,7 @@ def test_old_spellings_of_rotary_positions_are_read_for_every_decoder(key, kind,
     model.save_pretrained(tmp_path / "model")
     source = run(tmp_path / "model", tmp_path / "published", to="published")
     (source / "conversion.json").unlink()
-    settings = config_of(source)
+    settings = json_of(source)
     settings["llm_config"] |= {
         "rope_theta": 5000.0,
         "rope_scaling": {key: kind, "factor": 2.0},

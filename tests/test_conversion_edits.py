@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from internvl.conversion import convert
 from internvl.conversion.formats.edits import Draft, drop_blocks_above
 from internvl.conversion.plan import ConversionOptions, plan_conversion
 from internvl.image_processing_internvl import InternVLImageProcessor
 
+from .fixtures_conversions import json_of, run, weights_of
 from .fixtures_published import published
 from .tiny import VISION, chat_model, pixels
 
@@ -25,18 +25,6 @@ CASES = {
     "intern_vit_6b": "", "intern_vit_300m": "", "internvl_14b": "vision_model.", "chat_llama_v1": "vision_model.",
     "internvl_c_raw": "vision_model.",
 }  # fmt: skip
-
-
-def run(source, out, **options):
-    return convert(source, out, show_progress=False, **options)
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def config_of(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,7 +75,7 @@ def test_patch_size_resizes_the_kernel_and_keeps_the_picture_where_it_can(tmp_pa
         found = weights_of(out)
         torch.testing.assert_close(found[KERNEL], wanted, rtol=0, atol=1e-6)
         assert found[POSITIONS].shape[1] == positions
-        assert (config_of(out)["image_size"], config_of(out)["patch_size"]) == (image_size, patch)
+        assert (json_of(out)["image_size"], json_of(out)["patch_size"]) == (image_size, patch)
         picture = torch.zeros(1, 3, image_size, image_size)
         assert AutoModel.from_pretrained(out)(picture).last_hidden_state.shape[1] == positions
 
@@ -136,7 +124,7 @@ def test_select_layer_minus_4_and_minus_1_of_the_tower_cut_behind_it_agree_bit_b
     whole, cut = (
         run(case, tmp_path / str(drop), drop_unused_blocks=drop, image_token_id=500) for drop in (False, True)
     )
-    before, after = config_of(whole), config_of(cut)
+    before, after = json_of(whole), json_of(cut)
     depth = before["vision_config"]["num_hidden_layers"]
     assert before["select_layer"] == -4
     assert after["select_layer"] == -1

@@ -15,15 +15,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from internvl.conversion import convert
 from internvl.conversion.__main__ import main
 from internvl.conversion.repository.records import overlaid
 
 from . import tiny
+from .fixtures_conversions import assert_same_weights, edit_json, json_of, run, weights_of
 from .fixtures_published import (
     GOLDEN,
     IMAGE_TOKENS,
@@ -47,30 +46,6 @@ CASES = {
     "chat_qwen2_v2": "config.json",
 }
 KINDS = ("intern_vit_6b", "internvl_14b", "chat_llama_v1", "chat_internlm2_v2", "chat_qwen2_v2")
-
-
-def run(source, out, **settings):
-    return convert(source, out, show_progress=False, **settings)
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-
-
-def assert_same_weights(found: Path, wanted: Path) -> None:
-    found, wanted = weights_of(found), weights_of(wanted)
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
-
-
-def json_of(folder: Path, name: str = "config.json") -> dict:
-    return json.loads((folder / name).read_text())
-
-
-def edit_json(path: Path, **changes) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def forget(folder: Path) -> Path:

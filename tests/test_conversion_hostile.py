@@ -14,20 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from internvl.conversion import convert
 from internvl.conversion.__main__ import main
 from internvl.conversion.readers.foreign_settings import OWN_MODULES
 
+from .fixtures_conversions import edit_json, run
 from .fixtures_published import published, published_14b, published_chat
-
-
-def run(source, out, **settings):
-    return convert(source, out, show_progress=False, **settings)
-
-
-def edit_json(path: Path, **changes) -> None:
-    content = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**content, **changes}))
 
 
 def refused(capsys, source, out, *options: str) -> str:

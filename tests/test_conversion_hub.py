@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from .fixtures_conversions import weights_of
 from .fixtures_published import published
 from .hub_stand_in import commit_of, hub
 
@@ -106,10 +107,6 @@ def downloaded(tmp_path_factory):
         HF_HUB_OFFLINE="1",
     )
     return folder, results, asked, offline
-
-
-def weights_of(folder):
-    return load_file(folder / "model.safetensors")
 
 
 def test_a_name_on_the_hub_is_downloaded_and_converted(downloaded):

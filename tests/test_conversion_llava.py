@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, GenerationConfig
 
-from internvl.conversion import convert
 from internvl.conversion.__main__ import main
 from internvl.conversion.plan import plan_conversion
 
+from .fixtures_conversions import edit_json, json_of, run, weights_of
 from .fixtures_published import GOLDEN, PREPROCESSOR, published, write_sentencepiece_tokenizer
 from .fixtures_text import make_image, make_tokenizer
 from .test_conversion_adapters import wrap
@@ -27,33 +27,15 @@ EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm
 CASES = ("llava_vit6b", "llava_internvl14b")
 
 
-def run(source, out, **settings):
-    return convert(source, out, show_progress=False, **settings)
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    files = [file for file in sorted(folder.glob("*.safetensors")) if file.name != "io.safetensors"]
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
-
-
 def stored(folder: Path) -> dict[str, torch.Tensor]:
     """All weights of a source."""
     shards = [torch.load(file, weights_only=True) for file in folder.glob("pytorch_model-*.bin")]
     return weights_of(folder) | {name: tensor for shard in shards for name, tensor in shard.items()}
 
 
-def config_of(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text())
-
-
-def edit_config(folder: Path, **changes) -> None:
-    content = {key: value for key, value in {**config_of(folder), **changes}.items() if value is not ...}
-    (folder / "config.json").write_text(json.dumps(content))
-
-
 def llava(case: str, folder: Path, **config) -> Path:
     source = published(case, folder, with_preprocessor=False)
-    edit_config(source, **config)
+    edit_json(source / "config.json", **config)
     return source
 
 
@@ -114,7 +96,7 @@ def test_what_is_left_out_of_a_14b_tower_is_named():
 
 
 def test_the_configuration_is_split_into_its_parts(converted):
-    vit, full = (config_of(converted[case]) for case in CASES)
+    vit, full = (json_of(converted[case]) for case in CASES)
     assert (vit["connector"], vit["select_layer"]) == ("patches", -4)
     assert (full["connector"], full["select_layer"]) == ("queries_and_patches", -2)
     for config in (vit, full):
@@ -142,7 +124,7 @@ def test_a_projector_with_a_norm_keeps_it(tmp_path):
 
     as_one_file(source, change)
     out = run(source, tmp_path / "out")
-    assert config_of(out)["projector_type"] == "layer_norm_mlp"
+    assert json_of(out)["projector_type"] == "layer_norm_mlp"
     assert isinstance(AutoModel.from_pretrained(out).mlp1[0], torch.nn.LayerNorm)
 
 
@@ -184,14 +166,14 @@ def test_pictures_are_padded_or_cropped_as_in_training(aspect_ratio, mode, tmp_p
 def test_settings_of_generate_are_kept(tmp_path):
     out = run(llava("llava_vit6b", tmp_path, temperature=0.6, do_sample=True), tmp_path / "out")
     assert GenerationConfig.from_pretrained(out).temperature == 0.6
-    assert "temperature" not in config_of(out)["text_config"]
+    assert "temperature" not in json_of(out)["text_config"]
 
 
 # ------------------------------------------------------------------------------------------------ the image token
 @pytest.mark.parametrize("case", CASES)
 def test_the_image_token_is_one_row_behind_the_others(case, converted):
     found, before = weights_of(converted[case]), stored(GOLDEN / case)
-    config = config_of(converted[case])
+    config = json_of(converted[case])
     assert config["image_token_id"] == 480
     assert config["text_config"]["vocab_size"] == 481
     assert config["mask_image_token_logit"] is True
@@ -235,7 +217,7 @@ def test_a_tied_head_stays_tied(tmp_path):
 
 def test_an_id_inside_the_vocabulary_is_taken_as_it_is(tmp_path):
     out = run(GOLDEN / "llava_vit6b", tmp_path / "out", image_token_id=479)
-    config = config_of(out)
+    config = json_of(out)
     assert (config["image_token_id"], config["text_config"]["vocab_size"]) == (479, 480)
     assert "mask_image_token_logit" not in config
     assert torch.equal(weights_of(out)[EMBEDDING], stored(GOLDEN / "llava_vit6b")["model.embed_tokens.weight"])
@@ -252,7 +234,7 @@ def with_vocabulary(source: Path, size: int) -> None:
             tensors[name] = torch.randn(size, tensors[name].shape[1], generator=torch.Generator().manual_seed(1))
 
     as_one_file(source, change)
-    edit_config(source, vocab_size=size)
+    edit_json(source / "config.json", vocab_size=size)
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "fast"])
@@ -268,7 +250,7 @@ def test_the_tokenizer_gets_the_token_and_the_model_its_row(kind, spare_rows, tm
         size = len(tokenizer)
     with_vocabulary(source, size + spare_rows)
     out = run(source, tmp_path / "out")
-    tokenizer, config = AutoTokenizer.from_pretrained(out), config_of(out)
+    tokenizer, config = AutoTokenizer.from_pretrained(out), json_of(out)
     assert tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>") == config["image_token_id"] == size
     assert len(tokenizer) == size + 1
     assert config["text_config"]["vocab_size"] == max(size + spare_rows, size + 1)
@@ -279,7 +261,7 @@ def test_the_tokenizer_gets_the_token_and_the_model_its_row(kind, spare_rows, tm
     assert tokenizer("a <IMG_CONTEXT> b").input_ids.count(size) == 1
     again = run(out, tmp_path / "again")
     assert same(weights_of(again), weights_of(out))
-    assert config_of(again) == config
+    assert json_of(again) == config
     for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json"):
         assert (again / name).read_text() == (out / name).read_text()
 
@@ -402,7 +384,7 @@ def test_the_tower_may_come_from_its_own_checkpoint(case, converted, tmp_path):
     out = tmp_path / "out"
     assert main([str(source), str(out), "--vision-tower", str(folder)]) == 0
     assert same(weights_of(out), weights_of(converted[case]))
-    assert config_of(out) == config_of(converted[case])
+    assert json_of(out) == json_of(converted[case])
 
 
 def test_a_named_tower_takes_the_place_of_the_stored_one(tmp_path):
@@ -424,7 +406,7 @@ def test_the_configuration_of_the_tower_may_be_named(place, converted, tmp_path)
     (tmp_path / "elsewhere").mkdir()
     file = (source / "vision_tower_config.json").rename(tmp_path / "elsewhere" / "config.json")
     named = file if place == "file" else file.parent
-    assert config_of(run(source, tmp_path / "out", vision_config=named)) == config_of(converted["llava_vit6b"])
+    assert json_of(run(source, tmp_path / "out", vision_config=named)) == json_of(converted["llava_vit6b"])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -457,7 +439,7 @@ def test_the_configuration_of_a_tower_of_a_released_width_is_read_from_its_shape
     as_one_file(source, widen)
     (source / "mm_projector.bin").unlink(missing_ok=True)
     (source / "vision_tower_config.json").unlink()
-    config = config_of(run(source, tmp_path / "out"))
+    config = json_of(run(source, tmp_path / "out"))
     found = config["vision_config"]
     assert (found["hidden_size"], found["num_attention_heads"]) == (width, 1)
     for key in ("image_size", "patch_size", "num_hidden_layers", "intermediate_size", "qk_normalization", "qkv_bias"):

@@ -25,7 +25,6 @@ from transformers import (
 from transformers import InternVLConfig as NativeConfig
 
 from internvl.configuration_internvl import InternVLChatConfig
-from internvl.conversion import convert
 from internvl.conversion.__main__ import main
 from internvl.conversion.formats.llama_decoder import INTERNLM2_AS_LLAMA
 from internvl.conversion.formats.native_settings import native_obstacles
@@ -34,6 +33,7 @@ from internvl.conversion.formats.rules import inverse
 from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
 
 from . import tiny
+from .fixtures_conversions import assert_same_weights, edit_json, json_of, run, weights_of
 from .fixtures_published import GOLDEN, published, published_chat
 from .fixtures_text import make_image, make_tokenizer
 
@@ -56,29 +56,6 @@ FLAVOURS = {
     "mixture-of-experts": ("qwen3_moe", {}, {}),
 }
 EXPERTS = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-
-
-def run(source, out, **settings):
-    return convert(source, out, show_progress=False, **settings)
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-
-
-def assert_same_weights(found: Path, wanted: Path) -> None:
-    found, wanted = weights_of(found), weights_of(wanted)
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert torch.equal(found[name], tensor), name
-
-
-def json_of(folder: Path, name: str = "config.json") -> dict:
-    return json.loads((folder / name).read_text())
-
-
-def edit_json(path: Path, **changes) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def chat(flavour: str) -> InternVLChatForConditionalGeneration:

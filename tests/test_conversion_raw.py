@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageClassification, AutoModelForSemanticSegmentation
 
-from internvl.conversion import convert
 from internvl.conversion.formats.raw_formats import RAW_FORMATS, TOWER_RAW
 from internvl.conversion.formats.raw_towers import tower_settings
 from internvl.conversion.formats.rules import inverse, translate
@@ -27,6 +26,7 @@ from internvl.conversion.readers.source import Source
 from internvl.conversion.readers.tensors import LazyTensor
 from internvl.modeling_internvit import InternViTBackbone
 
+from .fixtures_conversions import json_of, run, weights_of
 from .fixtures_text import make_image
 from .tiny import classifier, internvl_model, pyramid_backbone, segmenter, vision_model
 
@@ -41,10 +41,6 @@ HEADS = {
 }
 
 
-def run(source, out, **options):
-    return convert(source, out, show_progress=False, **options)
-
-
 def copy_of(case: str, folder: Path, *files: str) -> Path:
     """A golden folder, or these files of it; config.json is among them only when named."""
     target = folder / f"source_{case}"
@@ -55,18 +51,10 @@ def copy_of(case: str, folder: Path, *files: str) -> Path:
     return target
 
 
-def config_of(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text())
-
-
 def edit_config(folder: Path, change) -> None:
-    config = config_of(folder)
+    config = json_of(folder)
     change(config)
     (folder / "config.json").write_text(json.dumps(config))
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
 
 
 def edit_file(path: Path, change) -> None:
@@ -240,7 +228,7 @@ def test_a_head_can_be_named_for_a_backbone_or_a_folder(tmp_path):
     source = copy_of("classification_raw", tmp_path)
     head = (source / HEADS["attention_pooling"]).replace(tmp_path / "elsewhere.pth")
     found = [
-        config_of(run(path, tmp_path / f"out{number}", head=head))
+        json_of(run(path, tmp_path / f"out{number}", head=head))
         for number, path in enumerate((source, source / BACKBONE))
     ]
     assert found[0] == found[1]
@@ -542,7 +530,7 @@ def test_a_result_can_be_converted_again_to_the_same(kind, tmp_path):
     make, layout_name = MODELS[kind]
     first = run(raw_file(make(), layout_name, tmp_path / "raw"), tmp_path / "first")
     second = run(first, tmp_path / "second")
-    assert config_of(second) == config_of(first)
+    assert json_of(second) == json_of(first)
     assert (second / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
 
 

@@ -19,11 +19,11 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from transformers import AutoModel
 
-from internvl.conversion import convert
 from internvl.conversion.__main__ import main
 from internvl.conversion.readers.opening import open_file, open_source
 from internvl.conversion.readers.tensors import TensorReader
 
+from .fixtures_conversions import assert_same, run
 from .fixtures_published import GOLDEN, published_chat
 from .tiny import vision_model
 from .zero_writer import write_zero
@@ -35,10 +35,6 @@ WRITER = Path(__file__).with_name("distributed_writer.py")
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
-def run(source: Path, out: Path, **settings) -> Path:
-    return convert(source, out, show_progress=False, **settings)
-
-
 def tensors_of(source: Path) -> dict[str, torch.Tensor]:
     """All that a source holds, read."""
     tensors = open_source(source).tensors
@@ -48,13 +44,6 @@ def tensors_of(source: Path) -> dict[str, torch.Tensor]:
         name: (t.shape, t.dtype) for name, t in tensors.items()
     }
     return loaded
-
-
-def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
 
 
 def random(*shapes: tuple[int, ...], prefix: str = "layer", seed: int = 0) -> dict[str, torch.Tensor]:

@@ -47,15 +47,15 @@ def place_of(out: Path, overwrite: bool, inputs: list[Path]) -> Path:
     for path in inputs:
         real = path.resolve()
         if real.is_relative_to(place):
-            raise ValueError(f"OUT (`{out}`) must be a separate folder, and not hold the input `{path}`.")
+            raise ValueError(f"OUT (`{out}`) must be a folder of its own, and not hold the input `{path}`.")
         if place.is_relative_to(real) and place.is_dir() and any(place.iterdir()):
             raise ValueError(
-                f"OUT (`{out}`) must be a separate folder, and is a part of the input `{path}`. Name a new folder in "
+                f"OUT (`{out}`) must be a folder of its own, and is a part of the input `{path}`. Name a new folder in "
                 "it."
             )
     if Path.cwd().is_relative_to(place):
         raise ValueError(
-            f"OUT (`{out}`) must be a separate folder, and is the one in which this command runs, or above it. Name a "
+            f"OUT (`{out}`) must be a folder of its own, and is the one in which this command runs, or above it. Name a "
             "new folder in it."
         )
     check_free(out, place, overwrite)

@@ -1,0 +1,328 @@
+"""Conversion of every kind of file with weights: what is read and refused, and types and shards of what is written."""
+
+import json
+import os
+import pickle
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+from internvl.conversion.__main__ import main
+from internvl.conversion.readers.opening import open_source
+
+from .fixtures_conversions import edit_json, edit_weights, json_of, run, state_of, weights_of
+from .fixtures_published import (
+    published,
+    published_chat,
+)
+
+
+@pytest.fixture
+def vit(tmp_path):
+    return published("intern_vit_6b", tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- kinds of sources
+def split_in_two(source: Path, suffix: str) -> None:
+    """Shards and an index in the place of the one file."""
+    tensors = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    names, weight_map = list(tensors), {}
+    for index, part in enumerate((names[::2], names[1::2]), start=1):
+        file = f"{stem}-{index:05d}-of-00002.{suffix}"
+        content = {name: tensors[name] for name in part}
+        if suffix == "safetensors":
+            save_file(content, source / file, metadata={"format": "pt"})
+        else:
+            torch.save(content, source / file)
+        weight_map.update(dict.fromkeys(part, file))
+    (source / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def as_one_file(source: Path, name: str, **settings) -> None:
+    tensors = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    torch.save(tensors, source / name, **settings)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda source: split_in_two(source, "safetensors"),
+        lambda source: split_in_two(source, "bin"),
+        lambda source: as_one_file(source, "pytorch_model.bin"),
+        lambda source: as_one_file(source, "pytorch_model.bin", _use_new_zipfile_serialization=False),
+        lambda source: as_one_file(source, "intern_vit_6b.pth"),
+    ],
+    ids=["sharded-safetensors", "sharded-bin", "bin", "old-bin", "pth"],
+)
+def test_every_kind_of_file_gives_the_same_weights_and_is_left_alone(change, vit, tmp_path):
+    wanted = load_file(vit / "model.safetensors")
+    change(vit)
+    before = state_of(vit)
+    found = weights_of(run(vit, tmp_path / "out"))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert state_of(vit) == before
+
+
+def test_a_single_file_may_be_named(vit, tmp_path):
+    out = run(vit / "model.safetensors", tmp_path / "out")
+    assert weights_of(out).keys() == load_file(vit / "model.safetensors").keys()
+
+
+def as_in_the_hubs_cache(source: Path, cache: Path) -> Path:
+    """The snapshot of a repository as `huggingface_hub` keeps it: links to its blobs."""
+    repository = cache / "models--OpenGVLab--InternViT"
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for number, file in enumerate(sorted(source.iterdir())):
+        file.replace(repository / "blobs" / str(number))
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    return snapshot
+
+
+def test_links_as_in_the_hubs_cache_are_followed(vit, tmp_path):
+    wanted = load_file(vit / "model.safetensors")
+    snapshot = as_in_the_hubs_cache(vit, tmp_path)
+    found = weights_of(run(snapshot, tmp_path / "out"))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    # Also through a link to the snapshot itself, and one of its files.
+    (tmp_path / "link").symlink_to(snapshot)
+    run(tmp_path / "link", tmp_path / "out2")
+    run(snapshot / "model.safetensors", tmp_path / "out3")
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/etc/secret.safetensors", "a\\b.safetensors", "..", "x.txt"]
+)
+def test_an_index_that_points_elsewhere_is_refused(name, vit, tmp_path):
+    split_in_two(vit, "safetensors")
+    edit_json(vit / "model.safetensors.index.json", weight_map={"embeddings.class_embedding": name})
+    with pytest.raises(ValueError, match="points outside its folder"):
+        run(vit, tmp_path / "out")
+
+
+def test_a_missing_shard_is_named(vit, tmp_path):
+    split_in_two(vit, "bin")
+    (vit / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(OSError, match=r"does not have: pytorch_model-00002-of-00002\.bin"):
+        run(vit, tmp_path / "out")
+
+
+class BoobyTrap:
+    """What a hostile file would hold: code that runs when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("form", ["zip", "plain-pickle"])
+def test_a_booby_trapped_file_is_refused_by_name_and_not_run(form, vit, tmp_path, capsys):
+    (vit / "model.safetensors").unlink()
+    content = {"embeddings.class_embedding": BoobyTrap(tmp_path / "sprung")}
+    if form == "zip":
+        torch.save(content, vit / "pytorch_model.bin")
+    else:
+        (vit / "pytorch_model.bin").write_bytes(pickle.dumps(content))
+    assert main([str(vit), str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert "pytorch_model.bin` was refused" in message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "sprung").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_code_of_the_source_is_run(tmp_path):
+    source = published_chat(tmp_path)
+    trap = f"import os\nos.mkdir({str(tmp_path / 'sprung')!r})\n"
+    for name in ("configuration_internvl_chat", "modeling_internvl_chat", "tokenization_internlm2"):
+        (source / f"{name}.py").write_text(trap)
+    edit_json(source / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_internlm2.T", None]})
+    out = run(source, tmp_path / "out")
+    assert not (tmp_path / "sprung").exists()
+    assert not (out / "tokenization_internlm2.py").exists()
+    assert "os.mkdir" not in (out / "modeling_internvl_chat.py").read_text()
+
+
+def test_a_truncated_file_is_named(vit, tmp_path):
+    data = (vit / "model.safetensors").read_bytes()
+    (vit / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(OSError, match=r"model\.safetensors` is no complete safetensors file"):
+        run(vit, tmp_path / "out")
+    (vit / "model.safetensors").unlink()
+    torch.save({"a": torch.zeros(1000)}, vit / "pytorch_model.bin")
+    data = (vit / "pytorch_model.bin").read_bytes()
+    (vit / "pytorch_model.bin").write_bytes(data[: len(data) // 2])
+    with pytest.raises(OSError, match=r"pytorch_model\.bin` is no complete PyTorch file"):
+        run(vit, tmp_path / "out")
+
+
+def test_headers_are_read_without_their_weights(vit):
+    source = open_source(vit)
+    assert source.tensors["embeddings.class_embedding"].shape == (1, 1, 64)
+    assert source.num_bytes == sum(tensor.nbytes for tensor in load_file(vit / "model.safetensors").values())
+
+
+# ------------------------------------------------------------------------------------------------------- what is refused
+def test_everything_that_does_not_fit_is_listed_at_once(vit, tmp_path):
+    def change(tensors):
+        del tensors["encoder.layers.0.ls1"], tensors["encoder.layers.2.norm1.weight"]
+        tensors["encoder.layers.1.ls2"] = torch.zeros(7)
+        tensors["head.weight"] = torch.zeros(2)
+
+    edit_weights(vit, change)
+    with pytest.raises(ValueError, match="do not fit InternViT") as caught:
+        run(vit, tmp_path / "out")
+    message = str(caught.value)
+    assert "2 missing: encoder.layers.0.ls1, encoder.layers.2.norm1.weight" in message
+    assert "1 unknown: head.weight" in message
+    assert "encoder.layers.1.ls2 (64,) got (7,)" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tensor_in_two_files_is_listed(vit, tmp_path):
+    split_in_two(vit, "safetensors")
+    first, second = sorted(vit.glob("model-*.safetensors"))
+    tensors = load_file(second)
+    tensors["embeddings.class_embedding"] = torch.zeros(1, 1, 64)
+    save_file(tensors, second)
+    assert "embeddings.class_embedding" in load_file(first)
+    with pytest.raises(ValueError, match=r"1 in more than one file: embeddings.class_embedding"):
+        run(vit, tmp_path / "out")
+
+
+def test_rotary_buffers_are_dropped_by_name_and_nothing_else_is(tmp_path):
+    source = published("chat_llama_v1", tmp_path)
+    name = "language_model.model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit_weights(source, lambda tensors: tensors.update({name: torch.zeros(8)}))
+    messages = []
+    out = run(source, tmp_path / "out", image_token_id=500, report=messages.append)
+    assert name not in weights_of(out)
+    assert any(name in message for message in messages)
+    edit_weights(source, lambda tensors: tensors.update({name.replace("inv_freq", "freq"): torch.zeros(8)}))
+    with pytest.raises(ValueError, match=r"1 unknown: .*rotary_emb.freq"):
+        run(source, tmp_path / "other", image_token_id=500)
+
+
+def test_an_unknown_layout_is_answered_with_what_is_supported(tmp_path):
+    source = tmp_path / "bert"
+    source.mkdir()
+    save_file({"bert.embeddings.weight": torch.zeros(2)}, source / "model.safetensors")
+    edit_json(source / "config.json", model_type="bert")
+    with pytest.raises(ValueError, match=r"unknown.*'bert'") as caught:
+        run(source, tmp_path / "out")
+    for layout in ("InternViT", "InternVL-14B", "InternVL-Chat"):
+        assert layout in str(caught.value)
+
+
+def test_transformers_own_internvl_is_not_taken_for_14b(tmp_path):
+    source = tmp_path / "native"
+    source.mkdir()
+    save_file({"model.vision_tower.embeddings.cls_token": torch.zeros(2)}, source / "model.safetensors")
+    edit_json(source / "config.json", model_type="internvl", text_config={}, vision_config={})
+    with pytest.raises(ValueError, match=r"layout of .* is unknown"):
+        run(source, tmp_path / "out")
+
+
+def test_a_folder_without_weights_and_a_missing_one_are_named(tmp_path):
+    with pytest.raises(OSError, match=r"There is no `.*nowhere`"):
+        run(tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match="holds no weights"):
+        run(tmp_path / "empty", tmp_path / "out")
+
+
+@pytest.mark.parametrize("settings", [{"tokenizer": "x"}, {"image_token_id": 3}])
+def test_settings_without_effect_are_refused(settings, vit, tmp_path):
+    with pytest.raises(ValueError, match=f"`{next(iter(settings))}` has no effect"):
+        run(vit, tmp_path / "out", **settings)
+
+
+# ----------------------------------------------------------------------------------------------------- types and shards
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_weights_take_the_wanted_type(dtype, vit, tmp_path):
+    out = run(vit, tmp_path / "out", dtype=dtype)
+    wanted = getattr(torch, dtype)
+    stored = load_file(vit / "model.safetensors")
+    assert json_of(out)["dtype"] == dtype
+    assert all(torch.equal(tensor, stored[name].to(wanted)) for name, tensor in weights_of(out).items())
+    assert AutoModel.from_pretrained(out).dtype == wanted
+
+
+def test_numbers_too_large_for_half_precision_are_named(vit, tmp_path):
+    edit_weights(vit, lambda tensors: tensors["encoder.layers.1.ls1"].fill_(1e5))
+    with pytest.raises(ValueError, match=r"`encoder\.layers\.1\.ls1` holds 100000, which float16 cannot hold"):
+        run(vit, tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_have_the_wanted_size_and_load_as_one(vit, tmp_path):
+    out = run(vit, tmp_path / "out", max_shard_size="200KB")
+    shards = sorted(out.glob("model-*-of-*.safetensors"))
+    assert len(shards) > 2
+    assert all(shard.stat().st_size < 210_000 for shard in shards)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {shard.name for shard in shards}
+    wanted = load_file(vit / "model.safetensors")
+    assert all(
+        torch.equal(tensor, wanted[name]) for name, tensor in AutoModel.from_pretrained(out).state_dict().items()
+    )
+
+
+def test_mixed_types_stay_aligned_and_whole(vit, tmp_path):
+    def change(tensors):
+        for name in list(tensors)[::3]:
+            tensors[name] = tensors[name].to(torch.bfloat16)
+
+    edit_weights(vit, change)
+    wanted = load_file(vit / "model.safetensors")
+    found = weights_of(run(vit, tmp_path / "out"))
+    assert all(found[name].dtype == wanted[name].dtype and torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_one_tensor_is_read_at_a_time(vit, tmp_path, monkeypatch):
+    """No tensor but the one at hand is alive while another is read."""
+    import weakref
+
+    from internvl.conversion.readers import tensors as tensors_module
+
+    alive, most = weakref.WeakSet(), 0
+    read = tensors_module.TensorReader.__getitem__
+
+    def counted(self, name):
+        nonlocal most
+        tensor = read(self, name).clone()
+        alive.add(tensor)
+        most = max(most, len(alive))
+        return tensor
+
+    monkeypatch.setattr(tensors_module.TensorReader, "__getitem__", counted)
+    run(vit, tmp_path / "out", max_shard_size="1GB")
+    assert most <= 2  # the new one, and the last until its name is bound again
+
+
+def test_files_are_the_same_whether_the_system_copies_or_not(vit, tmp_path, monkeypatch):
+    from internvl.conversion.repository import shards
+
+    copied = []
+    watched = SimpleNamespace(sendfile=lambda *places: copied.append(places) or os.sendfile(*places))
+    monkeypatch.setattr(shards, "os", watched)  # not in the module itself, which `shutil` calls too
+    monkeypatch.setattr(shards, "HAS_FILE_COPY", sys.platform == "linux")
+    first = state_of(run(vit, tmp_path / "first"))
+    assert bool(copied) == (sys.platform == "linux")
+    monkeypatch.setattr(shards, "HAS_FILE_COPY", False)
+    copied.clear()
+    assert state_of(run(vit, tmp_path / "second")) == first
+    assert not copied

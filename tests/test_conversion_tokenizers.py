@@ -1,0 +1,119 @@
+"""Tokenizers of results: the ids of the published slow ones, and what is refused."""
+
+import pytest
+from transformers import AutoProcessor, AutoTokenizer
+
+from .fixtures_conversions import edit_json, json_of, run
+from .fixtures_published import (
+    INTERNLM2_TOKENS,
+    LLAMA_TOKENS,
+    published,
+    published_14b,
+    published_chat,
+    slow_ids,
+    write_sentencepiece_tokenizer,
+)
+from .fixtures_text import make_tokenizer
+
+
+# ------------------------------------------------------------------------------------------------------------ tokenizers
+TEXTS = (
+    "What is shown in the image? 1234 caf\u00e9 \u4e2d\u6587",
+    " two  spaces\n\n",
+    "<|im_start|>user\n<img><IMG_CONTEXT><IMG_CONTEXT></img>\nHow many?<|im_end|><|im_start|>assistant\n",
+)
+
+
+@pytest.mark.parametrize(
+    ("special", "num_unused", "settings"),
+    [
+        (LLAMA_TOKENS, 0, {}),
+        (INTERNLM2_TOKENS, 4, {"tokenizer_class": "InternLM2Tokenizer", "auto_map": {"AutoTokenizer": ["t.T", None]}}),
+    ],
+    ids=["llama", "internlm2"],
+)
+def test_a_sentencepiece_tokenizer_keeps_the_ids_of_the_published_slow_one(special, num_unused, settings, tmp_path):
+    case = "chat_internlm2_v2" if num_unused else "chat_llama_v1"
+    source = published(case, tmp_path)
+    write_sentencepiece_tokenizer(source, special, num_unused, pad_token="</s>", **settings)
+    out = run(source, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=False, use_fast=False)
+    for text in TEXTS:
+        assert tokenizer(text).input_ids == slow_ids(source, text)
+    assert json_of(out)["image_token_id"] == 332
+    assert tokenizer.convert_tokens_to_ids(list(special.values())) == list(special)
+    assert tokenizer.pad_token == "</s>"
+
+
+def test_the_result_needs_neither_sentencepiece_nor_protobuf(tmp_path):
+    source = published("chat_llama_v1", tmp_path)
+    write_sentencepiece_tokenizer(source, LLAMA_TOKENS)
+    out = run(source, tmp_path / "out")
+    (out / "tokenizer.model").unlink()
+    assert AutoTokenizer.from_pretrained(out)("a").input_ids[0] == 1
+
+
+def test_the_begin_token_of_14b_stays_when_the_end_token_is_asked_for(tmp_path):
+    source = published_14b(tmp_path)
+    out = run(source, tmp_path / "out")
+    text = "summarize:a photo of a cat"
+    tokenizer = AutoTokenizer.from_pretrained(out, use_fast=False, add_eos_token=True)
+    assert tokenizer(text).input_ids == [*slow_ids(source, text), 2]
+    tokenizer.add_eos_token = False
+    assert tokenizer(text).input_ids == slow_ids(source, text)
+
+
+def test_a_tokenizer_may_come_from_another_folder(tmp_path):
+    make_tokenizer(add_bos=False, eos_token="<|endoftext|>").save_pretrained(tmp_path / "tokenizer")
+    out = run(published("chat_qwen2_v2", tmp_path), tmp_path / "out", tokenizer=tmp_path / "tokenizer")
+    processor = AutoProcessor.from_pretrained(out)
+    assert processor.image_token_id == json_of(out)["image_token_id"] == 349
+    assert processor.chat_template == (out / "chat_template.jinja").read_text()
+
+
+def test_the_tokenizers_own_chat_template_gives_way_to_that_of_the_checkpoint(tmp_path):
+    source = published_chat(tmp_path)
+    edit_json(source / "tokenizer_config.json", chat_template="{{ 'another one' }}")
+    out = run(source, tmp_path / "out")
+    assert "another one" not in (out / "tokenizer_config.json").read_text()
+    assert AutoTokenizer.from_pretrained(out).chat_template == (out / "chat_template.jinja").read_text()
+
+
+def test_a_tokenizer_without_image_tokens_is_refused(tmp_path):
+    make_tokenizer(special_tokens=("<img>",)).save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match="lacks `</img>`, `<IMG_CONTEXT>`"):
+        run(published("chat_qwen2_v2", tmp_path), tmp_path / "out", tokenizer=tmp_path / "tokenizer")
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
+    source = published_chat(tmp_path)
+    extra = tuple(f"<extra{index}>" for index in range(300))
+    make_tokenizer(special_tokens=("<img>", "</img>", "<IMG_CONTEXT>", *extra)).save_pretrained(source)
+    with pytest.raises(ValueError, match=r"ids up to \d+, the model has embeddings for 528 tokens"):
+        run(source, tmp_path / "out")
+
+
+def test_an_image_token_that_contradicts_the_tokenizer_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`image_token_id` is 7, the tokenizer has 349"):
+        run(published_chat(tmp_path), tmp_path / "out", image_token_id=7)
+
+
+def test_an_image_token_outside_the_vocabulary_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="must lie in the vocabulary of 528 tokens, got 528"):
+        run(published("chat_qwen2_v2", tmp_path), tmp_path / "out", image_token_id=528)
+
+
+def test_a_tokenizer_that_is_only_remote_code_is_refused(tmp_path):
+    source = published("chat_qwen2_v2", tmp_path)
+    (source / "vocab.json").write_text("{}")
+    edit_json(
+        source / "tokenizer_config.json", auto_map={"AutoTokenizer": ["t.T", None]}, tokenizer_class="OwnTokenizer"
+    )
+    with pytest.raises(ValueError, match=r"is remote code .`OwnTokenizer`., which is not run"):
+        run(source, tmp_path / "out")
+
+
+def test_a_folder_named_as_tokenizer_must_hold_one(tmp_path):
+    (tmp_path / "none").mkdir()
+    with pytest.raises(OSError, match="has no tokenizer"):
+        run(published("chat_qwen2_v2", tmp_path), tmp_path / "out", tokenizer=tmp_path / "none")
