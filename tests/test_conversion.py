@@ -6,10 +6,6 @@ test_published_usage.
 
 import hashlib
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -50,69 +46,6 @@ def converted(tmp_path_factory):
         "chat": published_chat(folder),
     }
     return {kind: run(source, folder / kind) for kind, source in sources.items()}
-
-
-# ------------------------------------------------------------------------------------------------- every door, elsewhere
-DOORS = """
-import json, sys
-sys.modules["internvl"] = None
-import transformers
-names = {}
-for folder, doors in json.loads(sys.argv[1]).items():
-    for door in doors:
-        auto = getattr(transformers, door)
-        if door == "AutoBackbone":  # its `from_pretrained` asks the Hub whether there is such a repository, also for a folder
-            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
-            part = auto.from_config(config, trust_remote_code=True)
-        else:
-            part = auto.from_pretrained(folder, trust_remote_code=True)
-        names[folder.rpartition("/")[2] + "." + door] = type(part).__name__
-print("NAMES" + json.dumps(names))
-"""
-EXPECTED_DOORS = {
-    "vision": {
-        "AutoConfig": "InternViTConfig",
-        "AutoModel": "InternVisionModel",
-        "AutoBackbone": "InternViTBackbone",
-        "AutoModelForImageClassification": "InternViTForImageClassification",
-        "AutoModelForSemanticSegmentation": "InternViTForSemanticSegmentation",
-        "AutoImageProcessor": "InternVLImageProcessor",
-    },
-    "contrastive": {
-        "AutoConfig": "InternVL14BConfig",
-        "AutoModel": "InternVLModel",
-        "AutoModelForZeroShotImageClassification": "InternVLModel",
-        "AutoImageProcessor": "InternVLImageProcessor",
-        "AutoProcessor": "InternVLProcessor",
-    },
-    "chat": {
-        "AutoConfig": "InternVLChatConfig",
-        "AutoModel": "InternVLChatForConditionalGeneration",
-        "AutoModelForCausalLM": "InternVLChatForConditionalGeneration",
-        "AutoModelForImageTextToText": "InternVLChatForConditionalGeneration",
-        "AutoModelForMultimodalLM": "InternVLChatForConditionalGeneration",
-        "AutoImageProcessor": "InternVLImageProcessor",
-        "AutoProcessor": "InternVLProcessor",
-        "AutoTokenizer": "TokenizersBackend",
-    },
-}
-
-
-def test_every_auto_class_loads_the_moved_result_offline_without_the_package(converted, tmp_path):
-    folders = {kind: shutil.copytree(converted[kind], tmp_path / kind) for kind in EXPECTED_DOORS}
-    doors = {str(folder): list(EXPECTED_DOORS[kind]) for kind, folder in folders.items()}
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(
-        [sys.executable, "-c", DOORS, json.dumps(doors)],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    names = json.loads(done.stdout.partition("NAMES")[2])
-    assert names == {f"{kind}.{door}": name for kind, doors in EXPECTED_DOORS.items() for door, name in doors.items()}
 
 
 def test_the_processor_of_a_chat_result_feeds_its_model(converted):

@@ -7,11 +7,7 @@
 5. What the published layouts cannot express is refused with all reasons.
 """
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -403,33 +399,6 @@ def test_a_dry_run_names_the_form_and_writes_nothing(trips, tmp_path, capsys):
     assert "Found InternVL-Chat, this package's form" in printed
     assert "in the published Hub layout" in printed
     assert not (tmp_path / "out").exists()
-
-
-# ------------------------------------------------------------------------------------------------------------------ doors
-DOORS = """
-import json, sys
-sys.modules["internvl"] = None
-from transformers import AutoConfig, AutoModel
-for folder in json.loads(sys.argv[1]):
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    model, info = AutoModel.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
-    print("LOADED", type(config).__name__, config.model_type, not any(info.values()))
-"""
-
-
-def test_the_published_form_loads_by_its_published_names_without_the_package(trips, tmp_path):
-    """Engines that build the model themselves load its configuration by `auto_map`."""
-    folders = [str(trips[name][2]) for name in ("intern_vit_6b", "internvl_14b", "chat_llama_v1", "chat_internlm2_v2")]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", DOORS, json.dumps(folders)]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("LOADED")] == [
-        ["InternVisionConfig", "intern_vit_6b", "True"],
-        ["InternVL14BConfig", "internvl", "True"],
-        ["InternVLChatConfig", "internvl_chat", "True"],
-        ["InternVLChatConfig", "internvl_chat", "True"],
-    ]
 
 
 @pytest.mark.parametrize("name", ["intern_vit_6b", "internvl_14b", "chat_internlm2_v2"])

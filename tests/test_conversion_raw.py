@@ -4,11 +4,8 @@ Results are loaded through the Auto classes and compared with what the published
 """
 
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +24,6 @@ from internvl.conversion.readers.tensors import LazyTensor
 from internvl.modeling_internvit import InternViTBackbone
 
 from .fixtures_conversions import json_of, run, weights_of
-from .fixtures_text import make_image
 from .tiny import classifier, internvl_model, pyramid_backbone, segmenter, vision_model
 
 
@@ -176,37 +172,6 @@ def test_the_raw_stage_1_checkpoint_computes_what_the_published_code_did(tmp_pat
     assert_recorded("internvl_c_raw", found)
     assert {f"out.{name}" for name in found} == {name for name in given if name.startswith("out.")}
     assert model.config.num_query_token == 0
-
-
-REMOTE = """
-import json, sys
-sys.modules["internvl"] = None
-import torch, transformers
-from pathlib import Path
-for folder, auto in json.loads(sys.argv[1]).items():
-    if auto:
-        model, info = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
-        print(type(model).__name__, {key: sorted(map(str, value)) for key, value in info.items() if value})
-    card = (Path(folder) / "README.md").read_text().partition("```python")[2].partition("```")[0]
-    exec(card.replace('path = "."', f"path = {folder!r}"), {})
-"""
-
-
-def test_results_load_as_remote_code_and_the_snippets_of_their_cards_run(tmp_path):
-    case = GOLDEN / "classification_raw"
-    autos = {
-        str(run(case, tmp_path / "head")): "AutoModelForImageClassification",
-        str(run(GOLDEN / "segmentation_raw", tmp_path / "linear")): "AutoModelForSemanticSegmentation",
-        str(run(GOLDEN / "segmentation_raw" / "upernet_backbone.pth", tmp_path / "pyramid")): None,
-    }
-    make_image(90, 60).save(tmp_path / "picture.jpg")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", REMOTE, json.dumps(autos)]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "InternViTForImageClassification {}" in done.stdout
-    assert "InternViTForSemanticSegmentation {}" in done.stdout
-    assert "[(1, 48, 16, 16), (1, 48, 8, 8), (1, 48, 4, 4), (1, 48, 2, 2)]" in done.stdout
 
 
 # ------------------------------------------------------------------------------------------------- what belongs together
