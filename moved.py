@@ -59,7 +59,7 @@ MOVED = {
     "evaluation.features": "evaluation.embeddings",
     "evaluation.plots": "reproduction.plots",
     "evaluation.results": "reproduction.report",
-    "memory": "planning.memory_command",
+    "memory": "planning.memory",
     "planner": "planning.memory",
     "training.ablation": "reproduction.ablation",
     "training.broken_rows": "training.data.bad_rows",
@@ -101,6 +101,15 @@ MOVED = {
 }
 
 
+# Old commands, `python -m internvl.OLD`: package and command of the new one.
+DOORS = {
+    "evaluation.captioning": ("evaluation", "captioning"),
+    "evaluation.dialogue": ("evaluation", "dialogue"),
+    "evaluation.linear_probe": ("evaluation", "linear_probe"),
+    "evaluation.retrieval": ("evaluation", "retrieval"),
+    "evaluation.zero_shot": ("evaluation", "zero_shot"),
+    "memory": ("planning", "memory"),
+}
 # Old names of packages; their modules warn.
 PACKAGES = ("conversion.layouts", "conversion.output", "conversion.sources")
 # Modules without a successor, and what to use instead.
@@ -120,6 +129,13 @@ class MovedModules:
         package, _, old = name.partition(".")
         if package != __package__:
             return None
+        is_run = sys.argv[:1] == ["-m"] and name in sys.orig_argv
+        if is_run and old in DOORS:
+            folder, command = DOORS[old]
+            warnings.warn(f"{name} is now {package}.{folder} {command}.", FutureWarning, stacklevel=2)
+            sys.argv.insert(1, command)
+            new = f"{package}.{folder}.__main__"
+            return ModuleSpec(new, _Alias(new))
         if old in REMOVED:
             raise ModuleNotFoundError(f"{name} is gone: {REMOVED[old]}", name=name)
         if old not in MOVED:
@@ -128,7 +144,6 @@ class MovedModules:
         if old not in PACKAGES:
             warnings.warn(f"{name} is now {new}.", FutureWarning, stacklevel=2)
         # What `python -m` runs takes its relative imports from the name in the spec.
-        is_run = sys.argv[:1] == ["-m"] and name in sys.orig_argv
         return ModuleSpec(new if is_run else name, _Alias(new))
 
 
@@ -149,14 +164,14 @@ class _Alias(Loader):
 
     def get_code(self, name: str) -> CodeType | None:
         """Return the new module's code, which `python -m` runs."""
-        loader: Any = importlib.util.find_spec(self.new).loader  # type: ignore[union-attr]
+        loader: Any = importlib.util.find_spec(self.new).loader
         return loader.get_code(self.new)
 
 
 def install() -> None:
     """Make old names importable."""
     if MovedModules not in sys.meta_path:
-        sys.meta_path.insert(0, MovedModules)  # type: ignore[arg-type]
+        sys.meta_path.insert(0, MovedModules)
 
 
-__all__ = ["MOVED", "PACKAGES", "REMOVED", "install"]
+__all__ = ["DOORS", "MOVED", "PACKAGES", "REMOVED", "install"]

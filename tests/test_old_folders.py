@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from internvl.moved import MOVED, PACKAGES, REMOVED
+from internvl.moved import DOORS, MOVED, PACKAGES, REMOVED, MovedModules
 
 from .old_folders.run_folder import run
 
@@ -90,9 +90,21 @@ def test_a_moved_module_is_one_module_with_one_warning(old):
     assert not (ROOT / f"{old.replace('.', '/')}.py").exists()
 
 
-def test_a_moved_module_runs_under_its_old_name():
-    command = [sys.executable, "-m", "internvl.evaluation.results", "--help"]
+def test_an_old_command_runs_the_new_one():
+    command = [sys.executable, "-m", "internvl.memory", "internvit-6b"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "usage:" in done.stdout
-    assert "internvl.evaluation.results is now internvl.reproduction.report" in done.stderr
+    assert "5,902,793,600" in done.stdout
+    assert "internvl.memory is now internvl.planning memory" in done.stderr
+
+
+@pytest.mark.parametrize("old", DOORS)
+def test_every_old_command_has_a_new_one(old, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["-m", "--help"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", f"internvl.{old}", "--help"])
+    with pytest.warns(FutureWarning, match="is now internvl"):
+        spec = MovedModules.find_spec(f"internvl.{old}")
+    assert spec.loader.get_code(spec.name)
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(spec.name).main(sys.argv[1:])
+    assert stopped.value.code == 0
