@@ -1,7 +1,7 @@
 """InternVL 1.0 whole: InternViT, QLLaMA, InternVL-C/G and InternVL-Chat.
 
-Importing this package registers its classes with transformers' Auto classes, so that `AutoModel.from_pretrained(...)` and
-`AutoProcessor.from_pretrained(...)` use the installed code and no remote code need be trusted.
+Importing this package registers its classes with transformers' Auto classes, so that `AutoModel.from_pretrained(...)`
+and `AutoProcessor.from_pretrained(...)` use the installed code and no remote code need be trusted.
 """
 
 import sys
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
         QLlamaModel,
     )
 
-# Registering imports torch and transformers, seconds in which nobody is told that an argument is wrong. So these commands call
-# `register` themselves, once they have read their arguments.
+# Registering imports torch and transformers, which takes seconds. These commands parse their arguments first, and call
+# `register` after that.
 COMMANDS = (
     *("chat", "conversion", "demo", "evaluation", "planning", "publishing", "training"),
     *(f"evaluation.{task}" for task in ("captioning", "dialogue", "linear_probe", "retrieval", "zero_shot")),
@@ -41,12 +41,12 @@ COMMANDS = (
 
 
 def register() -> None:
-    """Imports the classes and registers them with the Auto classes. `import internvl` does it; calling it again changes nothing."""
+    """Registers the classes with the Auto classes, as `import internvl` does; calling it again changes nothing."""
     import_module(".registration", __name__)
 
 
 def starts_a_command() -> bool:
-    """Whether `python -m` is starting one of `COMMANDS`: `sys.argv[0]` is "-m" for as long as Python looks for the module."""
+    """Whether `python -m` is starting one of `COMMANDS`: `sys.argv[0]` is "-m" while Python looks for the module."""
     return sys.argv[:1] == ["-m"] and any(f"{__name__}.{command}" in sys.orig_argv for command in COMMANDS)
 
 

@@ -83,7 +83,8 @@ class PackedPasses:
         return torch.cat([queries.expand(len(attention_mask), -1), *texts], dim=1)
 
     def blocks(self) -> torch.Tensor:
-        """(2, copies * M + texts): each position's block, and the second block it attends to (its block if there is none).
+        """(2, copies * M + texts): each position's block, and the second block it attends to (its block if there is
+        none).
 
         Within a block numbered from 0 all positions attend to each other; within a negative block attention is causal.
         A copy of the queries is block 0, 1...; a matching text joins its copy's block, any other text is block -1,
@@ -117,8 +118,8 @@ def packed_passes(
         described = (attention_mode.num_copies * attention_mode.num_queries, sum(attention_mode.text_lengths))
         if described != (num_queries, num_text):
             raise ValueError(
-                f"`attention_mode` describes {described[0]} queries and {described[1]} text positions, got {num_queries} "
-                f"and {num_text}: give {attention_mode.num_copies} copies of the queries and all texts."
+                f"`attention_mode` describes {described[0]} queries and {described[1]} text positions, got "
+                f"{num_queries} and {num_text}: give {attention_mode.num_copies} copies of the queries and all texts."
             )
         return [attention_mode]
     if attention_mode is None:

@@ -19,7 +19,7 @@ class InternLM2Config(LlamaConfig):
     model_type = "internlm2"
     base_model_tp_plan = {
         "tok_embeddings": "embedding_rowwise",
-        "layers.*.attention.wqkv": "colwise",  # rows are grouped by key/value head, so a contiguous split keeps groups whole
+        "layers.*.attention.wqkv": "colwise",  # grouped by key/value head, so a contiguous split keeps groups whole
         "layers.*.attention.wo": "rowwise",
         "layers.*.feed_forward.w1": "colwise",
         "layers.*.feed_forward.w3": "colwise",
@@ -35,8 +35,8 @@ class InternLM2Config(LlamaConfig):
         super().__post_init__(**kwargs)
         if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` ({self.num_attention_heads}), "
-                f"and that of `num_key_value_heads` ({self.num_key_value_heads})."
+                f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
+                f"({self.num_attention_heads}), and that of `num_key_value_heads` ({self.num_key_value_heads})."
             )
 
 

@@ -1,9 +1,9 @@
 # Copyright 2026 The InternVL package authors. MIT license.
 """Configurations of InternViT, QLLaMA, InternVL-C/G and InternVL-Chat.
 
-The class defaults are the released 1.0 sizes (InternViT-6B, QLLaMA-8B). Keys of published configurations that mean nothing here
-(LoRA ranks, `use_flash_attn`...) are kept as plain attributes, so a configuration survives a round trip. Impossible shapes are
-refused when the configuration is built, so that no layer has to check them.
+The class defaults are the released 1.0 sizes (InternViT-6B, QLLaMA-8B). Keys of published configurations that mean
+nothing here (LoRA ranks, `use_flash_attn`...) are kept as plain attributes, so a configuration survives a round trip.
+Impossible shapes are refused when the configuration is built, so that no layer has to check them.
 """
 
 from copy import deepcopy
@@ -13,7 +13,8 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 from transformers.utils.versions import require_version
 
 
-# Every entry into the package passes this file. Releases before 5.17 write remote code to disk before they ask whether to trust it.
+# Every entry into the package passes this file. Releases before 5.17 write remote code to disk before asking for
+# trust.
 require_version("transformers>=5.19,<6", "The InternVL package is tested on transformers 5.19.0 to 5.23.0.")
 
 from transformers.backbone_utils import BackboneConfigMixin  # noqa: E402  (absent before the supported range)
@@ -49,13 +50,14 @@ class InternViTConfig(BackboneConfigMixin, PretrainedConfig):
         qk_normalization: Whether q and k are RMS-normalised over the full width before the split into heads.
         drop_path_rate: Stochastic depth of the last block; earlier blocks rise linearly from 0.
         initializer_factor: Initial value of both layer scales.
-        out_features, out_indices: Feature maps of the backbone, among "stem", "stage1", ..., one per block; the last of them is what
-            the segmentation head reads.
-        classifier_pooling: What the classification head reads: "cls_patch_concat" (the class token and the mean patch),
-            "attention_pooling" (all tokens, as many heads and as wide as the tower) or "clip_projector" (the pooling of InternVL-C).
+        out_features, out_indices: Feature maps of the backbone, among "stem", "stage1", ..., one per block; the last
+            of them is what the segmentation head reads.
+        classifier_pooling: What the classification head reads: "cls_patch_concat" (the class token and the mean
+            patch), "attention_pooling" (all tokens, as many heads and as wide as the tower) or "clip_projector" (the
+            pooling of InternVL-C).
         attn_pool_num_heads, clip_embed_dim: Heads and width of the pooling "clip_projector".
-        feature_pyramid: None leaves the backbone's maps at one size. "plain" brings four maps to 4, 2, 1 and 1/2 times the patch grid;
-            "final_norm" also normalises each of them.
+        feature_pyramid: None leaves the backbone's maps at one size. "plain" brings four maps to 4, 2, 1 and 1/2 times
+            the patch grid; "final_norm" also normalises each of them.
         semantic_loss_ignore_index: Label of the pixels that the segmentation loss leaves out.
     """
 
@@ -70,8 +72,8 @@ class InternViTConfig(BackboneConfigMixin, PretrainedConfig):
         "AutoModelForImageClassification": "modeling_internvit.InternViTForImageClassification",
         "AutoModelForSemanticSegmentation": "modeling_internvit.InternViTForSemanticSegmentation",
     }
-    # Every process computes the attention itself whole: the q/k norm spans all heads, and the 25 heads of the 6B do not divide by 2,
-    # 4 or 8. The weights, and the products with them, are shared out.
+    # Every process computes whole attention: the q/k norm spans all heads, and the 25 heads of the 6B do not divide by
+    # 2, 4 or 8. The weights and their products are sharded.
     base_model_tp_plan = {
         "encoder.layers.*.attn.qkv": "colwise_gather_output",
         "encoder.layers.*.attn.proj": "rowwise_split_input",
@@ -121,7 +123,7 @@ class InternViTConfig(BackboneConfigMixin, PretrainedConfig):
 
     @property
     def num_patches(self) -> int:
-        """Patches of a picture of `image_size`, without the class token."""
+        """Patches of an image of `image_size`, without the class token."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
@@ -134,8 +136,8 @@ class InternViTConfig(BackboneConfigMixin, PretrainedConfig):
         super().verify_out_features_out_indices()
         if self.feature_pyramid is not None and self._out_indices is not None and len(self._out_indices) != 4:
             raise ValueError(
-                f"`feature_pyramid` {self.feature_pyramid!r} needs four feature maps, got {len(self._out_indices)}: give four "
-                f"`out_indices` or `out_features`, not {self._out_indices}."
+                f"`feature_pyramid` {self.feature_pyramid!r} needs four feature maps, got {len(self._out_indices)}: "
+                f"give four `out_indices` or `out_features`, not {self._out_indices}."
             )
 
 
@@ -143,7 +145,8 @@ class QLlamaConfig(LlamaConfig):
     """QLLaMA (paper section 3.2): a LLaMA with learned queries and cross-attention to the vision tower.
 
     Args:
-        num_query_token: Learned queries in front of the text. 0 makes it a plain LLaMA text encoder (InternVL-C alone, stage 1).
+        num_query_token: Learned queries in front of the text. 0 makes it a plain LLaMA text encoder (InternVL-C alone,
+            stage 1).
         cross_attention_frequency: Layers 0, f, 2f... hold a cross-attention; none does without queries.
         vision_hidden_size: Width of the vision features the cross-attention reads.
     """
@@ -188,7 +191,7 @@ class QLlamaConfig(LlamaConfig):
 
     @property
     def has_queries(self) -> bool:
-        """Whether there are queries to look at the picture."""
+        """Whether there are queries, which attend to the image."""
         return self.num_query_token > 0
 
     def has_cross_attention(self, layer_idx: int) -> bool:
@@ -203,7 +206,7 @@ def _as_vision_config(value: PretrainedConfig | dict | None) -> PretrainedConfig
 def _as_qllama_config(
     value: PretrainedConfig | dict | None, vision_hidden_size: int, **top_level: Any
 ) -> PretrainedConfig:
-    """A QLLaMA configuration; values of the enclosing configuration win over those inside, as in the published code."""
+    """A QLLaMA configuration; values of the enclosing configuration override those inside, as published."""
     top_level = {key: setting for key, setting in top_level.items() if setting is not None}
     if value is None or isinstance(value, dict):
         return QLlamaConfig(**{**(value or {}), "vision_hidden_size": vision_hidden_size, **top_level})
@@ -221,7 +224,7 @@ def _as_text_config(value: PretrainedConfig | dict | None) -> PretrainedConfig:
     if value is not None and not isinstance(value, dict):
         return value
     settings = dict(value or {})
-    # Published `llm_config` blocks carry the attention choice of the machine they were saved on; ours is made once, at the top.
+    # Published `llm_config` blocks name the attention of the machine they were saved on; here it is chosen at the top.
     settings.pop("attn_implementation", None)
     model_type = settings.pop("model_type", "llama")
     if model_type == InternLM2Config.model_type:
@@ -239,13 +242,13 @@ class InternVL14BConfig(PretrainedConfig):
         attn_pool_num_heads: Heads of both attention poolings.
         label_smoothing: Of the contrastive loss in training.
         max_txt_len: Text length of generative training.
-        force_image_size: Size of the pictures the model is used with; None takes `vision_config.image_size`.
+        force_image_size: Size of the images the model is used with; None takes `vision_config.image_size`.
         num_query_token, cross_attention_frequency: Shorthands that override the values inside `qllama_config`.
     """
 
     model_type = "internvl_14b"
     published_model_types = ("internvl",)
-    # What `Trainer.evaluate` leaves: the similarities, a row per image.
+    # So `Trainer.evaluate` collects the similarities alone, a row per image.
     keys_to_ignore_at_inference = ["logits_per_text", "image_embeds", "text_embeds"]
     sub_configs = {"vision_config": InternViTConfig, "qllama_config": QLlamaConfig}
     attribute_map = {"text_config": "qllama_config"}
@@ -278,13 +281,13 @@ class InternVL14BConfig(PretrainedConfig):
         if self.has_queries:
             _check_multiple(of_part.format("QLLaMA"), self.qllama_config.hidden_size, "attn_pool_num_heads", heads)
         super().__post_init__(**kwargs)
-        # `config.json` names the class. Here the name would lead stock pipelines, in tasks that this model has not, to transformers'
-        # own `InternVLModel`, of 8 B random weights.
+        # Kept in `config.json` only: in tasks that this model does not have, stock pipelines would take the name for
+        # transformers' `InternVLModel` and build it with 8 B random weights.
         self.architectures = None
 
     @property
     def num_query_token(self) -> int:
-        """Learned queries of QLLaMA; settable, so that stage 2 starts from stage 1 by `from_pretrained(stage1, num_query_token=96)`."""
+        """Learned queries of QLLaMA; settable: stage 2 starts from `from_pretrained(stage1, num_query_token=96)`."""
         return self.qllama_config.num_query_token
 
     @num_query_token.setter
@@ -297,8 +300,8 @@ class InternVL14BConfig(PretrainedConfig):
         return self.qllama_config.has_queries
 
 
-# The public name. transformers has a configuration of that name too, and its Auto classes look models up by the name of a
-# configuration's class: under it they would build their own chat model around this one.
+# The public name. transformers has a configuration `InternVLConfig` too, and its Auto classes look models up by the
+# name of a configuration's class: they would build transformers' chat model from this configuration.
 InternVLConfig = InternVL14BConfig
 
 
@@ -307,30 +310,32 @@ class InternVLChatConfig(PretrainedConfig):
 
     Args:
         vision_config: InternViT configuration or its dictionary.
-        text_config: Configuration of the decoder or its dictionary; `llm_config` (the published key) is the same thing.
+        text_config: Configuration of the decoder or its dictionary; `llm_config` (the published key) is the same
+            thing.
         qllama_config: QLLaMA configuration or its dictionary; only with a connector that holds queries.
-        connector: What the decoder sees of a tile: "patches" (InternVL-Chat, simple), "queries", or "queries_and_patches"
-            (full, queries first, as in the published LLaVA code base).
-        projector_type: "layer_norm_mlp" (LayerNorm-Linear-GELU-Linear) or "mlp2x_gelu" (without the norm, LLaVA code base).
-        select_layer: Hidden state of the vision tower that gives the patches; -1 is the output of the last block, -4 that of
-            the fourth from the end.
+        connector: What the decoder sees of a tile: "patches" (InternVL-Chat, simple), "queries", or
+            "queries_and_patches" (full, queries first, as in the published LLaVA code base).
+        projector_type: "layer_norm_mlp" (LayerNorm-Linear-GELU-Linear) or "mlp2x_gelu" (without the norm, LLaVA code
+            base).
+        select_layer: Hidden state of the vision tower that gives the patches; -1 is the output of the last block, -4
+            that of the fourth from the end.
         downsample_ratio: Pixel shuffle factor per side; 1.0 keeps every patch.
         ps_version: "v2", or "v1" which leaves the shuffled grid transposed (InternVL-Chat up to V1-2).
         template: Name in `conversation_internvl`.
         force_image_size: Tile size in pixels; None takes `vision_config.image_size`.
-        dynamic_image_size, use_thumbnail, min_dynamic_patch, max_dynamic_patch, pad2square: How the pictures were tiled in
-            training; the image processor of the checkpoint holds the same values.
-        image_token_id: Id of the placeholder `<IMG_CONTEXT>`; also reached as `img_context_token_id`. The published code does
-            not store it.
-        use_image_start_end: Whether `<img>` and `</img>` stand around a picture; not so in the LLaVA code base.
-        mask_image_token_logit: Whether the placeholder has the lowest logit always: where conversion added it to the vocabulary,
-            its row of the head was never trained.
+        dynamic_image_size, use_thumbnail, min_dynamic_patch, max_dynamic_patch, pad2square: How the images were tiled
+            in training; the image processor of the checkpoint holds the same values.
+        image_token_id: Id of the placeholder `<IMG_CONTEXT>`; also reached as `img_context_token_id`. The published
+            code does not store it.
+        use_image_start_end: Whether `<img>` and `</img>` stand around an image; not so in the LLaVA code base.
+        mask_image_token_logit: Whether the placeholder has the lowest logit always: where conversion added it to the
+            vocabulary, its row of the head was never trained.
     """
 
-    # Not the published "internvl_chat": transformers may claim that name for its own model (huggingface/transformers#47047).
+    # Not the published "internvl_chat", which transformers may claim for a model (huggingface/transformers#47047).
     model_type = "internvl_chat_model"
     published_model_types = ("internvl_chat",)
-    # What `Trainer.evaluate` leaves: logits. Features of every image would fill the memory.
+    # So `Trainer.evaluate` collects logits alone. Features of every image would fill the memory.
     keys_to_ignore_at_inference = [
         "past_key_values",
         "hidden_states",
@@ -400,8 +405,8 @@ class InternVLChatConfig(PretrainedConfig):
         side = self.image_size // patch_size * self.downsample_ratio
         if not 0 < self.downsample_ratio <= 1 or side != int(side):
             raise ValueError(
-                f"`downsample_ratio` ({self.downsample_ratio}) must be in (0, 1] and map the {self.image_size // patch_size} "
-                "patches per side to a whole number."
+                f"`downsample_ratio` ({self.downsample_ratio}) must be in (0, 1] and map the "
+                f"{self.image_size // patch_size} patches per side to a whole number."
             )
 
     @property

@@ -1,4 +1,4 @@
-"""What every model class of the package adds to loading and saving: published arguments in, self-contained folders out."""
+"""Loading and saving of every model class: published arguments are understood, saved folders are self-contained."""
 
 import copy
 import json
@@ -17,18 +17,18 @@ from transformers.utils import is_flash_attn_2_available, logging
 
 logger = logging.get_logger(__name__)
 
-# What of `from_pretrained` says where the files beside the weights are. No token: it has no place in an object that may be saved.
+# Arguments of `from_pretrained` that say where the files beside the weights are. No token, which must not be saved.
 SOURCE_SETTINGS = ("subfolder", "revision", "cache_dir", "local_files_only")
 
-# The mixin calls what `PreTrainedModel` brings; for type checkers it is one, at run time it stands in front of it.
+# The mixin calls methods of `PreTrainedModel`: type checkers see a subclass, at run time it stands before it.
 _PreTrained: Any = PreTrainedModel if TYPE_CHECKING else object
 
 
 class OwnParameters(nn.Module):
-    """Stands among the parts of a model for the parameters that belong to none of them, such as learned queries.
+    """Lists the parameters that a model holds directly, such as learned queries, as one of its parts.
 
-    PEFT's prompt methods freeze what the parts of a model hold, part by part. Otherwise this is an empty module: the names of the
-    parameters, and where they live, stay as published.
+    PEFT's prompt methods (as of 0.21.2) freeze a model part by part, and would train the parameters of no part. To all
+    others this is an empty module, so that the names of the parameters stay as published.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -43,24 +43,26 @@ class OwnParameters(nn.Module):
 class HubModelMixin(_PreTrained):
     """Loading with published arguments, saving with code; list it before `PreTrainedModel`.
 
-    `_text_part` is the part that reads texts, where a model has several.
+    `_text_part` is the part that reads texts, if a model has several.
 
-    `_auto_class` makes transformers copy the code into a saved folder. `_modules_kept_unquantized` holds full dotted paths:
-    quantising the vision tower, the projector, the queries or a head costs more accuracy than it saves memory. It stands in
-    every `quantization_config` that names no modules of its own to leave alone.
+    `_auto_class` makes transformers copy the code into a saved folder. `_modules_kept_unquantized` holds full dotted
+    paths: quantising the vision tower, the projector, the queries or a head costs more accuracy than it saves memory.
+        It
+    is put into every `quantization_config` that does not say which modules to skip.
     """
 
     config: Any
     _auto_class: str | None = "AutoModel"
     _modules_kept_unquantized: tuple[str, ...] = ()
     _text_part: str | None = None
-    # Where `from_pretrained` found the model: folder or repository, and how to reach it; empty for a model built in memory.
+    # The folder or repository of `from_pretrained`, and how to reach it; empty for a model built in memory.
     _source: dict[str, Any] = {}  # noqa: RUF012  (never changed, only replaced)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """As in torch, the part that reads texts first: PEFT's prompt methods take the first model among the parts for it.
+        """As in torch, but the part that reads texts comes first.
 
-        Parameters keep their order, which optimizers and the sums over gradients follow.
+        PEFT's prompt methods (as of 0.21.2) take the first model among the parts for it. Parameters keep their order,
+        which optimizers and sums of gradients depend on.
         """
         parts = dict(super().named_children())
         first = {name: parts.pop(name) for name in (self._text_part,) if name in parts}
@@ -79,13 +81,15 @@ class HubModelMixin(_PreTrained):
 
         Args:
             *args: As in transformers.
-            use_flash_attn: True asks for FlashAttention 2 where it is installed, else for "sdpa", with one warning.
-            load_in_8bit: bitsandbytes int8 for all but the parts named above; for other settings pass `quantization_config`.
+            use_flash_attn: True means FlashAttention 2 if it is installed, else "sdpa", with one warning.
+            load_in_8bit: bitsandbytes int8 for all but the parts named above; `quantization_config` has other
+                settings.
             load_in_4bit: The same with nf4.
             **kwargs: As in transformers.
 
         Raises:
-            ValueError: `load_in_8bit` and `load_in_4bit` together, or beside a `quantization_config`; a checkpoint of another kind.
+            ValueError: More than one of `load_in_8bit`, `load_in_4bit` and `quantization_config`; another kind of
+                model.
         """
         folder = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         own: Any = _class_in_folder(cls, folder, kwargs)
@@ -110,7 +114,7 @@ class HubModelMixin(_PreTrained):
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
         if getattr(model, "is_loaded_in_8bit", False):
-            # It says of every layer in every step that int8 casts its inputs.
+            # bitsandbytes (as of 0.50.2) warns for every layer in every step that int8 casts its inputs.
             logging.get_logger("bitsandbytes.autograd._functions").addFilter(_is_first)
         if folder is not None:
             model._source = {
@@ -120,9 +124,10 @@ class HubModelMixin(_PreTrained):
         return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; the folder can be moved and loads anywhere, through every Auto class, with its own code.
+        """As in transformers; the folder can be moved and loads anywhere, through every Auto class, with the code in
+        it.
 
-        Whatever repository the model came from, the saved `auto_map` names the files beside it.
+        The saved `auto_map` names the files beside it, not those of the repository that the model came from.
         """
         _restore_scales_for_bitsandbytes(self)
         own = self.config
@@ -136,10 +141,11 @@ class HubModelMixin(_PreTrained):
 
 
 def _class_in_folder(cls: Any, folder: Any, settings: dict[str, Any]) -> Any:
-    """The class of this name in a folder's own code, where that code is trusted.
+    """The class of this name in a folder's code, if that code is trusted.
 
-    The Auto classes remember a model class by its configuration class: of two folders of one name, whose code differs but for the
-    configuration, the second would get the class of the first.
+    The Auto classes of transformers (as of 5.23.0) register a remote model class under its configuration class, which
+    two folders of one name share if their configuration code is equal: the second would get the model class of the
+    first.
     """
     package, file = cls.__module__.partition(".")[0], cls.__module__.rpartition(".")[2]
     is_trusted = package == "transformers_modules" and settings.get("trust_remote_code")
@@ -162,8 +168,8 @@ def _check_kind(cls: Any, folder: Any, settings: dict[str, Any]) -> None:
         found = wanted.model_type if wanted.base_config_key in written else written.get("model_type")
     if found not in (None, "", wanted.model_type, *wanted.published_model_types):
         raise ValueError(
-            f"`{folder}` holds a model of the kind '{found}', but {cls.__name__} loads '{wanted.model_type}'. Load it with `AutoModel`, "
-            f"or name a folder of the kind '{wanted.model_type}'."
+            f"`{folder}` holds a model of the kind '{found}', but {cls.__name__} loads '{wanted.model_type}'. Load it "
+            f"with `AutoModel`, or name a folder of the kind '{wanted.model_type}'."
         )
 
 
@@ -171,19 +177,19 @@ _said: set[str] = set()
 
 
 def _is_first(record: LogRecord) -> bool:
-    """Whether a message of a logger was not said before."""
+    """Whether a logger gives a message for the first time."""
     message = record.getMessage()
     is_first = message not in _said
     _said.add(message)
     return is_first
 
 
-# What the configurations of transformers' quantisers call the modules to leave alone.
+# Names of the list of modules to skip in the configurations of transformers' quantisers.
 _SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert")
 
 
 def _with_default_skip_list(config: Any, kept: tuple[str, ...]) -> Any:
-    """The configuration itself if it says what to leave alone (an empty list does too), else a copy that leaves `kept` alone."""
+    """The configuration if it lists modules to skip (also an empty list), else a copy that skips `kept`."""
     if isinstance(config, dict):
         config = AutoQuantizationConfig.from_dict(config)
     for name in _SKIP_LISTS:
@@ -194,10 +200,12 @@ def _with_default_skip_list(config: Any, kept: tuple[str, ...]) -> Any:
 
 
 def _restore_scales_for_bitsandbytes(model: nn.Module) -> None:
-    """Brings 4-bit scales back into the order they are saved in.
+    """Brings 4-bit scales back into the order in which they are saved.
 
-    On a CPU with bf16 instructions bitsandbytes reorders weights and scales in the first forward. When it saves, it reorders the
-    weights back, but the scales only with double quantisation: the saved model, and this one from then on, would answer nonsense.
+    On a CPU with bf16 instructions bitsandbytes packs weights and scales in the first forward
+    (bitsandbytes-foundation/bitsandbytes#1804). Its inverse, which runs on saving, restores the scales only with
+    double quantisation: without this, the saved model and the model in memory would answer nonsense. Needed up to
+    0.50.2 at least, until `_convert_weight_packed_for_cpu_inverse` restores `absmax` in both cases.
     """
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
@@ -209,8 +217,9 @@ def _restore_scales_for_bitsandbytes(model: nn.Module) -> None:
 def _readable_by_torchao(quantizer: Any) -> Iterator[None]:
     """Saves a torchao model so that it loads again.
 
-    torchao lists all tensors in the header of the file and splits each name at a dot when it reads them back, which fails
-    on parameters of the model itself (`query_tokens`, `logit_scale`). These are plain tensors: the list can do without them.
+    torchao lists all tensors in the header of the file and splits each name at its last dot on loading (since
+    pytorch/ao#3282), which fails on parameters that the model holds directly (`query_tokens`, `logit_scale`). These
+    are plain tensors, which need not be listed. Needed up to 0.18.0 at least, until names without a dot are accepted.
     """
     if quantizer is None:
         yield
@@ -236,5 +245,5 @@ def _attention_for(use_flash_attn: bool) -> str:
         return "sdpa"
     if is_flash_attn_2_available():
         return "flash_attention_2"
-    logger.warning_once("`use_flash_attn=True` was asked for, but flash-attn is not usable here: using 'sdpa'.")
+    logger.warning_once("`use_flash_attn=True` was given, but flash-attn is not usable here: using 'sdpa'.")
     return "sdpa"

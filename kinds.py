@@ -1,10 +1,10 @@
-"""Which kind of model a folder holds, read from its configuration, so that a wrong one is rejected before weights are loaded."""
+"""The kind of model that a folder holds, read from its configuration, to reject a wrong one before loading weights."""
 
 import os
 from typing import TYPE_CHECKING, Any
 
 
-if TYPE_CHECKING:  # commands look at a folder before they wait for transformers
+if TYPE_CHECKING:  # commands check a folder before they import transformers
     from transformers import PretrainedConfig
 
 WORDS = {
@@ -18,7 +18,7 @@ WORDS = {
     "llama": "a LLaMA",
     "language": "a causal language model",
 }
-# What a `model_type` says by itself.
+# Kinds that follow from the `model_type` alone.
 MODEL_TYPES = {
     "intern_vit_6b": "vision",
     "internlm2": "language",
@@ -51,7 +51,7 @@ def check_kind(folder: str | os.PathLike, *expected: str, door: str, **where: An
 
     Args:
         folder: Folder or Hub id.
-        *expected: Keys of `WORDS`, any of which will do. A LLaMA is a language model too.
+        *expected: Keys of `WORDS`, any of which is accepted. A LLaMA is a language model too.
         door: What needs the model, for the message.
         **where: As for `from_pretrained`.
 
@@ -64,7 +64,7 @@ def check_kind(folder: str | os.PathLike, *expected: str, door: str, **where: An
 
     config = AutoConfig.from_pretrained(folder, **where)
     found = kind_of(config)
-    # Types that transformers does not have are others' own, and may well be language models.
+    # A type that transformers does not have belongs to remote code, and may well be a language model.
     is_language = found == "llama" or (found is None and config.model_type not in CONFIG_MAPPING_NAMES)
     if found in expected or ("language" in expected and is_language):
         return config

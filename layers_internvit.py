@@ -1,4 +1,4 @@
-"""Blocks of InternViT (paper section 3.2), and its embeddings of patches and positions. Shape letters as in modeling_internvit."""
+"""Embeddings and blocks of InternViT (paper section 3.2). Shape letters as in modeling_internvit."""
 
 from collections.abc import Callable
 
@@ -39,7 +39,9 @@ def resize_position_grid(position_embedding: torch.Tensor, height: int, width: i
 
 
 def resize_patch_kernel(weight: torch.Tensor, size: int) -> torch.Tensor:
-    """Resizes the kernel of the patch embedding to another patch size, bicubic in fp32 without antialiasing, as published.
+    """Resizes the kernel of the patch embedding to another patch size.
+
+    Bicubic in fp32 without antialiasing, as published.
 
     Args:
         weight: (D, 3, patch, patch).
@@ -54,7 +56,7 @@ def resize_patch_kernel(weight: torch.Tensor, size: int) -> torch.Tensor:
 
 
 class InternViTLayerNorm(nn.LayerNorm):
-    """Layer norm that can read the fp32 stream of an fp16 model."""
+    """Layer norm that also takes the fp32 residual stream of an fp16 model."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if hidden_states.dtype != torch.float32:
@@ -161,7 +163,10 @@ class InternViTAttention(nn.Module):
 
 
 class InternViTMLP(nn.Module):
-    """Two linear layers and an activation; GELU without gradients is computed in place, which halves what the wide layer takes."""
+    """Two linear layers and an activation.
+
+    Without gradients GELU is computed in place, which halves the memory of the wide layer.
+    """
 
     def __init__(self, config: InternViTConfig) -> None:
         super().__init__()
@@ -192,8 +197,9 @@ class InternViTLayer(GradientCheckpointingLayer):
         self.drop_path2 = InternViTDropPath(drop_path_rate)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        dtype = self.ls1.dtype  # that of `hidden_states`, but for an fp16 model, whose stream is fp32
-        # Scale and sum in one pass over memory; a name for a branch would keep it while the next one is computed.
+        dtype = self.ls1.dtype  # of `hidden_states` too, except in fp16, where the residual stream is fp32
+        # Scale and sum in one pass over memory. A variable for a branch would keep it alive while the next is
+        # computed.
         hidden_states = torch.addcmul(
             hidden_states, self.drop_path1(self.attn(self.norm1(hidden_states).to(dtype), **kwargs)[0]), self.ls1
         )
@@ -203,7 +209,8 @@ class InternViTLayer(GradientCheckpointingLayer):
 class InternViTEncoder(nn.Module):
     """The stack of blocks; any contiguous part of it can be run.
 
-    In fp16 the stream between the blocks is fp32: it grows from block to block, and a few channels of a large tower leave the range of fp16.
+    In fp16 the residual stream is kept in fp32: it grows from block to block, and in a large tower a few channels
+    leave the range of fp16.
     """
 
     def __init__(self, config: InternViTConfig) -> None:

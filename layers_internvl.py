@@ -1,4 +1,4 @@
-"""Layers that InternViT, QLLaMA and InternVL-C/G share, and what they do with a batch without labels. Shape letters as in modeling_internvit."""
+"""Layers, fp16 safety and losses that all models share. Shape letters as in modeling_internvit."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,8 +30,8 @@ def eager_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention written out: the readable definition of what every other kernel must compute.
 
-    Takes query (B, H, N, K), key and value (B, H or fewer, T, K), an additive mask that broadcasts to (B, H, N, T), or None; gives
-    (B, N, H, K) and the weights (B, H, N, T).
+    Takes query (B, H, N, K), key and value (B, H or fewer, T, K), an additive mask that broadcasts to (B, H, N, T), or
+    None; gives (B, N, H, K) and the weights (B, H, N, T).
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # by one it would only copy
@@ -69,22 +69,22 @@ def fp16_safe_linear(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Te
     return 16 * (outputs[:, :-1] - bias) + bias
 
 
-# How a projection is shared out where each process has some of the heads, and how where each has all: the weights, and the products
-# with them, are shared out all the same.
+# How a projection is sharded if each process has some of the heads, and how if each has all of them: weights and their
+# products stay sharded.
 WHOLE_ATTENTION = {"colwise": "colwise_gather_output", "rowwise": "rowwise_split_input"}
-# What mends the gradients of weights that each process has whole, but reads for its own heads only.
+# These sum the gradients of weights that each process holds whole but uses for some heads only.
 PARTIAL_GRADIENTS = ("replicated_with_grad_allreduce", "mla_kv_a_proj")
 
 
 def plan_without_cut_heads(plan: dict[str, str], config: PretrainedConfig) -> dict[str, str]:
-    """A tensor-parallel plan for these processes: where they cannot share the heads evenly, each computes the attention whole.
+    """The tensor-parallel plan, changed so that each process computes whole attention if heads cannot be split evenly.
 
-    Between models that are parallel in other ways too, fewer processes share the heads than there are: then more than needed may be
-    computed, never too little.
+    With further kinds of parallelism, fewer processes share the heads than the world has: then more than needed may be
+    computed, never less.
 
     Args:
-        plan: Names of modules and how they are shared out; attention modules have "attn" or "attention" in their names.
-        config: Says how many heads the attention has.
+        plan: Names of modules and how they are sharded; attention modules have "attn" or "attention" in their names.
+        config: Has the numbers of heads.
     """
     processes = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
     heads = config.num_attention_heads
@@ -99,7 +99,7 @@ def plan_without_cut_heads(plan: dict[str, str], config: PretrainedConfig) -> di
 
 
 def zero_without_labels(loss: torch.Tensor, is_labelled: torch.Tensor) -> torch.Tensor:
-    """The loss, or 0 where no position has a label, so that there is no mean; either way part of the graph."""
+    """The loss, or 0 if no position has a label and the mean is undefined; part of the graph in both cases."""
     return torch.where(is_labelled.any().to(loss.device), loss, torch.zeros_like(loss))
 
 
@@ -111,15 +111,15 @@ def next_token_loss(
     shift_labels: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """A model's loss of next tokens, 0 where no position has a label; None without labels.
+    """A model's loss of next tokens, 0 if no position has a label; None without labels.
 
     Args:
-        loss_function: Of the model.
+        loss_function: The model's.
         logits: (B, L, V), or (P, V) of as many `shift_labels`.
         labels: (B, L), -100 ignored.
         vocab_size: V.
-        shift_labels: In place of `labels`: what each position predicts. Trainers that share out sequences give these.
-        **kwargs: Of the loss function.
+        shift_labels: In place of `labels`, what each position predicts, from trainers that shard sequences.
+        **kwargs: For the loss function.
     """
     if shift_labels is None:
         if labels is None:
@@ -149,7 +149,7 @@ class InternVLRMSNorm(nn.Module):
 
 
 class InternVLPoolingAttention(nn.Module):
-    """Cross-attention of the pooling heads. The biases are parameters of their own, as in the published checkpoints."""
+    """Cross-attention of the pooling heads. The biases are separate parameters, as in the published checkpoints."""
 
     def __init__(self, config: PretrainedConfig, width: int, num_heads: int, output_width: int) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class InternVLPoolingAttention(nn.Module):
         return self.proj(output.flatten(2))
 
     def init_biases(self) -> None:
-        """For `_init_weights` of the models that pool: what is not inside a layer of torch."""
+        """Initialises what is in no layer of torch, for `_init_weights` of the models that pool."""
         for bias in (self.q_bias, self.k_bias, self.v_bias):
             init.zeros_(bias)
 
@@ -186,12 +186,12 @@ class InternVLPoolingAttention(nn.Module):
 class InternVLAttentionPooling(nn.Module):
     """Pools tokens into one vector; the query is their mean (paper figure 4)."""
 
-    # Here, so that only models that have one name it: sharders refuse the names of absent classes.
+    # Named here, so that only models with such a pooling list it: sharders refuse the names of absent classes.
     _no_split_modules = ("InternVLAttentionPooling",)
 
     def __init__(self, config: PretrainedConfig, width: int, num_heads: int, output_width: int) -> None:
         super().__init__()
-        eps = 1e-5  # published AttentiveBlock, whatever the eps of the towers
+        eps = 1e-5  # published AttentiveBlock, independent of the eps of the towers
         self.norm1_q = nn.LayerNorm(width, eps=eps)
         self.norm1_k = nn.LayerNorm(width, eps=eps)
         self.norm1_v = nn.LayerNorm(width, eps=eps)

@@ -1,7 +1,8 @@
 """InternLM2 decoder, with the parameter names of the published checkpoints (transformers has no InternLM2).
 
-Computes what a LLaMA computes: `attention.wqkv` holds, for each key/value head, its query heads, then one key and one value head;
-`feed_forward.w1`, `w3`, `w2` are gate, up and down. Rotary positions, all scaling types included, are transformers' own.
+Computes what a LLaMA computes: `attention.wqkv` holds, for each key/value head, its query heads, then one key and one
+value head; `feed_forward.w1`, `w3`, `w2` are gate, up and down. Rotary positions, with all scaling types, are those of
+transformers.
 """
 
 from collections.abc import Callable
@@ -58,8 +59,8 @@ class InternLM2Attention(nn.Module):
         packed = self.wqkv(hidden_states)
         if packed.shape[-1] % ((groups + 2) * self.head_dim):
             raise ValueError(
-                f"This process has {packed.shape[-1]} columns of `wqkv`, which cuts a key/value head: tensor parallelism must divide "
-                f"`num_key_value_heads` ({self.config.num_key_value_heads})."
+                f"This process has {packed.shape[-1]} columns of `wqkv`, which cuts a key/value head: tensor "
+                f"parallelism must divide `num_key_value_heads` ({self.config.num_key_value_heads})."
             )
         packed = rearrange(packed, "b l (h g k) -> b h g l k", g=groups + 2, k=self.head_dim)
         cos, sin = (x.unsqueeze(1) for x in position_embeddings)  # (B, 1, L, K)
@@ -211,8 +212,8 @@ class InternLM2ForCausalLM(InternLM2PreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
-        """Logits (B, L, V), for the last `logits_to_keep` positions if given; the loss with `labels` (B, L), -100 ignored."""
-        shift_labels = kwargs.pop("shift_labels", None)  # no argument: Trainer takes those for labels
+        """Logits (B, L, V), of the last `logits_to_keep` positions if given; the loss with `labels` (B, L)."""
+        shift_labels = kwargs.pop("shift_labels", None)  # as an argument, Trainer would take it for labels
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -1,14 +1,14 @@
 """InternViT, the vision tower of every InternVL configuration (paper section 3.2).
 
-Does: features of square and non-square pictures of any size that the patch size divides, features of chosen blocks without running
-the blocks above, feature maps as a backbone, the published classification and segmentation heads. Does not: any preprocessing; that is
-the image processor.
+Does: features of square and non-square images of any size that the patch size divides, features of chosen blocks
+without running the blocks above, feature maps as a backbone, the published classification and segmentation heads. Does
+not: any preprocessing; that is the image processor.
 
-Parameter names are those of the published Hub checkpoints, so these load unrenamed; those of the heads and of the feature pyramid are
-those of the published classification and segmentation code.
+Parameter names are those of the published Hub checkpoints, so these load unrenamed; names in the heads and the feature
+pyramid are those of the published classification and segmentation code.
 
-Shape letters of the whole package: B pictures or rows, N image tokens (1 + patches), M learned queries, L text tokens, T attended
-length, D width of the tower at hand, H heads, K head dim, E joint embedding, V vocabulary.
+Shape letters of the whole package: B images or rows, N image tokens (1 + patches), M learned queries, L text tokens, T
+attended length, D width of the respective tower, H heads, K head dim, E joint embedding, V vocabulary.
 """
 
 import torch
@@ -75,7 +75,8 @@ class InternViTPreTrainedModel(HubModelMixin, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, InternViTEmbeddings):
-            # The published code leaves them at unit deviation, which a training from scratch does not recover from quickly.
+            # The published code leaves them at unit deviation, which a training from scratch does not recover from
+            # quickly.
             init.normal_(module.class_embedding, std=self.config.initializer_range)
             init.normal_(module.position_embedding, std=self.config.initializer_range)
         elif isinstance(module, InternViTLayer):
@@ -104,17 +105,17 @@ class InternVisionModel(InternViTPreTrainedModel):
         num_patches: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
-        """Features of a batch of pictures.
+        """Features of a batch of images.
 
         Args:
             pixel_values: (B, 3, height, width), normalised; both sides multiples of the patch size.
             pixel_embeds: (B, N, D), token embeddings in place of `pixel_values`.
             num_layers: Run only so many blocks; None runs all.
-            num_patches: Accepted and unused, so that the whole output of the image processor can be passed.
+            num_patches: Accepted and unused, so that the image processor's whole output can be passed.
 
         Returns:
             `last_hidden_state` (B, N, D), `pooler_output` (B, D): the class token; `hidden_states` when asked for: the
-            embeddings and the output of every block that was run, each (B, N, D), of an fp16 model in fp32.
+            embeddings and the output of every block that was run, each (B, N, D), in fp32 for an fp16 model.
 
         Raises:
             ValueError: Not exactly one input, a shape that does not fit, or an unknown keyword.
@@ -125,7 +126,7 @@ class InternVisionModel(InternViTPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0])
 
     def resize_pos_embeddings(self, old_size: int, new_size: int, patch_size: int) -> None:
-        """Resizes the learned positions in place, from pictures of `old_size` to `new_size` pixels, as published."""
+        """Resizes the learned positions in place, from images of `old_size` to `new_size` pixels, as published."""
         embeddings = self.embeddings
         if embeddings.position_embedding.shape[1] != 1 + (old_size // patch_size) ** 2:
             raise ValueError(
@@ -156,14 +157,14 @@ class InternViTMapLayerNorm(nn.LayerNorm):
 
 
 def feature_pyramid(config: InternViTConfig) -> tuple[nn.Sequential, nn.Sequential, nn.Sequential, nn.Sequential]:
-    """The layers that bring four maps of one size to 4, 2, 1 and 1/2 times that size (published segmentation backbone)."""
+    """The layers that resize four equal maps by 4, 2, 1 and 1/2 (published segmentation backbone)."""
     width = config.hidden_size
 
     def double() -> nn.Module:
         return nn.ConvTranspose2d(width, width, kernel_size=2, stride=2)
 
     def norm() -> nn.Module:
-        return InternViTMapLayerNorm(width, eps=1e-6)  # eps: published segmentation code, whatever that of the tower
+        return InternViTMapLayerNorm(width, eps=1e-6)  # eps: published segmentation code
 
     def final_norm() -> nn.Module:
         return norm() if config.feature_pyramid == "final_norm" else nn.Identity()
@@ -179,7 +180,8 @@ def feature_pyramid(config: InternViTConfig) -> tuple[nn.Sequential, nn.Sequenti
 class InternViTBackbone(BackboneMixin, InternViTPreTrainedModel):
     """Feature maps of chosen blocks for detection and segmentation; loads the checkpoints of `InternVisionModel`.
 
-    With `config.feature_pyramid` the four maps have strides of 1/4, 1/2, 1 and 2 patches, as a UperNet or Mask R-CNN expects them.
+    With `config.feature_pyramid` the four maps have strides of 1/4, 1/2, 1 and 2 patches, as a UperNet or Mask R-CNN
+    expects them.
     """
 
     _auto_class = "AutoBackbone"
@@ -208,9 +210,9 @@ class InternViTBackbone(BackboneMixin, InternViTPreTrainedModel):
             num_patches: Accepted and unused.
 
         Returns:
-            `feature_maps`: one (B, D, height / patch, width / patch) per stage, without the class token; with a feature pyramid
-            the sides are 4, 2, 1 and 1/2 times that, an odd side halved downwards. When asked for, `hidden_states`, of all blocks, and
-            `attentions` (B, H, N, N), of the blocks that were run.
+            `feature_maps`: one (B, D, height / patch, width / patch) per stage, without the class token; with a
+            feature pyramid the sides are 4, 2, 1 and 1/2 times that, an odd side halved downwards. When asked for,
+            `hidden_states`, of all blocks, and `attentions` (B, H, N, N), of the blocks that were run.
         """
         refuse_unknown(kwargs, "`InternViTBackbone.forward`")
         tokens = self.embeddings(pixel_values)
@@ -231,7 +233,7 @@ class InternViTBackbone(BackboneMixin, InternViTPreTrainedModel):
 
 
 class InternViTForImageClassification(InternViTPreTrainedModel):
-    """A linear probe behind a batch norm on what `config.classifier_pooling` names (published classification code)."""
+    """A linear probe behind a batch norm on the features of `config.classifier_pooling` (published code)."""
 
     _auto_class = "AutoModelForImageClassification"
 
@@ -282,7 +284,7 @@ class InternViTForImageClassification(InternViTPreTrainedModel):
         )
 
     def _pool(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, N, D) -> what the head reads, (B, D), (B, E) or (B, 2 D)."""
+        """(B, N, D) -> the input of the head, (B, D), (B, E) or (B, 2 D)."""
         if self.config.classifier_pooling == "attention_pooling":
             return self.attn_pooling(tokens)
         if self.config.classifier_pooling == "clip_projector":
@@ -306,7 +308,7 @@ class InternViTForSemanticSegmentation(InternViTPreTrainedModel):
     """A linear probe on the feature map of one block, the last of `config.out_features` (published segmentation code)."""
 
     _auto_class = "AutoModelForSemanticSegmentation"
-    # Else Trainer divides the summed loss by a count that includes the pixels the loss leaves out.
+    # Otherwise Trainer divides the summed loss by a count that includes the pixels which the loss leaves out.
     accepts_loss_kwargs = False
 
     def __init__(self, config: InternViTConfig) -> None:
@@ -328,12 +330,14 @@ class InternViTForSemanticSegmentation(InternViTPreTrainedModel):
 
         Args:
             pixel_values: (B, 3, height, width).
-            labels: (B, label height, label width) class indices of the pixels, `config.semantic_loss_ignore_index` where there is none.
+            labels: (B, label height, label width) class indices of the pixels, `config.semantic_loss_ignore_index`
+                for pixels without a class.
             num_patches: Accepted and unused.
 
         Returns:
-            `logits` (B, num_labels, height / patch, width / patch), to be resized to the picture for a class per pixel; with `labels`
-            the cross-entropy `loss` of the scores resized to them. `hidden_states` when asked for, of the blocks that were run.
+            `logits` (B, num_labels, height / patch, width / patch), to be resized to the image for a class per pixel;
+            with `labels` the cross-entropy `loss` of the scores resized to them. `hidden_states` when asked for, of
+            the blocks that were run.
 
         Raises:
             ValueError: A shape that does not fit.
@@ -350,7 +354,8 @@ class InternViTForSemanticSegmentation(InternViTPreTrainedModel):
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if labels.ndim != 3 or labels.shape[0] != logits.shape[0]:
             raise ValueError(
-                f"`labels` must be ({logits.shape[0]}, height, width), a class per pixel of each picture, got {tuple(labels.shape)}."
+                f"`labels` must be ({logits.shape[0]}, height, width), a class per pixel of each image, got "
+                f"{tuple(labels.shape)}."
             )
         ignored = self.config.semantic_loss_ignore_index
         loss = self.loss_function(logits.float(), labels.to(logits.device), ignore_index=ignored)

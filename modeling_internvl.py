@@ -1,9 +1,9 @@
-"""InternVL-C and InternVL-G (paper sections 3.2 and 3.4): contrastive features, image-text matching and captioning in one class.
+"""InternVL-C and InternVL-G (paper sections 3.2 and 3.4): contrastive features, image-text matching and captioning.
 
-InternVL-C pools InternViT; InternVL-G adds the pooled queries of QLLaMA. Text features of both come from QLLaMA as a causal text
-encoder. A checkpoint of stage 1 is InternVL-C alone: its QLLaMA has no queries (`num_query_token` 0) and is a plain LLaMA, and what
-belongs to the queries is absent. Contrastive texts that lack the prefix `summarize:` or the end token, the processor's work, are
-completed. Shape letters as in modeling_internvit.
+InternVL-C pools InternViT; InternVL-G adds the pooled queries of QLLaMA. Text features of both come from QLLaMA as a
+causal text encoder. A checkpoint of stage 1 is InternVL-C alone: its QLLaMA has no queries (`num_query_token` 0) and
+is a plain LLaMA, and what belongs to the queries is absent. Contrastive texts without the prefix `summarize:` or the
+end token, which the processor adds, are completed. Shape letters as in modeling_internvit.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from .texts_internvl import PROCESSOR_HINT, ContrastiveTexts, pad_row, pad_token
 logger = logging.get_logger(__name__)
 
 MODES = ("InternVL-C", "InternVL-G")
-# Settings of a generation that count or cut a prompt without the queries in front of it.
+# Settings of a generation that would count or cut the prompt without the queries in front of it.
 NOT_BEHIND_QUERIES = ("assistant_early_exit", "inputs_embeds", "position_ids", "prefill_chunk_size")
 
 
@@ -62,7 +62,7 @@ def last_token_states(hidden_states: torch.Tensor, attention_mask: torch.Tensor)
 
 
 class CaptionStreamer(BaseStreamer):
-    """Hands on what a generation streams, without the placeholders in front of the prompt."""
+    """Passes on what a generation streams, without the placeholders in front of the prompt."""
 
     def __init__(self, streamer: BaseStreamer, num_queries: int) -> None:
         self.streamer = streamer
@@ -78,7 +78,7 @@ class CaptionStreamer(BaseStreamer):
 
 @dataclass
 class InternVLOutput(ModelOutput):
-    """What InternVL-C and -G give for pictures and texts.
+    """Output of InternVL-C and -G for images and texts.
 
     Args:
         loss: Contrastive loss over the batch, with `return_loss=True`.
@@ -108,7 +108,7 @@ class InternVLPreTrainedModel(HubModelMixin, PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # Learned by the sigmoid loss of stage 1, which alone uses it.
+    # Learned and used by the sigmoid loss of stage 1 only.
     _keys_to_ignore_on_load_unexpected = [r"^logit_bias$"]
     _modules_kept_unquantized = (
         "vision_model",
@@ -133,11 +133,12 @@ class InternVLPreTrainedModel(HubModelMixin, PreTrainedModel):
 class InternVLModel(InternVLPreTrainedModel):
     """InternViT and QLLaMA with the contrastive, matching and language heads ("InternVL-14B").
 
-    Without queries, InternVL-C alone: parts of stage 1 under the names they have here, so that the full model starts from them.
+    Without queries it is InternVL-C alone; its parts have the names they have in the full model, which starts from
+    them.
 
-    Contrastive texts stand behind `summarize:` and end in the end token. Ids without them, as stock pipelines give, are completed with
-    the tokenizer that lies beside the weights, and are then those of the processor; where there is none, they are taken as they are,
-    with one warning. `completes_texts` may be set to False on a model to take all ids as they are.
+    Contrastive texts begin with `summarize:` and end in the end token. Ids without them, as stock pipelines give, are
+    completed with the tokenizer beside the weights, and are then those of the processor; without a tokenizer they are
+    taken as they are, with one warning. `completes_texts` may be set to False on a model to take all ids as they are.
     """
 
     completes_texts: bool = True
@@ -215,7 +216,7 @@ class InternVLModel(InternVLPreTrainedModel):
         num_patches: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> InternVLOutput | tuple:
-        """Similarities of pictures and texts.
+        """Similarities of images and texts.
 
         Args:
             input_ids: (B_text, L) texts, as in `get_text_features`.
@@ -233,7 +234,7 @@ class InternVLModel(InternVLPreTrainedModel):
             `InternVLOutput`.
 
         Raises:
-            ValueError: Pictures or texts missing, an unknown keyword or `mode`, or `return_loss` with unequal numbers of both.
+            ValueError: Images or texts missing, an unknown keyword or `mode`, or `return_loss` with unequal numbers.
         """
         is_published_call = image is not None or text is not None
         pixel_values = image if pixel_values is None else pixel_values
@@ -241,13 +242,11 @@ class InternVLModel(InternVLPreTrainedModel):
         refuse_unknown(kwargs, "`InternVLModel.forward`")
         if pixel_values is None or input_ids is None:
             raise ValueError(
-                "`forward` compares pictures with texts and needs both `pixel_values` and `input_ids`; for one of them use "
-                "`get_image_features` or `get_text_features`."
+                "`forward` compares images with texts and needs both `pixel_values` and `input_ids`; for one of them "
+                "use `get_image_features` or `get_text_features`."
             )
         if return_loss and len(pixel_values) != len(input_ids):
-            raise ValueError(
-                f"`return_loss` needs pairs, got {len(pixel_values)} pictures and {len(input_ids)} texts."
-            )
+            raise ValueError(f"`return_loss` needs pairs, got {len(pixel_values)} images and {len(input_ids)} texts.")
         if is_published_call:
             kwargs["return_dict"] = True
         outputs = self._forward(input_ids, pixel_values, attention_mask, check_mode(mode), return_loss, **kwargs)
@@ -256,7 +255,7 @@ class InternVLModel(InternVLPreTrainedModel):
     def get_image_features(
         self, pixel_values: torch.Tensor, mode: str = "InternVL-C", **kwargs: Unpack[TransformersKwargs]
     ) -> torch.Tensor:
-        """Picture embeddings (B, E), not normalised.
+        """Image embeddings (B, E), not normalised.
 
         InternVL-G's is the sum of two unit vectors (pooled queries and pooled InternViT), as published.
 
@@ -283,7 +282,7 @@ class InternVLModel(InternVLPreTrainedModel):
     def get_query_features(
         self, pixel_values: torch.Tensor | None = None, vision_hidden_states: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Hidden states (B, M, D) of QLLaMA's queries after looking at the picture, given as pixels or InternViT tokens."""
+        """Hidden states (B, M, D) of QLLaMA's queries for images, given as pixels or as InternViT tokens."""
         self._check_has_queries("`get_query_features`")
         if vision_hidden_states is None:
             vision_hidden_states = self.vision_model(pixel_values, return_dict=True).last_hidden_state
@@ -305,13 +304,13 @@ class InternVLModel(InternVLPreTrainedModel):
         """Text embeddings (B, E), not normalised: the hidden state at the last real token, projected.
 
         Args:
-            input_ids: (B, L), with the prefix `summarize:` and the end token, as the processor gives them in mode "contrastive"; rows
-                that lack either are completed to that.
-            attention_mask: (B, L), 1 = attend, padding on either side. When absent, tokens equal to `pad_token_id` of the QLLaMA
-                configuration are padding.
+            input_ids: (B, L), with the prefix `summarize:` and the end token, as the processor gives them in mode
+                "contrastive"; rows that lack either are completed to that.
+            attention_mask: (B, L), 1 = attend, padding on either side. When absent, tokens equal to `pad_token_id` of
+                the QLLaMA configuration are padding.
 
         Raises:
-            ValueError: A row without a single real token, or ids that the tokenizer beside the weights would not give; an unknown keyword.
+            ValueError: A row without a single real token, or an unknown keyword.
         """
         refuse_unknown(kwargs, "`get_text_features`")
         input_ids, attention_mask = self._completed_texts(input_ids, self._over_text(input_ids, attention_mask))
@@ -327,11 +326,12 @@ class InternVLModel(InternVLPreTrainedModel):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Scores (B, 2) of a picture and a text: column 1 that they match, column 0 that they do not; mean of the head over the queries.
+        """Scores (B, 2) of images and texts, the mean of the head over the queries: column 1 that they match, 0 that
+        not.
 
         Args:
             pixel_values: (P, 3, height, width).
-            input_ids: (B, L), as many texts for each picture as for any other: the first B / P go with the first picture.
+            input_ids: (B, L), as many texts for each image as for any other: the first B / P belong to the first.
             attention_mask: (B, L), derived from `pad_token_id` when absent.
 
         Raises:
@@ -364,21 +364,21 @@ class InternVLModel(InternVLPreTrainedModel):
 
         Args:
             pixel_values: (B, 3, height, width).
-            input_ids: (B, L) prompts such as `English caption:`, padded on the left, or (1, L), one for all; without it a caption
-                starts from `<s>`.
+            input_ids: (B, L) prompts such as `English caption:`, padded on the left, or (1, L), one for all; without
+                it a caption starts from `<s>`.
             attention_mask: Of the prompts.
-            generate_kwargs: As for `generate` of transformers. `max_length` and `min_length` count prompt and caption, not the queries,
-                and a `streamer` gets no queries.
+            generate_kwargs: As for `generate` of transformers. `max_length` and `min_length` count prompt and caption,
+                not the queries, and a `streamer` gets no queries.
 
         Returns:
-            (B, new tokens), without the prompt; or the output object with `return_dict_in_generate=True`, likewise cut.
+            (B, new tokens), without the prompt; with `return_dict_in_generate=True` the output object, likewise cut.
 
         Raises:
-            ValueError: No queries, no images, neither one prompt nor as many as images, or a setting that does not fit.
+            ValueError: No queries, no images, neither one prompt nor one per image, or a setting that does not fit.
         """
         self._check_has_queries("`generate`")
         if pixel_values is None:
-            raise ValueError("`generate` describes pictures and needs `pixel_values`.")
+            raise ValueError("`generate` describes images and needs `pixel_values`.")
         tokens = self.vision_model(pixel_values, return_dict=True).last_hidden_state
         if input_ids is None:
             input_ids = torch.full((len(tokens), 1), self.qllama.config.bos_token_id or 0, device=tokens.device)
@@ -404,12 +404,13 @@ class InternVLModel(InternVLPreTrainedModel):
         return outputs
 
     def _behind_queries(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of a generation whose prompt begins with a placeholder for each query: these are counted, but not shown."""
+        """Arguments of a generation whose prompt begins with a placeholder per query, which lengths must include."""
         settings, defaults = dict(settings), settings.get("generation_config") or self.qllama.generation_config
         given = {**defaults.to_dict(), **settings}
         if unfit := [name for name in NOT_BEHIND_QUERIES if given.get(name) is not None]:
             raise ValueError(
-                f"`generate` of captions takes no `{unfit[0]}`: the queries stand in front of the prompt, and are read with it."
+                f"`generate` of captions takes no `{unfit[0]}`: the queries stand in front of the prompt and are "
+                "read with it."
             )
         for name, in_new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
             if given.get(name) and given.get(in_new_tokens) is None:
@@ -429,8 +430,9 @@ class InternVLModel(InternVLPreTrainedModel):
     def _check_has_queries(self, name: str) -> None:
         if not self.config.has_queries:
             raise ValueError(
-                f"{name} needs the queries of QLLaMA, but this checkpoint is InternVL-C alone (stage 1, `num_query_token` 0). Use "
-                'mode "InternVL-C" and `get_text_features`, or load a checkpoint of InternVL-G (stage 2).'
+                f"{name} needs the queries of QLLaMA, but this checkpoint is InternVL-C alone (stage 1, "
+                '`num_query_token` 0). Use mode "InternVL-C" and `get_text_features`, or load a checkpoint of '
+                "InternVL-G (stage 2)."
             )
 
     def _over_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -445,13 +447,13 @@ class InternVLModel(InternVLPreTrainedModel):
 
     @cached_property
     def contrastive_texts(self) -> ContrastiveTexts | None:
-        """What completes texts, of the tokenizer beside the weights; None where there is none."""
+        """Completes texts with the tokenizer beside the weights; None without a tokenizer."""
         return ContrastiveTexts.from_folder(config=self.config, **self._source) if self._source else None
 
     def _completed_texts(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and mask of a batch whose texts all have the form that is compared. The host waits once for what it has to know."""
+        """Ids and mask with all texts completed. The host reads values of the device once."""
         is_complete = self._are_complete(input_ids, attention_mask)
         have_tokens, are_complete = torch.stack([attention_mask.any(dim=1), is_complete]).all(dim=1).tolist()
         _check_texts(have_tokens)
@@ -460,23 +462,23 @@ class InternVLModel(InternVLPreTrainedModel):
         texts = self.contrastive_texts
         if texts is None:
             logger.warning_once(
-                "Texts do not end in the end token, at which their features are read, and there is no tokenizer beside the weights to "
-                f"complete them with, so they are taken as they are. {PROCESSOR_HINT} `model.completes_texts = False` says that this is "
-                "wanted."
+                "Texts do not end in the end token, at which their features are read, and there is no tokenizer "
+                f"beside the weights to complete them, so they are taken as they are. {PROCESSOR_HINT} "
+                "`model.completes_texts = False` says that this is wanted."
             )
             return input_ids, attention_mask
         given = [ids[mask].tolist() for ids, mask in zip(input_ids, attention_mask.bool(), strict=True)]
         rows = [row if known else texts.completed(row) for row, known in zip(given, is_complete.tolist(), strict=True)]
         if rows == given:
             return input_ids, attention_mask
-        # As wide as the processor makes them, so that the figures are its own to the last bit.
+        # As wide as the processor pads them, so that features are equal to the last bit.
         width = max(texts.max_length, *map(len, rows))
         padded = [pad_row(row, width, pad_token_id(texts.tokenizer)) for row in rows]
         masks = [pad_row([1] * len(row), width, 0) for row in rows]
         return input_ids.new_tensor(padded), attention_mask.new_tensor(masks)
 
     def _are_complete(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Which rows (B,) begin with the prefix and end in the end token; without a tokenizer, which end in the end token."""
+        """Which rows (B,) begin with the prefix (checked with a tokenizer only) and end in the end token."""
         texts = self.contrastive_texts if self.completes_texts else None
         end_ids: Any = self.config.qllama_config.eos_token_id if texts is None else texts.end_id
         prefix_ids = [] if texts is None else texts.prefix_ids

@@ -268,8 +268,7 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
     def _chunks(self, pixel_values: torch.Tensor) -> Sequence[torch.Tensor]:
         """The tiles in chunks that go through the vision tower one after the other."""
         # With gradients every activation is kept anyway, so chunks would save nothing. Processes that share sharded
-        # weights gather them in every call, so all must call the tower equally often, whatever number of tiles they
-        # have.
+        # weights gather them in every call, so all must call the tower equally often, for any number of tiles.
         in_a_group = torch.distributed.is_available() and torch.distributed.is_initialized()
         if in_a_group or torch.is_grad_enabled():
             return [pixel_values]

@@ -1,14 +1,16 @@
-"""QLLaMA, the language middleware of InternVL (paper section 3.2): a LLaMA that reads learned queries in front of the text and looks
-at the picture through cross-attention.
+"""QLLaMA, the language middleware of InternVL (paper section 3.2).
 
-Does: the five attention modes of attention_masks_qllama in one model, also mixed within a batch or within a row; rotary positions over
-queries then text; captioning with a KV cache. Does not: own the queries (`query_tokens` belongs to the model around it); rotary
-scaling.
+A LLaMA with learned queries in front of the text, which attend to the image through cross-attention.
 
-Cross-attention acts on the queries only, in the prefill only: a cached step holds no query. Its keys and values are computed once per
-picture, however many rows, passes or beams look at it. Rotary angles are computed per call in fp32, so there is no buffer that
-loading could leave uninitialised. Shape letters as in modeling_internvit, P pictures; parameter names are those of the published
-checkpoints.
+Does: the five attention modes of attention_masks_qllama in one model, also mixed within a batch or packed in a row;
+    rotary
+positions over queries then text; captioning with a KV cache. Does not: hold the queries (`query_tokens` belongs to the
+model around it); rotary scaling.
+
+Cross-attention acts on the queries only, in the prefill only: a cached step holds no query. Its keys and values are
+computed once per image, for any number of rows, passes or beams. Rotary angles are computed per call in fp32, so there
+is no buffer that loading could leave uninitialised. Shape letters as in modeling_internvit, P images; parameter names
+are those of the published checkpoints.
 """
 
 import copy
@@ -59,8 +61,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def kernel_for_blocks(implementation: str) -> str:
     """The kernel for the block masks of a prefill with queries.
 
-    Flash kernels know causal and padded attention only, and a flex kernel would be compiled anew for every mask: both leave these
-    short prefills to sdpa. Decoding, text alone and queries alone stay with them.
+    Flash kernels support causal and padded attention only, and flex attention would compile a kernel for every mask,
+    so these short prefills run on sdpa. Decoding, text alone and queries alone run on the chosen kernel.
     """
     return "sdpa" if "flash" in implementation or implementation == "flex_attention" else implementation
 
@@ -110,7 +112,7 @@ class QLlamaAttention(nn.Module):
 
 
 class QLlamaCrossAttention(nn.Module):
-    """The queries look at the picture; both sides are normalised first. Neither masked nor rotated."""
+    """Attention of the queries to the image; both sides are normalised first. Neither masked nor rotated."""
 
     def __init__(self, config: QLlamaConfig) -> None:
         super().__init__()
@@ -126,24 +128,24 @@ class QLlamaCrossAttention(nn.Module):
         self.k_proj = nn.Linear(config.vision_hidden_size, inner, bias=False)
         self.v_proj = nn.Linear(config.vision_hidden_size, inner, bias=False)
         self.o_proj = nn.Linear(inner, width, bias=False)
-        # So a QLLaMA made from a LLaMA first computes what that LLaMA computes. (A flag on the layer itself, because transformers
-        # does not call `_init_weights` for modules of custom code that have no parameter of their own.)
+        # So a QLLaMA made from a LLaMA first computes what that LLaMA computes. (A flag on the layer, because
+        # transformers does not call `_init_weights` for modules of custom code that hold no parameter directly.)
         setattr(self.o_proj, "starts_at_zero", True)  # noqa: B010  (type checkers know no such attribute)
 
     def forward(
         self, queries: torch.Tensor, vision_hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, M, D) queries and (P, N, D_vision) pictures -> (B, M, D) and weights (B, H, M, N).
+        """(B, M, D) queries and (P, N, D_vision) images -> (B, M, D) and weights (B, H, M, N).
 
-        B is a multiple of P; rows that share a picture stand next to each other.
+        B is a multiple of P; rows that share an image stand next to each other.
         """
-        picture = self.norm2(vision_hidden_states.to(queries.dtype))
+        image = self.norm2(vision_hidden_states.to(queries.dtype))
         key, value = (
-            rearrange(x, "p n (h k) -> p h n k", k=self.head_dim) for x in (self.k_proj(picture), self.v_proj(picture))
+            rearrange(x, "p n (h k) -> p h n k", k=self.head_dim) for x in (self.k_proj(image), self.v_proj(image))
         )
-        # The rows of a picture look at it as one long row, so its keys and values are neither computed again nor copied.
+        # All rows of an image attend to it as one long row: its keys and values are computed once and never copied.
         query = self.q_proj(self.norm1(queries))
-        query = rearrange(query, "(p r) m (h k) -> p h (r m) k", p=len(picture), k=self.head_dim)
+        query = rearrange(query, "(p r) m (h k) -> p h (r m) k", p=len(image), k=self.head_dim)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -189,8 +191,8 @@ class QLlamaDecoderLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
         if self.cross_attn is not None and vision_hidden_states is not None and num_queries:
             queries, text = hidden_states[:, :num_queries], hidden_states[:, num_queries:]
-            looked, _ = self.cross_attn(queries, vision_hidden_states)
-            hidden_states = torch.cat([queries + looked, text], dim=1)
+            seen, _ = self.cross_attn(queries, vision_hidden_states)
+            hidden_states = torch.cat([queries + seen, text], dim=1)
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
@@ -240,7 +242,7 @@ class QLlamaModel(QLlamaPreTrainedModel):
         self.post_init()
         self._tp_plan: dict[str, str] = plan_without_cut_heads(self._tp_plan, config)
         if not config.has_queries:
-            # transformers warns of a plan that names parts which are not there.
+            # transformers warns of a plan that names absent parts.
             self._tp_plan = {name: how for name, how in self._tp_plan.items() if "cross_attn" not in name}
 
     @renamed_arguments(visibility="attention_mode")
@@ -263,29 +265,29 @@ class QLlamaModel(QLlamaPreTrainedModel):
 
         Args:
             input_ids: (B, L) text.
-            attention_mask: 1 = attend; (B, L) over the text, or (B, M + L) over queries and text; with a cache over everything
-                seen so far as well. Padding may stand on either side.
-            position_ids: (B, M + L); by default queries count from 0 and text goes on from M (or from 0 without queries),
-                padding not counted.
+            attention_mask: 1 = attend; (B, L) over the text, or (B, M + L) over queries and text; with a cache over
+                everything seen so far as well. Padding may stand on either side.
+            position_ids: (B, M + L); by default queries count from 0 and text goes on from M (or from 0 without
+                queries), padding not counted.
             past_key_values: Cache of a "generation" or "text" prefill.
             inputs_embeds: (B, L, D) in place of `input_ids`.
             query_embeds: (B, M, D) learned queries, in the prefill.
-            vision_hidden_states: (P, N, D_vision) picture features for the cross-attention, B a multiple of P: the first B / P rows
-                read the first picture.
-            attention_mode: One of `ATTENTION_MODES`, or one per row of the batch, or the `PackedPasses` of each row. Default:
-                "generation" with queries and text, "image" with queries alone, "text" otherwise.
+            vision_hidden_states: (P, N, D_vision) image features for the cross-attention, B a multiple of P: the first
+                B / P rows read the first image.
+            attention_mode: One of `ATTENTION_MODES`, or one per row of the batch, or the `PackedPasses` of each row.
+                Default: "generation" with queries and text, "image" with queries alone, "text" otherwise.
             use_cache: Whether to return a cache.
 
         Returns:
             `last_hidden_state` (B, M + L, D), `past_key_values`.
 
         Raises:
-            ValueError: Neither text nor queries, both kinds of text, an unknown or unfitting `attention_mode`, pictures that do not
-                fit the rows, or an unknown keyword.
+            ValueError: Neither text nor queries, both kinds of text, an unknown or unfitting `attention_mode`, images
+                that do not fit the rows, or an unknown keyword.
         """
         refuse_unknown(kwargs, "`QLlamaModel.forward`")
         hidden_states, num_queries = self._embed(input_ids, inputs_embeds, query_embeds)
-        self._check_pictures(vision_hidden_states, len(hidden_states))
+        self._check_images(vision_hidden_states, len(hidden_states))
         rows = packed_passes(attention_mode, num_queries, *hidden_states.shape[:2])
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -326,11 +328,11 @@ class QLlamaModel(QLlamaPreTrainedModel):
         return torch.cat([query_embeds, inputs_embeds], dim=1), query_embeds.shape[1]
 
     @staticmethod
-    def _check_pictures(vision_hidden_states: torch.Tensor | None, batch: int) -> None:
+    def _check_images(vision_hidden_states: torch.Tensor | None, batch: int) -> None:
         if vision_hidden_states is not None and batch % len(vision_hidden_states):
             raise ValueError(
-                f"Every picture needs as many rows as any other, got {batch} rows for {len(vision_hidden_states)} pictures in "
-                "`vision_hidden_states`."
+                f"Every image needs as many rows as any other, got {batch} rows for {len(vision_hidden_states)} "
+                "images in `vision_hidden_states`."
             )
 
     @staticmethod
@@ -368,7 +370,7 @@ class QLlamaModel(QLlamaPreTrainedModel):
         position_ids: torch.Tensor,
         rows: list[PackedPasses],
     ) -> torch.Tensor | None:
-        """The mask for the attention kernel in use, built from causal by adding and taking away."""
+        """The mask for the attention kernel in use: a causal one, changed by `mask_functions`."""
         modes = {passes.modes for passes in rows}
         if modes == {("image",)} or (modes == {("matching",)} and attention_mask is None):
             return None
@@ -387,7 +389,7 @@ class QLlamaModel(QLlamaPreTrainedModel):
 
 
 class QLlamaTextEncoder(QLlamaPreTrainedModel):
-    """What InternVL-C alone needs of QLLaMA: `model`, under the name it has in `QLlamaForCausalLM`, and no language head."""
+    """QLLaMA without its language head, for InternVL-C alone; `model` has the name it has in `QLlamaForCausalLM`."""
 
     def __init__(self, config: QLlamaConfig) -> None:
         super().__init__(config)
@@ -398,9 +400,9 @@ class QLlamaTextEncoder(QLlamaPreTrainedModel):
 class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
     """QLLaMA with its language head; generates captions.
 
-    To generate after queries, pass `query_embeds` (B, M, D), `vision_hidden_states`, and `input_ids` and `attention_mask` that start
-    with M placeholders (of any id, mask 1): so the lengths that `generate` counts are those of the cache. Beams and several captions
-    of a picture share its keys and values.
+    To generate after queries, pass `query_embeds` (B, M, D), `vision_hidden_states`, and `input_ids` and
+    `attention_mask` that start with M placeholders (of any id, mask 1), so that the lengths which `generate` counts
+    are those of the cache. Beams and several captions of an image share its keys and values.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -431,10 +433,10 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits (B, L, V) over the text, the queries left out; the loss with `labels` (B, L), -100 ignored.
 
-        `logits_to_keep` is the number of last positions (or their indices) to compute logits for, 0 meaning all. Everything else is
-        as in `QLlamaModel.forward`.
+        `logits_to_keep` is the number of last positions (or their indices) to compute logits for, 0 meaning all.
+        Everything else is as in `QLlamaModel.forward`.
         """
-        shift_labels = kwargs.pop("shift_labels", None)  # no argument: Trainer takes those for labels
+        shift_labels = kwargs.pop("shift_labels", None)  # as an argument, Trainer would take it for labels
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -479,7 +481,7 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
     def _expand_inputs_for_generation(
         self, *args: Any, vision_hidden_states: torch.Tensor | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """As in transformers, but without a copy of the picture for every beam."""
+        """As in transformers, but without a copy of the image for every beam."""
         input_ids, model_kwargs = super()._expand_inputs_for_generation(*args, **kwargs)
         return input_ids, model_kwargs | {"vision_hidden_states": vision_hidden_states}
 
@@ -487,7 +489,7 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
     def create_masks_for_generate(
         attention_mask: torch.Tensor | None, is_first_iteration: bool = False, **kwargs: Any
     ) -> torch.Tensor | None:
-        """With a static cache: the prefill builds its own mask (transformers' is causal only), later steps take transformers'."""
+        """With a static cache, only later steps use transformers' mask, which is causal; the prefill builds another."""
         if is_first_iteration:
             return attention_mask
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)

@@ -34,7 +34,7 @@ from .processing_internvl import InternVLProcessor
 
 
 def _register() -> None:
-    """Names every class to the Auto classes; `exist_ok` because the sources may be imported under a second name."""
+    """Registers every class; `exist_ok` because the sources may be imported under a second name."""
     models: dict[Any, dict[Any, type]] = {
         InternViTConfig: {
             AutoModel: InternVisionModel,

@@ -32,7 +32,7 @@ def multi_head(query, key, value, heads, visible):
 
 
 def vision_block(state: dict, x: torch.Tensor, heads: int, eps: float) -> torch.Tensor:
-    """One InternViT-6B block (RMS norms, q/k norm over the full width) on one picture's tokens (N, D)."""
+    """One InternViT-6B block (RMS norms, q/k norm over the full width) on one image's tokens (N, D)."""
     h = rms_norm(x, state["norm1.weight"], eps)
     q, k, v = (h @ state["attn.qkv.weight"].T).chunk(3, dim=-1)
     q, k = rms_norm(q, state["attn.q_norm.weight"], eps), rms_norm(k, state["attn.k_norm.weight"], eps)
@@ -78,7 +78,7 @@ def visible(pattern: str, num_queries: int, length: int, real: list[bool]) -> to
 def qllama_layer(
     state: dict,
     x: torch.Tensor,
-    picture: torch.Tensor | None,
+    image: torch.Tensor | None,
     num_queries: int,
     positions: list[int],
     seen: torch.Tensor,
@@ -86,7 +86,7 @@ def qllama_layer(
     theta: float,
     eps: float,
 ) -> torch.Tensor:
-    """One QLLaMA layer on one row (L, D) that looks at picture tokens (N, D_vision)."""
+    """One QLLaMA layer on one row (L, D) that looks at image tokens (N, D_vision)."""
     h = rms_norm(x, state["input_layernorm.weight"], eps)
     q, k, v = (h @ state[f"self_attn.{name}_proj.weight"].T for name in "qkv")
     q = torch.cat([rotate_by_position(part, positions, theta) for part in q.chunk(heads, -1)], -1)
@@ -95,9 +95,9 @@ def qllama_layer(
     if "cross_attn.q_proj.weight" in state and num_queries:
         queries = x[:num_queries]
         q = rms_norm(queries, state["cross_attn.norm1.weight"], eps) @ state["cross_attn.q_proj.weight"].T
-        p = rms_norm(picture, state["cross_attn.norm2.weight"], eps)
+        p = rms_norm(image, state["cross_attn.norm2.weight"], eps)
         k, v = p @ state["cross_attn.k_proj.weight"].T, p @ state["cross_attn.v_proj.weight"].T
-        everything = torch.ones(num_queries, len(picture), dtype=torch.bool)
+        everything = torch.ones(num_queries, len(image), dtype=torch.bool)
         looked = multi_head(q, k, v, heads, everything) @ state["cross_attn.o_proj.weight"].T
         x = torch.cat([queries + looked, x[num_queries:]])
     h = rms_norm(x, state["post_attention_layernorm.weight"], eps)

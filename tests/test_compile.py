@@ -75,11 +75,11 @@ def test_generated_code_with_frozen_weights_gives_the_eager_features():
 @torch.no_grad()
 def test_one_graph_serves_any_number_of_tiles_in_a_chat_model_that_encodes_them_one_by_one():
     model, backend = tiny.chat_model(), counting()
-    pictures = [tiny.pixels(tiles) for tiles in (1, 3, 5)]
-    expected = [model.extract_feature(pixels) for pixels in pictures]
+    images = [tiny.pixels(tiles) for tiles in (1, 3, 5)]
+    expected = [model.extract_feature(pixels) for pixels in images]
     model.vision_batch_size = 1
     model.vision_model.compile(fullgraph=True, dynamic=False, backend=backend)
-    for pixels, features in zip(pictures, expected, strict=True):
+    for pixels, features in zip(images, expected, strict=True):
         torch.testing.assert_close(model.extract_feature(pixels), features, atol=1e-5, rtol=1e-5)
     assert backend.graphs == 1
 

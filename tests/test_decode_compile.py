@@ -37,7 +37,7 @@ def counting(name: str = "eager"):
 
 @torch.no_grad()
 def decode(model, cache, step) -> torch.Tensor:
-    """Logits of a prefill with pictures and of three steps of given tokens, by `step`."""
+    """Logits of a prefill with images and of three steps of given tokens, by `step`."""
     inputs = tiny.chat_inputs(model, [[1, 1]])
     length = inputs["input_ids"].shape[1]
     logits = [model(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1]]
@@ -92,7 +92,7 @@ def test_generation_compiled_by_transformers_equals_plain_generation(decoder, co
 
 
 @torch.no_grad()
-def test_a_forward_with_pictures_is_one_graph_and_still_refuses_a_wrong_number_of_placeholders():
+def test_a_forward_with_images_is_one_graph_and_still_refuses_a_wrong_number_of_placeholders():
     one_block = {"num_hidden_layers": 1}
     model = tiny.chat_model(
         connector="queries_and_patches",

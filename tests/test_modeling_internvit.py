@@ -14,8 +14,8 @@ from . import reference, tiny
 @torch.no_grad()
 def test_equals_the_slow_reference():
     model = tiny.vision_model().double()
-    picture = tiny.pixels(1, 28, 42).double()
-    patches = [picture[0, :, i : i + 14, j : j + 14].flatten() for i in range(0, 28, 14) for j in range(0, 42, 14)]
+    image = tiny.pixels(1, 28, 42).double()
+    patches = [image[0, :, i : i + 14, j : j + 14].flatten() for i in range(0, 28, 14) for j in range(0, 42, 14)]
     embeddings = model.embeddings
     weight, bias = embeddings.patch_embedding.weight.flatten(1), embeddings.patch_embedding.bias
     tokens = torch.stack([embeddings.class_embedding[0, 0], *[weight @ patch + bias for patch in patches]])
@@ -24,7 +24,7 @@ def test_equals_the_slow_reference():
     tokens = tokens + torch.cat([embeddings.position_embedding[0, :1], grid])
     for layer in model.encoder.layers:
         tokens = reference.vision_block(layer.state_dict(), tokens, heads=4, eps=1e-6)
-    torch.testing.assert_close(model(picture).last_hidden_state[0], tokens, atol=1e-5, rtol=1e-5)  # norms are fp32
+    torch.testing.assert_close(model(image).last_hidden_state[0], tokens, atol=1e-5, rtol=1e-5)  # norms are fp32
 
 
 def test_positions_are_resized_without_antialiasing():

@@ -78,23 +78,23 @@ def test_text_feature_is_the_projected_state_of_the_last_token(model):
 
 @torch.no_grad()
 def test_g_is_the_sum_of_two_unit_vectors_and_c_is_one_of_them(model):
-    pictures = tiny.pixels()
-    c, g = model.get_image_features(pictures, mode="InternVL-C"), model.get_image_features(pictures, mode="InternVL-G")
-    queries = model.clip_projector2(model.get_query_features(pictures))
+    images = tiny.pixels()
+    c, g = model.get_image_features(images, mode="InternVL-C"), model.get_image_features(images, mode="InternVL-G")
+    queries = model.clip_projector2(model.get_query_features(images))
     torch.testing.assert_close(g, F.normalize(queries, dim=-1) + F.normalize(c, dim=-1))
-    assert torch.equal(model.encode_image(pictures, mode="InternVL-G"), g)
-    assert torch.equal(model.get_image_features(pictures, mode="G"), g)
+    assert torch.equal(model.encode_image(images, mode="InternVL-G"), g)
+    assert torch.equal(model.get_image_features(images, mode="G"), g)
 
 
 @torch.no_grad()
 def test_logits_are_scaled_cosines_and_the_published_call_gives_the_pair(model):
-    pictures, ids = tiny.pixels(), tiny.summary_ids(4)
+    images, ids = tiny.pixels(), tiny.summary_ids(4)
     for mode in ("InternVL-C", "InternVL-G"):
-        image, text = model.get_image_features(pictures, mode=mode), model.get_text_features(ids)
+        image, text = model.get_image_features(images, mode=mode), model.get_text_features(ids)
         cosines = torch.stack([torch.stack([F.cosine_similarity(i, t, dim=0) for t in text]) for i in image])
-        outputs = model(pixel_values=pictures, input_ids=ids, mode=mode)
+        outputs = model(pixel_values=images, input_ids=ids, mode=mode)
         torch.testing.assert_close(outputs.logits_per_image, cosines * model.logit_scale.exp(), atol=1e-5, rtol=1e-5)
-        per_image, per_text = model(image=pictures, text=ids, mode=mode)
+        per_image, per_text = model(image=images, text=ids, mode=mode)
         assert torch.equal(per_image, outputs.logits_per_image)
         assert torch.equal(per_text, outputs.logits_per_text)
 
@@ -113,33 +113,33 @@ def test_return_loss_is_symmetric_infonce(model):
 
 
 @torch.no_grad()
-def test_matching_sees_picture_and_text_and_no_padding(model):
-    pictures, ids = tiny.pixels(), tiny.summary_ids(3, 6)
-    scores = model.get_matching_logits(pictures, ids)
+def test_matching_sees_image_and_text_and_no_padding(model):
+    images, ids = tiny.pixels(), tiny.summary_ids(3, 6)
+    scores = model.get_matching_logits(images, ids)
     assert scores.shape == (3, 2)
     for side in ("left", "right"):
         torch.testing.assert_close(
-            model.get_matching_logits(pictures, *padded(ids, side, 0)), scores, atol=1e-5, rtol=1e-5
+            model.get_matching_logits(images, *padded(ids, side, 0)), scores, atol=1e-5, rtol=1e-5
         )
-    assert (model.get_matching_logits(pictures.flip(0), ids) - scores).abs().max() > 1e-3
-    assert (model.get_matching_logits(pictures, (ids + 1) % 80) - scores).abs().max() > 1e-3
+    assert (model.get_matching_logits(images.flip(0), ids) - scores).abs().max() > 1e-3
+    assert (model.get_matching_logits(images, (ids + 1) % 80) - scores).abs().max() > 1e-3
 
 
 @torch.no_grad()
-def test_texts_of_one_picture_share_its_keys_and_values(model):
-    pictures, ids = tiny.pixels(2), tiny.summary_ids(6)
+def test_texts_of_one_image_share_its_keys_and_values(model):
+    images, ids = tiny.pixels(2), tiny.summary_ids(6)
     rows = []
     hook = model.qllama.model.layers[0].cross_attn.k_proj.register_forward_hook(
         lambda m, given, _: rows.append(len(given[0]))
     )
-    together = model.get_matching_logits(pictures, ids)
-    copied = model.get_matching_logits(pictures.repeat_interleave(3, dim=0), ids)
-    model.generate(pixel_values=pictures, num_beams=3, num_return_sequences=2, max_new_tokens=3, do_sample=False)
+    together = model.get_matching_logits(images, ids)
+    copied = model.get_matching_logits(images.repeat_interleave(3, dim=0), ids)
+    model.generate(pixel_values=images, num_beams=3, num_return_sequences=2, max_new_tokens=3, do_sample=False)
     hook.remove()
     assert rows == [2, 6, 2]
     torch.testing.assert_close(together, copied, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="got 5 rows for 2 pictures"):
-        model.get_matching_logits(pictures, ids[:5])
+    with pytest.raises(ValueError, match="got 5 rows for 2 images"):
+        model.get_matching_logits(images, ids[:5])
 
 
 def test_a_checkpoint_of_the_sigmoid_loss_loads_without_a_word_about_its_bias(c_alone, tmp_path):
@@ -152,23 +152,23 @@ def test_a_checkpoint_of_the_sigmoid_loss_loads_without_a_word_about_its_bias(c_
 
 
 def test_captions_hold_no_prompt_and_batch_equals_single(model):
-    pictures, settings = tiny.pixels(), {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+    images, settings = tiny.pixels(), {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
     rows = [tiny.summary_ids(1, length, seed=length)[0] for length in (2, 5, 3)]
-    batch = model.generate(pixel_values=pictures, **tiny.pad(rows, "left"), **settings)
+    batch = model.generate(pixel_values=images, **tiny.pad(rows, "left"), **settings)
     assert batch.shape == (3, 6)
     for i, row in enumerate(rows):
-        alone = model.generate(pixel_values=pictures[i : i + 1], input_ids=row[None], **settings)
+        alone = model.generate(pixel_values=images[i : i + 1], input_ids=row[None], **settings)
         assert torch.equal(alone[0], batch[i])
     with_scores = model.generate(
-        pixel_values=pictures, **tiny.pad(rows, "left"), **settings, return_dict_in_generate=True, output_scores=True
+        pixel_values=images, **tiny.pad(rows, "left"), **settings, return_dict_in_generate=True, output_scores=True
     )
     assert torch.equal(with_scores.sequences, batch)
     assert len(with_scores.scores) == 6
     beams = model.generate(
-        pixel_values=pictures, **tiny.pad(rows, "left"), **settings, num_beams=3, num_return_sequences=2
+        pixel_values=images, **tiny.pad(rows, "left"), **settings, num_beams=3, num_return_sequences=2
     )
     assert beams.shape == (6, 6)
-    assert model.generate(pixel_values=pictures, **settings).shape == (3, 6)
+    assert model.generate(pixel_values=images, **settings).shape == (3, 6)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_captions_hold_no_prompt_and_batch_equals_single(model):
         ),
         (
             lambda m: m(pixel_values=tiny.pixels(2), input_ids=tiny.summary_ids(), return_loss=True),
-            "got 2 pictures and 3 texts",
+            "got 2 images and 3 texts",
         ),
         (lambda m: m.get_text_features(torch.zeros(1, 4).long()), "a row is all padding"),
         (lambda m: m.generate(input_ids=tiny.summary_ids()), "needs `pixel_values`"),
@@ -267,8 +267,8 @@ def test_c_alone_reaches_every_parameter_from_the_loss(c_alone):
 def test_trainer_takes_steps_with_c_alone(tmp_path):
     model = tiny.internvl_model(num_query_token=0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    pictures, ids = tiny.pixels(4), tiny.summary_ids(4)
-    pairs = [{"pixel_values": picture, "input_ids": row} for picture, row in zip(pictures, ids, strict=True)]
+    images, ids = tiny.pixels(4), tiny.summary_ids(4)
+    pairs = [{"pixel_values": image, "input_ids": row} for image, row in zip(images, ids, strict=True)]
 
     def collate(samples: list[dict]) -> dict:
         return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]} | {"return_loss": True}

@@ -1,4 +1,4 @@
-"""InternVL-Chat: connector, placement of pictures, generation over turns, the published helpers."""
+"""InternVL-Chat: connector, placement of images, generation over turns, the published helpers."""
 
 import copy
 import json
@@ -91,9 +91,9 @@ def test_batch_with_unequal_tile_counts_equals_one_by_one(side):
     together, first = model(**inputs).logits, 0
     for i, row in enumerate(tiny.chat_rows(model, tiles)):
         count = sum(tiles[i])
-        pictures = {"pixel_values": inputs["pixel_values"][first : first + count]} if count else {}
+        images = {"pixel_values": inputs["pixel_values"][first : first + count]} if count else {}
         first += count
-        alone = model(input_ids=row[None], **pictures).logits[0]
+        alone = model(input_ids=row[None], **images).logits[0]
         torch.testing.assert_close(together[i][inputs["attention_mask"][i].bool()], alone, atol=1e-5, rtol=1e-5)
 
 
@@ -105,9 +105,9 @@ def test_generated_batch_equals_one_by_one(decoder):
     together, first = model.generate(**inputs, **GREEDY), 0
     for i, row in enumerate(tiny.chat_rows(model, tiles)):
         count = sum(tiles[i])
-        pictures = {"pixel_values": inputs["pixel_values"][first : first + count]} if count else {}
+        images = {"pixel_values": inputs["pixel_values"][first : first + count]} if count else {}
         first += count
-        alone = model.generate(input_ids=row[None], attention_mask=torch.ones_like(row)[None], **pictures, **GREEDY)
+        alone = model.generate(input_ids=row[None], attention_mask=torch.ones_like(row)[None], **images, **GREEDY)
         assert torch.equal(alone[0, -6:], together[i, -6:])
         assert torch.equal(alone[0, : len(row)], row)
 
@@ -127,7 +127,7 @@ def test_assisted_generation_equals_plain_generation():
     )
 
 
-def test_a_prefill_in_chunks_is_refused_with_pictures():
+def test_a_prefill_in_chunks_is_refused_with_images():
     model = tiny.chat_model()
     with pytest.raises(ValueError, match="would cut images apart"):
         model.generate(**tiny.chat_inputs(model), **GREEDY, prefill_chunk_size=4)
@@ -150,16 +150,16 @@ def test_beams_keep_the_tiles_of_their_own_sample():
 
 
 @pytest.mark.parametrize("give", ["all tiles", "new tiles"])
-def test_later_turns_do_not_encode_old_pictures_again(give):
+def test_later_turns_do_not_encode_old_images_again(give):
     model = tiny.chat_model()
     first, second = tiny.chat_rows(model, [[2], [3]])
     cache = DynamicCache(config=model.config.text_config)
     settings = {**GREEDY, "return_dict_in_generate": True}
-    pictures = tiny.pixels(5)
+    images = tiny.pixels(5)
     turn = model.generate(
         input_ids=first[None],
         attention_mask=torch.ones_like(first)[None],
-        pixel_values=pictures[:2],
+        pixel_values=images[:2],
         past_key_values=cache,
         **settings,
     )
@@ -169,13 +169,13 @@ def test_later_turns_do_not_encode_old_pictures_again(give):
     later = model.generate(
         input_ids=dialogue,
         attention_mask=torch.ones_like(dialogue),
-        pixel_values=pictures if give == "all tiles" else pictures[2:],
+        pixel_values=images if give == "all tiles" else images[2:],
         past_key_values=turn.past_key_values,
         **settings,
     )
     assert encoded == [3]
     afresh = model.generate(
-        input_ids=dialogue, attention_mask=torch.ones_like(dialogue), pixel_values=pictures, **settings
+        input_ids=dialogue, attention_mask=torch.ones_like(dialogue), pixel_values=images, **settings
     )
     assert torch.equal(later.sequences, afresh.sequences)
 
@@ -188,7 +188,7 @@ def test_text_only_generation_never_runs_the_vision_tower():
     model(input_ids=ids, labels=ids)
 
 
-def test_a_training_step_without_pictures_runs_the_tower_once_and_changes_nothing():
+def test_a_training_step_without_images_runs_the_tower_once_and_changes_nothing():
     model = tiny.chat_model().train()
     ran = []
     model.vision_model.register_forward_hook(lambda *_: ran.append(1))
@@ -202,7 +202,7 @@ def test_a_training_step_without_pictures_runs_the_tower_once_and_changes_nothin
     assert ran == [1]
 
 
-def test_a_process_without_pictures_does_not_keep_the_others_waiting(tmp_path):
+def test_a_process_without_images_does_not_keep_the_others_waiting(tmp_path):
     for rank, found in enumerate(two_processes.run("text_only_rank", tmp_path)):
         for (connector, engine), loss in found.items():
             model = tiny.chat_model(connector=connector).train()
@@ -231,7 +231,7 @@ def test_a_broken_placeholder_count_names_the_sample_and_both_counts():
         model(input_ids=inputs["input_ids"], image_embeds=torch.zeros(3, 12, 40))
 
 
-def test_pictures_without_a_known_placeholder_id_are_refused():
+def test_images_without_a_known_placeholder_id_are_refused():
     model = tiny.chat_model(image_token_id=None)
     with pytest.raises(ValueError, match=r"`config\.image_token_id` is not set"):
         model(input_ids=tiny.text_ids(), pixel_values=tiny.pixels())
@@ -246,9 +246,9 @@ def test_flagged_dummy_tiles_and_tile_counts_are_honoured():
     model = tiny.chat_model()
     inputs = tiny.chat_inputs(model)
     expected = model(**inputs).logits
-    pictures = torch.cat([inputs["pixel_values"], torch.zeros(1, 3, 56, 56)])
+    images = torch.cat([inputs["pixel_values"], torch.zeros(1, 3, 56, 56)])
     for flags in (torch.tensor([1] * 6 + [0]), torch.tensor([[1]] * 6 + [[0]])):
-        assert torch.equal(model(**{**inputs, "pixel_values": pictures}, image_flags=flags).logits, expected)
+        assert torch.equal(model(**{**inputs, "pixel_values": images}, image_flags=flags).logits, expected)
     assert torch.equal(model(**inputs, num_patches=torch.tensor([2, 1, 3])).logits, expected)
     with pytest.raises(ValueError, match="`num_patches` sums to 5, got 6 tiles"):
         model(**inputs, num_patches=torch.tensor([2, 3]))
@@ -401,7 +401,7 @@ print(manager.get_model_modality(model, processor).value)
 
 
 @pytest.mark.slow  # imports everything in a process of its own
-def test_transformers_serve_takes_a_folder_with_its_code_for_a_model_of_pictures_and_text(root, tmp_path):
+def test_transformers_serve_takes_a_folder_with_its_code_for_a_model_of_images_and_text(root, tmp_path):
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(

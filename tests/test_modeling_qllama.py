@@ -19,8 +19,8 @@ PADDING = {
 
 def inputs(batch: int = 1):
     queries = tiny.pixels(batch, 1, 40, seed=5)[:, :, 0].reshape(batch, 5, 24)
-    picture = tiny.pixels(batch, 32, 6, seed=6)[:, 0].transpose(1, 2)
-    return queries, picture, tiny.text_ids(batch, L, seed=7)
+    image = tiny.pixels(batch, 32, 6, seed=6)[:, 0].transpose(1, 2)
+    return queries, image, tiny.text_ids(batch, L, seed=7)
 
 
 @pytest.mark.parametrize("side", list(PADDING))
@@ -28,15 +28,15 @@ def inputs(batch: int = 1):
 @torch.no_grad()
 def test_equals_the_slow_reference(mode, side):
     model = tiny.qllama_model().double()
-    queries, picture, ids = inputs()
-    queries, picture = queries.double(), picture.double()
+    queries, image, ids = inputs()
+    queries, image = queries.double(), image.double()
     real = PADDING[side]
     has_queries, has_text = mode != "text", mode != "image"
     outputs = model.model(
         input_ids=ids if has_text else None,
         attention_mask=torch.tensor([real]).long() if has_text else None,
         query_embeds=queries if has_queries else None,
-        vision_hidden_states=picture if has_queries else None,
+        vision_hidden_states=image if has_queries else None,
         attention_mode=mode,
     )
     rows = ([queries[0]] if has_queries else []) + ([model.model.embed_tokens(ids[0])] if has_text else [])
@@ -45,7 +45,7 @@ def test_equals_the_slow_reference(mode, side):
     positions = [sum(real[: i + 1]) - 1 for i in range(len(real))]
     seen = reference.visible(mode if has_queries and has_text else "generation", count, len(x), real)
     for layer in model.model.layers:
-        x = reference.qllama_layer(layer.state_dict(), x, picture[0], count, positions, seen, 4, 10000.0, 1e-6)
+        x = reference.qllama_layer(layer.state_dict(), x, image[0], count, positions, seen, 4, 10000.0, 1e-6)
     x = reference.rms_norm(x, model.model.norm.weight, 1e-6)
     kept = torch.tensor(real)
     torch.testing.assert_close(
@@ -56,11 +56,11 @@ def test_equals_the_slow_reference(mode, side):
 @torch.no_grad()
 def test_modes_mixed_within_a_batch_equal_one_by_one():
     model = tiny.qllama_model()
-    queries, picture, ids = inputs(3)
+    queries, image, ids = inputs(3)
     mask = torch.tensor([[1] * 6, [0] * 2 + [1] * 4, [1] * 3 + [0] * 3])
     modes = ["matching", "contrastive", "generation"]
     together = model.model(
-        input_ids=ids, attention_mask=mask, query_embeds=queries, vision_hidden_states=picture, attention_mode=modes
+        input_ids=ids, attention_mask=mask, query_embeds=queries, vision_hidden_states=image, attention_mode=modes
     ).last_hidden_state
     for i, mode in enumerate(modes):
         one = slice(i, i + 1)
@@ -68,7 +68,7 @@ def test_modes_mixed_within_a_batch_equal_one_by_one():
             input_ids=ids[one],
             attention_mask=mask[one],
             query_embeds=queries[one],
-            vision_hidden_states=picture[one],
+            vision_hidden_states=image[one],
             attention_mode=mode,
         ).last_hidden_state
         kept = torch.cat([torch.ones(Q), mask[i]]).bool()
@@ -79,7 +79,7 @@ def test_modes_mixed_within_a_batch_equal_one_by_one():
 PASSES = {
     "stage 2": ("matching", "contrastive", "generation"),
     "retrieval": ("matching", "matching", "contrastive"),
-    "pictures without text": ("generation", "image", "matching"),
+    "images without text": ("generation", "image", "matching"),
     "no text is seen": ("contrastive", "generation"),
 }
 
@@ -89,7 +89,7 @@ PASSES = {
 @torch.no_grad()
 def test_passes_packed_in_a_row_equal_passes_in_separate_rows(name, with_mask):
     model, modes = tiny.qllama_model(), PASSES[name]
-    queries, picture, _ = inputs(3)
+    queries, image, _ = inputs(3)
     texts = [tiny.text_ids(3, 0 if mode == "image" else 4 + i, seed=i) for i, mode in enumerate(modes)]
     masks = [torch.ones_like(ids) for ids in texts]
     if with_mask:
@@ -102,7 +102,7 @@ def test_passes_packed_in_a_row_equal_passes_in_separate_rows(name, with_mask):
         input_ids=torch.cat(texts, dim=1),
         attention_mask=torch.cat(masks, dim=1) if with_mask else None,
         query_embeds=queries.repeat(1, shared.num_copies, 1),
-        vision_hidden_states=picture,
+        vision_hidden_states=image,
         attention_mode=shared,
     ).last_hidden_state
     for mode, ids, mask, found in zip(modes, texts, masks, shared.split(together), strict=True):
@@ -110,7 +110,7 @@ def test_passes_packed_in_a_row_equal_passes_in_separate_rows(name, with_mask):
             input_ids=None if mode == "image" else ids,
             attention_mask=mask if with_mask and mode != "image" else None,
             query_embeds=queries,
-            vision_hidden_states=picture,
+            vision_hidden_states=image,
             attention_mode=mode,
         ).last_hidden_state
         torch.testing.assert_close(found[0], alone[:, :Q], atol=1e-5, rtol=1e-5)
@@ -126,16 +126,16 @@ def rows_projected(model) -> list[int]:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_rows_that_share_a_picture_equal_rows_with_a_copy_each_gradients_too(attention):
+def test_rows_that_share_an_image_equal_rows_with_a_copy_each_gradients_too(attention):
     model = tiny.qllama_model()
     model.set_attn_implementation(attention)
     assert model.config._attn_implementation == attention
-    queries, picture, ids = inputs(6)
+    queries, image, ids = inputs(6)
     rows, found = rows_projected(model.model), []
-    for pictures in (picture[:2], picture[:2].repeat_interleave(3, dim=0)):
+    for images in (image[:2], image[:2].repeat_interleave(3, dim=0)):
         model.zero_grad()
         outputs = model.model(
-            input_ids=ids, query_embeds=queries, vision_hidden_states=pictures, output_attentions=attention == "eager"
+            input_ids=ids, query_embeds=queries, vision_hidden_states=images, output_attentions=attention == "eager"
         )
         outputs.last_hidden_state.square().sum().backward()
         weights = outputs.get("cross_attentions", ())
@@ -148,35 +148,35 @@ def test_rows_that_share_a_picture_equal_rows_with_a_copy_each_gradients_too(att
 
 
 @torch.no_grad()
-def test_contrastive_text_does_not_feel_the_picture_and_queries_do_not_feel_the_text():
+def test_contrastive_text_does_not_feel_the_image_and_queries_do_not_feel_the_text():
     model = tiny.qllama_model()
-    queries, picture, ids = inputs()
+    queries, image, ids = inputs()
 
     def run(**changes):
         arguments = {
             "input_ids": ids,
             "query_embeds": queries,
-            "vision_hidden_states": picture,
+            "vision_hidden_states": image,
             "attention_mode": "contrastive",
         }
         return model.model(**{**arguments, **changes}).last_hidden_state[0]
 
-    base, other_picture, other_text = run(), run(vision_hidden_states=picture + 1), run(input_ids=(ids + 1) % 80)
-    torch.testing.assert_close(base[Q:], other_picture[Q:])
+    base, other_image, other_text = run(), run(vision_hidden_states=image + 1), run(input_ids=(ids + 1) % 80)
+    torch.testing.assert_close(base[Q:], other_image[Q:])
     torch.testing.assert_close(base[:Q], other_text[:Q])
-    assert (base[:Q] - other_picture[:Q]).abs().max() > 1e-3
+    assert (base[:Q] - other_image[:Q]).abs().max() > 1e-3
     assert (
-        run(attention_mode="generation")[Q:] - run(attention_mode="generation", vision_hidden_states=picture + 1)[Q:]
+        run(attention_mode="generation")[Q:] - run(attention_mode="generation", vision_hidden_states=image + 1)[Q:]
     ).abs().max() > 1e-3
 
 
 def captions(model, **kwargs):
-    queries, picture, ids = inputs(3)
+    queries, image, ids = inputs(3)
     ids = torch.cat([torch.zeros(3, Q, dtype=torch.long), ids], dim=1)
     mask = torch.ones_like(ids)
     mask[1, Q : Q + 2] = 0
     return model.generate(
-        input_ids=ids, attention_mask=mask, query_embeds=queries, vision_hidden_states=picture, do_sample=False,
+        input_ids=ids, attention_mask=mask, query_embeds=queries, vision_hidden_states=image, do_sample=False,
         max_new_tokens=8, min_new_tokens=8, **kwargs,
     )  # fmt: skip
 
@@ -191,10 +191,10 @@ def test_cached_generation_equals_uncached_and_static(setting):
 
 def test_padding_between_queries_and_text_changes_no_caption():
     model = tiny.qllama_model()
-    queries, picture, ids = inputs(3)
+    queries, image, ids = inputs(3)
     row = torch.cat([torch.zeros(Q, dtype=torch.long), ids[1, 2:]])[None]
     alone = model.generate(
-        input_ids=row, attention_mask=torch.ones_like(row), query_embeds=queries[1:2], vision_hidden_states=picture[1:2],
+        input_ids=row, attention_mask=torch.ones_like(row), query_embeds=queries[1:2], vision_hidden_states=image[1:2],
         do_sample=False, max_new_tokens=8, min_new_tokens=8,
     )  # fmt: skip
     assert torch.equal(alone[0, -8:], captions(model)[1, -8:])
@@ -211,7 +211,7 @@ def test_cross_attention_is_computed_in_the_prefill_only():
 @pytest.mark.parametrize(
     "settings", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}, {"cache_implementation": "static"}]
 )
-def test_beams_share_the_keys_and_values_of_their_picture(settings, monkeypatch):
+def test_beams_share_the_keys_and_values_of_their_image(settings, monkeypatch):
     model = tiny.qllama_model()
     rows, beams = rows_projected(model.model), settings.get("num_beams", 1)
     found = captions(model, **settings)
@@ -232,10 +232,10 @@ def test_a_fresh_cross_attention_leaves_the_llama_unchanged():
     from internvl.modeling_qllama import QLlamaForCausalLM
 
     model = QLlamaForCausalLM(tiny.qllama_model().config).eval()
-    queries, picture, ids = inputs()
+    queries, image, ids = inputs()
     arguments = {"input_ids": ids, "query_embeds": queries}
-    with_picture = model(**arguments, vision_hidden_states=picture).logits
-    torch.testing.assert_close(with_picture, model(**arguments).logits)
+    with_image = model(**arguments, vision_hidden_states=image).logits
+    torch.testing.assert_close(with_image, model(**arguments).logits)
 
 
 @torch.no_grad()
@@ -255,7 +255,7 @@ def test_flash_and_flex_leave_block_masks_to_sdpa_and_keep_the_rest():
     AttentionInterface.register("flash_stand_in", flash_stand_in)
     AttentionMaskInterface.register("flash_stand_in", flash_attention_mask)
     model = tiny.qllama_model()
-    queries, picture, ids = inputs()
+    queries, image, ids = inputs()
     expected = {}
     for attention in ("sdpa", "flash_stand_in"):
         model.config._attn_implementation = (
@@ -263,12 +263,12 @@ def test_flash_and_flex_leave_block_masks_to_sdpa_and_keep_the_rest():
         )
         got = {
             mode: model.model(
-                input_ids=ids, query_embeds=queries, vision_hidden_states=picture, attention_mode=mode
+                input_ids=ids, query_embeds=queries, vision_hidden_states=image, attention_mode=mode
             ).last_hidden_state
             for mode in ("contrastive", "generation")
         }
         blocks = list(lengths)
-        got["image"] = model.model(query_embeds=queries, vision_hidden_states=picture).last_hidden_state
+        got["image"] = model.model(query_embeds=queries, vision_hidden_states=image).last_hidden_state
         got["text"] = model.model(input_ids=ids).last_hidden_state
         expected = expected or got
     for mode, value in got.items():
@@ -288,7 +288,7 @@ def test_flash_and_flex_leave_block_masks_to_sdpa_and_keep_the_rest():
         ({"query_embeds": torch.ones(2, 5, 24), "attention_mode": "text"}, "takes text alone"),
         (
             {"query_embeds": torch.ones(3, 5, 24), "vision_hidden_states": torch.ones(2, 6, 32)},
-            "got 3 rows for 2 pictures",
+            "got 3 rows for 2 images",
         ),
         (
             {"query_embeds": torch.ones(2, 5, 24), "attention_mode": PackedPasses(("image", "matching"), (0, 0), 5)},

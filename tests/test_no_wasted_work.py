@@ -73,11 +73,11 @@ def test_prefill_and_decoding_read_no_value_on_the_host(decoder, connector):
 
 
 @torch.no_grad()
-def test_other_ways_to_give_pictures_read_no_value_on_the_host():
+def test_other_ways_to_give_images_read_no_value_on_the_host():
     model = tiny.chat_model().to("meta")
     inputs = {name: tensor.to("meta") for name, tensor in unpadded(model).items()}
-    ids, pictures = inputs["input_ids"], inputs["pixel_values"]
-    assert model(inputs_embeds=model.get_input_embeddings()(ids), pixel_values=pictures).logits.is_meta
+    ids, images = inputs["input_ids"], inputs["pixel_values"]
+    assert model(inputs_embeds=model.get_input_embeddings()(ids), pixel_values=images).logits.is_meta
     assert model(ids, image_embeds=torch.empty(2, 8, 40, device="meta")).logits.is_meta
 
 
@@ -176,7 +176,7 @@ def test_generation_computes_the_logits_of_one_position_at_a_time():
 def test_no_tile_of_five_turns_is_encoded_twice():
     model = tiny.chat_model("qwen3")
     tiles = [[2], [], [3], [], [1, 1]]
-    rows, pictures = tiny.chat_rows(model, tiles), tiny.pixels(7)
+    rows, images = tiny.chat_rows(model, tiles), tiny.pixels(7)
     encoded, expected = sizes_seen(model.vision_model), []
     cache, dialogue, given = DynamicCache(config=model.config.text_config), torch.empty(0, dtype=torch.long), 0
     for row, counts in zip(rows, tiles, strict=True):
@@ -185,14 +185,14 @@ def test_no_tile_of_five_turns_is_encoded_twice():
         turn = model.generate(
             dialogue[None],
             attention_mask=torch.ones(1, len(dialogue), dtype=torch.long),
-            pixel_values=pictures[:given],
+            pixel_values=images[:given],
             past_key_values=cache,
             **GREEDY,
         )
         assert encoded == expected
         last, dialogue = dialogue, turn[0]
     afresh = model.generate(
-        last[None], attention_mask=torch.ones(1, len(last), dtype=torch.long), pixel_values=pictures, **GREEDY
+        last[None], attention_mask=torch.ones(1, len(last), dtype=torch.long), pixel_values=images, **GREEDY
     )
     assert torch.equal(afresh[0], dialogue)
 
@@ -258,15 +258,15 @@ def test_a_training_batch_without_a_label_gives_zero_gradients():
 @torch.no_grad()
 def test_tiles_encoded_in_chunks_have_the_features_of_tiles_encoded_together(connector):
     model = tiny.chat_model(connector=connector)
-    pictures = tiny.pixels(5)
+    images = tiny.pixels(5)
     seen = sizes_seen(model.vision_model)
-    expected = model.get_image_features(pictures, output_hidden_states=True)
+    expected = model.get_image_features(images, output_hidden_states=True)
     assert [size[0] for size in seen] == [5]  # a small batch goes in one
     model.vision_batch_size = 2
     seen.clear()
-    got = model.get_image_features(pictures, output_hidden_states=True)
+    got = model.get_image_features(images, output_hidden_states=True)
     assert [size[0] for size in seen] == [2, 2, 1]
-    torch.testing.assert_close(model.extract_feature(pictures), expected.pooler_output)
+    torch.testing.assert_close(model.extract_feature(images), expected.pooler_output)
     torch.testing.assert_close(got.pooler_output, expected.pooler_output)
     torch.testing.assert_close(got.last_hidden_state, expected.last_hidden_state)
     torch.testing.assert_close(got.hidden_states, expected.hidden_states)
@@ -286,9 +286,9 @@ def test_generation_encodes_in_chunks():
 def test_the_batch_of_the_vision_tower_bounds_its_memory():
     model, peaks = tiny.chat_model(), {}
     for tiles, model.vision_batch_size in ((3, 3), (12, 3), (12, 12)):
-        pictures = tiny.pixels(tiles)
+        images = tiny.pixels(tiles)
         with LiveBytes() as live:
-            features = model.extract_feature(pictures)
+            features = model.extract_feature(images)
         peaks[tiles, model.vision_batch_size] = live.peak - 2 * features.nbytes  # of the chunks and of all
     assert peaks[12, 3] <= peaks[3, 3]
     assert peaks[12, 12] > 3 * peaks[3, 3]

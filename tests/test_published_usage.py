@@ -89,7 +89,7 @@ def images_14b(path_14b, folder):
     return image_processor(images=images, return_tensors="pt").pixel_values.to(torch.bfloat16)
 
 
-def test_internvl_14b_card_compares_pictures_and_texts(path_14b, model_14b, images_14b):
+def test_internvl_14b_card_compares_images_and_texts(path_14b, model_14b, images_14b):
     model, pixel_values = model_14b, images_14b
     tokenizer = AutoTokenizer.from_pretrained(path_14b, use_fast=False, add_eos_token=True)
     tokenizer.pad_token_id = 0  # set pad_token_id to 0
@@ -152,7 +152,7 @@ def tokenizer(chat_path):
 
 @pytest.fixture(scope="module")
 def load_image(chat_path, folder):
-    """The cards' own function of this name: tiles of one picture."""
+    """The cards' own function of this name: tiles of one image."""
     image_processor = AutoImageProcessor.from_pretrained(chat_path)
 
     def load(name, max_num=12):

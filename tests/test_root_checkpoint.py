@@ -1,4 +1,4 @@
-"""The checkpoint at the root: complete, small, and right about the bundled pictures through every door."""
+"""The checkpoint at the root: complete, small, and right about the bundled images through every door."""
 
 import json
 import subprocess
@@ -44,8 +44,8 @@ def processor(root):
 
 
 def messages(root, row: dict) -> list[dict]:
-    picture = {"type": "image", "image": str(root / "examples" / row["file"])}
-    return [{"role": "user", "content": [picture, {"type": "text", "text": row["question"]}]}]
+    image = {"type": "image", "image": str(root / "examples" / row["file"])}
+    return [{"role": "user", "content": [image, {"type": "text", "text": row["question"]}]}]
 
 
 def encode(processor, conversation, **settings):
@@ -88,7 +88,7 @@ def test_most_bundled_questions_are_answered_right(root, model, processor, quest
     assert sum(right) >= 0.85 * len(right)
 
 
-def test_small_text_of_the_bundled_pictures_needs_the_tiles(root, model, processor, questions):
+def test_small_text_of_the_bundled_images_needs_the_tiles(root, model, processor, questions):
     rows = [row for row in questions if row["kind"] == "small_text" and "small_text" in row["file"]]
     assert len(rows) >= 2
     for row in rows:
@@ -103,7 +103,7 @@ def test_generation_ends_by_itself_at_the_end_of_the_turn(root, model, processor
     assert output[0, -1] in processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
 
 
-def test_a_batch_of_unequal_pictures_answers_as_one_by_one(root, model, processor, questions):
+def test_a_batch_of_unequal_images_answers_as_one_by_one(root, model, processor, questions):
     rows = list({row["file"]: row for row in questions}.values())
     inputs = encode(processor, [messages(root, row) for row in rows], padding=True)
     output = model.generate(**inputs, max_new_tokens=16, do_sample=False)[:, inputs["input_ids"].shape[1] :]
@@ -113,8 +113,8 @@ def test_a_batch_of_unequal_pictures_answers_as_one_by_one(root, model, processo
 
 def test_published_chat_call_answers(root, model, processor, questions):
     row = questions[0]
-    with Image.open(root / "examples" / row["file"]) as picture:
-        pixel_values = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+    with Image.open(root / "examples" / row["file"]) as image:
+        pixel_values = processor.image_processor(image, return_tensors="pt")["pixel_values"]
     settings = {"max_new_tokens": 16, "do_sample": False}
     tokenizer = AutoTokenizer.from_pretrained(root)
     text, history = model.chat(tokenizer, pixel_values, row["question"], settings, history=None, return_history=True)
@@ -154,9 +154,9 @@ def test_chat_command_prints_one_answer(root, model, processor, questions):
     assert done.stdout.strip() == answer(model, processor, messages(root, row))
 
 
-def test_chat_command_names_a_broken_picture(tmp_path):
+def test_chat_command_names_a_broken_image(tmp_path):
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     command = [sys.executable, "-m", "internvl.chat", str(broken), "--ask", "What?"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
@@ -164,7 +164,7 @@ def test_chat_command_names_a_broken_picture(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_conversation_goes_on_without_encoding_the_picture_again(root, questions):
+def test_conversation_goes_on_without_encoding_the_image_again(root, questions):
     from internvl.chat import Conversation
 
     conversation = Conversation(root, max_new_tokens=16)
@@ -191,17 +191,17 @@ def pair_processor(root):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_internvl_c_and_g_know_what_a_picture_shows(pair_model, pair_processor, mode):
+def test_internvl_c_and_g_know_what_an_image_shows(pair_model, pair_processor, mode):
     for kind in CLASSES:
         items = labelled_images(kind, 40)
-        pictures = embed_images(pair_model, pair_processor, [item.image for item in items], mode)
+        images = embed_images(pair_model, pair_processor, [item.image for item in items], mode)
         classes = class_embeddings(pair_model, pair_processor, kind, "en")
-        assert accuracy(pictures, classes, [item.label for item in items]) >= 0.85, kind
+        assert accuracy(images, classes, [item.label for item in items]) >= 0.85, kind
 
 
-def test_internvl_g_describes_a_picture(pair_model, pair_processor):
+def test_internvl_g_describes_an_image(pair_model, pair_processor):
     report = evaluate_captioning(pair_model, pair_processor, images=10)
-    assert all(report[language]["cider"] >= 1 for language in LANGUAGES)  # of 10; captions of other pictures have 0.03
+    assert all(report[language]["cider"] >= 1 for language in LANGUAGES)  # of 10; captions of other images have 0.03
 
 
 def test_internvit_is_the_tower_of_internvl_c_and_g(root, pair_model):

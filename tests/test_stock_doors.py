@@ -64,24 +64,24 @@ def test_embeddings_in_place_of_ids_give_the_same_tokens(connector, settings):
 def test_published_calls_give_the_same_tokens(connector):
     model = tiny.chat_model(connector=connector)
     inputs = tiny.chat_inputs(model)
-    pictures, ids, mask = (inputs[name] for name in ("pixel_values", "input_ids", "attention_mask"))
+    images, ids, mask = (inputs[name] for name in ("pixel_values", "input_ids", "attention_mask"))
     expected = model.generate(**inputs, **GREEDY)
-    features = model.extract_feature(pictures)
-    assert torch.equal(model.generate(pictures, ids, mask, **GREEDY), expected)
-    assert torch.equal(model.generate(pictures, ids, attention_mask=mask, **GREEDY), expected)
-    assert torch.equal(model.generate(pictures, input_ids=ids, attention_mask=mask, **GREEDY), expected)
-    assert torch.equal(model.generate(pictures, ids, mask, features, **GREEDY), expected)
+    features = model.extract_feature(images)
+    assert torch.equal(model.generate(images, ids, mask, **GREEDY), expected)
+    assert torch.equal(model.generate(images, ids, attention_mask=mask, **GREEDY), expected)
+    assert torch.equal(model.generate(images, input_ids=ids, attention_mask=mask, **GREEDY), expected)
+    assert torch.equal(model.generate(images, ids, mask, features, **GREEDY), expected)
     assert torch.equal(
         model.generate(input_ids=ids, attention_mask=mask, visual_features=features, **GREEDY), expected
     )
     seen = model.generate(
-        input_ids=ids, attention_mask=mask, visual_features=0 * features, pixel_values=pictures, **GREEDY
+        input_ids=ids, attention_mask=mask, visual_features=0 * features, pixel_values=images, **GREEDY
     )
     assert not torch.equal(seen, expected)  # as published: the features given are the ones read
     text = tiny.text_ids()
     assert torch.equal(model.generate(None, text, torch.ones_like(text), **GREEDY), model.generate(text, **GREEDY))
     with pytest.raises(ValueError, match="`pixel_values` by position and by name"):
-        model.generate(pictures, ids, mask, pixel_values=pictures)
+        model.generate(images, ids, mask, pixel_values=images)
     with pytest.raises(ValueError, match="image placeholders"):
         model.generate(input_ids=ids, attention_mask=mask, visual_features=features[1:])
 
@@ -234,30 +234,30 @@ def test_streamed_captions_hold_words_alone():
 # ------------------------------------------------------------------------------------------------------------- captions
 def test_lengths_of_captions_count_text_alone():
     model = tiny.internvl_model()
-    pictures, prompt = tiny.pixels(2), tiny.text_ids(2, 4)
-    free = model.generate(pictures, prompt, max_new_tokens=9, do_sample=False, eos_token_id=None)
-    cut = model.generate(pictures, prompt, max_length=10, do_sample=False, eos_token_id=None)
+    images, prompt = tiny.pixels(2), tiny.text_ids(2, 4)
+    free = model.generate(images, prompt, max_new_tokens=9, do_sample=False, eos_token_id=None)
+    cut = model.generate(images, prompt, max_length=10, do_sample=False, eos_token_id=None)
     assert torch.equal(cut, free[:, :6])
     stop = int(free[0, 1])
     for settings in ({"min_length": 10}, {"min_new_tokens": 6}):
-        found = model.generate(pictures, prompt, max_new_tokens=9, do_sample=False, eos_token_id=stop, **settings)
+        found = model.generate(images, prompt, max_new_tokens=9, do_sample=False, eos_token_id=stop, **settings)
         assert (found[0, :6] != stop).all()
     config = GenerationConfig(max_length=10, do_sample=False)
-    assert torch.equal(model.generate(pictures, prompt, generation_config=config, eos_token_id=None), cut)
+    assert torch.equal(model.generate(images, prompt, generation_config=config, eos_token_id=None), cut)
     assert config.max_length == 10
 
 
 def test_one_prompt_serves_several_images_and_other_numbers_are_refused():
     model = tiny.internvl_model()
-    pictures, prompt = tiny.pixels(3), tiny.text_ids(1, 4)
+    images, prompt = tiny.pixels(3), tiny.text_ids(1, 4)
     settings = {"max_new_tokens": 4, "do_sample": False}
     assert torch.equal(
-        model.generate(pictures, prompt, **settings), model.generate(pictures, prompt.expand(3, -1), **settings)
+        model.generate(images, prompt, **settings), model.generate(images, prompt.expand(3, -1), **settings)
     )
     with pytest.raises(ValueError, match=r"2 prompts for 3 images"):
-        model.generate(pictures, tiny.text_ids(2, 4), **settings)
+        model.generate(images, tiny.text_ids(2, 4), **settings)
     with pytest.raises(ValueError, match=r"2 prompts for 1 images"):
-        model.generate(pictures[:1], tiny.text_ids(2, 4), **settings)
+        model.generate(images[:1], tiny.text_ids(2, 4), **settings)
 
 
 # ----------------------------------------------------------------------------------------------------- losses, evaluation
@@ -297,12 +297,12 @@ def test_a_batch_without_labels_has_loss_0_and_gradients_of_0(extra, train, skip
 def test_other_models_give_0_without_labels_too():
     qllama, ids = tiny.qllama_model(), tiny.text_ids()
     decoder, classifier = tiny.chat_model("internlm2").language_model, tiny.classifier().train()
-    segmenter, pictures = tiny.segmenter().train(), tiny.pixels(2)
+    segmenter, images = tiny.segmenter().train(), tiny.pixels(2)
     for model, loss in (
         (qllama, qllama(input_ids=ids, labels=torch.full_like(ids, -100)).loss),
         (decoder, decoder(input_ids=ids, labels=torch.full_like(ids, -100)).loss),
-        (classifier, classifier(pictures, labels=torch.full((2,), -100)).loss),
-        (segmenter, segmenter(pictures, labels=torch.full((2, 8, 8), 255)).loss),
+        (classifier, classifier(images, labels=torch.full((2,), -100)).loss),
+        (segmenter, segmenter(images, labels=torch.full((2, 8, 8), 255)).loss),
     ):
         loss.backward()
         assert loss == 0
@@ -360,12 +360,12 @@ EVALUATED = {
     ),
     "classifier": (
         tiny.classifier,
-        lambda model: [{"pixel_values": picture, "labels": torch.tensor(1)} for picture in tiny.pixels(4)],
+        lambda model: [{"pixel_values": image, "labels": torch.tensor(1)} for image in tiny.pixels(4)],
         (4, 4),
     ),
     "segmenter": (
         tiny.segmenter,
-        lambda model: [{"pixel_values": picture, "labels": torch.ones(8, 8).long()} for picture in tiny.pixels(4)],
+        lambda model: [{"pixel_values": image, "labels": torch.ones(8, 8).long()} for image in tiny.pixels(4)],
         (4, 5, 4, 4),
     ),
 }
@@ -407,8 +407,8 @@ def test_trainer_hands_metrics_the_similarities_alone(tmp_path):
             return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     rows = [
-        {"input_ids": ids, "pixel_values": picture}
-        for ids, picture in zip(tiny.summary_ids(4), tiny.pixels(4), strict=True)
+        {"input_ids": ids, "pixel_values": image}
+        for ids, image in zip(tiny.summary_ids(4), tiny.pixels(4), strict=True)
     ]
     arguments = TrainingArguments(
         str(tmp_path),
@@ -426,7 +426,7 @@ def test_trainer_hands_metrics_the_similarities_alone(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- unknown keywords
-def pictures_and_texts() -> dict:
+def images_and_texts() -> dict:
     return {"pixel_values": tiny.pixels(), "input_ids": tiny.summary_ids()}
 
 

@@ -141,7 +141,7 @@ def test_every_pooling_gives_the_published_scores(classification, pooling):
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 @torch.no_grad()
-def test_pictures_of_another_size_give_the_scores_of_positions_resized_beforehand(classification, pooling):
+def test_images_of_another_size_give_the_scores_of_positions_resized_beforehand(classification, pooling):
     model = classifier(classification, pooling)
     outputs = model(classification.given("image_resized"), output_hidden_states=True)
     classification.check(outputs.hidden_states[-1], "resized.features")
@@ -281,7 +281,7 @@ def test_trainer_is_told_that_the_segmentation_loss_is_a_mean():
 
 @pytest.mark.parametrize("shape", [(3, 4), (3, 1, 56, 56), (2, 56, 56)])
 def test_unfitting_segmentation_labels_are_refused(shape):
-    message = re.escape(f"`labels` must be (3, height, width), a class per pixel of each picture, got {shape}.")
+    message = re.escape(f"`labels` must be (3, height, width), a class per pixel of each image, got {shape}.")
     with pytest.raises(ValueError, match=message):
         tiny.segmenter()(tiny.pixels(), labels=torch.zeros(shape, dtype=torch.long))
 
@@ -291,12 +291,12 @@ def test_the_pyramid_has_four_scales_and_the_final_norm_is_over_channels():
     plain, normed = tiny.pyramid_backbone("plain"), tiny.pyramid_backbone("final_norm")
     missing = normed.load_state_dict(plain.state_dict(), strict=False).missing_keys
     assert {name.rpartition(".")[0] for name in missing} == {"up1.4", "up2.1", "up3.1", "up4.1"}
-    picture = tiny.pixels(2, 42, 70)  # 3 x 5 patches: the smallest map drops the odd row and column
-    maps = plain(picture).feature_maps
+    image = tiny.pixels(2, 42, 70)  # 3 x 5 patches: the smallest map drops the odd row and column
+    maps = plain(image).feature_maps
     assert [tuple(m.shape) for m in maps] == [(2, 32, 12, 20), (2, 32, 6, 10), (2, 32, 3, 5), (2, 32, 1, 2)]
     assert plain.channels == [32] * 4
     norms = (normed.up1[4], normed.up2[1], normed.up3[1], normed.up4[1])
-    for before, after, norm in zip(maps, normed(picture).feature_maps, norms, strict=True):
+    for before, after, norm in zip(maps, normed(image).feature_maps, norms, strict=True):
         pixel, expected = before[1, :, 0, 1], after[1, :, 0, 1]
         pixel = (pixel - pixel.mean()) / (pixel.var(unbiased=False) + 1e-6).sqrt()
         torch.testing.assert_close(expected, pixel * norm.weight + norm.bias, atol=1e-5, rtol=1e-5)

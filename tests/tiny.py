@@ -134,12 +134,12 @@ def summary_ids(batch: int = 3, length: int = 7, seed: int = 2) -> torch.Tensor:
 
 
 def chat_rows(model: InternVLChatForConditionalGeneration, tiles: list[list[int]]) -> list[torch.Tensor]:
-    """One row of ids per sample, with the placeholders of its pictures among random text of a length of its own."""
+    """One row of ids per sample, with the placeholders of its images among random text of a length of its own."""
     rows = []
-    for number, pictures in enumerate(tiles):
+    for number, images in enumerate(tiles):
         row = [text_ids(1, 2 + number, seed=10 + number)[0]]
-        for picture, count in enumerate(pictures):
-            row += [torch.full((count * model.num_image_token,), IMAGE_TOKEN_ID), text_ids(1, 3, seed=20 + picture)[0]]
+        for image, count in enumerate(images):
+            row += [torch.full((count * model.num_image_token,), IMAGE_TOKEN_ID), text_ids(1, 3, seed=20 + image)[0]]
         rows.append(torch.cat(row))
     return rows
 
@@ -157,7 +157,7 @@ def pad(rows: list[torch.Tensor], side: str = "left", pad_id: int = 0) -> dict[s
 def chat_inputs(
     model: InternVLChatForConditionalGeneration, tiles: list[list[int]] | None = None, side: str = "left"
 ) -> dict:
-    """A batch with unequal tile counts: one picture of two tiles, text only, two pictures."""
+    """A batch with unequal tile counts: one image of two tiles, text only, two images."""
     tiles = [[2], [], [1, 3]] if tiles is None else tiles
     inputs = pad(chat_rows(model, tiles), side)
     if sum(map(sum, tiles)):
