@@ -73,7 +73,7 @@ def settings_of_image(images_kwargs: dict[str, Any], index: int) -> dict[str, An
     }
 
 
-def check_no_sampling(settings: dict[str, Any]) -> None:
+def _check_no_sampling(settings: dict[str, Any]) -> None:
     """Raises a ValueError for settings that sample frames of a video: all frames in a message are used."""
     nested = settings.get("videos_kwargs") or {}
     for name in ("num_frames", "fps", "do_sample_frames"):
@@ -136,10 +136,28 @@ def check_call_settings(kwargs: dict[str, Any], mode: str, processor: Any) -> No
     _check_text_settings(kwargs)
 
 
+def check_dialogue_settings(processor_kwargs: dict[str, Any], processor: Any) -> None:
+    """Checks the settings of a dialogue and removes `mode`, which can only be "chat"."""
+    settings = {name: value for name, value in processor_kwargs.items() if name not in CALL_INPUTS}
+    check_call_settings(settings, "chat", processor)
+    mode = processor_kwargs.pop("mode", None)
+    if mode is not None and resolve_mode(mode) != "chat":
+        raise ValueError(f"`mode={mode!r}` has no dialogues: call the processor itself, with texts and images.")
+
+
+def with_offsets(processor_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Requests the characters of tokens and images, with which masks are made, and pads on the right by default."""
+    settings = {**processor_kwargs, "return_offsets_mapping": True, "return_text_replacement_offsets": True}
+    if requested(settings, "padding_side") is None:
+        set_text_setting(settings, "padding_side", "right")
+    return settings
+
+
 def with_single_tile_frames(
     processor_kwargs: dict[str, Any], is_frame: list[bool], image_processor: Any
 ) -> dict[str, Any]:
     """Limits video frames to one tile, as published; other images keep the requested settings."""
+    _check_no_sampling(processor_kwargs)
     processor_kwargs = dict(processor_kwargs)
     images_kwargs = dict(processor_kwargs.get("images_kwargs") or {})
     num_images = is_frame.count(False)

@@ -47,17 +47,17 @@ from .messages_internvl import (
     prepare_conversations,
 )
 from .processing_inputs_internvl import (
-    CALL_INPUTS,
     InternVLProcessorKwargs,
     as_texts,
     check_call_settings,
-    check_no_sampling,
+    check_dialogue_settings,
     check_placeholders,
     requested,
     resolve_mode,
     set_text_setting,
     settings_of_image,
     split_settings,
+    with_offsets,
     with_single_tile_frames,
 )
 from .texts_internvl import MAX_TEXT_LENGTH, TEXT_PREFIX, encode_batch, with_prefix
@@ -309,9 +309,8 @@ class InternVLProcessor(ProcessorMixin):
             chat_template: Jinja text or the name of one of the processor's templates, overriding the default.
             tokenize: Return model inputs instead of text.
             return_dict: Return all model inputs, not only `input_ids`.
-            return_assistant_tokens_mask: Return `assistant_masks` (B, L), 1 = written by the assistant. Pads on the
-                right.
-            return_labels: Return `labels` (B, L): ids of the assistant's tokens, -100 elsewhere. Pads on the right.
+            return_assistant_tokens_mask: Return `assistant_masks` (B, L), 1 = written by the assistant. Pads right.
+            return_labels: Return `labels` (B, L): ids of the assistant's tokens, -100 elsewhere. Pads right.
             processor_kwargs: Settings of the call, such as `max_num`; may also be passed as keyword arguments.
             **kwargs: Other arguments of the base class (`add_generation_prompt`, `return_tensors`...) and variables of
                 the template.
@@ -327,11 +326,9 @@ class InternVLProcessor(ProcessorMixin):
         names = template_names(jinja)
         prepared, is_frame = prepare_conversations(conversations, names)
         kwargs, processor_kwargs = split_settings(kwargs, processor_kwargs, names.variables)
-        check_call_settings({k: v for k, v in processor_kwargs.items() if k not in CALL_INPUTS}, "chat", self)
-        mode = processor_kwargs.pop("mode", None)
-        if mode is not None and resolve_mode(mode) != "chat":
-            raise ValueError(f"`mode={mode!r}` has no dialogues: call the processor itself, with texts and images.")
-        if (return_assistant_tokens_mask or return_labels) and not (tokenize and return_dict):
+        check_dialogue_settings(processor_kwargs, self)
+        with_targets = return_assistant_tokens_mask or return_labels
+        if with_targets and not (tokenize and return_dict):
             raise ValueError("Assistant masks and labels come with `tokenize=True` and `return_dict=True` only.")
         messages = prepared if is_batched else prepared[0]
         if not tokenize:
@@ -343,25 +340,14 @@ class InternVLProcessor(ProcessorMixin):
             groups = images_beside(images, prepared)
             processor_kwargs["images"] = groups if is_batched else groups[0]
         if any(is_frame):
-            check_no_sampling(processor_kwargs)
             processor_kwargs = with_single_tile_frames(processor_kwargs, is_frame, self.image_processor)
-        spans = None
-        if return_assistant_tokens_mask or return_labels:
-            with refusals_as_value_errors():
-                spans = assistant_spans(prepared, jinja, self.tokenizer, kwargs)
-            processor_kwargs.update(return_offsets_mapping=True, return_text_replacement_offsets=True)
-            if requested(processor_kwargs, "padding_side") is None:
-                set_text_setting(processor_kwargs, "padding_side", "right")
         with refusals_as_value_errors():
-            features = super().apply_chat_template(
-                messages,
-                chat_template=jinja,
-                tokenize=True,
-                return_dict=True,
-                processor_kwargs=processor_kwargs,
-                **kwargs,
-            )
-        if spans is not None:
+            if with_targets:
+                spans = assistant_spans(prepared, jinja, self.tokenizer, kwargs)
+                processor_kwargs = with_offsets(processor_kwargs)
+            settings = {"chat_template": jinja, "tokenize": True, "return_dict": True, **kwargs}
+            features = super().apply_chat_template(messages, processor_kwargs=processor_kwargs, **settings)
+        if with_targets:
             masks = assistant_masks(spans, features.pop("offset_mapping"), features.pop("text_replacement_offsets"))
             add_training_targets(features, masks, return_assistant_tokens_mask, return_labels)
         return features if return_dict else features["input_ids"]
