@@ -303,17 +303,15 @@ class InternVLProcessor(ProcessorMixin):
         """Renders one dialogue or a batch of dialogues, and tokenizes them with `tokenize=True`.
 
         Args:
-            conversation: Messages with `role` and `content`: a string or parts `{"type": "text", "text": ...}`,
-                `{"type": "image", "image" or "path" or "url" or "base64": ...}`, `{"type": "video", "video": [frame,
-                ...]}`. Not modified.
+            conversation: Messages with `role` and `content`: a string or parts of type "text" (`text`), "image" (`image`,
+                `path`, `url` or `base64`) and "video" (`video`, a list of frames). Not modified.
             chat_template: Jinja text or the name of one of the processor's templates, overriding the default.
             tokenize: Return model inputs instead of text.
             return_dict: Return all model inputs, not only `input_ids`.
             return_assistant_tokens_mask: Return `assistant_masks` (B, L), 1 = written by the assistant. Pads right.
             return_labels: Return `labels` (B, L): ids of the assistant's tokens, -100 elsewhere. Pads right.
             processor_kwargs: Settings of the call, such as `max_num`; may also be passed as keyword arguments.
-            **kwargs: Other arguments of the base class (`add_generation_prompt`, `return_tensors`...) and variables of
-                the template.
+            **kwargs: Arguments of the base class (`add_generation_prompt`, `return_tensors`...), variables of the template.
 
         Returns:
             The prompt (a list for a batch), `input_ids`, or with `return_dict` a `BatchFeature`.
