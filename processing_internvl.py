@@ -303,15 +303,15 @@ class InternVLProcessor(ProcessorMixin):
         """Renders one dialogue or a batch of dialogues, and tokenizes them with `tokenize=True`.
 
         Args:
-            conversation: Messages with `role` and `content`: a string or parts of type "text" (`text`), "image" (`image`,
-                `path`, `url` or `base64`) and "video" (`video`, a list of frames). Not modified.
+            conversation: Messages with `role` and `content`: a string or parts of type "text" (`text`), "image"
+                (`image`, `path`, `url` or `base64`) and "video" (`video`, a list of frames). Not modified.
             chat_template: Jinja text or the name of one of the processor's templates, overriding the default.
             tokenize: Return model inputs instead of text.
             return_dict: Return all model inputs, not only `input_ids`.
             return_assistant_tokens_mask: Return `assistant_masks` (B, L), 1 = written by the assistant. Pads right.
             return_labels: Return `labels` (B, L): ids of the assistant's tokens, -100 elsewhere. Pads right.
             processor_kwargs: Settings of the call, such as `max_num`; may also be passed as keyword arguments.
-            **kwargs: Arguments of the base class (`add_generation_prompt`, `return_tensors`...), variables of the template.
+            **kwargs: Arguments of the base class (`add_generation_prompt`...) and variables of the template.
 
         Returns:
             The prompt (a list for a batch), `input_ids`, or with `return_dict` a `BatchFeature`.
@@ -320,8 +320,7 @@ class InternVLProcessor(ProcessorMixin):
             ValueError: If a message is malformed, or labels are requested and no assistant token is left.
         """
         conversations, is_batched = as_conversations(conversation)
-        jinja = select_template(self.chat_template, chat_template)
-        names = template_names(jinja)
+        names = template_names(jinja := select_template(self.chat_template, chat_template))
         prepared, is_frame = prepare_conversations(conversations, names)
         kwargs, processor_kwargs = split_settings(kwargs, processor_kwargs, names.variables)
         check_dialogue_settings(processor_kwargs, self)
