@@ -1,7 +1,8 @@
-"""Run in a process of its own: loads converted checkpoints through the Auto classes as remote code and records what they compute.
+"""Run in a process of its own: loads converted checkpoints through the Auto classes as remote code and records what
+they compute.
 
-`python golden_runner.py JOBS.json`, a list of {case: golden folder, model: converted folder, results: file to write}. Names in the
-results are those in the golden's io.safetensors.
+`python golden_runner.py JOBS.json`, a list of {case: golden folder, model: converted folder, results: file to write}.
+Names in the results are those in the golden's io.safetensors.
 """
 
 import json
@@ -146,9 +147,9 @@ def llava(model, given, notes):
     own_tokens = slice(model.config.image_token_id)  # the placeholder is the last one, and was added
     for prefix, name in (("", "input_ids"), ("ragged.", "ragged.input_ids")):
         ids, mask, own = with_placeholders(given[name], labels, model.config.image_token_id, features.shape[1], marker)
-        # The published code takes a picture of every row, also of those without a marker.
-        pictures = images[(given[name] == marker).any(dim=1)]
-        outputs = model(input_ids=ids, attention_mask=mask, labels=own, pixel_values=pictures)
+        # The published code takes an image of every row, also of those without a marker.
+        with_images = images[(given[name] == marker).any(dim=1)]
+        outputs = model(input_ids=ids, attention_mask=mask, labels=own, pixel_values=with_images)
         yield f"{prefix}inputs_embeds", seen[-1]
         yield f"{prefix}attention_mask", mask
         yield f"{prefix}labels", own

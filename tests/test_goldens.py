@@ -1,7 +1,8 @@
-"""Outputs of the published code on tiny checkpoints in the published layouts: one conversion command, one `from_pretrained`.
+"""Outputs of the published code on tiny checkpoints in the published layouts: one conversion command, one
+`from_pretrained`.
 
-The models are loaded as remote code in one fresh process that cannot import the package; what they compute is compared with what the
-published code computed, within the tolerance in each case.json, and tokens exactly.
+The models are loaded as remote code in one fresh process that cannot import the package; what they compute is compared
+with what the published code computed, within the tolerance in each case.json, and tokens exactly.
 """
 
 import json

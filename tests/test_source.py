@@ -1,4 +1,5 @@
-"""What the sources must not hold, read from their syntax trees: things that break remote loading, device maps or trust."""
+"""What the sources must not hold, read from their syntax trees: things that break remote loading, device maps or
+trust."""
 
 import ast
 import json
@@ -81,7 +82,8 @@ def test_the_loader_sees_exactly_the_real_relative_imports(path):
 
 @each_flat
 def test_flat_files_import_only_the_stated_dependencies(path):
-    """And jinja2, optional in transformers too, where it is there: the loader asks for nothing below `if is_jinja_available():`."""
+    """And jinja2, optional in transformers too, where it is there: the loader asks for nothing below `if
+    is_jinja_available():`."""
     guarded = [
         node
         for branch in nodes(path, ast.If)
@@ -116,7 +118,8 @@ def test_nothing_is_evaluated_unpickled_or_started(path):
 
 
 def test_the_one_unpickler_decides_itself_what_it_finds():
-    """torch.distributed.checkpoint describes its files in a pickle, which torch's own restricted reader cannot read."""
+    """torch.distributed.checkpoint describes its files in a pickle, which torch's own restricted reader cannot
+    read."""
     used = [n for n in nodes(RESTRICTED_UNPICKLER, ast.Attribute) if dotted(n).startswith("pickle.")]
     assert {dotted(node) for node in used} == {"pickle.Unpickler", "pickle.UnpicklingError"}
     classes = [c for c in nodes(RESTRICTED_UNPICKLER, ast.ClassDef) if "pickle.Unpickler" in map(dotted, c.bases)]
@@ -220,7 +223,8 @@ print(json.dumps(seen_by))
 
 @pytest.fixture(scope="module")
 def seen_by(tmp_path_factory):
-    """What importing each file did; the folder is a package of another name, as for the remote loader, without our `__init__`."""
+    """What importing each file did; the folder is a package of another name, as for the remote loader, without our
+    `__init__`."""
     folder = tmp_path_factory.mktemp("imports")
     package = folder / "copied_model"
     package.mkdir()

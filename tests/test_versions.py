@@ -1,4 +1,5 @@
-"""The supported range: what is imported from transformers exists there, the pins lie within it, and outside it the error says so."""
+"""The supported range: what is imported from transformers exists there, the pins lie within it, and outside it the
+error says so."""
 
 import os
 import subprocess

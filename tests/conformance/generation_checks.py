@@ -1,4 +1,5 @@
-"""Checks of `generate` on any model of the package; transformers' own generation suite is not in its source distribution."""
+"""Checks of `generate` on any model of the package; transformers' own generation suite is not in its source
+distribution."""
 
 import copy
 import tempfile
@@ -8,8 +9,9 @@ import torch
 
 
 class GenerationChecks:
-    """A mixin for test cases. `make()` gives (model class, tiny configuration, inputs of `generate` of batch size 2), `to_forward` turns
-    inputs of `generate` into those of `forward`, padding is put in front of position `padding_start`."""
+    """A mixin for test cases. `make()` gives (model class, tiny configuration, inputs of `generate` of batch size 2),
+    `to_forward` turns inputs of `generate` into those of `forward`, padding is put in front of position
+    `padding_start`."""
 
     NEW_TOKENS = 5
 
@@ -27,7 +29,7 @@ class GenerationChecks:
         return (model or self.model).generate(**{**self.inputs, **(inputs or {})}, **settings)
 
     def first_sample(self) -> dict:
-        """The inputs of batch size 1; rows of pictures are spread evenly over the samples."""
+        """The inputs of batch size 1; rows of images are spread evenly over the samples."""
         return {name: value[: len(value) // 2] for name, value in self.inputs.items()}
 
     def assert_equal(self, first: torch.Tensor, second: torch.Tensor) -> None:

@@ -3,13 +3,14 @@
     python tests/conformance/run.py [SPEC...] [--only GROUP,...] [--package DIR] [pytest arguments]
     python tests/conformance/run.py chat --only model -k 'sdpa or tied' -x
 
-The mixins are not copied here: they come with the source distribution of exactly the installed transformers (its wheel has no
-tests), fetched from PyPI once into `.conformance/`. That archive leaves out some files the mixins import; `stand_ins/` takes their
-place, so transformers' generation and export suites do not run; `generation_checks.py` holds generation checks of our own.
+The mixins are not copied here: they come with the source distribution of exactly the installed transformers (its wheel
+has no tests), fetched from PyPI once into `.conformance/`. That archive leaves out some files the mixins import;
+`stand_ins/` takes their place, so transformers' generation and export suites do not run; `generation_checks.py` holds
+generation checks of our own.
 
-A specification (`specs/NAME.py`) says how a tiny model of one class is made, and names every test that is skipped with the reason.
-A skip that no reason covers counts as a failure, so nothing is left out silently. `suite.py` turns a specification into test
-classes. Exit status 0: no failure and no unexplained skip.
+A specification (`specs/NAME.py`) says how a tiny model of one class is made, and names every test that is skipped with
+the reason. A skip that no reason covers counts as a failure, so nothing is left out silently. `suite.py` turns a
+specification into test classes. Exit status 0: no failure and no unexplained skip.
 """
 
 import argparse

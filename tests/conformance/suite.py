@@ -12,7 +12,8 @@ What a specification may hold (only the first four are needed):
                     the mixins' random token ids stay below it
     TESTER          attributes of the object that the model mixin calls `model_tester`
     make_generation_inputs, to_forward, PADDING_START
-                    like make_inputs, for `generate`; turns its inputs into those of `forward`; where padding goes. Where they differ.
+                    like make_inputs, for `generate`; turns its inputs into those of `forward`; where padding goes.
+                    Where they differ.
     MODEL_ATTRS     attributes of the model test class: flags of the mixin, or test methods that replace its own
     CONFIGURATION   keyword arguments of transformers' `ConfigTester`
     BACKBONE        "module.Class" of the backbone
@@ -51,7 +52,8 @@ Models = tuple(load_class(reference) for reference in spec.MODELS)
 
 
 def register() -> None:
-    """Makes the Auto classes know the classes, so that reloading asks for no trust, and by name, as the mixins look them up."""
+    """Makes the Auto classes know the classes, so that reloading asks for no trust, and by name, as the mixins look
+    them up."""
     if spec.CONFIG.startswith("transformers."):
         return
     transformers.AutoConfig.register(Config.model_type, Config, exist_ok=True)
@@ -214,7 +216,7 @@ def image_processor() -> list[type]:
 
     def make(name: str, settings: dict) -> type:
         class ImageTester(ImageProcessingTester):
-            """Makes random pictures."""
+            """Makes random images."""
 
             def __init__(self, parent: unittest.TestCase, **changes: Any) -> None:
                 super().__init__(parent, **{**settings, **changes})

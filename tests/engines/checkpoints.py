@@ -2,8 +2,9 @@
 
     python tests/engines/checkpoints.py OUT
 
-makes OUT/NAME for every checkpoint but "root", which is this repository's own, OUT/contrastive and OUT/converted-14b for features, and
-OUT/questions.json: by name the folder and the questions, each with the paths of its images, its text, and the expected tokens and text. Heads are 32 wide, which vLLM needs on a CPU.
+makes OUT/NAME for every checkpoint but "root", which is this repository's own, OUT/contrastive and OUT/converted-14b
+for features, and OUT/questions.json: by name the folder and the questions, each with the paths of its images, its
+text, and the expected tokens and text. Heads are 32 wide, which vLLM needs on a CPU.
 """
 
 import json
@@ -29,8 +30,8 @@ from tests.fixtures_text import make_image, make_tokenizer  # noqa: E402
 
 NEW_TOKENS = 12
 EXAMPLES = ROOT / "examples"
-# Published layouts, with two heads of 32 in place of four of 16: the weights have the same shapes. Every head is a matrix of its own,
-# InternLM2's under the name `output`.
+# Published layouts, with two heads of 32 in place of four of 16: the weights have the same shapes. Every head is a
+# matrix of its own, InternLM2's under the name `output`.
 CONVERTED = {
     "converted-internlm2": ("chat_internlm2_v2", {"num_attention_heads": 2, "num_key_value_heads": 1}),
     "converted-qwen2": ("chat_qwen2_v2", {"num_attention_heads": 2, "num_key_value_heads": 1}),

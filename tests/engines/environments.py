@@ -1,4 +1,5 @@
-"""The engines' virtual environments: `.engines/NAME`, made once from NAME.txt beside this file, and again when that file changes.
+"""The engines' virtual environments: `.engines/NAME`, made once from NAME.txt beside this file, and again when that
+file changes.
 
 None of them holds this package: engines run the code that lies in a checkpoint's folder.
 """
@@ -15,8 +16,9 @@ ROOT = HERE.parents[1]
 ENGINES = ROOT / ".engines"
 # They come with vLLM, need CUDA or ffmpeg to be imported, and are of no use here.
 UNWANTED = ("torchaudio", "torchcodec")
-# PyPI's torchvision is built for CUDA: beside a torch for CPUs its operators cannot be loaded, and importing it fails because two of
-# them have no schema. What is used of it here, resizing, needs none of them; so they are declared when torchvision is imported.
+# PyPI's torchvision is built for CUDA: beside a torch for CPUs its operators cannot be loaded, and importing it fails
+# because two of them have no schema. What is used of it here, resizing, needs none of them; so they are declared when
+# torchvision is imported.
 TORCHVISION_HOOK = """\
 import sys
 
@@ -89,7 +91,8 @@ def show_torchvision_the_cpu(python: Path) -> None:
 
 
 def variables(name: str, **more: str) -> dict[str, str]:
-    """Environment of a process of an engine: offline, with a code cache of its own, and nothing of this repository on its path."""
+    """Environment of a process of an engine: offline, with a code cache of its own, and nothing of this repository on
+    its path."""
     kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     own = {
         "HF_HUB_OFFLINE": "1",

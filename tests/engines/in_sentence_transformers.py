@@ -1,4 +1,5 @@
-"""Embeddings of sentence-transformers beside `get_*_features` of the processor's inputs: `python in_sentence_transformers.py FOLDER`.
+"""Embeddings of sentence-transformers beside `get_*_features` of the processor's inputs: `python
+in_sentence_transformers.py FOLDER`.
 
 Prints a JSON object per kind of input: what was asked, and how many rows are exactly equal of how many.
 """

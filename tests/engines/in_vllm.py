@@ -1,7 +1,8 @@
 """Asks one checkpoint in vLLM, offline: `python in_vllm.py CHECKPOINT.json OUT.json`, in vLLM's own environment.
 
-CHECKPOINT.json holds `folder`, `questions` (images, text), `new_tokens`, and `tensor_parallel`; OUT.json gets the tokens of each
-answer. Nothing tells vLLM how this package's models are made: no plugin, no overrides. fp32, so that tokens can be compared.
+CHECKPOINT.json holds `folder`, `questions` (images, text), `new_tokens`, and `tensor_parallel`; OUT.json gets the
+tokens of each answer. Nothing tells vLLM how this package's models are made: no plugin, no overrides. fp32, so that
+tokens can be compared.
 """
 
 import json

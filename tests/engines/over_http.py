@@ -1,7 +1,8 @@
-"""Asks a server that speaks the OpenAI API: `python over_http.py BASE_URL MODEL JOB.json OUT.json`, in an environment with `openai`.
+"""Asks a server that speaks the OpenAI API: `python over_http.py BASE_URL MODEL JOB.json OUT.json`, in an environment
+with `openai`.
 
-JOB.json holds `questions` (images, text) and `new_tokens`; OUT.json gets `whole` and `streamed`, the texts of the answers. Images go
-as data URIs.
+JOB.json holds `questions` (images, text) and `new_tokens`; OUT.json gets `whole` and `streamed`, the texts of the
+answers. Images go as data URIs.
 """
 
 import base64

@@ -1,9 +1,10 @@
-"""Real engines on real checkpoints, compared with `generate` and `get_*_features` of this package: `python tests/engines/run.py [NAME...]`.
+"""Real engines on real checkpoints, compared with `generate` and `get_*_features` of this package: `python
+tests/engines/run.py [NAME...]`.
 
-NAME is one of `vllm`, `vllm_serve`, `transformers_serve`, `sentence_transformers`, `lm_eval`, `lmms_eval`; all of them without any.
-Environments are made in `.engines/` once (environments.py), checkpoints anew (checkpoints.py). One engine runs at a time, on the CPU
-and on loopback. Prints a line per question put to an engine; the exit code is 1 if any answer differs, or if an engine that was named
-could not be run.
+NAME is one of `vllm`, `vllm_serve`, `transformers_serve`, `sentence_transformers`, `lm_eval`, `lmms_eval`; all of them
+without any. Environments are made in `.engines/` once (environments.py), checkpoints anew (checkpoints.py). One engine
+runs at a time, on the CPU and on loopback. Prints a line per question put to an engine; the exit code is 1 if any
+answer differs, or if an engine that was named could not be run.
 """
 
 import argparse

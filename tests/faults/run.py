@@ -1,7 +1,7 @@
 """`make faults`: processes are killed at random points of what they write, and nothing may be lost.
 
-Every `*_kills.py` beside this file has a `main(kills, seed)` that raises where something was. `python tests/faults/run.py conversion`
-runs one of them alone.
+Every `*_kills.py` beside this file has a `main(kills, seed)` that raises where something was. `python
+tests/faults/run.py conversion` runs one of them alone.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python tests/old_folders/run_folder.py FOLDERS [--installed]
 
-FOLDERS holds `chat`, `contrastive` and `adapter`, which PEFT trained on `chat`. With --installed the package is imported
-first, so its classes are used; without it the code in the folders is. The calls are those of commit a090a6c.
+FOLDERS holds `chat`, `contrastive` and `adapter`, which PEFT trained on `chat`. With --installed the package is
+imported first, so its classes are used; without it the code in the folders is. The calls are those of commit a090a6c.
 """
 
 import json

@@ -3,9 +3,9 @@
     git worktree add --detach OLD a090a6c && mkdir PATH_OF_OLD && ln -s OLD PATH_OF_OLD/internvl
     PYTHONPATH=PATH_OF_OLD python tests/old_folders/write.py OLD
 
-It is run once. The archive holds `chat` (the full configuration), `contrastive` (InternVL-C and -G), both as `python -m
-internvl.conversion` writes them with code, weights in bf16, processor and card; `adapter`, a LoRA trained for two steps on
-`chat` by PEFT; and `outputs.json`.
+It is run once. The archive holds `chat` (the full configuration), `contrastive` (InternVL-C and -G), both as `python
+-m internvl.conversion` writes them with code, weights in bf16, processor and card; `adapter`, a LoRA trained for two
+steps on `chat` by PEFT; and `outputs.json`.
 """
 
 import json

@@ -2,8 +2,8 @@
 
     python tests/versions/imports.py
 
-Exit status 1 if there is one. Reads the sources without importing them, so that one failure does not hide the next. Imports inside
-`try` are left out: the code has an answer for their absence.
+Exit status 1 if there is one. Reads the sources without importing them, so that one failure does not hide the next.
+Imports inside `try` are left out: the code has an answer for their absence.
 """
 
 import ast

@@ -2,10 +2,10 @@
 
     python tests/versions/matrix.py [VERSION...]
 
-Each release listed as VERSION.txt beside this file is installed, without its dependencies, into `.versions/VERSION` once and put in
-front of the installed packages by PYTHONPATH. In each: every name that the package imports exists (`imports.py`); the default
-checkpoint and the tiny ones (`tiny_checkpoints.py`) load as remote code, generate, and reload with equal tokens (`scenario.py`). The
-release below the range must be refused with one clear error.
+Each release listed as VERSION.txt beside this file is installed, without its dependencies, into `.versions/VERSION`
+once and put in front of the installed packages by PYTHONPATH. In each: every name that the package imports exists
+(`imports.py`); the default checkpoint and the tiny ones (`tiny_checkpoints.py`) load as remote code, generate, and
+reload with equal tokens (`scenario.py`). The release below the range must be refused with one clear error.
 """
 
 import json

@@ -2,8 +2,9 @@
 
     python tests/versions/scenario.py FOLDER [FOLDER...]
 
-Run in a process without this repository on its path: everything comes from the folder. The last line of the output is one JSON list
-with an object per folder: `transformers`, `model_type`, `result` (tokens or rounded numbers), `reloaded` (the same from the saved copy).
+Run in a process without this repository on its path: everything comes from the folder. The last line of the output is
+one JSON list with an object per folder: `transformers`, `model_type`, `result` (tokens or rounded numbers), `reloaded`
+(the same from the saved copy).
 """
 
 import json
@@ -31,15 +32,15 @@ QUESTION = "What is shown?"
 NEW_TOKENS = 8
 
 
-def picture() -> Image.Image:
-    """A wide picture of gradients, which takes several tiles."""
+def gradient_image() -> Image.Image:
+    """A wide image of gradients, which takes several tiles."""
     y, x = np.mgrid[0:40, 0:90]
     return Image.fromarray(np.stack([x * 255 // 89, y * 255 // 39, (x * y) % 256], -1).astype("uint8"))
 
 
 def answer(model: Any, processor: Any) -> list[int]:
-    """Tokens of the answer to a question about the picture."""
-    content = [{"type": "image", "image": picture()}, {"type": "text", "text": QUESTION}]
+    """Tokens of the answer to a question about the image."""
+    content = [{"type": "image", "image": gradient_image()}, {"type": "text", "text": QUESTION}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
@@ -53,16 +54,16 @@ def answer(model: Any, processor: Any) -> list[int]:
 
 def similarities(model: Any, processor: Any) -> list:
     """Logits of both modes, and the tokens of a caption."""
-    inputs = processor(images=[picture()], text=["a red bus", "two cats"], mode="contrastive", return_tensors="pt")
+    inputs = processor(images=[gradient_image()], text=["a red bus", "two cats"], mode="contrastive", return_tensors="pt")
     with torch.no_grad():
         logits = [model(**inputs, mode=mode).logits_per_image[0].tolist() for mode in ("InternVL-C", "InternVL-G")]
-    inputs = processor(images=[picture()], mode="caption", return_tensors="pt")
+    inputs = processor(images=[gradient_image()], mode="caption", return_tensors="pt")
     caption = model.generate(**inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
     return [[round(value, 3) for row in logits for value in row], caption[0].tolist()]
 
 
 def features(model: Any, processor: None) -> list[float]:
-    """A few features of a fixed picture."""
+    """A few features of a fixed image."""
     pixels = torch.linspace(-1, 1, 3 * 28 * 28).reshape(1, 3, 28, 28)
     with torch.no_grad():
         return [round(value, 3) for value in model(pixels).pooler_output[0, :8].tolist()]

@@ -2,7 +2,8 @@
 
     python tests/versions/tiny_checkpoints.py OUT
 
-makes OUT/chat, OUT/chat_full, OUT/chat_internlm2, OUT/contrastive and OUT/vision. The code in them is this repository's.
+makes OUT/chat, OUT/chat_full, OUT/chat_internlm2, OUT/contrastive and OUT/vision. The code in them is this
+repository's.
 """
 
 import sys

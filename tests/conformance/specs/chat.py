@@ -1,7 +1,7 @@
 """InternVL-Chat in the simple configuration, its processor and its image processor.
 
-The decoder is a mixture of experts, as in the largest of the later releases, so that the tests of experts run too; `chat_full` has a
-dense one.
+The decoder is a mixture of experts, as in the largest of the later releases, so that the tests of experts run too;
+`chat_full` has a dense one.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,8 @@ MODELS = [
 ]
 AUTO = {"AutoModel": MODELS[1], "AutoModelForImageTextToText": MODELS[0]}
 GROUPS = ("model", "generation", "training", "tensor_parallel", "configuration", "processor", "image_processor")
-# The mixins write ids of their own: 0 to 19, the last of the vocabulary, random ones. A placeholder among them would ask for a picture.
+# The mixins write ids of their own: 0 to 19, the last of the vocabulary, random ones. A placeholder among them would
+# ask for an image.
 IMAGE_TOKENS, IMAGE_TOKEN = 4, 30
 RANDOM_IDS_BELOW = IMAGE_TOKEN
 TEXT = {
@@ -63,8 +64,8 @@ TESTER = {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "num_image_tokens"
 
 
 def prepare_for_class(self: object, inputs: dict, model_class: type, return_labels: bool = False) -> dict:
-    """As in the mixin. Where a test passes the ids alone, the pictures of their placeholders are added: the model refuses to go on
-    without them."""
+    """As in the mixin. Where a test passes the ids alone, the images of their placeholders are added: the model
+    refuses to go on without them."""
     from tests.test_modeling_common import ModelTesterMixin
 
     inputs = ModelTesterMixin._prepare_for_class(self, inputs, model_class, return_labels)
@@ -78,7 +79,7 @@ MODEL_ATTRS = {"_is_composite": True, "_prepare_for_class": prepare_for_class}
 CONFIGURATION = {}
 
 IMAGE_PROCESSOR = "image_processing_internvl.InternVLImageProcessor"
-# One tile per picture, which is the number that the mixin counts on; the other modes are in `image_modes`.
+# One tile per image, which is the number that the mixin counts on; the other modes are in `image_modes`.
 IMAGE_SETTINGS = {"tiles": {"size": {"height": 20, "width": 20}, "resize_mode": "tiles", "max_num": 1}}
 
 PROCESSOR = "processing_internvl.InternVLProcessor"
@@ -97,7 +98,7 @@ def make_components(load_class: Callable[[str], Any]) -> dict:
 
 
 NOT_RUN = {
-    "test_model_base_model_prefix": "the parts lie side by side under their published names, so the class with the head holds no headless one",
+    "test_model_base_model_prefix": "the parts have their published names, so the class with the head holds no headless one",
 }
 SKIPS = {
     **MACHINE,
@@ -114,6 +115,6 @@ SKIPS = {
     "Processor doesn't accept videos at input": "videos are given as frames",
     "test requires librosa": "no sound",
     "test requires Torchcodec": "videos are given as frames",
-    "No validation found for `preprocess` method": "settings are validated, but not by the two mechanisms this test looks for",
+    "No validation found for `preprocess` method": "settings are validated, but by neither mechanism that it looks for",
     "*does not have dict size or list image_mean*": "sizes are immutable, so no instance can change another's",
 }

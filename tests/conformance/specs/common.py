@@ -20,11 +20,11 @@ NO_SUCH_PART = {
     "*_keep_in_fp32_modules*": "no part must stay in fp32",
     "*does not support sliding window mask": "no sliding window",
     "*no axial RoPE*": "the vision tower has learned positions",
-    "*does not have position embeddings": "learned positions are resized on the fly, tested in tests/test_modeling_internvit.py",
+    "*does not have position embeddings": "learned positions are resized: tests/test_modeling_internvit.py",
 }
 NO_TEXT = {
     "No decoder-only language modeling head*": "no language model in it",
-    "This model doesn't use `inputs_embeds`": "takes pictures",
+    "This model doesn't use `inputs_embeds`": "takes images",
     "*does not support RoPE scaling": "no rotary positions",
     "*does not have RoPE": "no rotary positions",
     "test_resize_embeddings is set to `False`": "no token embeddings",

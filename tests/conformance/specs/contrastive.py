@@ -49,8 +49,8 @@ NOT_RUN = {
 SKIPS = {
     **qllama.SKIPS,
     "InternVLModel does not propagate hidden states*": f"hidden states are {TOWERS}",
-    "No decoder-only language modeling head*": "scores pictures against texts; the language head is tested with QLLaMA",
-    "This model doesn't use `inputs_embeds`": "takes pictures and token ids",
-    "Model does not have both a non-text modality tower and a language sub-model*": "looks for the names of transformers' parts",
+    "No decoder-only language modeling head*": "scores images and texts; the head is tested with QLLaMA",
+    "This model doesn't use `inputs_embeds`": "takes images and token ids",
+    "Model does not have both a non-text modality tower and a language sub-model*": "looks for transformers' names",
     "Model does not support output_attentions": f"attentions are {TOWERS}",
 }

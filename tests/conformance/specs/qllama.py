@@ -1,4 +1,4 @@
-"""QLLaMA, with queries in front of the text and a picture to look at."""
+"""QLLaMA, with queries in front of the text and an image to look at."""
 
 import torch
 from specs.common import MACHINE, NO_SUCH_PART, NOT_COMPOSITE

@@ -1,4 +1,5 @@
-"""Stands in for a file that the source distribution leaves out: tensor parallel tests in CPU processes joined by gloo."""
+"""Stands in for a file that the source distribution leaves out: tensor parallel tests in CPU processes joined by
+gloo."""
 
 import functools
 import os

@@ -1,4 +1,4 @@
-"""Stands in for transformers' own helper: without a network, the address of a picture becomes a generated picture."""
+"""Stands in for transformers' own helper: without a network, the address of an image becomes a generated image."""
 
 import hashlib
 import tempfile
@@ -10,7 +10,8 @@ from PIL import Image
 
 
 def url_to_local_path(url: str, *args: Any, **kwargs: Any) -> str:
-    """Path of a 640 x 480 picture of gradients, the same for every call; addresses of videos and sounds stay as they are."""
+    """Path of a 640 x 480 image of gradients, the same for every call; addresses of videos and sounds stay as they
+    are."""
     if not url.lower().endswith((".png", ".jpg", ".jpeg")):
         return url
     path = Path(tempfile.gettempdir()) / f"conformance-{hashlib.sha1(url.encode()).hexdigest()[:12]}.png"

@@ -1,4 +1,5 @@
-"""Stands in for a file that the source distribution leaves out; `generation_checks.py` has generation checks of our own."""
+"""Stands in for a file that the source distribution leaves out; `generation_checks.py` has generation checks of our
+own."""
 
 
 class GenerationTesterMixin:
