@@ -54,7 +54,9 @@ def answer(model: Any, processor: Any) -> list[int]:
 
 def similarities(model: Any, processor: Any) -> list:
     """Logits of both modes, and the tokens of a caption."""
-    inputs = processor(images=[gradient_image()], text=["a red bus", "two cats"], mode="contrastive", return_tensors="pt")
+    inputs = processor(
+        images=[gradient_image()], text=["a red bus", "two cats"], mode="contrastive", return_tensors="pt"
+    )
     with torch.no_grad():
         logits = [model(**inputs, mode=mode).logits_per_image[0].tolist() for mode in ("InternVL-C", "InternVL-G")]
     inputs = processor(images=[gradient_image()], mode="caption", return_tensors="pt")
