@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .renaming_internvl import renamed_arguments, renamed_names
+
 
 ATTENTION_MODES = ("image", "text", "matching", "contrastive", "generation")
 
@@ -29,6 +31,7 @@ def text_positions(attention_mask: torch.Tensor) -> torch.Tensor:
     return positions.masked_fill(attention_mask == 0, 1)
 
 
+@renamed_arguments(patterns="modes")
 @dataclass(frozen=True)
 class PackedPasses:
     """Passes over one image that share a row: copies of the queries first, then the texts in the order of the passes.
@@ -150,5 +153,7 @@ def mask_functions(rows: list[PackedPasses], batch: int, device: torch.device) -
 
     return is_added, is_kept
 
+
+__getattr__ = renamed_names(globals(), Readings="PackedPasses", VISIBILITIES="ATTENTION_MODES")
 
 __all__ = ["ATTENTION_MODES", "MaskFunction", "PackedPasses", "mask_functions", "packed_passes", "text_positions"]

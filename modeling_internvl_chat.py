@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -70,6 +70,15 @@ def _joined(parts: Sequence) -> Any:
     if isinstance(parts[0], BaseModelOutputWithPooling):
         return BaseModelOutputWithPooling(**{name: _joined([part[name] for part in parts]) for name in parts[0]})
     return tuple(_joined(layer) for layer in zip(*parts, strict=True))
+
+
+class ImageInputs(NamedTuple):
+    """The images of a forward, as in its arguments."""
+
+    pixel_values: torch.Tensor | None
+    image_flags: torch.Tensor | None
+    num_patches: torch.Tensor | None
+    image_embeds: torch.Tensor | None
 
 
 @dataclass
@@ -326,10 +335,7 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
         outputs, features = self._decode(
             input_ids,
             inputs_embeds,
-            pixel_values,
-            image_flags,
-            num_patches,
-            image_embeds,
+            ImageInputs(pixel_values, image_flags, num_patches, image_embeds),
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -345,10 +351,7 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
         self,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
-        pixel_values: torch.Tensor | None,
-        image_flags: torch.Tensor | None,
-        num_patches: torch.Tensor | None,
-        image_embeds: torch.Tensor | None,
+        images: ImageInputs,
         **settings: Any,
     ) -> tuple[Any, torch.Tensor | None]:
         """The output of the decoder over text and images, and the features of the tiles; `settings` are the decoder's.
@@ -357,8 +360,10 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
         host waits for no tower. Tiles are encoded before the text is embedded, with and without images, because
         sharded processes must gather the weights of the parts in one order.
         """
-        placeholders = self._find_placeholders(input_ids, inputs_embeds, pixel_values, image_embeds)
-        features = self._encode_tiles(pixel_values, image_flags, num_patches)
+        image_embeds = images.image_embeds
+        has_images = images.pixel_values is not None or image_embeds is not None
+        placeholders = self._find_placeholders(input_ids, inputs_embeds, has_images)
+        features = self._encode_tiles(images.pixel_values, images.image_flags, images.num_patches)
         if features is None and image_embeds is None and self.training and torch.is_grad_enabled():
             features = self._features_of_nothing()
         if inputs_embeds is None:
@@ -409,11 +414,7 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
         return self.extract_feature(blank)[:0]
 
     def _find_placeholders(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        pixel_values: torch.Tensor | None,
-        image_embeds: torch.Tensor | None,
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, has_images: bool
     ) -> tuple[torch.Tensor, int | torch.Tensor] | None:
         """Where the placeholders are (B, L), and how many; None in a decoding step, since `generate` never emits one."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -422,7 +423,7 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
                 "`get_image_features`."
             )
         length = (inputs_embeds if input_ids is None else input_ids).shape[1]
-        if pixel_values is None and image_embeds is None and length == 1:
+        if length == 1 and not has_images:
             return None
         is_image = self._image_positions(input_ids, inputs_embeds)
         return is_image, on_host(is_image.sum())
@@ -536,17 +537,12 @@ class InternVLChatForConditionalGeneration(
         """
         shift_labels: Any = kwargs.pop("shift_labels", None)  # as an argument, Trainer would take it for labels
         refuse_unknown(kwargs, f"`{type(self).__name__}.forward`", self._decoder_keywords)
-        # Before this step queues any work, because it reads the labels on the host.
-        wants_all = not isinstance(logits_to_keep, int) or logits_to_keep != 0 or shift_labels is not None
-        positions = None if wants_all else self._positions_with_labels(labels)
+        positions = None if shift_labels is not None else self._positions_with_labels(labels, logits_to_keep)
         with nullcontext() if positions is None else head_reads_only(self.get_output_embeddings(), positions):
             outputs, features = self._decode(
                 input_ids,
                 inputs_embeds,
-                pixel_values,
-                image_flags,
-                num_patches,
-                image_embeds,
+                ImageInputs(pixel_values, image_flags, num_patches, image_embeds),
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
@@ -555,21 +551,23 @@ class InternVLChatForConditionalGeneration(
             )
         if self.config.mask_image_token_logit:
             outputs.logits[..., self.img_context_token_id] = torch.finfo(outputs.logits.dtype).min
-        loss = None
-        if labels is not None or shift_labels is not None:
-            loss = self._loss(outputs, labels, loss_weight, positions, shift_labels=shift_labels, **kwargs)
+        loss = self._loss(outputs, labels, loss_weight, positions, shift_labels=shift_labels, **kwargs)
         return InternVLChatOutput(
             loss=loss,
-            logits=outputs.logits,
             image_hidden_states=features,
-            aux_loss=getattr(outputs, "aux_loss", None),
-            **{name: getattr(outputs, name, None) for name in DECODER_OUTPUTS},
+            **{name: getattr(outputs, name, None) for name in (*DECODER_OUTPUTS, "logits", "aux_loss")},
         )
 
-    def _positions_with_labels(self, labels: torch.Tensor | None) -> torch.Tensor | None:
-        """Positions (P,) of all B x L that predict a label, in a training step that needs no other; else None."""
+    def _positions_with_labels(
+        self, labels: torch.Tensor | None, logits_to_keep: int | torch.Tensor
+    ) -> torch.Tensor | None:
+        """Positions (P,) of all B x L that predict a label, in a training step that needs no other; else None.
+
+        Reads the labels on the host, so it is called before a step queues any work.
+        """
         is_training_step = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if labels is None or not (self.skips_unlabelled_logits and is_training_step):
+        wants_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if labels is None or not (self.skips_unlabelled_logits and is_training_step and wants_all):
             return None
         return (next_along(labels, IGNORE_INDEX).flatten() != IGNORE_INDEX).nonzero().flatten()
 
@@ -582,6 +580,8 @@ class InternVLChatForConditionalGeneration(
         shift_labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
+        if labels is None and shift_labels is None:
+            return None
         logits, chosen = outputs.logits, slice(None) if positions is None else positions
         targets: Any = shift_labels
         if shift_labels is None:

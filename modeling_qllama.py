@@ -34,13 +34,14 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_masks_qllama import ATTENTION_MODES, PackedPasses, mask_functions, packed_passes, text_positions
 from .configuration_internvl import QLlamaConfig
-from .keywords_internvl import refuse_unknown, renamed_arguments
+from .keywords_internvl import refuse_unknown
 from .layers_internvl import (
     InternVLRMSNorm,
     eager_attention_forward,
     next_token_loss,
     plan_without_cut_heads,
 )
+from .renaming_internvl import renamed_arguments, renamed_names
 
 
 def rotary_angles(position_ids: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -494,5 +495,8 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
             return attention_mask
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
 
+
+# Former public names.
+__getattr__ = renamed_names(globals(), VISIBILITIES="ATTENTION_MODES")
 
 __all__ = ["ATTENTION_MODES", "QLlamaForCausalLM", "QLlamaModel", "QLlamaPreTrainedModel", "QLlamaTextEncoder"]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import GenerationMixin
 
+from internvl import attention_masks_qllama
 from internvl.attention_masks_qllama import PackedPasses
 
 from . import reference, tiny
@@ -307,9 +308,13 @@ def test_scaled_rotary_positions_are_refused():
 
 
 @torch.no_grad()
-def test_the_former_name_of_the_mode_is_read_with_a_warning():
+def test_former_names_are_read_with_a_warning():
     model, arguments = tiny.qllama_model().model, {"input_ids": inputs()[2], "query_embeds": inputs()[0]}
     expected = model(**arguments, attention_mode="contrastive").last_hidden_state
     with pytest.warns(FutureWarning, match="`visibility` is now called `attention_mode`"):
         found = model(**arguments, visibility="contrastive").last_hidden_state
     assert torch.equal(found, expected)
+    with pytest.warns(FutureWarning, match="`Readings` is now called `PackedPasses`"):
+        former = attention_masks_qllama.Readings
+    with pytest.warns(FutureWarning, match="`patterns` is now called `modes`"):
+        assert former(patterns=("text",), text_lengths=(3,), num_queries=0) == PackedPasses(("text",), (3,), 0)
