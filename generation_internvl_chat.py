@@ -183,7 +183,7 @@ class ImageGenerationMixin(_Generation):
         super()._validate_model_kwargs({name: v for name, v in model_kwargs.items() if name not in SEARCH_STATE})
 
     def _get_candidate_generator(self, *, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers; an assistant gets its features of the images, or none if it is a language model alone."""
+        """As in transformers; an assistant gets its features of the images, none if it is a mere language model."""
         model_kwargs["is_assisted"] = True  # for the search, which goes on with this dictionary
         seen = model_kwargs.get("assistant_image_embeds")
         ours = ("image_embeds", *SEARCH_STATE)

@@ -23,7 +23,7 @@ NO_IMAGE_TOKEN = (
 
 
 def on_host(number: torch.Tensor) -> int | torch.Tensor:
-    """The value of a single number; the tensor itself where it has no value yet (compiled or captured, meta device)."""
+    """The value of a single number; the tensor where it has no value yet (compiled, captured, on the meta device)."""
     is_captured = number.is_cuda and torch.cuda.is_current_stream_capturing()
     return number if torch.compiler.is_compiling() or number.is_meta or is_captured else int(number)
 

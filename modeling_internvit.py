@@ -305,7 +305,7 @@ class InternViTSegmentationHead(nn.Module):
 
 
 class InternViTForSemanticSegmentation(InternViTPreTrainedModel):
-    """A linear probe on the feature map of one block, the last of `config.out_features` (published segmentation code)."""
+    """A linear probe on the feature map of the last block in `config.out_features` (published code)."""
 
     _auto_class = "AutoModelForSemanticSegmentation"
     # Otherwise Trainer divides the summed loss by a count that includes the pixels which the loss leaves out.

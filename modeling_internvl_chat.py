@@ -416,7 +416,7 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
     def _find_placeholders(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, has_images: bool
     ) -> tuple[torch.Tensor, int | torch.Tensor] | None:
-        """Where the placeholders are (B, L), and how many; None in a decoding step, since `generate` never emits one."""
+        """Where the placeholders are (B, L), and how many; None in a decoding step, which never has one."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
                 "Give exactly one of `input_ids` and `inputs_embeds`; for the features of images alone use "

@@ -490,7 +490,7 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
     def create_masks_for_generate(
         attention_mask: torch.Tensor | None, is_first_iteration: bool = False, **kwargs: Any
     ) -> torch.Tensor | None:
-        """With a static cache, only later steps use transformers' mask, which is causal; the prefill builds another."""
+        """The mask of transformers for a static cache, which is causal; the prefill builds another."""
         if is_first_iteration:
             return attention_mask
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)

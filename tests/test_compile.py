@@ -1,7 +1,7 @@
 """The vision tower compiles to one graph without breaks and then gives what it gives uncompiled.
 
-The default suite only captures whole graphs (backend "eager"): that is where breaks show. Slow cases generate code by inductor.
-A decoding step is in `test_decode_compile`.
+The default suite only captures whole graphs (backend "eager"): that is where breaks show. Slow cases generate code by
+inductor. A decoding step is in `test_decode_compile`.
 """
 
 import pytest

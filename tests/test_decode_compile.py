@@ -1,7 +1,7 @@
 """Decoding with a static cache, compiled without graph breaks, gives what eager decoding with a growing cache gives.
 
-The default suite only captures whole graphs (backend "eager"): that is where breaks show. One slow case generates code by inductor.
-`generate` compiles the decoding step by itself on accelerators only, so here it is told to.
+The default suite only captures whole graphs (backend "eager"): that is where breaks show. One slow case generates code
+by inductor. `generate` compiles the decoding step by itself on accelerators only, so here it is told to.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""fp16: the vision tower stays finite where its plain products leave the range, and bf16 and fp32 are computed as they were."""
+"""fp16: the vision tower stays finite where plain products leave the range; bf16 and fp32 are computed as before."""
 
 import pytest
 import torch
@@ -17,8 +17,9 @@ WIDE = {"hidden_size": 64, "intermediate_size": 96, "initializer_factor": 0.1}
 
 
 def with_outliers(model: InternVisionModel, pixels: torch.Tensor, peak: float) -> InternVisionModel:
-    """A few channels of the stream grow to about `peak` in the second block: one unit of its MLP answers strongly to one token, as in
-    large trained towers."""
+    """A few channels of the stream grow to about `peak` in the second block: one unit of its MLP answers strongly to
+    one token, as in large trained towers.
+    """
     first, second = model.encoder.layers[:2]
     with torch.no_grad():
         for layer in model.encoder.layers:
@@ -34,7 +35,7 @@ def with_outliers(model: InternVisionModel, pixels: torch.Tensor, peak: float) -
 
 
 def plain_forward(model: InternVisionModel, pixels: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-    """The published tower written out, every product in the dtype of the weights; and the largest value at each place."""
+    """The published tower written out, products in the dtype of the weights; and the largest value at each place."""
     largest: dict[str, float] = {}
 
     def seen(name: str, x: torch.Tensor) -> torch.Tensor:

@@ -251,7 +251,10 @@ def test_c_alone_equals_the_published_stage_1_code():
 
 def test_c_alone_has_no_part_of_the_queries(c_alone, model):
     absent = {name for name, _ in model.named_parameters()} - {name for name, _ in c_alone.named_parameters()}
-    of_queries = r"query_tokens|clip_projector2\..*|itm_head\..*|qllama\.lm_head\.weight|qllama\.model\.layers\.\d\.cross_attn\..*"
+    of_queries = (
+        r"query_tokens|clip_projector2\..*|itm_head\..*|qllama\.lm_head\.weight|"
+        r"qllama\.model\.layers\.\d\.cross_attn\..*"
+    )
     assert absent
     assert all(re.fullmatch(of_queries, name) for name in absent)
     assert not any(re.fullmatch(of_queries, name) for name, _ in c_alone.named_parameters())

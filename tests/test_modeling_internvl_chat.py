@@ -365,7 +365,7 @@ def test_use_flash_attn_falls_back_with_one_warning(tmp_path):
 @pytest.mark.parametrize("version", [2, 3])
 @torch.no_grad()
 def test_flash_attention_is_what_every_part_runs_when_asked_for(version, monkeypatch, tmp_path):
-    """A stand-in of the kernel, under the name that the kernel has in transformers' registry; without a kernel it is refused."""
+    """A stand-in under the kernel's name in transformers' registry, which is refused without a kernel."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

@@ -241,7 +241,7 @@ def test_a_fresh_cross_attention_leaves_the_llama_unchanged():
 
 @torch.no_grad()
 def test_flash_and_flex_leave_block_masks_to_sdpa_and_keep_the_rest():
-    """No flash kernel is at hand, so a kernel registered under such a name stands for it and records what reaches it."""
+    """Without a flash kernel, a kernel registered under such a name stands for it and records what reaches it."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import flash_attention_mask

@@ -1,8 +1,9 @@
-"""The chat model does no work that nobody asked for, and lets the host wait for the device once, before a forward is queued.
+"""The chat model does no needless work, and lets the host wait for the device once, before a forward is queued.
 
-What a forward reads on the host is shown in two ways. On the meta device tensors have no values: whatever reads one fails, so a forward
-that runs there queues its work without waiting, and there the placeholders are checked as in compiled code. On the CPU, where waiting
-costs nothing, each read is counted. (Transformers reads a padding mask on the host to choose a kernel; these forwards have none.)
+What a forward reads on the host is shown in two ways. On the meta device tensors have no values: whatever reads one
+fails, so a forward that runs there queues its work without waiting, and there the placeholders are checked as in
+compiled code. On the CPU, where waiting costs nothing, each read is counted. (Transformers reads a padding mask on the
+host to choose a kernel; these forwards have none.)
 """
 
 import weakref
@@ -104,7 +105,7 @@ def test_on_the_cpu_one_value_is_read_in_the_prefill_and_none_after():
 @pytest.mark.parametrize("connector", CONNECTORS)
 @torch.no_grad()
 def test_placeholders_are_counted_on_the_host_before_a_tower_runs(connector, monkeypatch):
-    """On every device, so that a mismatch raises a `ValueError` and leaves a GPU's context alone, and the wait is for what came before."""
+    """So a mismatch raises a `ValueError`, leaves a GPU's context alone, and waits only for earlier work."""
     model, order = tiny.chat_model(connector=connector), []
     read = modeling_internvl_chat.on_host
     monkeypatch.setattr(modeling_internvl_chat, "on_host", lambda number: order.append("read") or read(number))
@@ -322,7 +323,7 @@ def empty_output(query: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def test_the_default_batch_of_the_largest_tower_takes_a_gibibyte():
-    """InternViT-6B in bfloat16, which is what the configuration's defaults describe; blocks above the first take no more."""
+    """InternViT-6B in bfloat16, which the configuration's defaults describe; two blocks take as much as all."""
     with torch.device("meta"):
         model = InternVisionModel(InternViTConfig(image_size=448, num_hidden_layers=2)).to(torch.bfloat16)
         pixels = torch.empty(InternVLChatForConditionalGeneration.vision_batch_size, 3, 448, 448, dtype=torch.bfloat16)

@@ -1,8 +1,8 @@
 """A model that is spread over devices or processes computes what it computes on one device.
 
-Placement by `device_map`: tests/test_models.py splits every class once, by a map made from `_no_split_modules`. Here are the names
-that `device_map` takes, dictionaries at every boundary a user may draw, and offloading to memory and to disk. Without an accelerator
-"cpu" and "disk" are the two devices. Tensor parallelism runs on two processes.
+Placement by `device_map`: tests/test_models.py splits every class once, by a map made from `_no_split_modules`. Here
+are the names that `device_map` takes, dictionaries at every boundary a user may draw, and offloading to memory and to
+disk. Without an accelerator "cpu" and "disk" are the two devices. Tensor parallelism runs on two processes.
 """
 
 import pytest
@@ -139,8 +139,10 @@ def test_any_part_alone_on_disk_changes_nothing(name, tmp_path):
 @each_case
 @pytest.mark.parametrize("to_disk", [False, True])
 def test_offloading_all_of_it_changes_nothing(name, to_disk, tmp_path):
-    """Every module is fetched for its own forward only: what reads a parameter of another module fails here. (What accelerate's
-    hooks do not see are calls beside `forward` that read a parameter of the model itself, e.g. its queries.)"""
+    """Every module is fetched for its own forward only: what reads a parameter of another module fails here. (What
+    accelerate's hooks do not see are calls beside `forward` that read a parameter of the model itself, e.g. its
+    queries.)
+    """
     model, inputs = build(name)
     expected = run(model, inputs)
     if to_disk:
@@ -167,8 +169,9 @@ def test_offloading_all_of_it_changes_nothing(name, to_disk, tmp_path):
     ],
 )
 def test_a_model_with_a_part_on_disk_generates_the_same_tokens(name, part, tmp_path):
-    """With the vision tower offloaded, the device of a model is "meta": nothing new may be made there. To transformers that is an
-    accelerator, so `generate` takes the paths it takes on one."""
+    """With the vision tower offloaded, the device of a model is "meta": nothing new may be made there. To transformers
+    that is an accelerator, so `generate` takes the paths it takes on one.
+    """
     model, inputs = build(name)
     arguments = {**caption_inputs(name, model, inputs), "do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
     expected = model.generate(**arguments)

@@ -1,6 +1,7 @@
 """The calls of the published model cards, unchanged apart from the path, against converted checkpoints.
 
-Reads like those cards. Weights are tiny and random, so what is asserted is that the calls run and give what the cards say they give.
+Reads like those cards. Weights are tiny and random, so the tests assert that the calls run and
+give what the cards say they give.
 """
 
 import logging
@@ -48,7 +49,7 @@ def clip_image_processor(path):
         pytest.skip("CLIPImageProcessor needs torchvision here")
 
 
-# ------------------------------------------------------------------------------------------------------------ InternViT
+# ------------------------------------------------------------------------------------------------ InternViT
 def test_internvit_card(vit_path, folder):
     model = AutoModel.from_pretrained(
         vit_path, torch_dtype=torch.bfloat16, low_cpu_mem_usage=True, trust_remote_code=True
@@ -74,7 +75,7 @@ def test_clips_image_processor_makes_the_pixels_of_ours(model_path, folder, requ
     torch.testing.assert_close(published, ours, atol=1e-6, rtol=0)
 
 
-# --------------------------------------------------------------------------------------------------------- InternVL-14B
+# --------------------------------------------------------------------------------------------- InternVL-14B
 @pytest.fixture(scope="module")
 def model_14b(path_14b):
     return AutoModel.from_pretrained(
@@ -137,7 +138,7 @@ def test_internvl_14b_card_writes_captions(path_14b, model_14b, images_14b):
     assert "English caption:" not in caption
 
 
-# -------------------------------------------------------------------------------------------------------- InternVL-Chat
+# -------------------------------------------------------------------------------------------- InternVL-Chat
 @pytest.fixture(scope="module")
 def model(chat_path):
     return AutoModel.from_pretrained(

@@ -1,4 +1,4 @@
-"""Quantised loading: exactly the decoder or QLLaMA is quantised, whichever quantiser is asked, and what is saved loads again."""
+"""Quantised loading: with every quantiser, exactly the decoder or QLLaMA is quantised; what is saved loads again."""
 
 import json
 import re
@@ -183,7 +183,7 @@ def test_a_skip_list_of_the_callers_own_is_respected(settings, tmp_path):
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_the_skip_list_means_the_same_to_every_matching_rule(name):
-    """Earlier releases look for an entry anywhere in a name, later ones only at its start: full dotted paths satisfy both."""
+    """Earlier releases search an entry anywhere in a name, later ones at its start: full dotted paths satisfy both."""
     model = MODELS[name][0]()
     kept, layers = model._modules_kept_unquantized, linear_layers(model)
     at_start = {layer for layer in layers if any(f"{layer}.".startswith(f"{entry}.") for entry in kept)}

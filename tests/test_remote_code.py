@@ -1,6 +1,6 @@
 """Checkpoint folders load as remote code, with nothing of this repository on the path.
 
-1. Every door of every model type gives the same result from a copied folder, offline, in a fresh process somewhere else.
+1. Every door of every model type gives the same result from a copied folder, offline, in a fresh process elsewhere.
 2. A saved copy gives that result again, buffers that are not saved included; so does the folder after it was moved.
 3. Several processes may load a folder that no one has loaded before at the same time.
 4. A configuration from remote code reaches a worker process that was started afresh.
@@ -24,7 +24,7 @@ NAMES = ("chat", "chat_full", "chat_internlm2", "contrastive", "vision")
 
 
 def without_repository(work: Path) -> dict[str, str]:
-    """Environment of a fresh process: no network, no path of ours, an empty code cache, home and configuration of no one."""
+    """Environment of a fresh process: no network, none of our paths, an empty code cache, home and configuration."""
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_HOME")}
     paths = {"HF_MODULES_CACHE": str(work / "modules"), "HF_HOME": str(work / "home")}
     return {**kept, **paths, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
@@ -114,7 +114,7 @@ if __name__ == "__main__":
 
 
 def test_a_remote_configuration_reaches_a_spawned_worker(checkpoints, tmp_path):
-    """Data loaders and vLLM start workers this way; the code cache must be importable there, as transformers documents."""
+    """Data loaders and vLLM start workers so; the code cache must be importable there, as transformers documents."""
     script = tmp_path / "script.py"
     script.write_text(PICKLE)
     env = without_repository(tmp_path)

@@ -179,7 +179,8 @@ def test_conversation_goes_on_without_encoding_the_image_again(root, questions):
     assert answers[-1] == afresh.ask(rows[-1]["question"])
 
 
-# ---------------------------------------------------------------------------------------------- sub-folders of the same run
+# ---------------------------------------------------------------------------------------------- sub-folders of the
+# same run
 @pytest.fixture(scope="module")
 def pair_model(root):
     return AutoModel.from_pretrained(root, subfolder="internvl_g").eval()

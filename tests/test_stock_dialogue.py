@@ -1,4 +1,6 @@
-"""Chat repositories, bundled and converted, where others do the work: transformers' pipelines and bare tokenizers, TRL's batches."""
+"""Chat repositories, bundled and converted, where others do the work: transformers' pipelines and bare tokenizers,
+TRL's batches.
+"""
 
 import copy
 import random
@@ -85,7 +87,8 @@ def test_sub_folders_load_by_their_path_with_the_package_imported(root):
     assert len(features(str(root / "examples" / "star.png"))[0]) > 1
 
 
-# --------------------------------------------------------------------------------------------------------- TRL's batches
+# --------------------------------------------------------------------------------------------------------- TRL's
+# batches
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> list[dict]:
     """Images of one tile, of four, both, and none."""
@@ -134,7 +137,8 @@ def test_trl_learns_completions_and_no_placeholder_of_the_prompt(rows):
     assert not (batch["labels"] == processor.image_token_id).any()
 
 
-# ------------------------------------------------------------------------------------- converted sentencepiece tokenizers
+# ------------------------------------------------------------------------------------- converted sentencepiece
+# tokenizers
 def random_lines(special: list[str], count: int) -> list[str]:
     """Words, digits, scripts, emoji, control characters, runs of spaces, and special tokens whole and broken."""
     generator = random.Random(0)

@@ -1,4 +1,5 @@
-"""The classification and segmentation heads and the feature pyramid of InternViT, against the outputs of the published code.
+"""The classification and segmentation heads and the feature pyramid of InternViT, against the outputs of the published
+code.
 
 The raw checkpoints are renamed by hand here, so that the models are tested without the conversion tool.
 """
@@ -380,9 +381,9 @@ import sys, torch, transformers
 torch.set_grad_enabled(False)
 for case in torch.load("cases.pt", weights_only=True):
     door, folder = getattr(transformers, case["door"]), case["name"] + ".moved"
-    if case["door"] == "AutoBackbone":  # its `from_pretrained` asks the Hub whether there is such a repository, also for a folder
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
-        door = type(door.from_config(config, trust_remote_code=True))
+    if case["door"] == "AutoBackbone":  # its `from_pretrained` asks the Hub whether there is such a repository, also
+        for a folder config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True) door =
+        type(door.from_config(config, trust_remote_code=True))
     model, info = door.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     assert "transformers_modules" in type(model).__module__ and "internvl" not in sys.modules
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
@@ -410,7 +411,9 @@ def tower_of(model: torch.nn.Module) -> InternVisionModel:
 
 @torch.no_grad()
 def test_saved_heads_load_through_their_auto_class_and_as_a_bare_tower(tmp_path):
-    """As remote code, in a process without the package, from folders that were moved; the bare tower reports the head's keys only."""
+    """As remote code, in a process without the package, from folders that were moved; the bare tower reports the
+    head's keys only.
+    """
     cases = []
     for name, (make, door, head) in SAVED.items():
         model, pixels = make(), tiny.pixels()

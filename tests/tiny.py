@@ -1,5 +1,6 @@
-"""Tiny models of every class with random weights, and inputs that fit them. Odd lengths and a batch of three, so that mixed-up
-dimensions show."""
+"""Tiny models of every class with random weights, and inputs that fit them. Odd lengths and a batch of three, so that
+mixed-up dimensions show.
+"""
 
 import torch
 
@@ -27,17 +28,21 @@ QLLAMA = {
 DECODERS = {
     name: {
         "model_type": name, "vocab_size": 99, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2,
     }
     for name in ("llama", "internlm2", "qwen2", "qwen3")
 }  # fmt: skip
 DECODERS["qwen3_moe"] = {
-    **DECODERS["qwen3"], "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+    **DECODERS["qwen3"], "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
 }  # fmt: skip
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Gives every parameter and running statistic random values: fresh models hold zeros and ones that would hide errors."""
+    """Gives every parameter and running statistic random values: fresh models hold zeros and ones that would hide
+    errors.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
