@@ -49,10 +49,10 @@ endif
 	touch $@
 
 bench: $(BENCH) $(READY) ## speed and memory, one table (benchmarks/README.md)
-	$(PYTHON) -m benchmarks
+	$(PYTHON) -m internvl.benchmarks
 
 bench-conversion: $(READY) ## conversion of InternViT-6B's size: 40 GB of disk, some minutes
-	$(PYTHON) -m benchmarks.conversion
+	$(PYTHON) -m internvl.benchmarks.conversion
 
 conformance: $(READY) ## transformers' own tests against every class of this package
 	$(PYTHON) tests/conformance/run.py

@@ -1,7 +1,8 @@
-"""All benchmarks, one table: `python -m benchmarks [TOPIC ...] [--rounds 15] [--device cpu]`.
+"""All benchmarks, one table: `python -m internvl.benchmarks [TOPIC ...] [--rounds 15] [--device cpu]`.
 
-Every topic is a module here with a function `rows(options)`. Each writes `benchmarks/results/TOPIC-DEVICE.json`: the calibration of its
-run, the versions, and its rows. `benchmarks.conversion` needs 40 GB of disk and runs only when named.
+Every topic is a module here with a function `rows(options)`. Each writes `benchmarks/results/TOPIC-DEVICE.json`: the
+calibration of its run, the versions, and its rows. `benchmarks.conversion` needs 40 GB of disk and runs only when
+named.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from transformers.utils import logging
 from .harness import Options, Row, matrix_rate, versions
 
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path("benchmarks", "results")  # of the current folder
 TOPICS = (
     "start_up",
     "vision",
@@ -25,7 +26,7 @@ TOPICS = (
     "chat",
     "loading",
     "full_size",
-    "pictures",
+    "images",
     "qllama",
     "quantizers",
     "contrastive",
@@ -37,7 +38,7 @@ def measure(topic: str, options: Options) -> list[Row]:
     rows = importlib.import_module(f".{topic}", __package__).rows(options)
     calibration = matrix_rate(options)
     found = list(tqdm(rows, desc=topic, unit="row", leave=False))
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     content = {"calibration": calibration, **versions(), "rows": [{**asdict(row), "met": row.is_met} for row in found]}
     path = RESULTS / f"{topic}-{options.device}.json"
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -46,7 +47,7 @@ def measure(topic: str, options: Options) -> list[Row]:
 
 def table(rows: Iterable[Row]) -> str:
     """The rows as a table in Markdown."""
-    lines = ["| row | ratio | middle half | target | reached |", "|---|---|---|---|---|"]
+    lines = ["| row | ratio | interquartile range | target | reached |", "|---|---|---|---|---|"]
     for row in rows:
         if row.ratio is None:
             lines.append(f"| {row.name} | - | - | - | skipped: {row.skipped} |")
@@ -61,7 +62,9 @@ def table(rows: Iterable[Row]) -> str:
 
 def main() -> None:
     """Measure the topics named, or all."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Runs benchmarks and prints one table.")
+    parser = argparse.ArgumentParser(
+        prog="python -m internvl.benchmarks", description="Runs benchmarks and prints one table."
+    )
     parser.add_argument("topics", nargs="*", help=f"of {', '.join(TOPICS)}; all of these unless named")
     parser.add_argument("--rounds", type=int, default=Options.rounds, help="of each row (default: %(default)s)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))

@@ -1,7 +1,8 @@
-"""Chat against transformers' own InternVL: the first token, each token after, and a conversation about pictures.
+"""Chat against transformers' own InternVL: the first token, each token after, and a conversation about images.
 
-A decoder of the shape of Qwen2-0.5B with a smaller vocabulary (0.4 B parameters) behind a small tower. The conversation takes an eighth
-of the blocks of InternViT-300M and of that decoder, and of its vocabulary, so that the parts take the same shares of the time.
+A decoder of the shape of Qwen2-0.5B with a smaller vocabulary (0.4 B parameters) behind a small tower. The
+conversation takes an eighth of the blocks of InternViT-300M and of that decoder, and of its vocabulary, so that the
+parts take the same shares of the time.
 """
 
 from collections.abc import Iterator
@@ -69,7 +70,7 @@ def pixels_for(model: Chat, tiles: int) -> torch.Tensor:
 
 
 def first_token(model: Chat, ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Logits of the last position, after a picture and a prompt were read into a cache."""
+    """Logits of the last position, after a image and a prompt were read into a cache."""
     return model(input_ids=ids, pixel_values=pixel_values, use_cache=True, logits_to_keep=1).logits
 
 
@@ -116,20 +117,20 @@ def token_rows(options: Options) -> Iterator[Row]:
 
 
 def converse(model: Chat, pixel_values: torch.Tensor, opening: torch.Tensor, keeps_cache: bool) -> torch.Tensor:
-    """All ids of a conversation; with `keeps_cache` each turn starts from the cache of the last, without pictures."""
+    """All ids of a conversation; with `keeps_cache` each turn starts from the cache of the last, without images."""
     vocab_size, ids = model.config.text_config.vocab_size, opening
     cache = DynamicCache(config=model.config.text_config) if keeps_cache else None
     for turn in range(TURNS):
         if turn:
             ids = torch.cat([ids, random_ids(QUESTION, vocab_size, 10 + turn, ids.device)], dim=1)
-        pictures = {} if keeps_cache and turn else {"pixel_values": pixel_values}
+        images = {} if keeps_cache and turn else {"pixel_values": pixel_values}
         settings = {"past_key_values": cache} if keeps_cache else {}
         ids = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
-            **pictures,
+            **images,
             **settings,
         )
     return ids
@@ -144,7 +145,8 @@ def conversation_row(options: Options) -> Row:
     read_again = partial(converse, native, pixel_values, opening, False)
     if not torch.equal(keep(), read_again()):
         raise SystemExit("The two conversations differ: nothing to compare.")
-    name = f"conversation of {TURNS} turns about {len(TILES)} pictures of {TILES[0]} tiles, against native reading all again"
+    turns = f"conversation of {TURNS} turns about {len(TILES)} images of {TILES[0]} tiles"
+    name = f"{turns}, against native reading all again"
     return speed_row(name, keep, read_again, options.at_most(2), target=4.0, warmups=0)
 
 

@@ -1,10 +1,12 @@
 """The contrastive objectives against open_clip's losses: same features, same model, step time and peak memory.
 
-Ours are InfoNCE and the sigmoid loss of `internvl.training.models.losses`, whole and a few rows at a time; theirs `ClipLoss` and
-`SigLipLoss` as one process has them. Losses and gradients are compared first. The model is that of the recipe `stage1_small`; with
-gradient caching it keeps the activations of a few pairs only, which open_clip's loss cannot do without a training loop of its own.
+Ours are InfoNCE and the sigmoid loss of `internvl.training.models.losses`, whole and a few rows at a time; theirs
+`ClipLoss` and `SigLipLoss` as one process has them. Losses and gradients are compared first. The model is that of the
+recipe `stage1_small`; with gradient caching it keeps the activations of a few pairs only, which open_clip's loss
+cannot do without a training loop of its own.
 
-`python -m benchmarks.contrastive CASE BATCH DEVICE` prints the bytes that one step adds to a process that did nothing else.
+`python -m internvl.benchmarks.contrastive CASE BATCH DEVICE` prints the bytes that one step adds to a process that did
+nothing else.
 """
 
 import importlib.util
@@ -59,7 +61,9 @@ def losses(rows_at_a_time: int | None, theirs: ModuleType) -> dict[str, tuple[Lo
 
 
 def features(batch: int, device: str) -> list[torch.Tensor]:
-    """Image and text embeddings of unit length, in pairs that are a little alike, a factor and a bias: all with gradients."""
+    """Image and text embeddings of unit length, in pairs that are a little alike, a factor and a bias: all with
+    gradients.
+    """
     torch.manual_seed(0)
     images = torch.randn(batch, WIDTH)
     texts = images + 3 * torch.randn(batch, WIDTH)
@@ -109,7 +113,7 @@ def model_of(rows_at_a_time: int | None, device: str) -> InternVLForContrastiveT
 
 
 def batch_of(batch: int, device: str) -> dict[str, torch.Tensor]:
-    """Pictures and texts of the recipe's sizes."""
+    """Images and texts of the recipe's sizes."""
     recipe = stage1_small()
     side, length = recipe.phases[-1].image_size, recipe.max_text_length
     torch.manual_seed(0)
@@ -160,7 +164,9 @@ def ways(rows_at_a_time: int) -> tuple[tuple[str, int | None], ...]:
 
 
 def added_memory(case: str, batch: int, device: str) -> int:
-    """Bytes that one step of a case needs at its most, beside weights and inputs. Runs a tiny step first, for what libraries load."""
+    """Bytes that one step of a case needs at its most, beside weights and inputs. Runs a tiny step first, for what
+    libraries load.
+    """
     theirs = open_clip_losses()
     cases(device)[case](8, theirs)()
     return memory_growth(cases(device)[case](batch, theirs), device)

@@ -1,13 +1,16 @@
-"""Conversion of an InternViT-6B shaped checkpoint: memory against its largest shard, speed against copying the same files.
+"""Conversion of an InternViT-6B shaped checkpoint: memory against its largest shard, speed against copying the same
+files.
 
-    python -m benchmarks.conversion [--layers 48] [--rounds 3] [--folder DIR] [--max-shard-size 5GB]
+    python -m internvl.benchmarks.conversion [--layers 48] [--rounds 3] [--folder DIR] [--max-shard-size 5GB]
 
-Does: makes a bf16 checkpoint in the published layout (48 blocks: 12 GB, random numbers), then converts and copies it in turns, so that a
-change in the speed of the disk meets both; the files of a round are removed before the next. Needs three times the checkpoint on disk.
-Both end with their data on the disk (fsync). Does not: other layouts, downloads.
+Does: makes a bf16 checkpoint in the published layout (48 blocks: 12 GB, random numbers), then converts and copies it
+    in turns, so that a
+change in the speed of the disk meets both; the files of a round are removed before the next. Needs three times the
+checkpoint on disk. Both end with their data on the disk (fsync). Does not: other layouts, downloads.
 
-Memory is the growth of the process's peak (Linux, `VmHWM`) over what it held before; pages of memory-mapped input count, though the system could take
-them back at any time. Speed is the time of a copy over that of a conversion: 1 means as fast.
+Memory is the growth of the process's peak (Linux, `VmHWM`) over what it held before; pages of memory-mapped input
+count, though the system could take them back at any time. Speed is the time of a copy over that of a conversion: 1
+means as fast.
 """
 
 import argparse
@@ -32,7 +35,7 @@ from internvl.conversion.repository.shards import write_shards
 from .harness import memory_growth
 
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path("benchmarks", "results")  # of the current folder
 TARGETS = {"conversion, peak memory over the largest shard": 1.5, "conversion, speed over copying": 0.7}
 
 
@@ -65,15 +68,18 @@ def flush(folder: Path) -> None:
 
 
 def time_and_memory(call: Callable[[], Any], target: Path) -> tuple[float, int]:
-    """Seconds of a call that writes a folder, data on the disk, and bytes by which the peak of resident memory grew over what was
-    resident before."""
+    """Seconds of a call that writes a folder, data on the disk, and bytes by which the peak of resident memory grew
+    over what was resident before.
+    """
     start = time.perf_counter()
     growth = memory_growth(lambda: (call(), flush(target)))
     return time.perf_counter() - start, growth
 
 
 def measure(folder: Path, num_layers: int, rounds: int, max_shard_size: str) -> dict[str, Any]:
-    """Both in turns, the one that goes first changing every round; a first round, while memory still fills, is not counted."""
+    """Both in turns, the one that goes first changing every round; a first round, while memory still fills, is not
+    counted.
+    """
     source, copied, converted = folder / "source", folder / "copied", folder / "converted"
     write_checkpoint(source, num_layers)
     flush(source)
@@ -118,7 +124,9 @@ def measure(folder: Path, num_layers: int, rounds: int, max_shard_size: str) -> 
 
 def main() -> None:
     """Measures, prints and writes the result."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.conversion", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m internvl.benchmarks.conversion", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-shard-size", default="5GB")
@@ -126,12 +134,12 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         result = measure(Path(folder), arguments.layers, arguments.rounds, arguments.max_shard_size)
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / "conversion.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     for row in result["rows"]:
         print(f"{row['name']}: {row['ratio']} (from {row['spread'][0]} to {row['spread'][1]}; target {row['target']})")
-    print(f"{result['gigabytes']} GB; seconds {result['seconds']}; written to {path.relative_to(RESULTS.parents[1])}")
+    print(f"{result['gigabytes']} GB; seconds {result['seconds']}; written to {path}")
 
 
 if __name__ == "__main__":

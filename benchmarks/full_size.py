@@ -1,7 +1,9 @@
-"""The released sizes with random weights, on an accelerator: how much of its matrix rate and of its memory bandwidth is used.
+"""The released sizes with random weights, on an accelerator: how much of its matrix rate and of its memory bandwidth
+is used.
 
-InternViT-6B at 448 px and InternVL-G (with QLLaMA, 8 B) are measured against the rate of a large matrix product, captions of InternVL-G
-and the decoding of a 13 B chat model against the rate at which memory is copied: each new token reads every weight once.
+InternViT-6B at 448 px and InternVL-G (with QLLaMA, 8 B) are measured against the rate of a large matrix product,
+captions of InternVL-G and the decoding of a 13 B chat model against the rate at which memory is copied: each new token
+reads every weight once.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,7 +35,7 @@ class Sizes:
         vision: Changes of InternViT-6B.
         qllama: Changes of QLLaMA.
         decoder: A LLaMA configuration.
-        tiles: Pictures of a forward.
+        tiles: Images of a forward.
         prompt: Tokens before the decoding.
         tokens: Decoded tokens of a round.
         copied_bytes: Of the copy that bandwidth is measured with.
@@ -106,19 +108,19 @@ def vision_rows(options: Options, sizes: Sizes) -> Iterator[Row]:
 
 
 def qllama_rows(options: Options, sizes: Sizes) -> Iterator[Row]:
-    """InternVL-G: features of pictures, and the tokens of a caption."""
+    """InternVL-G: features of images, and the tokens of a caption."""
     config = InternVLConfig(vision_config={**sizes.vision, "image_size": 224}, qllama_config=sizes.qllama)
     model = build(InternVLModel, config, options)
-    pictures = torch.randn(sizes.tiles, 3, 224, 224, device=options.device, dtype=options.dtype)
-    features = partial(model.get_image_features, pictures, mode="InternVL-G")
+    images = torch.randn(sizes.tiles, 3, 224, 224, device=options.device, dtype=options.dtype)
+    features = partial(model.get_image_features, images, mode="InternVL-G")
     shapes = shapes_of(InternVLModel, config)
-    flops = flops_of(partial(shapes.get_image_features, pictures.to("meta", torch.float32), mode="InternVL-G"))
+    flops = flops_of(partial(shapes.get_image_features, images.to("meta", torch.float32), mode="InternVL-G"))
     seconds = take_turns({"features": features, "product": matrix_product(options)}, options)
-    name = f"InternVL-G {name_size(model)}, features of {sizes.tiles} pictures: share of the matrix rate"
+    name = f"InternVL-G {name_size(model)}, features of {sizes.tiles} images: share of the matrix rate"
     yield share_row(name, seconds, "features", flops, device=options.device)
 
     def caption(tokens: int) -> torch.Tensor:
-        return model.generate(pictures[:1], min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
+        return model.generate(images[:1], min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
 
     # The difference is the decoding alone.
     calls = {
@@ -197,6 +199,6 @@ def rows(options: Options, sizes: Sizes | None = None) -> Iterator[Row]:
     """One model after the other; without `sizes`, the released ones, for which a CPU is too slow."""
     for name, part in PARTS.items():
         if sizes is None and options.device == "cpu":
-            yield Row(name, skipped="needs an accelerator with 80 GB: `python -m benchmarks --device cuda`")
+            yield Row(name, skipped="needs an accelerator with 80 GB: `python -m internvl.benchmarks --device cuda`")
         else:
             yield from part(options, sizes or Sizes())

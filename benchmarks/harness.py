@@ -1,7 +1,7 @@
 """What every benchmark shares: two calls timed in turns, peak memory, and rows with a target.
 
-The machine may be noisy, so seconds mean little alone: two calls take turns in one process, the one that goes first changing every
-round, and a row holds the median and the middle half of the ratios of the single rounds.
+The machine may be noisy, so seconds mean little alone: two calls are interleaved in one process, the one that goes
+first changing every round, and a row holds the median and the interquartile range of the ratios of the single rounds.
 """
 
 import os
@@ -121,7 +121,9 @@ def row_of(
     is_lower_better: bool = False,
     **details: Any,
 ) -> Row:
-    """A row of two of the calls that took turns: `scale` times the time of the one named `peer` over that of the one named `ours`."""
+    """A row of two of the calls that took turns: `scale` times the time of the one named `peer` over that of the one
+    named `ours`.
+    """
     ratios = [scale * b / a for a, b in zip(seconds[ours], seconds[peer], strict=True)]
     medians = {call: statistics.median(seconds[call]) for call in (ours, peer)}
     return Row(
@@ -129,7 +131,7 @@ def row_of(
         ratio=statistics.median(ratios),
         target=target,
         is_lower_better=is_lower_better,
-        spread=middle_half(ratios),
+        spread=interquartile_range(ratios),
         details={**details, "median_seconds": medians, "rounds": len(ratios)},
     )
 
@@ -142,7 +144,7 @@ def share_row(
     return row_of(name, seconds, call, "product", target, scale, flops=flops, **details)
 
 
-def middle_half(values: list[float]) -> tuple[float, float]:
+def interquartile_range(values: list[float]) -> tuple[float, float]:
     """The first and third quartile."""
     if len(values) < 2:
         return values[0], values[0]
@@ -163,25 +165,31 @@ def product_flops(device: str) -> int:
 
 
 def matrix_rate(options: Options) -> dict[str, Any]:
-    """The calibration of a run: FLOP/s of `matrix_product`, as median and middle half; a wide spread means a noisy machine."""
+    """The calibration of a run: FLOP/s of `matrix_product`, as median and interquartile range; a wide spread means a
+    noisy machine.
+    """
     seconds = take_turns({"product": matrix_product(options)}, options.at_most(10))["product"]
     rates = [product_flops(options.device) / elapsed for elapsed in seconds]
     return {
         "flops_per_second": statistics.median(rates),
-        "middle_half": middle_half(rates),
+        "interquartile_range": interquartile_range(rates),
         "dtype": str(options.dtype),
     }
 
 
 def flops_of(call: Callable[[], Any]) -> int:
-    """FLOPs of the products, convolutions and attention in a call, from shapes alone: with model and inputs on the meta device."""
+    """FLOPs of the products, convolutions and attention in a call, from shapes alone: with model and inputs on the
+    meta device.
+    """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         call()
     return counter.get_total_flops()
 
 
 def require_equal(ours: torch.Tensor, peer: torch.Tensor) -> float:
-    """The largest difference, relative to the largest element, beside which 1e-6 counts as 0; there is nothing to compare in calls that give different results."""
+    """The largest difference, relative to the largest element, beside which 1e-6 counts as 0; there is nothing to
+    compare in calls that give different results.
+    """
     difference = ((ours.float() - peer.float()).abs().max() / (peer.float().abs().max() + 1e-6)).item()
     tolerance = 1e-3 if ours.dtype == torch.float32 else 0.05
     if ours.shape != peer.shape or not difference <= tolerance:
@@ -200,9 +208,11 @@ def no_compiler(device: str) -> str | None:
 
 
 def in_fresh_process(module: str, *arguments: str) -> str:
-    """The standard output of `python -m module arguments`: peak memory of a process can only be read in one that did nothing else.
+    """The standard output of `python -m module arguments`: peak memory of a process can only be read in one that did
+    nothing else.
 
-    Every tensor has a mapping of its own there (glibc), so that resident memory is what tensors hold and not what the allocator kept.
+    Every tensor has a mapping of its own there (glibc), so that resident memory is what tensors hold and not what the
+    allocator kept.
     """
     command, settings = [sys.executable, "-m", module, *arguments], {"MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
@@ -212,8 +222,9 @@ def in_fresh_process(module: str, *arguments: str) -> str:
 
 
 def memory_growth(call: Callable[[], Any], device: str = "cpu") -> int:
-    """Bytes that a call holds at its most beyond what was held before it: of resident memory on the CPU (Linux), else by the
-    device's allocator."""
+    """Bytes that a call holds at its most beyond what was held before it: of resident memory on the CPU (Linux), else
+    by the device's allocator.
+    """
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -1,7 +1,7 @@
 """`from_pretrained`: its time against reading the same files, and the memory of the host at its most.
 
-A chat model with random weights in bf16 (0.8 GB in three files), in the page cache for both. Files may be mapped, and are then read only
-when a weight is used: so every page of every weight is touched, in the time and in the memory.
+A chat model with random weights in bf16 (0.8 GB in three files), in the page cache for both. Files may be mapped, and
+are then read only when a weight is used: so every page of every weight is touched, in the time and in the memory.
 """
 
 import argparse

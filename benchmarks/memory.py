@@ -1,6 +1,8 @@
-"""Peak memory of the tiles that a chat model reads, by rows, tiles and dtype, against what `python -m internvl.planning memory` says.
+"""Peak memory of the tiles that a chat model reads, by rows, tiles and dtype, against what `python -m
+internvl.planning memory` says.
 
-The width of InternViT-300M at 448 px with few blocks: without gradients, blocks use the same memory one after the other.
+The width of InternViT-300M at 448 px with few blocks: without gradients, blocks use the same memory one after the
+other.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from .vision import TEXT
 
 
 DTYPES = ("float32", "bfloat16")
-PICTURES = ((1, 1), (1, 7), (1, 13), (4, 13))  # rows, and tiles of each
+IMAGES = ((1, 1), (1, 7), (1, 13), (4, 13))  # rows, and tiles of each
 
 
 def build(dtype: str, device: str) -> InternVLChatForConditionalGeneration:
@@ -44,7 +46,7 @@ def rows(options: Options) -> Iterator[Row]:
     """One row for each dtype and number of tiles."""
     for dtype in DTYPES:
         config = build(dtype, "meta").config
-        for batch, tiles in PICTURES:
+        for batch, tiles in IMAGES:
             with tempfile.TemporaryDirectory() as folder:
                 config.save_pretrained(folder)
                 said = inspect_model(folder, dtype, tiles, batch).vision_activations

@@ -42,10 +42,11 @@ def build_chat(
 def load_pair(
     model: InternVLChatForConditionalGeneration,
 ) -> tuple[InternVLChatForConditionalGeneration, InternVLForConditionalGeneration]:
-    """The model and transformers' own with the same weights, type and device, both as users have them: loaded from files.
+    """The model and transformers' own with the same weights, type and device, both as users have them: loaded from
+    files.
 
-    Memory that a file is mapped into is read at another speed than memory that was allocated, and one mapping at another than the
-    next: the decoders, of one class, share their weights.
+    Memory that a file is mapped into is read at another speed than memory that was allocated, and one mapping at
+    another than the next: the decoders, of one class, share their weights.
     """
     how = {"dtype": model.dtype, "device_map": model.device}
     with tempfile.TemporaryDirectory() as folder:

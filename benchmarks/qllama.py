@@ -1,6 +1,7 @@
 """QLLaMA: a step of stage 2 against three separate passes, and captions against plainer ways to make them.
 
-The proportions of the released sizes (a vision block costs what a QLLaMA block costs, three blocks to two) at a fifth of the width.
+The proportions of the released sizes (a vision block costs what a QLLaMA block costs, three blocks to two) at a fifth
+of the width.
 """
 
 from collections.abc import Iterator
@@ -66,7 +67,8 @@ def stage2_batch(device: str) -> dict[str, torch.Tensor]:
 
 
 def separate_step(model: InternVLForGenerativeTraining, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The three losses as three trainings would compute them: each with a forward of both towers and a backward pass of its own.
+    """The three losses as three trainings would compute them: each with a forward of both towers and a backward pass
+    of its own.
 
     The negatives of matching are drawn with the features that the contrastive pass has anyway.
     """
@@ -108,7 +110,9 @@ def gradients_of(step: partial, model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def largest_difference(ours: dict[str, torch.Tensor], peer: dict[str, torch.Tensor]) -> float:
-    """Between tensors of the same names, relative to the peer's largest element, or to a thousandth of that of all tensors."""
+    """Between tensors of the same names, relative to the peer's largest element, or to a thousandth of that of all
+    tensors.
+    """
     if ours.keys() != peer.keys():
         raise SystemExit(f"Only one of the two steps gives {sorted(ours.keys() ^ peer.keys())}: nothing to compare.")
     sizes = {name: value.abs().max().item() for name, value in peer.items()}
@@ -129,18 +133,18 @@ def training_row(options: Options) -> Row:
     return speed_row(name, ours, peer, options, target=1.8, warmups=1, largest_difference=difference)
 
 
-class CopiesPictures(QLlamaForCausalLM):
-    """Expands a batch for beams as any model of transformers does, the pictures too."""
+class CopiesImages(QLlamaForCausalLM):
+    """Expands a batch for beams as any model of transformers does, the images too."""
 
     _expand_inputs_for_generation = GenerationMixin._expand_inputs_for_generation
 
 
 @torch.no_grad()
 def caption_rows(options: Options) -> Iterator[Row]:
-    """Captions of a few pictures, of which tower and queries are most of the work."""
+    """Captions of a few images, of which tower and queries are most of the work."""
     ours, peer = (build(InternVLModel, options.device).eval() for _ in range(2))  # same seed, same weights
-    peer.qllama.__class__ = CopiesPictures
-    pictures = stage2_batch(options.device)["pixel_values"][:2]
+    peer.qllama.__class__ = CopiesImages
+    images = stage2_batch(options.device)["pixel_values"][:2]
     length = {"do_sample": False, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
     cases = {
         "against no cache: all anew in every step": ({}, {"use_cache": False}),
@@ -148,7 +152,7 @@ def caption_rows(options: Options) -> Iterator[Row]:
     }
     for case, settings in cases.items():
         calls = [
-            partial(model.generate, pixel_values=pictures, **length, **of_model)
+            partial(model.generate, pixel_values=images, **length, **of_model)
             for model, of_model in zip((ours, peer), settings, strict=True)
         ]
         if not torch.equal(*(call() for call in calls)):

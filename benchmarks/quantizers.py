@@ -1,7 +1,8 @@
-"""Quantised weights against fp32: dialogue accuracy, bytes of the weights as they are held, decode speed, closeness of the scores.
+"""Quantised weights against fp32: dialogue accuracy, bytes of the weights as they are held, decode speed, closeness of
+the scores.
 
-The bundled checkpoint shows what quantising costs in answers. Three tenths of its weights are the vision tower, which stays as it is, so memory
-and speed are those of a decoder-heavy model of 0.3 billion random parameters too.
+The bundled checkpoint shows what quantising costs in answers. Three tenths of its weights are the vision tower, which
+stays as it is, so memory and speed are those of a decoder-heavy model of 0.3 billion random parameters too.
 """
 
 import tempfile
@@ -31,7 +32,8 @@ DECODER = {
     "num_attention_heads": 16, "num_key_value_heads": 16, "pad_token_id": 0,
 }  # fmt: skip
 VISION = {
-    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 56, "patch_size": 14,
+    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 56,
+    "patch_size": 14,
 }  # fmt: skip
 
 

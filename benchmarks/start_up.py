@@ -1,4 +1,6 @@
-"""Starting, in fresh processes that take turns: `import internvl` against the import of transformers' base class alone."""
+"""Starting, in fresh interleaved processes: `import internvl` against the import of transformers' base class
+alone.
+"""
 
 import subprocess
 import sys

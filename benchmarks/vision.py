@@ -1,7 +1,8 @@
-"""InternViT against transformers' own tower, plain and compiled, and against what the machine can do; features of an inner block.
+"""InternViT against transformers' own tower, plain and compiled, and against what the machine can do; features of an
+inner block.
 
-The width of InternViT-300M (1024, LayerNorm) at 448 px with few blocks, so that a laptop finishes; features with a narrow tower that has
-as many blocks as that one.
+The width of InternViT-300M (1024, LayerNorm) at 448 px with few blocks, so that a laptop finishes; features with a
+narrow tower that has as many blocks as that one.
 """
 
 import argparse
@@ -71,7 +72,9 @@ def pixels(batch: int, size: int, options: Options) -> torch.Tensor:
 def compiled(model: torch.nn.Module, tiles: torch.Tensor) -> Callable:
     """The forward of these tiles as one graph with its weights frozen in; to be made without gradients.
 
-    Freezing is a setting of the moment of the first call: as an option of `torch.compile` it has no effect (torch 2.13)."""
+    Freezing is a setting of the moment of the first call: as an option of `torch.compile` it has no effect (torch
+    2.13).
+    """
     call = torch.compile(model, fullgraph=True, dynamic=False)
     with torch._inductor.config.patch(freezing=True):
         call(tiles)
@@ -166,7 +169,9 @@ def feature_rows(options: Options) -> Iterator[Row]:
 
 @torch.no_grad()
 def host_memory(way: str) -> int:
-    """Bytes by which a call lets this process grow at its most, in its first forward but one: libraries have then made their buffers."""
+    """Bytes by which a call lets this process grow at its most, in its first forward but one: libraries have then made
+    their buffers.
+    """
     options = Options()
     tower, size = feature_tower(options), FEATURE_SIZES["image_size"]
     tower(pixels(1, size, options), num_layers=1)

@@ -77,7 +77,8 @@ def small(monkeypatch):
     return use
 
 
-# ---------------------------------------------------------------------------------------------------------------- a row
+# ---------------------------------------------------------------------------------------------------------------- a
+# row
 @pytest.mark.parametrize(
     ("ratio", "target", "is_lower_better", "is_met"),
     [
@@ -95,7 +96,7 @@ def test_a_target_is_a_bound_from_the_side_that_the_row_names(ratio, target, is_
     assert Row("row", ratio=ratio, target=target, is_lower_better=is_lower_better).is_met is is_met
 
 
-def test_a_ratio_is_the_median_of_those_of_the_rounds_and_lies_in_their_middle_half():
+def test_a_ratio_is_the_median_of_those_of_the_rounds_and_lies_in_their_interquartile_range():
     """The ratio of the medians, which may come from different rounds, would be 1."""
     row = harness.row_of("row", {"ours": [1.0, 2.0, 4.0], "peer": [2.0, 7.0, 2.0]}, target=2.5, note="kept")
     assert row.ratio == 2.0
@@ -106,15 +107,15 @@ def test_a_ratio_is_the_median_of_those_of_the_rounds_and_lies_in_their_middle_h
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("rounds", [1, 2, 3, 4, 15])
-def test_no_ratio_lies_beside_its_middle_half(seed, rounds):
+def test_no_ratio_lies_beside_its_interquartile_range(seed, rounds):
     seconds = torch.rand((2, rounds), generator=torch.Generator().manual_seed(seed)).add(0.1).tolist()
     row = harness.row_of("row", dict(zip(("ours", "peer"), seconds, strict=True)), scale=3.0)
     low, high = row.spread
     assert low <= row.ratio <= high
 
 
-def test_one_round_is_its_own_middle_half():
-    assert harness.middle_half([2.0]) == (2.0, 2.0)
+def test_one_round_is_its_own_interquartile_range():
+    assert harness.interquartile_range([2.0]) == (2.0, 2.0)
 
 
 def test_a_share_is_that_of_the_rate_of_the_matrix_product(monkeypatch):
@@ -178,7 +179,8 @@ def test_memory_grows_by_what_a_call_held_though_it_gave_it_back_and_not_by_what
     assert harness.memory_growth(lambda: None) < 32 * 2**20
 
 
-# ------------------------------------------------------------------------------------------------------------ the table
+# ------------------------------------------------------------------------------------------------------------ the
+# table
 def test_the_table_names_the_target_and_whether_it_is_reached():
     rows = [
         Row("fast", ratio=2.0, target=1.5, spread=(1.75, 2.25)),
@@ -202,13 +204,14 @@ def test_a_topic_is_written_with_its_calibration_and_its_rows(monkeypatch, tmp_p
     rows = command.measure("full_size", Options(rounds=2))
     content = json.loads((tmp_path / "full_size-cpu.json").read_text())
     assert content["calibration"]["flops_per_second"] > 0
-    assert len(content["calibration"]["middle_half"]) == 2
+    assert len(content["calibration"]["interquartile_range"]) == 2
     assert content["torch"] == torch.__version__
     assert [row["name"] for row in content["rows"]] == [row.name for row in rows]
     assert all(row["skipped"] and row["met"] is None for row in content["rows"])
 
 
-# ----------------------------------------------------------------------------------------------------------- the topics
+# ----------------------------------------------------------------------------------------------------------- the
+# topics
 @pytest.mark.parametrize("topic", command.TOPICS)
 def test_every_topic_has_rows(topic):
     module = importlib.import_module(f"internvl.benchmarks.{topic}")

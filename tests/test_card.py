@@ -2,6 +2,8 @@
 
 import json
 import re
+import runpy
+import sys
 from functools import partial
 from typing import Any
 
@@ -71,6 +73,34 @@ def test_links_lead_to_files_and_headings_and_prose_is_wrapped(document):
         if heading:
             titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
             assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, link
+
+
+def commands_in(documents: list) -> dict[tuple[str, str], set[str]]:
+    """Options by command and sub-command, of everything that the documents run by `python -m internvl`."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for document in documents:
+        text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+        for name, rest in re.findall(r"-m (internvl\.[a-z_.]*[a-z_])((?: [^`\n#]*)?)", text):
+            words = re.sub(r"[\[\]']", " ", rest).split()
+            first = words[0] if words and name not in ("internvl.chat", "internvl.demo", "internvl.conversion") else ""
+            for command in first.split("|") if re.fullmatch(r"[a-z_0-9|]+", first) else [""]:
+                options = found.setdefault((name, command), set())
+                options |= {word.partition("=")[0] for word in words if word.startswith("--")}
+    return found
+
+
+def test_commands_that_the_documents_show_exist(monkeypatch, capsys):
+    folders = [path for path in ROOT.glob("*/README.md") if path.parent.name != "tests"]
+    commands = commands_in([document for document in DOCUMENTS if document.name != "CHANGELOG.md"] + folders)
+    assert len(commands) > 8
+    commands = {key: options for key, options in commands.items() if key[0] != "internvl.reproduction"}
+    for (name, command), options in commands.items():
+        monkeypatch.setattr(sys, "argv", [name, *([command] if command else []), "--help"])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        shown = capsys.readouterr().out
+        assert not stopped.value.code, (name, command)
+        assert not [option for option in options if option not in shown], (name, command)
 
 
 def test_it_shows_what_was_measured():

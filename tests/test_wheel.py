@@ -18,7 +18,7 @@ PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 NOT_SOURCES = shutil.ignore_patterns(
     ".*", "tests", "build", "*.egg-info", "*.safetensors", "__pycache__", "runs_output"
 )
-COMMANDS = ("chat", "demo", "conversion", "training", "evaluation", "planning", "publishing")
+COMMANDS = ("chat", "demo", "conversion", "training", "evaluation", "planning", "publishing", "benchmarks")
 QUESTION = "What colour is the star?"
 ZERO_SHOT = ("evaluation", "zero_shot", str(ROOT), "--subfolder", "internvl_g", "--images", "2", "--batch-size", "2")
 # Arguments: exit status, and a part of what is printed.
@@ -66,11 +66,7 @@ def site(tmp_path_factory) -> Path:
 
 def test_it_has_all_files_but_tests_and_weights(site):
     installed = {file.relative_to(site / "internvl").as_posix() for file in (site / "internvl").rglob("*")}
-    sources = [
-        path
-        for path in ROOT.rglob("*.py")
-        if not path.relative_to(ROOT).parts[0].startswith((".", "tests", "benchmarks"))
-    ]
+    sources = [path for path in ROOT.rglob("*.py") if not path.relative_to(ROOT).parts[0].startswith((".", "tests"))]
     expected = {path.relative_to(ROOT).as_posix() for path in sources if "build" not in path.parts}
     for pattern in ("configs/*/*", "examples/*.png", "examples/*.json", "examples/*.ipynb", "[a-z]*/README.md"):
         found = {path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern)}

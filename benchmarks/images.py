@@ -1,7 +1,8 @@
-"""Pictures to tensors: the image processor against the published path, which is Pillow, one tile after the other, and PyTorch.
+"""Images to tensors: the image processor against the published path, which is Pillow, one tile after the other, and
+PyTorch.
 
-Both take the same pictures and must give the same bytes. Nothing can be faster than resizing alone in as many threads: its share of
-our time is a row of its own.
+Both take the same images and must give the same bytes. Nothing can be faster than resizing alone in as many threads:
+its share of our time is a row of its own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -42,31 +43,31 @@ SIZES = (
 ) * 2
 
 
-def draw_pictures(sizes: Sequence[tuple[int, int]]) -> list[Image.Image]:
-    """RGB pictures of soft shapes with a little noise, which are about as large in JPEG as photographs."""
+def draw_images(sizes: Sequence[tuple[int, int]]) -> list[Image.Image]:
+    """RGB images of soft shapes with a little noise, which are about as large in JPEG as photographs."""
     generator = np.random.default_rng(0)
-    pictures = []
+    images = []
     for width, height in sizes:
         shapes = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height))
         noise = generator.normal(0, 4, (height, width, 3))
-        pictures.append(Image.fromarray((np.asarray(shapes) + noise).clip(0, 255).astype(np.uint8)))
-    return pictures
+        images.append(Image.fromarray((np.asarray(shapes) + noise).clip(0, 255).astype(np.uint8)))
+    return images
 
 
-def as_jpeg(picture: Image.Image) -> bytes:
+def as_jpeg(image: Image.Image) -> bytes:
     """The bytes of a file."""
     buffer = BytesIO()
-    picture.save(buffer, "JPEG", quality=90)
+    image.save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 
-def published_tiles(picture: Image.Image) -> list[Image.Image]:
-    """The whole picture on its grid, cut into tiles row by row; then the thumbnail, if there is more than one."""
-    columns, rows = choose_grid(*picture.size, 1, MAX_TILES, SIDE)
-    canvas = picture.resize((columns * SIDE, rows * SIDE))
+def published_tiles(image: Image.Image) -> list[Image.Image]:
+    """The whole image on its grid, cut into tiles row by row; then the thumbnail, if there is more than one."""
+    columns, rows = choose_grid(*image.size, 1, MAX_TILES, SIDE)
+    canvas = image.resize((columns * SIDE, rows * SIDE))
     corners = [(x * SIDE, y * SIDE) for y in range(rows) for x in range(columns)]
     tiles = [canvas.crop((left, top, left + SIDE, top + SIDE)) for left, top in corners]
-    return [*tiles, picture.resize((SIDE, SIDE))] if len(tiles) > 1 else tiles
+    return [*tiles, image.resize((SIDE, SIDE))] if len(tiles) > 1 else tiles
 
 
 def published_pixels(tile: Image.Image) -> torch.Tensor:
@@ -77,34 +78,34 @@ def published_pixels(tile: Image.Image) -> torch.Tensor:
     return pixels.clone().sub_(MEAN).div_(STD)
 
 
-def published(pictures: Sequence[Image.Image | bytes]) -> torch.Tensor:
-    """The published path for several pictures, (T, 3, H, W)."""
+def published(images: Sequence[Image.Image | bytes]) -> torch.Tensor:
+    """The published path for several images, (T, 3, H, W)."""
     batches = []
-    for picture in pictures:
-        image = Image.open(BytesIO(picture)).convert("RGB") if isinstance(picture, bytes) else picture
+    for image in images:
+        image = Image.open(BytesIO(image)).convert("RGB") if isinstance(image, bytes) else image
         batches.append(torch.stack([published_pixels(tile) for tile in published_tiles(image)]))
     return torch.cat(batches)
 
 
-def ours(processor: InternVLImageProcessor, pictures: Sequence[Image.Image | bytes]) -> torch.Tensor:
+def ours(processor: InternVLImageProcessor, images: Sequence[Image.Image | bytes]) -> torch.Tensor:
     """The image processor's (T, 3, H, W)."""
-    return processor(list(pictures), return_tensors="pt")["pixel_values"]
+    return processor(list(images), return_tensors="pt")["pixel_values"]
 
 
-def resize_alone(picture: Image.Image) -> int:
-    """Pillow's part for one picture; the number of its tiles."""
-    columns, rows = choose_grid(*picture.size, 1, MAX_TILES, SIDE)
-    picture.resize((columns * SIDE, rows * SIDE))
+def resize_alone(image: Image.Image) -> int:
+    """Pillow's part for one image; the number of its tiles."""
+    columns, rows = choose_grid(*image.size, 1, MAX_TILES, SIDE)
+    image.resize((columns * SIDE, rows * SIDE))
     if columns * rows == 1:
         return 1
-    picture.resize((SIDE, SIDE))
+    image.resize((SIDE, SIDE))
     return columns * rows + 1
 
 
-def resize_all(pictures: Sequence[Image.Image], threads: int) -> int:
-    """`resize_alone` of all pictures; the number of tiles."""
+def resize_all(images: Sequence[Image.Image], threads: int) -> int:
+    """`resize_alone` of all images; the number of tiles."""
     with ThreadPoolExecutor(threads) as pool:
-        return sum(pool.map(resize_alone, pictures))
+        return sum(pool.map(resize_alone, images))
 
 
 def with_threads(count: int, call: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -118,30 +119,30 @@ def with_threads(count: int, call: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 def rows(options: Options) -> Iterator[Row]:
-    """Decoded pictures, files, one thread, one picture, and the share of resizing. The work is the CPU's on every machine."""
+    """Decoded images, files, one thread, one image, and the share of resizing. The work is the CPU's on every machine."""
     options = Options("cpu", options.rounds)
     processor = InternVLImageProcessor(max_num=MAX_TILES)
-    pictures, threads = draw_pictures(SIZES), torch.get_num_threads()
-    files = [as_jpeg(picture) for picture in pictures]
+    images, threads = draw_images(SIZES), torch.get_num_threads()
+    files = [as_jpeg(image) for image in images]
     for name, sources, target in (
-        (f"{len(pictures)} decoded pictures of mixed sizes to tensors, against the published path", pictures, 2.0),
+        (f"{len(images)} decoded images of mixed sizes to tensors, against the published path", images, 2.0),
         (f"{len(files)} JPEG files of mixed sizes to tensors, against the published path", files, 2.0),
-        ("one decoded picture of 1600 x 1200 to tensors, against the published path", [pictures[10]], None),
+        ("one decoded image of 1600 x 1200 to tensors, against the published path", [images[10]], None),
     ):
         call, peer = partial(ours, processor, sources), partial(published, sources)
         tiles = check_equal(call(), peer())
         yield speed_row(name, call, peer, options, target, warmups=1, tiles=tiles, threads=threads)
     yield speed_row(
-        f"{len(pictures)} decoded pictures to tensors, one thread, against the published path in one thread",
-        partial(with_threads, 1, partial(ours, processor, pictures)),
-        partial(with_threads, 1, partial(published, pictures)),
+        f"{len(images)} decoded images to tensors, one thread, against the published path in one thread",
+        partial(with_threads, 1, partial(ours, processor, images)),
+        partial(with_threads, 1, partial(published, images)),
         options,
         warmups=1,
     )
     yield speed_row(
-        f"{len(pictures)} decoded pictures to tensors, against resizing them alone in as many threads (1 is the floor)",
-        partial(ours, processor, pictures),
-        partial(resize_all, pictures, threads),
+        f"{len(images)} decoded images to tensors, against resizing them alone in as many threads (1 is the floor)",
+        partial(ours, processor, images),
+        partial(resize_all, images, threads),
         options,
         warmups=1,
         threads=threads,
