@@ -89,6 +89,7 @@ def commands_in(documents: list) -> dict[tuple[str, str], set[str]]:
     return found
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_commands_that_the_documents_show_exist(monkeypatch, capsys):
     folders = [path for path in ROOT.glob("*/README.md") if path.parent.name != "tests"]
     commands = commands_in([document for document in DOCUMENTS if document.name != "CHANGELOG.md"] + folders)
