@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import re
 import shutil
 from functools import cache
@@ -118,3 +119,46 @@ def published_14b(folder: Path, **config: Any) -> Path:
     source = published("internvl_14b", folder, **config)
     write_sentencepiece_tokenizer(source, {})
     return source
+
+
+def random_lines(special: list[str], count: int) -> list[str]:
+    """Words, digits, scripts, emoji, control characters, runs of spaces, and special tokens whole and broken."""
+    generator = random.Random(0)
+    ranges = [
+        (0x20, 0x7E),
+        (0x20, 0x7E),
+        (0xA0, 0x17F),
+        (0x400, 0x44F),
+        (0x5D0, 0x6FF),
+        (0x4E00, 0x4FFF),
+        (0x1F600, 0x1F64F),
+        (1, 31),
+    ]
+    words = [
+        "What",
+        " is",
+        " shown",
+        "in",
+        " the",
+        "image",
+        "?",
+        "summarize:",
+        "a photo",
+        " 12345.67",
+        "\n\n",
+        "   ",
+        "\t",
+        "\u2581",
+    ]
+
+    def piece() -> str:
+        kind = generator.random()
+        if kind < 0.5:
+            return generator.choice(words)
+        if kind < 0.6:
+            token = generator.choice(special)
+            return token if generator.random() < 0.7 else token[: generator.randrange(1, len(token))]
+        first, last = generator.choice(ranges)
+        return "".join(chr(generator.randint(first, last)) for _ in range(generator.randrange(1, 6)))
+
+    return ["".join(piece() for _ in range(generator.randrange(1, 12))) for _ in range(count)]

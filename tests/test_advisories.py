@@ -16,8 +16,6 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from internvl.conversion.repository import tokenizer as tokenizer_files
-
 from .test_source import ROOT, SHIPPED, dotted, found, nodes
 
 
@@ -70,9 +68,6 @@ CLOSED_BY_FLOOR = [
     Advisory("jinja2", "CVE-2025-27516", "3.1.6", "`|attr` leaves the sandbox", "a checkpoint's chat template"),
     Advisory("jinja2", "CVE-2024-56326", "3.1.5", "`str.format` leaves the sandbox", "a checkpoint's chat template"),
     Advisory("huggingface_hub", "issue 4086", "1.26.0", "`..` in a file name leaves the folder", "a repository"),
-    Advisory(
-        "sentencepiece", "CVE-2026-1260", "0.2.1", "a crafted model writes past its buffer", "a `tokenizer.model`"
-    ),
 ]
 NEVER_REACHED = {  # by the test that says so
     "test_no_compiled_program_is_loaded": [
@@ -82,6 +77,9 @@ NEVER_REACHED = {  # by the test that says so
     "test_rows_are_read_by_our_own_readers": [
         Advisory("datasets", "CVE-2026-57845", "5.2.0", "the pandas builder unpickles files", "a data row"),
         Advisory("pyarrow", "CVE-2026-92287", "26.0.0", "Parquet names the server that has its keys", "a data row"),
+    ],
+    "test_no_model_is_read_by_sentencepiece": [
+        Advisory("sentencepiece", "CVE-2026-1260", "0.2.1", "a crafted model writes past its buffer", "a tokenizer"),
     ],
     "test_scikit_learn_reads_no_text": [
         Advisory("scikit-learn", "CVE-2024-5206", "1.5.0", "TfidfVectorizer keeps words it should drop", "a caption"),
@@ -98,7 +96,7 @@ def floors() -> dict[str, Version]:
     """The lowest release of each package that pyproject.toml allows; those for tests only are left out."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    names = ("convert", "train", "evaluate", "quant", "plot")
+    names = ("train", "evaluate", "quant", "plot")
     lines = project["dependencies"] + [line for name in names for line in extras[name]]
     lowest = {}
     for requirement in map(Requirement, lines):
@@ -169,14 +167,9 @@ def test_rows_are_read_by_our_own_readers():
     assert not [c for c in calls if {k.arg for k in c.keywords} & {"decryption_properties", "decryption_config"}]
 
 
-def test_an_older_sentencepiece_that_is_installed_all_the_same_reads_no_model(monkeypatch, tmp_path):
-    """pip does not ask for the extra `convert`, so the floor alone would not keep it out."""
-    crafted = tmp_path / "tokenizer.model"
-    crafted.write_bytes(b"crafted")
-    with pytest.raises(RuntimeError):
-        tokenizer_files._compare_with_sentencepiece(crafted, None, {}, False)
-    monkeypatch.setattr(tokenizer_files, "version", lambda package: {"sentencepiece": "0.2.0"}[package])
-    assert tokenizer_files._compare_with_sentencepiece(crafted, None, {}, False) is None
+def test_no_model_is_read_by_sentencepiece():
+    """A tokenizer.model is read by `sentencepiece_model.py` alone."""
+    assert not uses_of("sentencepiece.", "sentencepiece_")
 
 
 def test_scikit_learn_reads_no_text():

@@ -1,7 +1,13 @@
 """Tokenizers of results: the ids of the published slow ones, and what is refused."""
 
+from types import SimpleNamespace
+
 import pytest
+from sentencepiece import SentencePieceProcessor
 from transformers import AutoProcessor, AutoTokenizer
+from transformers.convert_slow_tokenizer import LlamaConverter, generate_merges
+
+from internvl.conversion.repository.sentencepiece_model import tokenizer_from_sentencepiece
 
 from .fixtures_conversions import edit_json, json_of, run
 from .fixtures_published import (
@@ -10,13 +16,14 @@ from .fixtures_published import (
     published,
     published_14b,
     published_chat,
+    random_lines,
+    sentencepiece_model,
     slow_ids,
     write_sentencepiece_tokenizer,
 )
 from .fixtures_text import make_tokenizer
 
 
-# ------------------------------------------------------------------------------------------------------------ tokenizers
 TEXTS = (
     "What is shown in the image? 1234 caf\u00e9 \u4e2d\u6587",
     " two  spaces\n\n",
@@ -43,6 +50,45 @@ def test_a_sentencepiece_tokenizer_keeps_the_ids_of_the_published_slow_one(speci
     assert json_of(out)["image_token_id"] == 332
     assert tokenizer.convert_tokens_to_ids(list(special.values())) == list(special)
     assert tokenizer.pad_token == "</s>"
+
+
+class PiecesAlone:
+    """transformers reads a tokenizer.model through protobuf; here sentencepiece itself lists the pieces for it."""
+
+    def __init__(self, vocab_file: str):
+        pass
+
+    def extract(self, vocab_scores):
+        return None, generate_merges({piece: index for index, (piece, _) in enumerate(vocab_scores)}, None)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_sentencepiece_model_gives_the_tokenizer_of_transformers_own_converter(legacy, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
+    model = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    pieces = [
+        SimpleNamespace(
+            piece=model.id_to_piece(index), score=model.get_score(index), type=3 if model.is_control(index) else 1
+        )
+        for index in range(model.get_piece_size())
+    ]
+    converter = LlamaConverter.__new__(LlamaConverter)
+    converter.original_tokenizer = SimpleNamespace(
+        legacy=legacy, vocab_file="", convert_ids_to_tokens=model.id_to_piece
+    )
+    converter.SpmExtractor = PiecesAlone
+    converter.proto = SimpleNamespace(
+        pieces=pieces,
+        trainer_spec=SimpleNamespace(model_type=2, unk_piece="<unk>"),
+        normalizer_spec=SimpleNamespace(precompiled_charsmap=b""),
+    )
+    wanted = converter.converted()
+    found = tokenizer_from_sentencepiece(tmp_path / "tokenizer.model", {}, legacy)
+    assert found.get_vocab() == wanted.get_vocab()
+    for text in (*TEXTS, *random_lines(["<s>", "</s>"], 1000)):
+        ids = found.encode(text, add_special_tokens=False).ids
+        assert ids == wanted.encode(text, add_special_tokens=False).ids, text
+        assert found.decode(ids) == wanted.decode(ids), text
 
 
 def test_the_result_needs_neither_sentencepiece_nor_protobuf(tmp_path):

@@ -5,16 +5,12 @@ that model; else the source's files are copied.
 """
 
 import json
-import re
 import shutil
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from packaging.version import Version
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils import is_sentencepiece_available
 
 from ...conversation_internvl import IMAGE_CONTEXT_TOKEN, IMAGE_END_TOKEN, IMAGE_START_TOKEN
 from ..readers.checkpoint_files import read_json
@@ -56,16 +52,6 @@ NATIVE_TOKENS = {
 }
 # Where tokenizer_config.json holds such names, if not at its top; the first may also be a list of tokens.
 NATIVE_TOKEN_KEYS = ("extra_special_tokens", "model_specific_special_tokens")
-# What the tokenizer made of a sentencepiece model must encode as sentencepiece does.
-PROBES = (
-    "What is shown in the image?",
-    "summarize:a photo of a cat",
-    "two  spaces\tand\nlines\n\n",
-    "caf\u00e9, \u4e2d\u6587, \U0001f600 and 12345.67",
-)
-# For the legacy kind only. In the newer one, only the first part of a text gets a space in front, and only if it has
-# none: sentencepiece itself cannot show the first, and the second is a trait of transformers' fast tokenizers.
-LEGACY_PROBES = (" begins with a space", "{token}user\nhello{token}{token} there\n")
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -256,7 +242,6 @@ def _write_from_sentencepiece(source: Path, target: Path, settings: dict[str, An
     # tokenizer.
     is_legacy = "InternLM2" in str(settings.get("tokenizer_class")) or settings.get("legacy") is not False
     backend = tokenizer_from_sentencepiece(source / "tokenizer.model", added_tokens, is_legacy)
-    _compare_with_sentencepiece(source / "tokenizer.model", backend, added_tokens, is_legacy)
     special = {**read_json(source / "special_tokens_map.json"), **settings}
     kept = {"add_bos_token": True, "add_eos_token": False, "padding_side": "right"}
     kept |= {name: settings[name] for name in KEPT_SETTINGS if name in settings}
@@ -278,30 +263,3 @@ def _added_tokens(source: Path, settings: dict[str, Any]) -> dict[int, dict[str,
 
 def _content(token: str | dict[str, Any]) -> str:
     return token["content"] if isinstance(token, dict) else token
-
-
-def _compare_with_sentencepiece(
-    path: Path, backend: Any, added_tokens: dict[int, dict[str, Any]], is_legacy: bool
-) -> None:
-    """Encodes samples with the library that the published slow tokenizer runs on, if it is installed.
-
-    Not with releases before 0.2.1, in which a crafted model writes past its buffer.
-    """
-    if not is_sentencepiece_available() or Version(version("sentencepiece")) < Version("0.2.1"):
-        return
-    from sentencepiece import SentencePieceProcessor
-
-    processor = SentencePieceProcessor(model_file=str(path))
-    ids = {token["content"]: index for index, token in added_tokens.items()}
-    outside = [text for text, index in ids.items() if index >= 3] or [""]
-    pattern = "(" + "|".join(re.escape(text) for text in sorted(ids, key=len, reverse=True)) + ")" if ids else r"(\Z)"
-    for probe in PROBES + (LEGACY_PROBES if is_legacy else ()):
-        text = probe.replace("{token}", outside[-1])
-        parts = [part for part in re.split(pattern, text) if part]
-        wanted = [index for part in parts for index in ([ids[part]] if part in ids else processor.encode(part))]
-        found = backend.encode(text, add_special_tokens=False).ids
-        if found != wanted:
-            raise ValueError(
-                f"`{path}` could not be converted: {text!r} became {found}, sentencepiece says {wanted}. Save the "
-                "tokenizer as tokenizer.json with code that you trust, and give that folder with `--tokenizer DIR`."
-            )
