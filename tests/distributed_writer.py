@@ -76,4 +76,5 @@ def run(rank, folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    multiprocessing.spawn(run, (Path(sys.argv[1]),), nprocs=PROCESSES)
+    # A fork need not import torch again.
+    multiprocessing.start_processes(run, (Path(sys.argv[1]),), nprocs=PROCESSES, start_method="fork")

@@ -14,7 +14,7 @@ from .fixtures_published import published
 from .hub_stand_in import commit_of, hub
 
 
-# One process for all calls, since the library reads its settings as it is imported.
+# One process for all calls, since the library reads its settings as it is imported. "offline" in front stands for HF_HUB_OFFLINE.
 CALLS = """
 import contextlib, io, json, sys
 from huggingface_hub import constants
@@ -22,10 +22,11 @@ constants.DOWNLOAD_CHUNK_SIZE = 2**16  # of the tiny files here, more than one
 from internvl.conversion.__main__ import main
 results = []
 for arguments in json.loads(sys.argv[1]):
+    constants.HF_HUB_OFFLINE = arguments[0] == "offline"
     said, error = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(error):
         try:
-            code = main(arguments)
+            code = main(arguments[constants.HF_HUB_OFFLINE :])
         except SystemExit as exit:
             code = exit.code
     lines = [line for line in error.getvalue().splitlines() if line.startswith("error: ")]
@@ -34,7 +35,7 @@ print("RESULTS" + json.dumps(results))
 """
 
 
-def call(calls, cache, port, **environment):
+def call(calls, cache, port):
     settings = {
         "HF_ENDPOINT": f"http://127.0.0.1:{port}",
         "HF_HOME": str(cache),
@@ -43,7 +44,6 @@ def call(calls, cache, port, **environment):
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_TOKEN": "hf_secret",
         "NO_PROXY": "127.0.0.1",
-        **environment,
     }
     unset = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
     done = subprocess.run(
@@ -95,18 +95,14 @@ def downloaded(tmp_path_factory):
                 ["user/gated", folder / "x"],
                 ["user/nothing", folder / "x"],
                 [main, folder / "x", "--revision", "v1"],
+                ["offline", "user/vit", folder / "again"],
+                ["offline", "user/other", folder / "x"],
+                ["offline", "user/vit", folder / "x", "--revision", "v2"],
             ],
             folder / "cache",
             server.server_port,
         )
-        asked = list(server.asked)
-    offline = call(
-        [["user/vit", folder / "again"], ["user/other", folder / "x"], ["user/vit", folder / "x", "--revision", "v2"]],
-        folder / "cache",
-        server.server_port,
-        HF_HUB_OFFLINE="1",
-    )
-    return folder, results, asked, offline
+    return folder, results[:8], list(server.asked), results[8:]
 
 
 def test_a_name_on_the_hub_is_downloaded_and_converted(downloaded):
@@ -165,7 +161,8 @@ def test_what_the_hub_refuses_is_said_in_one_line(downloaded):
 
 
 def test_offline_the_cache_is_enough_and_what_it_lacks_is_said(downloaded):
-    folder, _, _, offline = downloaded
+    folder, _, asked, offline = downloaded
+    assert not [path for _, path, _, _ in asked if "user/other" in path or "v2" in path]
     assert [result["code"] for result in offline] == [0, 2, 2], offline
     assert weights_of(folder / "again").keys() == weights_of(folder / "out").keys()
     assert "offline mode is on" in offline[1]["error"][0]
