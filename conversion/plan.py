@@ -122,7 +122,7 @@ class Plan(Content):
         return sum(tensor.num_bytes for tensor in self.written.values())
 
     def describe(self) -> list[str]:
-        """What was found and what will come of it, line by line."""
+        """Describes source and result, line by line."""
         source = self.source
         files = f"{len(source.files)} file{'s' if len(source.files) > 1 else ''}"
         lines = [
@@ -312,7 +312,7 @@ def _compared(
 
 
 def _meta_model(source_format: Format, settings: dict[str, Any]) -> PreTrainedModel:
-    """The model without memory, to know names and shapes."""
+    """The model on the meta device, for names and shapes."""
     with torch.device("meta"):
         return source_format.result.model_class(source_format.build_config(settings))
 

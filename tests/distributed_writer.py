@@ -1,7 +1,7 @@
 """Run on its own: writes a checkpoint with torch.distributed.checkpoint in several processes on the CPU.
 
-`python distributed_writer.py FOLDER`, with a model.safetensors in FOLDER. Writes `fsdp/checkpoint-7`, FSDP2 as accelerate saves it, and
-`dimensions/checkpoint-7`, tensors that are cut along any dimension, unevenly.
+`python distributed_writer.py FOLDER`, with a model.safetensors in FOLDER. Writes `fsdp/checkpoint-7`, FSDP2 as
+accelerate saves it, and `dimensions/checkpoint-7`, tensors that are cut along any dimension, unevenly.
 """
 
 import os

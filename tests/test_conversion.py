@@ -1,7 +1,7 @@
 """Conversion of published checkpoints: what is written, what is refused, and that nothing else happens.
 
-That the results compute what the published code computed is tested in test_goldens, the calls of the published cards in
-test_published_usage.
+That the results compute what the published code computed is tested in test_goldens, the calls of the published cards
+in test_published_usage.
 """
 
 import hashlib
@@ -83,7 +83,7 @@ def test_sentence_transformers_finds_its_files_beside_contrastive_models_alone(c
         assert callable(getattr(model, modality["method"]))
 
 
-# ------------------------------------------------------------------------------------------------------ what is written
+# ----------------------------------------------------------------------------------------------------- what is written
 def test_weights_are_the_source_bit_by_bit_under_their_published_names(converted, tmp_path):
     for kind, case in {"vision": "intern_vit_6b", "contrastive": "internvl_14b", "chat": "chat_qwen2_v2"}.items():
         wanted = load_file(Path(__file__).parent / "golden" / case / "model.safetensors")
@@ -290,7 +290,7 @@ def test_the_manifest_has_the_checksum_of_every_file_with_weights(converted):
         assert manifest["sha256"] == found
 
 
-# ------------------------------------------------------------------------------------------------------ image processors
+# ---------------------------------------------------------------------------------------------------- image processors
 def image_settings(folder: Path) -> dict:
     return json.loads((folder / "preprocessor_config.json").read_text())
 
@@ -303,7 +303,7 @@ def image_settings(folder: Path) -> dict:
         ({"dynamic_image_size": False, "pad2square": False}, "squash"),
     ],
 )
-def test_the_configuration_of_a_chat_model_decides_how_pictures_become_tiles(config, mode, tmp_path):
+def test_the_configuration_of_a_chat_model_decides_how_images_become_tiles(config, mode, tmp_path):
     settings = image_settings(run(published("chat_qwen2_v2", tmp_path, **config), tmp_path / "out"))
     assert settings["resize_mode"] == mode
     assert settings["size"] == {"height": 56, "width": 56}
@@ -336,7 +336,7 @@ def test_the_other_models_resize_as_their_source_says(case, preprocessor, mode, 
     assert settings["do_center_crop"] is (mode == "crop")
 
 
-# ---------------------------------------------------------------------------------------------------------- command line
+# -------------------------------------------------------------------------------------------------------- command line
 def test_a_dry_run_says_what_was_found_and_writes_nothing(vit, tmp_path, capsys):
     before = state_of(tmp_path)
     assert main([str(vit), "--dry-run"]) == 0

@@ -39,7 +39,7 @@ def wrap(tensors: dict, module: str, prefix: str, rank: int, base_layer: str = "
     return up @ down
 
 
-# -------------------------------------------------------------------------------------------------- wrapped checkpoints
+# ------------------------------------------------------------------------------------------------- wrapped checkpoints
 @pytest.mark.parametrize("case", [PEFT04, PEFT08])
 def test_both_spellings_give_the_recorded_weights(case, tmp_path):
     found = run(GOLDEN / case, tmp_path / "out")
@@ -199,7 +199,7 @@ def test_settings_without_effect_are_refused(settings, match, tmp_path):
         run(published("chat_llama_v1", tmp_path), tmp_path / "out", **settings)
 
 
-# ---------------------------------------------------------------------------------------------------- folders of adapters
+# ------------------------------------------------------------------------------------------------- folders of adapters
 def trained_adapter(base: Path, folder: Path, **settings) -> tuple[Path, dict[str, torch.Tensor]]:
     """An adapter as PEFT saves it, with random numbers, and what PEFT itself makes of it and its base."""
     torch.manual_seed(0)

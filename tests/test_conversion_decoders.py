@@ -1,4 +1,4 @@
-"""Decoders whose published configuration is older than transformers 5: Phi-3, and rotary positions in every old spelling."""
+"""Decoders with configurations older than transformers 5: Phi-3, and rotary positions in every old spelling."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Results load through every Auto class, offline, in a process that cannot import the package, from where they were moved.
+"""Moved results load through every Auto class, offline, in a process that cannot import the package.
 
 One process loads all folders, since starting one takes longer than everything that it does here.
 """
@@ -25,7 +25,7 @@ results = {}
 for name, (folder, doors) in json.loads(sys.argv[1]).items():
     for door in doors:
         auto = getattr(transformers, door)
-        if door == "AutoBackbone":  # its `from_pretrained` asks the Hub whether there is such a repository, also for a folder
+        if door == "AutoBackbone":  # its `from_pretrained` asks the Hub, also for a folder
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
             part, info = auto.from_config(config, trust_remote_code=True), {}
         elif door.startswith("AutoModel"):

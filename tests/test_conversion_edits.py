@@ -1,4 +1,4 @@
-"""Changes that a conversion makes on request: resized positions and patches, unused blocks left out; and that nothing else changes."""
+"""Changes on request: resized positions and patches, unused blocks left out; and that nothing else changes."""
 
 import json
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_positions_in_bf16_are_resized_in_fp32_and_rounded_once(tmp_path):
     torch.testing.assert_close(weights_of(half)[POSITIONS], weights_of(wide)[POSITIONS].bfloat16(), rtol=0, atol=0)
 
 
-def test_patch_size_resizes_the_kernel_and_keeps_the_picture_where_it_can(tmp_path):
+def test_patch_size_resizes_the_kernel_and_keeps_the_image_where_it_can(tmp_path):
     plain = weights_of(run(GOLDEN / "intern_vit_6b", tmp_path / "plain"))
     for patch, image_size, positions in ((28, 56, 5), (12, 48, 17), (64, 256, 17)):
         out = run(GOLDEN / "intern_vit_6b", tmp_path / str(patch), patch_size=patch)
@@ -76,8 +76,8 @@ def test_patch_size_resizes_the_kernel_and_keeps_the_picture_where_it_can(tmp_pa
         torch.testing.assert_close(found[KERNEL], wanted, rtol=0, atol=1e-6)
         assert found[POSITIONS].shape[1] == positions
         assert (json_of(out)["image_size"], json_of(out)["patch_size"]) == (image_size, patch)
-        picture = torch.zeros(1, 3, image_size, image_size)
-        assert AutoModel.from_pretrained(out)(picture).last_hidden_state.shape[1] == positions
+        image = torch.zeros(1, 3, image_size, image_size)
+        assert AutoModel.from_pretrained(out)(image).last_hidden_state.shape[1] == positions
 
 
 @pytest.mark.parametrize("case", ["intern_vit_6b", "internvl_14b"])
@@ -85,8 +85,8 @@ def test_the_image_processor_follows_the_new_size(case, tmp_path):
     source = published(case, tmp_path)
     for size in (None, 112):
         processor = InternVLImageProcessor.from_pretrained(run(source, tmp_path / f"out{size}", image_size=size))
-        picture = processor(torch.zeros(3, 70, 90, dtype=torch.uint8), return_tensors="pt")["pixel_values"]
-        assert picture.shape[-2:] == (size or 56, size or 56)
+        image = processor(torch.zeros(3, 70, 90, dtype=torch.uint8), return_tensors="pt")["pixel_values"]
+        assert image.shape[-2:] == (size or 56, size or 56)
 
 
 def test_a_resized_chat_model_takes_larger_tiles(tmp_path):
@@ -118,7 +118,7 @@ def test_sizes_that_cannot_be_are_refused(sizes, message, tmp_path):
         run(GOLDEN / "intern_vit_6b", tmp_path / "out", **sizes)
 
 
-# -------------------------------------------------------------------------------------------------------- unused blocks
+# ------------------------------------------------------------------------------------------------------- unused blocks
 def test_select_layer_minus_4_and_minus_1_of_the_tower_cut_behind_it_agree_bit_by_bit(tmp_path):
     case = GOLDEN / "chat_llama_v1"
     whole, cut = (

@@ -27,7 +27,7 @@ def vit(tmp_path):
     return published("intern_vit_6b", tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------- kinds of sources
+# ---------------------------------------------------------------------------------------------------- kinds of sources
 def split_in_two(source: Path, suffix: str) -> None:
     """Shards and an index in the place of the one file."""
     tensors = load_file(source / "model.safetensors")
@@ -175,7 +175,7 @@ def test_headers_are_read_without_their_weights(vit):
     assert source.num_bytes == sum(tensor.nbytes for tensor in load_file(vit / "model.safetensors").values())
 
 
-# ------------------------------------------------------------------------------------------------------- what is refused
+# ----------------------------------------------------------------------------------------------------- what is refused
 def test_everything_that_does_not_fit_is_listed_at_once(vit, tmp_path):
     def change(tensors):
         del tensors["encoder.layers.0.ls1"], tensors["encoder.layers.2.norm1.weight"]
@@ -250,7 +250,7 @@ def test_settings_without_effect_are_refused(settings, vit, tmp_path):
         run(vit, tmp_path / "out", **settings)
 
 
-# ----------------------------------------------------------------------------------------------------- types and shards
+# ---------------------------------------------------------------------------------------------------- types and shards
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_weights_take_the_wanted_type(dtype, vit, tmp_path):
     out = run(vit, tmp_path / "out", dtype=dtype)

@@ -1,4 +1,4 @@
-"""Sources that are broken or hostile: nothing of theirs is run or passed on, and each is answered with one line before anything is written."""
+"""Broken or hostile sources: nothing of theirs is run or passed on, and each is refused in one line."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def vit(tmp_path):
     return published("intern_vit_6b", tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------------- what a source names
+# ------------------------------------------------------------------------------------------------- what a source names
 @pytest.fixture
 def evil(tmp_path):
     """A folder with a module that leaves a mark when it runs, and the mark."""
@@ -48,14 +48,16 @@ def evil(tmp_path):
 
 def references(folder: Path) -> dict[str, str]:
     """An `auto_map` whose every entry leads to the folder."""
-    names = "AutoConfig AutoModel AutoModelForCausalLM AutoModelForImageTextToText AutoProcessor AutoImageProcessor".split()
+    names = (
+        "AutoConfig AutoModel AutoModelForCausalLM AutoModelForImageTextToText AutoProcessor AutoImageProcessor"
+    ).split()
     return dict.fromkeys(
         [*names, "AutoTokenizer", "AutoVideoProcessor", "AutoFeatureExtractor"], f"{folder}--evil.Evil"
     )
 
 
 def poisoned(source: Path, auto_map: dict[str, str]) -> None:
-    """Names code in every file and at every depth where transformers, its pipelines or a later release may look for it."""
+    """Names code in every file and at every depth where transformers or its pipelines may look for it."""
     bad = {
         "auto_map": auto_map,
         "_attn_implementation": "user/kernel",
@@ -131,7 +133,7 @@ MAKERS = {
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_nothing_that_a_source_names_is_run_or_passed_on_in_any_form(kind, evil, tmp_path, capsys):
+def test_nothing_that_a_source_names_is_run_or_passed_on_in_any_format(kind, evil, tmp_path, capsys):
     folder, mark = evil
     source = MAKERS[kind](tmp_path)
     poisoned(source, references(folder))
@@ -141,13 +143,13 @@ def test_nothing_that_a_source_names_is_run_or_passed_on_in_any_form(kind, evil,
     assert any("Not taken over from config.json" in line and "custom_pipelines" in line for line in said)
     results = [own, run(source, tmp_path / "published", to="published", verify=True)]
     results.append(run(own, tmp_path / "back", to="published", verify=True))
-    # What a result remembers is somebody else's as well.
+    # The records of a result are foreign as well.
     remembering = shutil.copytree(own, tmp_path / "remembering")
-    memory = json.loads((own / "conversion.json").read_text())
-    for record in memory["forms"].values():
+    manifest = json.loads((own / "conversion.json").read_text())
+    for record in manifest["forms"].values():
         record["config"] = {**record["config"], "auto_map": references(folder), "custom_pipelines": {"evil": {}}}
         record["files"]["preprocessor_config.json"] = {"auto_map": references(folder), "size": 56}
-    edit_json(remembering / "conversion.json", **memory)
+    edit_json(remembering / "conversion.json", **manifest)
     results.append(run(remembering, tmp_path / "remembered", to="published", verify=True))
     for out in results:
         assert_clean(out)
@@ -155,7 +157,7 @@ def test_nothing_that_a_source_names_is_run_or_passed_on_in_any_form(kind, evil,
     assert not mark.exists()
 
 
-def test_the_native_form_names_no_code(evil, tmp_path):
+def test_the_native_format_names_no_code(evil, tmp_path):
     folder, mark = evil
     source = published_chat(tmp_path)
     poisoned(source, references(folder))
@@ -170,8 +172,8 @@ def test_the_native_form_names_no_code(evil, tmp_path):
 )
 def test_only_modules_of_this_package_may_be_named(place, vit, tmp_path):
     edit_json(vit / "config.json", auto_map={"AutoConfig": place})
-    for form in ("internvl", "published"):
-        config = json.loads((run(vit, tmp_path / form, to=form) / "config.json").read_text())
+    for to in ("internvl", "published"):
+        config = json.loads((run(vit, tmp_path / to, to=to) / "config.json").read_text())
         assert {reference.partition(".")[0] for reference in config["auto_map"].values()} <= OWN_MODULES
 
 
@@ -193,7 +195,7 @@ def test_an_adapter_names_no_code_of_its_base(evil, tmp_path):
     assert not mark.exists()
 
 
-# ------------------------------------------------------------------------------------------------------------------- links
+# --------------------------------------------------------------------------------------------------------------- links
 def secret(tmp_path: Path, text: str = "key") -> Path:
     (tmp_path / "home").mkdir(exist_ok=True)
     (tmp_path / "home" / "secret").write_text(text)
@@ -301,7 +303,7 @@ def test_a_pipe_is_no_file_of_a_checkpoint(vit, tmp_path, capsys):
     assert "holds no weights" in refused(capsys, vit, tmp_path / "out2")
 
 
-# ---------------------------------------------------------------------------------------------------------- broken weights
+# ------------------------------------------------------------------------------------------------------ broken weights
 def as_bin(source: Path, content, **settings) -> Path:
     (source / "model.safetensors").unlink(missing_ok=True)
     file = source / "pytorch_model.bin"
@@ -335,7 +337,7 @@ def test_what_is_no_file_of_weights_is_called_what_it_is(kind, ending, tmp_path,
     assert said in error
 
 
-@pytest.mark.parametrize("name", ["note.txt", "weights", "config.json", "picture.png"])
+@pytest.mark.parametrize("name", ["note.txt", "weights", "config.json", "photo.png"])
 def test_any_file_may_be_named_and_is_answered_by_its_name(name, tmp_path, capsys):
     (tmp_path / name).write_text("remember the milk")
     assert name in refused(capsys, tmp_path / name, tmp_path / "out")
@@ -467,7 +469,7 @@ def test_mutated_files_are_answered_or_converted_and_never_a_traceback(kind, tmp
         assert all(str(source) in line or "config.json" in line for line in said), said
 
 
-# --------------------------------------------------------------------------------------------------- broken configurations
+# ----------------------------------------------------------------------------------------------- broken configurations
 TEXTS = {
     "list": "[]",
     "text": '"config"',
@@ -493,7 +495,10 @@ VALUES = (0, -1, 10**30, 1.5, "48", None, [], {}, True, [48], {"a": 1}, "\U0001f
 
 @pytest.mark.parametrize(
     "key",
-    "hidden_size num_hidden_layers num_attention_heads patch_size image_size intermediate_size norm_type num_channels".split(),
+    (
+        "hidden_size num_hidden_layers num_attention_heads patch_size image_size intermediate_size norm_type "
+        "num_channels"
+    ).split(),
 )
 def test_settings_of_wrong_type_or_size_are_refused_by_name(key, vit, tmp_path, capsys):
     right = json.loads((vit / "config.json").read_text())[key]

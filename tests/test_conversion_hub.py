@@ -1,4 +1,4 @@
-"""SOURCE as a name on the Hub, against a stand-in of its API on loopback: what is downloaded, goes on, and is refused."""
+"""SOURCE as a name on the Hub, against a stand-in of its API: what is downloaded, goes on, and is refused."""
 
 import json
 import os
@@ -14,7 +14,8 @@ from .fixtures_published import published
 from .hub_stand_in import commit_of, hub
 
 
-# One process for all calls, since the library reads its settings as it is imported. "offline" in front stands for HF_HUB_OFFLINE.
+# One process for all calls, since the library reads its settings as it is imported. "offline" in front stands for
+# HF_HUB_OFFLINE.
 CALLS = """
 import contextlib, io, json, sys
 from huggingface_hub import constants
@@ -30,7 +31,8 @@ for arguments in json.loads(sys.argv[1]):
         except SystemExit as exit:
             code = exit.code
     lines = [line for line in error.getvalue().splitlines() if line.startswith("error: ")]
-    results.append({"code": code, "said": said.getvalue(), "error": lines, "traceback": "Traceback" in error.getvalue()})
+    has_traceback = "Traceback" in error.getvalue()
+    results.append({"code": code, "said": said.getvalue(), "error": lines, "traceback": has_traceback})
 print("RESULTS" + json.dumps(results))
 """
 
@@ -68,9 +70,9 @@ def downloaded(tmp_path_factory):
     main = published("intern_vit_6b", folder / "main")
     (main / "modeling_evil.py").write_text("raise SystemExit")
     (main / "training_args.bin").write_bytes(b"state")
-    (main / "pytorch_model.bin").write_bytes(b"the same in another form")
+    (main / "pytorch_model.bin").write_bytes(b"the same in another format")
     (main / "onnx").mkdir()
-    (main / "onnx" / "model.safetensors").write_bytes(b"another form")
+    (main / "onnx" / "model.safetensors").write_bytes(b"another format")
     (main / "README.md").write_text("---\nlicense: mit\n---\n")
     old = published("intern_vit_6b", folder / "old")
     tensors = {name: tensor + 1 for name, tensor in load_file(old / "model.safetensors").items()}

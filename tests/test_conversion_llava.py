@@ -1,4 +1,4 @@
-"""Chat checkpoints of the LLaVA code base: their parts, wherever they lie, their image token, their prompts, and what is refused.
+"""Chat checkpoints of the LLaVA code base: parts, image token, prompts, and what is refused.
 
 That the results compute what the published code computed is tested in test_goldens.
 """
@@ -65,7 +65,7 @@ def converted(tmp_path_factory):
     return {case: run(GOLDEN / case, tmp_path_factory.mktemp("llava") / case) for case in CASES}
 
 
-# ---------------------------------------------------------------------------------------------------- names and settings
+# -------------------------------------------------------------------------------------------------- names and settings
 @pytest.mark.parametrize("case", CASES)
 def test_weights_are_the_source_bit_by_bit_but_for_one_row(case, converted):
     wanted, found = stored(GOLDEN / case), weights_of(converted[case])
@@ -129,7 +129,7 @@ def test_a_projector_with_a_norm_keeps_it(tmp_path):
 
 
 @pytest.mark.parametrize(("tower_size", "wanted"), [(224, 336), (56, 56)])
-def test_towers_of_224_pixels_see_pictures_of_336(tower_size, wanted, tmp_path):
+def test_towers_of_224_pixels_see_images_of_336(tower_size, wanted, tmp_path):
     source = llava("llava_vit6b", tmp_path)
     tower = json.loads((source / "vision_tower_config.json").read_text())
     (source / "vision_tower_config.json").write_text(json.dumps({**tower, "image_size": tower_size}))
@@ -146,7 +146,7 @@ def test_towers_of_224_pixels_see_pictures_of_336(tower_size, wanted, tmp_path):
     assert json.loads((out / "preprocessor_config.json").read_text())["size"]["height"] == wanted
 
 
-def test_another_size_of_pictures_may_be_asked_for(tmp_path):
+def test_another_size_of_images_may_be_asked_for(tmp_path):
     run(GOLDEN / "llava_vit6b", tmp_path / "out", image_size=70)
     model = AutoModel.from_pretrained(tmp_path / "out").eval()
     recorded = load_file(GOLDEN / "llava_vit6b" / "io.safetensors")
@@ -156,7 +156,7 @@ def test_another_size_of_pictures_may_be_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize(("aspect_ratio", "mode"), [("pad", "pad"), (None, "crop"), (..., "crop"), ("square", "crop")])
-def test_pictures_are_padded_or_cropped_as_in_training(aspect_ratio, mode, tmp_path):
+def test_images_are_padded_or_cropped_as_in_training(aspect_ratio, mode, tmp_path):
     out = run(llava("llava_vit6b", tmp_path, image_aspect_ratio=aspect_ratio), tmp_path / "out")
     assert json.loads((out / "preprocessor_config.json").read_text())["resize_mode"] == mode
     again = run(out, tmp_path / "again")
@@ -169,7 +169,7 @@ def test_settings_of_generate_are_kept(tmp_path):
     assert "temperature" not in json_of(out)["text_config"]
 
 
-# ------------------------------------------------------------------------------------------------ the image token
+# ----------------------------------------------------------------------------------------------------- the image token
 @pytest.mark.parametrize("case", CASES)
 def test_the_image_token_is_one_row_behind_the_others(case, converted):
     found, before = weights_of(converted[case]), stored(GOLDEN / case)
@@ -280,7 +280,7 @@ def test_an_image_token_that_contradicts_the_tokenizer_is_refused(tmp_path):
         run(source, tmp_path / "out", image_token_id=7)
 
 
-# --------------------------------------------------------------------------------------------------------------- prompts
+# ------------------------------------------------------------------------------------------------------------- prompts
 @pytest.fixture(scope="module")
 def with_tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llava")
@@ -291,13 +291,13 @@ def with_tokenizer(tmp_path_factory):
 
 QUESTION = "What is shown in the image?"
 PROMPT = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
-    f"answers to the user's questions. USER: <image>\n{QUESTION} ASSISTANT:"
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    f"and polite answers to the user's questions. USER: <image>\n{QUESTION} ASSISTANT:"
 )
 
 
 def published_ids(source: Path, image_token_id: int, num_image_token: int) -> list[int]:
-    """As the LLaVA code does it: the text on either side of a picture is tokenized for itself, the begin token kept once."""
+    """As the LLaVA code: text on either side of an image is tokenized alone, and the begin token is kept once."""
     processor = SentencePieceProcessor(model_file=str(source / "tokenizer.model"))
     before, after = (processor.encode(part) for part in PROMPT.split("<image>"))
     return [1, *before, *[image_token_id] * num_image_token, *after]
@@ -490,7 +490,7 @@ def test_an_adapter_of_the_llava_code_base_brings_its_projector(converted, tmp_p
     torch.testing.assert_close(found[name], plain[name] + 3 * deltas[0])
 
 
-# ------------------------------------------------------------------------------------------------------ what is refused
+# ----------------------------------------------------------------------------------------------------- what is refused
 def test_everything_that_is_not_supported_is_listed_at_once(tmp_path):
     changes = {
         "mm_projector_type": "resampler",

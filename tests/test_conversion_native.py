@@ -48,7 +48,7 @@ FLAVOURS = {
     "layer-norm": ("qwen2", {}, LAYER_NORM),
     "fourth-from-the-end": ("llama", {"select_layer": -4}, {}),
     "second-from-the-front": ("llama", {"select_layer": 2}, {}),
-    "other-picture-size": ("qwen3", {"force_image_size": 84}, {}),
+    "other-image-size": ("qwen3", {"force_image_size": 84}, {}),
     "whole-grid": ("qwen2", {"downsample_ratio": 1.0}, {}),
     "quarter": ("qwen2", {"downsample_ratio": 0.25}, {"image_size": 112}),
     "tied-head": ("qwen2", {"tie_word_embeddings": True}, {}),
@@ -93,7 +93,7 @@ def assert_same_logits(native, own) -> None:
 
 @pytest.fixture(scope="module", params=FLAVOURS)
 def trip(request, tmp_path_factory):
-    """A model, its folder, the native form of it, and this package's form of that."""
+    """A model, its folder, the native format of it, and this package's format of that."""
     folder = tmp_path_factory.mktemp("native")
     model = chat(request.param)
     model.save_pretrained(folder / "own")
@@ -101,7 +101,7 @@ def trip(request, tmp_path_factory):
     return model, folder / "own", native, run(native, folder / "back")
 
 
-# ------------------------------------------------------------------------------------------------------------ the numbers
+# --------------------------------------------------------------------------------------------------------- the numbers
 def test_native_logits_are_equal(trip):
     model, _, native, _ = trip
     assert_same_logits(native_of(native), model)
@@ -167,7 +167,7 @@ def test_the_type_of_the_weights_is_in_the_native_configuration(tmp_path):
 
 
 @pytest.mark.parametrize("flavour", ["tied-head", "mixture-of-experts"])
-def test_the_native_form_can_be_verified(flavour, tmp_path):
+def test_the_native_format_can_be_verified(flavour, tmp_path):
     chat(flavour).save_pretrained(tmp_path / "own")
     messages = []
     run(tmp_path / "own", tmp_path / "native", to="native", verify=True, report=messages.append)
@@ -184,13 +184,13 @@ def test_each_expert_of_a_mixture_keeps_the_names_of_its_release(tmp_path):
     assert any("bit by bit" in message for message in messages)
 
 
-# -------------------------------------------------------------------------------------------- checkpoints of transformers
+# ----------------------------------------------------------------------------------------- checkpoints of transformers
 def foreign(folder: Path, is_old: bool, **changes) -> InternVLForConditionalGeneration:
     """A native checkpoint as transformers saves it, with names of today or of the first releases."""
     config = NativeConfig(
         vision_config={
-            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 56,
-            "use_qk_norm": True, "norm_type": "rms_norm",
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "image_size": 56, "use_qk_norm": True, "norm_type": "rms_norm",
         },
         text_config={**tiny.DECODERS["qwen2"], "vocab_size": 528},
         image_token_id=349, **{"image_seq_length": 4, "tie_word_embeddings": False, **changes},
@@ -296,15 +296,15 @@ def test_a_token_for_videos_past_the_vocabulary_is_dropped_and_others_are_kept(t
         assert not set(json_of(out, "tokenizer_config.json")) & {"start_image_token", "video_token"}
 
 
-def test_the_picture_size_follows_the_number_of_image_tokens(tmp_path):
+def test_the_image_size_follows_the_number_of_image_tokens(tmp_path):
     foreign(tmp_path / "native", is_old=False, image_seq_length=9)
     config = json_of(run(tmp_path / "native", tmp_path / "own"))
     assert config["force_image_size"] == 84
     assert config["vision_config"]["image_size"] == 56
 
 
-# ---------------------------------------------------------------------------------------------------------- the processor
-def test_the_native_form_names_its_image_tokens_and_keeps_the_special_ones(tmp_path):
+# ------------------------------------------------------------------------------------------------------- the processor
+def test_the_native_format_names_its_image_tokens_and_keeps_the_special_ones(tmp_path):
     own = run(published_chat(tmp_path), tmp_path / "own")
     native = run(own, tmp_path / "native", to="native")
     tokenizer = AutoTokenizer.from_pretrained(native)
@@ -381,7 +381,7 @@ def test_what_the_native_processor_does_otherwise_is_said(changes, message, tmp_
     assert any(message in line for line in messages)
 
 
-# --------------------------------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------------------------------ refusals
 def test_the_transposed_grid_of_old_releases_has_no_native_form(tmp_path, capsys):
     arguments = [str(GOLDEN / "chat_llama_v1"), str(tmp_path / "out"), "--to", "native", "--image-token-id", "500"]
     assert main(arguments) == 2
@@ -389,7 +389,7 @@ def test_the_transposed_grid_of_old_releases_has_no_native_form(tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
-def test_all_reasons_against_the_native_form_are_given_at_once(tmp_path, capsys):
+def test_all_reasons_against_the_native_format_are_given_at_once(tmp_path, capsys):
     model = tiny.chat_model(
         connector="queries_and_patches",
         projector_type="mlp2x_gelu",
@@ -462,7 +462,7 @@ def test_a_native_checkpoint_that_lacks_a_third_of_its_attention_is_refused(tmp_
         run(tmp_path / "native", tmp_path / "out")
 
 
-# -------------------------------------------------------------------------------------------------------- InternLM2, LLaMA
+# ---------------------------------------------------------------------------------------------------- InternLM2, LLaMA
 def test_both_tables_are_their_own_inverse_twice():
     for rules in (INTERNLM2_AS_LLAMA, NATIVE_RULES):
         assert inverse(inverse(rules)) == rules

@@ -1,6 +1,7 @@
-"""Raw checkpoints of the published classification, segmentation and stage-1 code: what becomes of them, and what is refused.
+"""Raw checkpoints of the published classification, segmentation and stage-1 code, and what is refused of them.
 
-Results are loaded through the Auto classes and compared with what the published code computed (golden), for every recorded output.
+Results are loaded through the Auto classes and compared with what the published code computed (golden), for every
+recorded output.
 """
 
 import json
@@ -78,7 +79,7 @@ def no_gradients():
         yield
 
 
-# -------------------------------------------------------------------------------------------------------------- goldens
+# ------------------------------------------------------------------------------------------------------------- goldens
 def classified(model, given, pooling: str) -> dict[str, torch.Tensor]:
     pooled = model._pool(model.vision_model(given["in.image"]).last_hidden_state)
     return {
@@ -174,7 +175,7 @@ def test_the_raw_stage_1_checkpoint_computes_what_the_published_code_did(tmp_pat
     assert model.config.num_query_token == 0
 
 
-# ------------------------------------------------------------------------------------------------- what belongs together
+# ----------------------------------------------------------------------------------------------- what belongs together
 @pytest.mark.parametrize("pooling", HEADS)
 def test_of_a_folder_the_head_that_config_json_asks_for_is_taken_and_the_rest_named(pooling, tmp_path):
     source = copy_of("classification_raw", tmp_path)
@@ -299,7 +300,7 @@ def test_decode_heads_of_mmsegmentation_and_what_it_saves_besides_are_left_out_b
     assert plan.config.feature_pyramid == "plain"
 
 
-# ------------------------------------------------------------------------------------------ without, or with a wrong, config
+# ------------------------------------------------------------------------------------ without, or with a wrong, config
 def test_without_config_json_everything_but_the_heads_follows_from_shapes(tmp_path):
     for name in (BACKBONE, "ln_full.pth"):
         source = copy_of("classification_raw", tmp_path / name, name)

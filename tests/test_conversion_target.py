@@ -18,7 +18,7 @@ def vit(tmp_path):
     return published("intern_vit_6b", tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------- complete or not at all
+# ---------------------------------------------------------------------------------------------- complete or not at all
 def test_a_folder_that_is_not_empty_is_replaced_only_when_asked(vit, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

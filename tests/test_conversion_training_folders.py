@@ -61,7 +61,7 @@ class BoobyTrap:
         return os.mkdir, (str(self.target),)
 
 
-# ------------------------------------------------------------------------------------------------------- DeepSpeed goldens
+# --------------------------------------------------------------------------------------------------- DeepSpeed goldens
 @pytest.fixture(scope="module", params=ZERO_CASES)
 def zero_case(request, tmp_path_factory):
     """A golden and what becomes of it."""
@@ -116,7 +116,7 @@ def test_deepspeed_is_not_imported(zero_case):
     assert not [name for name in sys.modules if name.partition(".")[0] == "deepspeed"]
 
 
-# ----------------------------------------------------------------------------------------- DeepSpeed, other sizes and kinds
+# ------------------------------------------------------------------------------------ DeepSpeed, other sizes and kinds
 GROUPS = [
     random((5, 3), (7,), (1,), (2, 3, 3)),
     random((4,), (3,), (1, 1), prefix="norm", seed=1),
@@ -201,7 +201,7 @@ def test_moments_of_the_optimizer_are_not_read(stage, tmp_path, monkeypatch):
     assert all(maps)
 
 
-# --------------------------------------------------------------------------------------------------- DeepSpeed, refused
+# -------------------------------------------------------------------------------------------------- DeepSpeed, refused
 def optimizer_file(place: Path, rank: int) -> Path:
     return next(place.glob(f"*rank_{rank}_*_optim_states.pt"))
 
@@ -322,7 +322,7 @@ def test_classes_that_no_checkpoint_needs_are_refused_by_name(tmp_path):
     assert_refused(tmp_path, ValueError, rf"was refused: .*\({__name__}\.Unknown\)")
 
 
-# ----------------------------------------------------------------------------------------- torch.distributed.checkpoint
+# ---------------------------------------------------------------------------------------- torch.distributed.checkpoint
 class Blocks(torch.Tensor):
     """A tensor that saves itself in blocks, as one that is cut along two dimensions on four devices."""
 
@@ -449,7 +449,7 @@ def test_the_full_state_of_fsdp_is_read(tmp_path):
     assert_same(tensors_of(tmp_path), TRAINED)
 
 
-# -------------------------------------------------------------------------------------- torch.distributed.checkpoint, refused
+# ------------------------------------------------------------------------------- torch.distributed.checkpoint, refused
 def change_metadata(folder: Path, change) -> None:
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     change(metadata)
@@ -583,7 +583,7 @@ def test_compressed_shards_are_refused(saved):
     assert_refused(saved, ValueError, "stream.zstd.*is not read")
 
 
-# ------------------------------------------------------------------------------------------------------- Trainer's folders
+# --------------------------------------------------------------------------------------------------- Trainer's folders
 def write_checkpoint(folder: Path, trap: Path | None = None, **settings) -> dict[str, torch.Tensor]:
     """A `checkpoint-N` as Trainer leaves it; what is no weights would spring a trap."""
     model = vision_model()

@@ -148,7 +148,7 @@ def model_states(
     processes: int,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """What lies beside the optimizer: the weights in the training's dtype, which in stage 3 are left to the optimizer's files."""
+    """Model states: the weights in the training's dtype, which in stage 3 lie in the optimizer's files."""
     everything = {name: tensor.to(dtype) for group in groups for name, tensor in group.items()} | frozen
     everything |= {name: everything[first] for name, first in shared.items()}
     fragments = frozen

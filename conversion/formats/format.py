@@ -23,7 +23,7 @@ class Format:
         rules: Names of tensors in this format (left) and in this package (right).
         wanted_sizes: `image_size` and `patch_size` to which the published code resizes the tower when it loads.
         lacks_image_token: Whether its vocabulary has no image token, so that conversion adds one.
-        resize_mode: Of a chat model's image processor, where the configuration asks for neither tiles nor padding.
+        resize_mode: Resize mode of a chat model whose configuration asks for neither tiles nor padding.
     """
 
     # The value of `--to` that writes it; None where it is only read.

@@ -27,7 +27,7 @@ def add_to_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
     """Gives a tokenizer the image token, unless it has one.
 
     Args:
-        tokenizer: Changed in memory only.
+        tokenizer: Changed in place, not on disk.
 
     Returns:
         The token's id.

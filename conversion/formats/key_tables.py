@@ -1,4 +1,4 @@
-"""What is known of published checkpoints, as data."""
+"""Facts about published checkpoints, as data."""
 
 from typing import Any
 

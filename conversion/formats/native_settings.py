@@ -94,7 +94,7 @@ def map_native(source: Source) -> dict[str, Any]:
     """Configuration of a chat model, from a native checkpoint.
 
     Args:
-        source: An opened source of this layout.
+        source: An opened source of this format.
 
     Returns:
         config.json of the result.

@@ -126,7 +126,7 @@ FIXED_OURS = {
 }
 # The native q/k norm has its eps built in.
 QK_NORM_EPS = 1e-6
-# What begins a turn, and the conversation form of the releases that write it.
+# Marks that begin a turn, and the conversation template of the releases that write them.
 TURN_MARKS = {"<|im_start|>": "internvl2_5"}
 # Settings of decoders whose head does more than multiply, which the native model leaves out.
 HEAD_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")

@@ -90,14 +90,14 @@ class Inert:
 
 @dataclass(frozen=True)
 class PyTorchContent:
-    """What a PyTorch file holds: its tensors by name, and names of what else lies beside them."""
+    """Content of a PyTorch file: tensors by name, and names of everything beside them."""
 
     tensors: dict[str, torch.Tensor]
     others: tuple[str, ...]
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name is that of something in the same folder, on every system."""
+    """Whether a name stays in its folder, on every system."""
     parts = {PurePosixPath(name).name, PureWindowsPath(name).name}
     return parts == {name} and name not in ("", ".", "..")
 
@@ -256,7 +256,7 @@ def _load(readable: Path | BinaryIO, file: Path, mmap: bool) -> Any:
 
 
 def _check_growth(readable: Path | BinaryIO) -> None:
-    """Refuses, before anything is read, what would grow in memory beyond the size of the file."""
+    """Refuses, before anything is read, content that would grow beyond the size of the file."""
     stream = readable.open("rb") if isinstance(readable, Path) else readable
     try:
         is_archive = stream.read(len(ARCHIVE_START)) == ARCHIVE_START

@@ -26,7 +26,7 @@ RAW_ARGUMENTS = {
 }
 # Prefixes of the LLaVA code base's keys among those of the decoder.
 LLAVA_KEYS = ("mm_", "tune_mm_", "freeze_mm_", "unfreeze_mm_", "use_mm_", "image_", "vision_tower")
-# Modules that a result of any form may hold, and the only ones that its `auto_map`s name.
+# Modules that a result may hold in any format, and the only ones that its `auto_map`s name.
 OWN_MODULES = frozenset(
     "configuration_intern_vit configuration_internlm2 configuration_internvl configuration_internvl_chat "
     "image_processing_internvl "

@@ -25,7 +25,7 @@ NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 SETTINGS = ["*.json", "*.jinja", "README.md", "merges.txt", "tokenizer.model", "vocab.txt"]
 SAFETENSORS = ["*.safetensors"]
 PICKLES = ["*.bin", "*.pth", "*.pt"]
-# Folders hold other forms of the weights, or states of a training.
+# Folders hold other formats of the weights, or states of a training.
 IGNORED = ["*/*", "optimizer*", "scheduler*", "training_args.bin", "rng_state*"]
 
 

@@ -127,10 +127,10 @@ def _open_parts(path: Path) -> Source | None:
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """The data in config.json, and what the user is told of the rest."""
+    """The data in config.json, and a remark for the user on what was refused."""
     refused: list[str] = []
     config = only_data("config.json", read_json(folder / "config.json"), refused)
-    # What it says is told with the weights.
+    # Weights that are quantised have their own message.
     refused = [key for key in refused if key.rpartition(".")[2] != "quantization_config"]
     said = f"Not taken over from config.json, as it names code or nothing known here: {', '.join(refused)}."
     return config, [said] if refused else []

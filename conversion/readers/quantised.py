@@ -64,7 +64,7 @@ def dequantised(source: Source, open_file: Any) -> Source:
 
 
 def _method(source: Source) -> str | None:
-    """What config.json calls the quantisation; only a name is believed."""
+    """The name that config.json gives the quantisation, if it is a plain name."""
     config = read_json(source.folder / "config.json")
     for part in (config, *config.values()):
         settings = part.get("quantization_config") if isinstance(part, dict) else None
@@ -81,12 +81,12 @@ def _from_eight_bits(source: Source, scales: list[str], open_file: Any) -> Sourc
         for name in scales:
             module = name.removesuffix(".SCB")
             scale, weight = tensors.pop(name), tensors.get(f"{module}.weight")
-            layout = tensors.pop(f"{module}.weight_format", None)
+            order = tensors.pop(f"{module}.weight_format", None)
             if weight is None or weight.dtype != torch.int8 or scale.shape != weight.shape[:1]:
                 raise ValueError(
                     f"`{scale.file}` holds `{name}` {scale.shape} without the int8 weight that it belongs to."
                 )
-            if layout is not None and int(layout.load(reader)) != 0:
+            if order is not None and int(order.load(reader)) != 0:
                 raise ValueError(
                     f"`{scale.file}` holds `{module}.weight` in an order of one kind of GPU, not row by row."
                 )
@@ -97,7 +97,7 @@ def _from_eight_bits(source: Source, scales: list[str], open_file: Any) -> Sourc
 
 
 def _times_scale(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """As bitsandbytes does it, to the last bit: it multiplies by the rounded reciprocal of 127."""
+    """Dequantises bit by bit as bitsandbytes, which multiplies by the rounded reciprocal of 127."""
     return weight * scale.float().view(-1, 1) * 7.874015718698502e-3
 
 

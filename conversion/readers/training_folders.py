@@ -4,7 +4,7 @@
 - FSDP and torch.distributed.checkpoint: a folder with `.metadata`, alone or beside that of the optimizer
 - Trainer: `checkpoint-N`, in a folder of such
 
-What of it is weights is told by the content of the files.
+The content of the files says which of it is weights.
 """
 
 import re

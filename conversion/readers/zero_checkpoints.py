@@ -171,7 +171,7 @@ def _cut(
 
 
 def _pieces(vector: list[LazyTensor], start: int, stop: int) -> Iterator[tuple[LazyTensor, int, int]]:
-    """What lies between two places of a vector: flat tensors, and from where to where in each."""
+    """Yields the flat tensors between two places of a vector, with start and stop in each."""
     begin = 0
     for part in vector:
         end = begin + _length(part)

@@ -133,7 +133,7 @@ def _locked_parent(parent: Path) -> Iterator[None]:
 
 
 def _folders_of_runs(place: Path) -> list[Path]:
-    """Folders of runs to this place, told from anybody's own by their name and by what is in them."""
+    """Folders of runs to this place, recognised by their names and their content."""
     pattern = re.compile(rf"\.{re.escape(place.name)}\.[0-9a-f]{{8}}\.incomplete")
     found = [path for path in place.parent.iterdir() if pattern.fullmatch(path.name)]
     return [path for path in found if path.is_dir() and not path.is_symlink() and _is_ours(path)]

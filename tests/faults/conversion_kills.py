@@ -1,6 +1,7 @@
-"""Kills conversions: OUT is absent, or the old folder whole, or the new one whole, and the next run is as if nothing had been.
+"""Kills conversions: OUT is absent, or the whole old or new folder, and the next run succeeds.
 
-Each conversion runs in a fork of this process, which has imported everything, so that a kill costs a fraction of a second.
+Each conversion runs in a fork of this process, which has imported everything, so that a kill costs a fraction of a
+second.
 """
 
 import hashlib
@@ -67,7 +68,8 @@ def main(kills: int, seed: int) -> None:
     for (was, now), count in sorted(seen.items()):
         print(f"| {was} | {now} | {count} |")
     print(
-        f"\nAn unbroken run takes {took:.2f} s. {left} kills left a folder beside OUT, and the run after each took it away."
+        f"\nAn unbroken run takes {took:.2f} s. {left} kills left a folder beside OUT, and the run after each took it "
+        "away."
     )
 
 

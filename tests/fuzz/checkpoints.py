@@ -18,7 +18,7 @@ from .mutations import ODD_VALUES, damaged, with_odd_values
 
 
 def _convert(source: Path, out: Path) -> str | None:
-    """Runs the command; why what it says is wrong, or nothing. A refusal is an error here, so that it is counted as such."""
+    """Runs the command and returns what is wrong with its answer, or None; raises for a refusal."""
     said, told = io.StringIO(), io.StringIO()
     shutil.rmtree(out, ignore_errors=True)
     try:

@@ -1,10 +1,10 @@
-"""The way back: published checkpoint, this package's form, published checkpoint again, with nothing lost on the way.
+"""The way back: published checkpoint, this package's format, published checkpoint again, with nothing lost on the way.
 
 1. Tensors are the same bit by bit, also those that were stored twice.
 2. config.json is the same in every key and value, and changes made since are in it.
-3. Without the memory of the source (a folder that `save_pretrained` wrote), config.json still says what the published code reads.
-4. Tokenizer, generation and preprocessor files are the old ones, unless they were changed since.
-5. What the published layouts cannot express is refused with all reasons.
+3. Without a record of the source (a folder that `save_pretrained` wrote), config.json still says what the published
+code reads. 4. Tokenizer, generation and preprocessor files are the old ones, unless they were changed since. 5. What
+the published layouts cannot express is refused with all reasons.
 """
 
 import shutil
@@ -52,7 +52,7 @@ def forget(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trips(tmp_path_factory):
-    """Of every case the source, this package's form, and the published form made of that."""
+    """Of every case the source, this package's format, and the published format made of that."""
     folder = tmp_path_factory.mktemp("trips")
     found = {}
     for name, config in CASES.items():
@@ -63,7 +63,7 @@ def trips(tmp_path_factory):
     return found
 
 
-# ------------------------------------------------------------------------------------------------------ nothing is lost
+# ----------------------------------------------------------------------------------------------------- nothing is lost
 @pytest.mark.parametrize("name", CASES)
 def test_the_way_back_gives_the_same_tensors(name, trips):
     source, _, back = trips[name]
@@ -125,11 +125,11 @@ def test_merged_adapters_are_none_in_the_configuration(tmp_path):
 
 
 @pytest.mark.parametrize("case", ["internvl_14b_lora_peft04", "internvl_14b_lora_peft08"])
-def test_the_published_form_of_a_tower_whose_positions_were_stretched_loads(case, tmp_path):
+def test_the_published_format_of_a_tower_whose_positions_were_stretched_loads(case, tmp_path):
     run(published(case, tmp_path), tmp_path / "out", to="published", verify=True)
 
 
-# ---------------------------------------------------------------------------------------------------------- changes since
+# ------------------------------------------------------------------------------------------------------- changes since
 def test_a_setting_that_was_changed_since_is_in_the_result_and_nothing_else(trips, tmp_path):
     source, own, _ = trips["chat_qwen2_v2"]
     own = shutil.copytree(own, tmp_path / "own")
@@ -164,18 +164,19 @@ def test_a_resized_tower_is_in_the_result(trips, tmp_path):
     assert json_of(back, "preprocessor_config.json")["size"] == 84
 
 
-# -------------------------------------------------------------------------------------------- without the memory of the source
+# -------------------------------------------------------------------------------------- without a record of the source
 # What the published classes and engines read of config.json, besides what they have defaults for.
 READ_BY_ENGINES = {
     "chat": "architectures auto_map downsample_ratio dynamic_image_size force_image_size llm_config max_dynamic_patch "
     "min_dynamic_patch model_type pad2square ps_version select_layer template use_thumbnail vision_config",
-    "contrastive": "architectures attn_pool_num_heads auto_map clip_embed_dim force_image_size label_smoothing max_txt_len "
-    "model_type num_query_token qllama_config vision_config",
-    "vision": "architectures auto_map attention_dropout drop_path_rate dropout hidden_act hidden_size image_size initializer_factor "
-    "initializer_range intermediate_size layer_norm_eps model_type norm_type num_attention_heads num_channels num_hidden_layers "
-    "patch_size qk_normalization qkv_bias",
-    "llama": "architectures hidden_act hidden_size intermediate_size max_position_embeddings model_type num_attention_heads "
-    "num_hidden_layers num_key_value_heads rms_norm_eps rope_scaling rope_theta vocab_size bos_token_id eos_token_id pad_token_id",
+    "contrastive": "architectures attn_pool_num_heads auto_map clip_embed_dim force_image_size label_smoothing "
+    "max_txt_len model_type num_query_token qllama_config vision_config",
+    "vision": "architectures auto_map attention_dropout drop_path_rate dropout hidden_act hidden_size image_size "
+    "initializer_factor initializer_range intermediate_size layer_norm_eps model_type norm_type num_attention_heads "
+    "num_channels num_hidden_layers patch_size qk_normalization qkv_bias",
+    "llama": "architectures hidden_act hidden_size intermediate_size max_position_embeddings model_type "
+    "num_attention_heads num_hidden_layers num_key_value_heads rms_norm_eps rope_scaling rope_theta vocab_size "
+    "bos_token_id eos_token_id pad_token_id",
 }
 
 
@@ -201,7 +202,7 @@ def test_a_fine_tuned_model_has_the_tensors_and_the_configuration_of_its_release
 
 
 def compare_nested(found: dict, wanted: dict, where: str) -> None:
-    """Keys in both are equal, but for those that say where the file comes from, or hold a default of later releases."""
+    """Keys in both are equal, but for those that name the file's origin, or hold a default of later releases."""
     # `sliding_window` of a decoder that uses none; the oldest auto_map lacks one class.
     different = {"torch_dtype", "sliding_window", "auto_map", "use_flash_attn"}
     for key in found.keys() & wanted.keys() - different:
@@ -224,7 +225,10 @@ def test_names_and_settings_are_those_that_gguf_converters_read(name, trips, tmp
             if wanted[part]["architectures"]:  # by these they choose what they make of a part
                 assert found[part]["architectures"] == wanted[part]["architectures"]
             assert found[part]["model_type"] == wanted[part]["model_type"]
-            sizes = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size patch_size"
+            sizes = (
+                "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size "
+                "patch_size"
+            )
             for key in set(sizes.split()) & wanted[part].keys():
                 assert found[part][key] == wanted[part][key]
 
@@ -251,7 +255,7 @@ def test_a_raw_backbone_becomes_the_published_tower(tmp_path):
     assert_same_weights(run(back, tmp_path / "again"), own)
 
 
-# ----------------------------------------------------------------------------------------------------------- small files
+# --------------------------------------------------------------------------------------------------------- small files
 def test_a_fast_tokenizer_is_the_same_again(tmp_path):
     source = published_chat(tmp_path)
     back = run(run(source, tmp_path / "own"), tmp_path / "back", to="published")
@@ -289,7 +293,7 @@ def test_a_tokenizer_of_remote_code_is_written_as_one_that_needs_none(tmp_path):
     assert (back / "tokenizer.json").is_file()
 
 
-def test_a_chat_template_marks_pictures_as_engines_do(tmp_path):
+def test_a_chat_template_marks_images_as_engines_do(tmp_path):
     back = run(run(published_chat(tmp_path), tmp_path / "own"), tmp_path / "back", to="published")
     template = (back / "chat_template.jinja").read_text()
     assert "<image>" in template
@@ -311,9 +315,9 @@ def test_changed_settings_of_generation_stay_changed(tmp_path):
     assert json_of(back, "generation_config.json")["temperature"] == 0.5
 
 
-# ------------------------------------------------------------------------------------------------------ a damaged memory
+# -------------------------------------------------------------------------------------------------- unreadable records
 @pytest.mark.parametrize(
-    "forms",
+    "records",
     [
         None,
         [],
@@ -331,37 +335,49 @@ def test_changed_settings_of_generation_stay_changed(tmp_path):
         {"published": {"config": {"llm_config": {}}, "dtype": "float32", "stored_twice": {}, "files": {"a": "b"}}},
     ],
 )
-def test_a_damaged_memory_is_none(forms, trips, tmp_path):
+def test_an_unreadable_record_is_ignored(records, trips, tmp_path):
     source, own, _ = trips["chat_qwen2_v2"]
     own = shutil.copytree(own, tmp_path / "own")
-    edit_json(own / "conversion.json", forms=forms)
+    edit_json(own / "conversion.json", forms=records)
     back = run(own, tmp_path / "back", to="published")
     assert_same_weights(back, source)
     assert json_of(back)["architectures"] == ["InternVLChatModel"]
 
 
-def test_a_memory_writes_no_files_of_other_names(trips, tmp_path):
+def test_a_record_writes_no_files_of_other_names(trips, tmp_path):
     _, own, _ = trips["chat_qwen2_v2"]
     own = shutil.copytree(own, tmp_path / "own")
-    forms = json_of(own, "conversion.json")["forms"]
-    forms["published"]["files"] = {"../evil.json": {"a": 1}, "modeling_evil.py": {"a": 1}}
-    edit_json(own / "conversion.json", forms=forms)
+    records = json_of(own, "conversion.json")["forms"]
+    records["published"]["files"] = {"../evil.json": {"a": 1}, "modeling_evil.py": {"a": 1}}
+    edit_json(own / "conversion.json", forms=records)
     back = run(own, tmp_path / "back", to="published")
     assert not (tmp_path / "evil.json").exists()
     assert not (back / "modeling_evil.py").exists()
 
 
-def test_a_memory_brings_no_code_into_this_form(trips, tmp_path):
+def test_a_record_names_no_code_that_its_format_does_not_write(trips, tmp_path):
+    _, own, _ = trips["chat_qwen2_v2"]
+    native = run(own, tmp_path / "native", to="native", image_token_id=500)
+    again = run(native, tmp_path / "again")
+    records = json_of(again, "conversion.json")["forms"]
+    code = {"remembered_auto_map": {"AutoImageProcessor": "image_processing_internvl.InternVLImageProcessor"}}
+    records["native"]["files"]["preprocessor_config.json"].update(code)
+    edit_json(again / "conversion.json", forms=records)
+    back = run(again, tmp_path / "back", to="native")
+    assert json_of(back, "preprocessor_config.json") == json_of(native, "preprocessor_config.json")
+
+
+def test_a_record_brings_no_code_into_this_format(trips, tmp_path):
     _, own, back = trips["chat_qwen2_v2"]
     back = shutil.copytree(back, tmp_path / "back")
-    forms = json_of(back, "conversion.json")["forms"]
-    forms["internvl"]["config"]["auto_map"] = {"AutoModel": "evil/repository--modeling.Evil"}
-    edit_json(back / "conversion.json", forms=forms)
+    records = json_of(back, "conversion.json")["forms"]
+    records["internvl"]["config"]["auto_map"] = {"AutoModel": "evil/repository--modeling.Evil"}
+    edit_json(back / "conversion.json", forms=records)
     again = run(back, tmp_path / "again")
     assert json_of(again) == json_of(own)
 
 
-# --------------------------------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------------------------------ refusals
 def refused(model, folder: Path, to: str, capsys) -> str:
     model.save_pretrained(folder / "own")
     assert main([str(folder / "own"), str(folder / "out"), "--to", to]) == 2
@@ -388,27 +404,27 @@ def test_a_tower_with_a_head_has_no_published_layout(tmp_path, capsys):
     assert "no place for a InternViTForImageClassification" in capsys.readouterr().err
 
 
-def test_an_unknown_form_is_refused(trips, tmp_path):
+def test_an_unknown_format_is_refused(trips, tmp_path):
     with pytest.raises(ValueError, match="must be one of internvl, published, native, got 'gguf'"):
         run(trips["chat_qwen2_v2"][1], tmp_path / "out", to="gguf")
 
 
-def test_a_dry_run_names_the_form_and_writes_nothing(trips, tmp_path, capsys):
+def test_a_dry_run_names_the_format_and_writes_nothing(trips, tmp_path, capsys):
     assert main([str(trips["chat_qwen2_v2"][1]), str(tmp_path / "out"), "--to", "published", "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert "Found InternVL-Chat, this package's form" in printed
+    assert "Found InternVL-Chat, this package's format" in printed
     assert "in the published Hub layout" in printed
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["intern_vit_6b", "internvl_14b", "chat_internlm2_v2"])
-def test_the_published_form_can_be_verified(name, trips, tmp_path):
+def test_the_published_format_can_be_verified(name, trips, tmp_path):
     messages = []
     run(trips[name][1], tmp_path / "out", to="published", verify=True, report=messages.append)
     assert any("bit by bit" in message for message in messages)
 
 
-def test_the_card_says_what_the_form_is_for(trips):
+def test_the_card_says_what_the_format_is_for(trips):
     card = (trips["chat_qwen2_v2"][2] / "README.md").read_text()
     assert "published layout" in card
     assert "AutoProcessor" not in card
