@@ -75,6 +75,14 @@ def test_links_lead_to_files_and_headings_and_prose_is_wrapped(document):
             assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, link
 
 
+def test_the_table_of_files_has_every_file():
+    table = (ROOT / "docs" / "code.md").read_text(encoding="utf-8")
+    names = {file.name for file in ROOT.glob("*.py")} | {
+        f"{file.parent.name}/" for file in ROOT.glob("[a-z]*/__init__.py")
+    }
+    assert not [name for name in names if f"`{name}`" not in table]
+
+
 def commands_in(documents: list) -> dict[tuple[str, str], set[str]]:
     """Options by command and sub-command, of everything that the documents run by `python -m internvl`."""
     found: dict[tuple[str, str], set[str]] = {}

@@ -45,10 +45,8 @@ def assert_same(found: dict, folders: Path) -> None:
                 assert found[part][name] == value, where
 
 
-def test_the_installed_package_gives_the_outputs_of_then(folders):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* is now called ", FutureWarning)
-        found = run(folders, is_installed=True)
+def test_the_installed_package_takes_precedence_and_gives_the_outputs_of_then(folders):
+    found = run(folders)
     assert all(module.startswith("internvl.") for module in found["code"])
     assert_same(found, folders)
 

@@ -9,7 +9,6 @@ imported first, so its classes are used; without it the code in the folders is. 
 import json
 import logging
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -72,9 +71,9 @@ def compare(model, processor) -> dict:
 
 
 @torch.no_grad()
-def run(folders: Path, is_installed: bool) -> dict:
+def run(folders: Path) -> dict:
     """Everything there is to compare, with the modules of the models that gave it."""
-    settings = {} if is_installed else {"trust_remote_code": True}
+    settings = {"trust_remote_code": True}
     chat = AutoModelForImageTextToText.from_pretrained(folders / "chat", dtype="float32", **settings).eval()
     processor = AutoProcessor.from_pretrained(folders / "chat", **settings)
     contrastive = AutoModel.from_pretrained(folders / "contrastive", dtype="float32", **settings).eval()
@@ -88,10 +87,6 @@ def run(folders: Path, is_installed: bool) -> dict:
 
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", FutureWarning)
-        if is_installed := "--installed" in sys.argv:
-            import internvl  # noqa: F401
-        results = run(Path(sys.argv[1]), is_installed)
-    results["warnings"] = sorted(str(w.message) for w in caught if "is now called" in str(w.message))
-    print(json.dumps(results))
+    if "--installed" in sys.argv:
+        import internvl  # noqa: F401
+    print(json.dumps(run(Path(sys.argv[1]))))

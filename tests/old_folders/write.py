@@ -73,7 +73,7 @@ def main() -> None:
         folder = Path(temporary)
         make_checkpoints(folder)
         train_adapter(folder)
-        outputs = run_folder.run(folder, is_installed=True)
+        outputs = run_folder.run(folder)
         del outputs["code"]
         (folder / "outputs.json").write_text(json.dumps(outputs))
         with tarfile.open(HERE / "a090a6c.tar.xz", "w:xz", preset=9) as archive:
