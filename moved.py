@@ -101,8 +101,8 @@ MOVED = {
 }
 
 
-# Old commands, `python -m internvl.OLD`: package and command of the new one.
-DOORS = {
+# Old commands, `python -m internvl.OLD`: package, command and options of the new one.
+DOORS: dict[str, tuple[str, ...]] = {
     "evaluation.captioning": ("evaluation", "captioning"),
     "evaluation.dialogue": ("evaluation", "dialogue"),
     "evaluation.linear_probe": ("evaluation", "linear_probe"),
@@ -131,9 +131,9 @@ class MovedModules:
             return None
         is_run = sys.argv[:1] == ["-m"] and name in sys.orig_argv
         if is_run and old in DOORS:
-            folder, command = DOORS[old]
-            warnings.warn(f"{name} is now {package}.{folder} {command}.", FutureWarning, stacklevel=2)
-            sys.argv.insert(1, command)
+            folder, *command = DOORS[old]
+            warnings.warn(f"{name} is now {package}.{folder} {' '.join(command)}.", FutureWarning, stacklevel=2)
+            sys.argv[1:1] = command
             new = f"{package}.{folder}.__main__"
             return ModuleSpec(new, _Alias(new))
         if old in REMOVED:
