@@ -4,6 +4,7 @@ With the package installed its classes are used, without it the code in the fold
 then.
 """
 
+import dataclasses
 import importlib
 import json
 import os
@@ -106,3 +107,21 @@ def test_every_old_command_has_a_new_one(old, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         importlib.import_module(spec.name).main(sys.argv[1:])
     assert stopped.value.code == 0
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_python_calls_that_the_documents_of_then_show_still_work():
+    from internvl.evaluation.captioning import describe
+    from internvl.evaluation.dialogue import ask, is_right
+    from internvl.training.objectives import info_nce_loss
+    from internvl.training.parameter_groups import lora_targets
+    from internvl.training.recipes import Phase, stage1
+    from internvl.training.stages import Run, run_stage1
+    from internvl.visibility_qllama import Readings
+
+    assert all(map(callable, (describe, ask, is_right, info_nce_loss, lora_targets, Run, run_stage1, Readings)))
+    phase = Phase("short", 10, {"vision": 1e-3}, 196, warmup_steps=5, batch_size=8, dropped_patches=0.5)
+    assert phase.dropped_patches == 0.5
+    assert phase.rates == {"vision": 1e-3}
+    recipe = dataclasses.replace(stage1(), objective="sigmoid", rows_at_a_time=8)
+    assert (recipe.objective, recipe.rows_at_a_time) == ("sigmoid", 8)
