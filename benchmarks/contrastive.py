@@ -83,7 +83,7 @@ def step(loss: Callable[[], torch.Tensor], parameters: list[torch.Tensor]) -> to
 def largest_difference(
     ours: Callable[[], torch.Tensor], theirs: Callable[[], torch.Tensor], parameters: list
 ) -> float:
-    """Of the losses, and of all gradients relative to the largest: some, as of key biases, are nothing but rounding."""
+    """Differences of losses, and of gradients relative to the largest: some, as of key biases, are only rounding."""
     found = step(ours, parameters)
     gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
     difference = ((step(theirs, parameters) - found) / found).abs().item()

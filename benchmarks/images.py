@@ -119,7 +119,7 @@ def with_threads(count: int, call: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 def rows(options: Options) -> Iterator[Row]:
-    """Decoded images, files, one thread, one image, and the share of resizing. The work is the CPU's on every machine."""
+    """Decoded images, files, one thread, one image, and the share of resizing. The work is always the CPU's."""
     options = Options("cpu", options.rounds)
     processor = InternVLImageProcessor(max_num=MAX_TILES)
     images, threads = draw_images(SIZES), torch.get_num_threads()

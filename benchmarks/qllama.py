@@ -55,7 +55,7 @@ def build(model_class: type, device: str) -> nn.Module:
 
 
 def stage2_batch(device: str) -> dict[str, torch.Tensor]:
-    """Pairs with the texts that the collator of stage 2 gives, every text as long as any other; negatives are drawn."""
+    """Pairs with the texts that the collator of stage 2 gives, all equally long; negatives are drawn."""
     generator = torch.Generator().manual_seed(1)
     side = VISION["image_size"]
     batch = {"pixel_values": torch.randn(BATCH, 3, side, side, generator=generator)}

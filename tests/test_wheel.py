@@ -1,4 +1,4 @@
-"""A wheel, installed elsewhere, has all files that the package reads, and every command runs from it without the clone."""
+"""A wheel, installed elsewhere, has all files that the package reads; every command runs from it without the clone."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ CALLS = {
     ZERO_SHOT: (0, '"images": 2'),
     ("planning", "memory", "internvl-14b"): (0, "13,834,975,747"),
 }
-# Runs commands one after the other in one process, which imports torch once. Prints a JSON list of exit status and output.
+# Runs commands one after the other in one process, which imports torch once, and prints their status and output as JSON.
 RUN = """
 import contextlib, io, json, runpy, sys
 import internvl
@@ -109,7 +109,7 @@ def test_every_command_runs(run):
     assert (folder / "out" / "modeling_internvit.py").is_file()
 
 
-# ------------------------------------------------------------------------------------------------------------------- extras
+# --- extras
 def test_a_missing_library_is_one_line_with_the_command_that_installs_it():
     expected = r"^This needs no_such, .*: `pip install 'internvl\[train\]'`\.$"
     with pytest.raises(MissingLibraryError, match=expected), extra("train"):
