@@ -1,4 +1,4 @@
-"""README.md, which is the model card, and docs/: they show what the bundled checkpoint answers and what was measured."""
+"""The model card (README.md) and docs/ show what the bundled checkpoint answers and what was measured."""
 
 import json
 import re

@@ -32,7 +32,7 @@ CALLS = {
     ZERO_SHOT: (0, '"images": 2'),
     ("planning", "memory", "internvl-14b"): (0, "13,834,975,747"),
 }
-# Runs commands one after the other in one process, which imports torch once, and prints their status and output as JSON.
+# Runs commands one after the other in one process, which imports torch once, and prints status and output as JSON.
 RUN = """
 import contextlib, io, json, runpy, sys
 import internvl
