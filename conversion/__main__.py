@@ -31,6 +31,32 @@ def _parser() -> argparse.ArgumentParser:
         help="folder of the checkpoint, its file with weights, or user/name on the Hub",
     )
     parser.add_argument("out", metavar="OUT", type=path, nargs="?", help="folder to write; not needed with --dry-run")
+    _add_source_options(parser)
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="type of the weights (default: as they are)")
+    parser.add_argument(
+        "--to", choices=TARGETS, default=TARGETS[0], help="format of the result (default: this package's)"
+    )
+    parser.add_argument("--llama-decoder", action="store_true", help="write an InternLM2 decoder as a plain LLaMA")
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", default="5GB", help="largest file with weights (default: 5GB)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
+    parser.add_argument(
+        "--verify",
+        metavar="RECORDED",
+        nargs="?",
+        const="",
+        help="load the result, compare every tensor with the source and, with a safetensors file of recorded "
+        "`in.NAME` and `out.NAME`, the outputs",
+    )
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the result to this repository, e.g. user/name")
+    parser.add_argument("--private", action="store_true", help="with --push-to-hub, make a new repository private")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
+    return parser
+
+
+def _add_source_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say what SOURCE is and what it lacks."""
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of SOURCE on the Hub")
     parser.add_argument("--tokenizer", metavar="DIR", help="folder of a tokenizer, instead of the source's own")
     parser.add_argument(
@@ -65,27 +91,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--vision-config", metavar="FILE", help="config.json of a LLaVA checkpoint's vision tower, or its folder"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="type of the weights (default: as they are)")
-    parser.add_argument(
-        "--to", choices=TARGETS, default=TARGETS[0], help="format of the result (default: this package's)"
-    )
-    parser.add_argument("--llama-decoder", action="store_true", help="write an InternLM2 decoder as a plain LLaMA")
-    parser.add_argument(
-        "--max-shard-size", metavar="SIZE", default="5GB", help="largest file with weights (default: 5GB)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
-    parser.add_argument(
-        "--verify",
-        metavar="RECORDED",
-        nargs="?",
-        const="",
-        help="load the result, compare every tensor with the source and, with a safetensors file of recorded "
-        "`in.NAME` and `out.NAME`, the outputs",
-    )
-    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the result to this repository, e.g. user/name")
-    parser.add_argument("--private", action="store_true", help="with --push-to-hub, make a new repository private")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
-    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:

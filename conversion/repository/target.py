@@ -50,13 +50,13 @@ def place_of(out: Path, overwrite: bool, inputs: list[Path]) -> Path:
             raise ValueError(f"OUT (`{out}`) must be a folder of its own, and not hold the input `{path}`.")
         if place.is_relative_to(real) and place.is_dir() and any(place.iterdir()):
             raise ValueError(
-                f"OUT (`{out}`) must be a folder of its own, and is a part of the input `{path}`. Name a new folder in "
-                "it."
+                f"OUT (`{out}`) must be a folder of its own, and is a part of the input `{path}`. Name a new folder "
+                "in it."
             )
     if Path.cwd().is_relative_to(place):
         raise ValueError(
-            f"OUT (`{out}`) must be a folder of its own, and is the one in which this command runs, or above it. Name a "
-            "new folder in it."
+            f"OUT (`{out}`) must be a folder of its own, and is the one in which this command runs, or above it. Name "
+            "a new folder in it."
         )
     check_free(out, place, overwrite)
     return place
