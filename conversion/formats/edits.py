@@ -88,9 +88,6 @@ def _resize_kernel(draft: Draft, size: int) -> None:
 def drop_blocks_above(draft: Draft) -> None:
     """Leaves out the tower's blocks above the one whose output the decoder sees; `select_layer` becomes -1.
 
-    Args:
-        draft: Changed in place.
-
     Raises:
         ValueError: If there are none to leave out, because it is no chat model or its queries read the last block.
     """

@@ -47,9 +47,6 @@ class Format:
     def build_config(self, settings: dict[str, Any]) -> Any:
         """Builds the configuration object of the result.
 
-        Args:
-            settings: This package's config.json.
-
         Raises:
             ValueError: If the settings describe no such model.
         """

@@ -26,9 +26,6 @@ EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm
 def add_to_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
     """Gives a tokenizer the image token, unless it has one.
 
-    Args:
-        tokenizer: Changed in place, not on disk.
-
     Returns:
         The token's id.
     """

@@ -75,11 +75,7 @@ _OTHER_DEFAULTS = ("vocab_size", "max_position_embeddings", "rms_norm_eps")
 
 
 def internlm2_as_llama(draft: Draft) -> None:
-    """An edit: an InternLM2 decoder becomes a LLaMA, any other decoder stays as it is.
-
-    Args:
-        draft: Changed in place.
-    """
+    """An edit: an InternLM2 decoder becomes a LLaMA, any other decoder stays as it is."""
     if _decoder_type(draft) == InternLM2Config.model_type:
         decoder_as_llama(draft)
         draft.notes.append("The InternLM2 decoder is written as the LLaMA that it is.")
@@ -87,9 +83,6 @@ def internlm2_as_llama(draft: Draft) -> None:
 
 def decoder_as_llama(draft: Draft) -> None:
     """An edit: the InternLM2 decoder of a chat model becomes a LLaMA; nothing that the model computes changes.
-
-    Args:
-        draft: Changed in place.
 
     Raises:
         ValueError: If the decoder is no InternLM2, or its tensors do not fit its configuration.
@@ -109,9 +102,6 @@ def decoder_as_llama(draft: Draft) -> None:
 
 def llama_as_internlm2(draft: Draft) -> None:
     """The inverse edit, for a decoder that once was an InternLM2; a LLaMA that cannot be one stays as it is.
-
-    Args:
-        draft: Changed in place.
 
     Raises:
         ValueError: If the decoder's tensors do not fit its configuration.

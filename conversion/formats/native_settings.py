@@ -26,11 +26,7 @@ from .native_tables import (
 
 
 def native_obstacles(config: InternVLChatConfig) -> list[str]:
-    """Why a chat model cannot become a native one; empty where it can.
-
-    Args:
-        config: The model's configuration.
-    """
+    """Why a chat model cannot become a native one; empty where it can."""
     vision, decoder = config.vision_config, config.text_config
     fold = 1 / config.downsample_ratio
     scaled = [name for name in HEAD_SETTINGS if getattr(decoder, name, None) not in (None, 1, 1.0)]
@@ -62,12 +58,7 @@ def native_obstacles(config: InternVLChatConfig) -> list[str]:
 
 
 def to_native(settings: dict[str, Any], config: InternVLChatConfig) -> dict[str, Any]:
-    """The native config.json of a chat model that can become one.
-
-    Args:
-        settings: Its config.json.
-        config: The configuration object built from `settings`.
-    """
+    """The native config.json of a chat model that can become one."""
     dropped = {"vision_config", "text_config", "qllama_config", "img_context_token_id", "model_type", *FIXED_OURS}
     vision = _swapped(settings["vision_config"], config.vision_config, VISION_KEYS)
     for key in ("image_size", "patch_size"):
@@ -92,9 +83,6 @@ def _swapped(settings: dict[str, Any], config: Any, keys: dict[str, str]) -> dic
 
 def map_native(source: Source) -> dict[str, Any]:
     """Configuration of a chat model, from a native checkpoint.
-
-    Args:
-        source: An opened source of this format.
 
     Returns:
         config.json of the result.

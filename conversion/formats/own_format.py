@@ -67,12 +67,7 @@ class OwnFormat(Format):
         return self._with_facts(content, kept or self._write_config(content), record if kept else None)
 
     def write(self, folder: Path, content: Content) -> None:
-        """Writes everything but weights and tokenizer.
-
-        Args:
-            folder: Folder of the result.
-            content: The model.
-        """
+        """Writes everything but weights and tokenizer."""
         write_json(folder / "config.json", self.config_json(content))
         self._write_files(folder, content)
         keep_written_code(folder)
@@ -144,12 +139,7 @@ class ForeignFormat(OwnFormat):
         return {**tensors, **{name: tensors[other] for name, other in restored.items()}}
 
     def write(self, folder: Path, content: Content) -> None:
-        """Writes everything but weights and tokenizer; a model that did not change gets its old files back.
-
-        Args:
-            folder: Folder of the result.
-            content: The model.
-        """
+        """Writes everything but weights and tokenizer; a model that did not change gets its old files back."""
         super().write(folder, content)
         record = content.records.get(str(self.to))
         if record and self._kept_config(content, record) == record.config:

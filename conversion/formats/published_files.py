@@ -58,12 +58,7 @@ PUBLISHED_NAMES = {"InternVLChatForConditionalGeneration": ("modeling_internvl_c
 
 
 def write_published_code(folder: Path, result: Result) -> None:
-    """Copies the code of this package, and gives it the published names.
-
-    Args:
-        folder: Folder of the result.
-        result: The kind of model.
-    """
+    """Copies the code of this package, and gives it the published names."""
     own = result.model_class.__name__
     copy_code(folder, [result.auto_map])
     for name, text in PUBLISHED_MODULES.get(own, {}).items():
@@ -75,11 +70,7 @@ def write_published_code(folder: Path, result: Result) -> None:
 
 
 def own_contents(name: str) -> list[bytes]:
-    """Contents that a file of this name may have where this package wrote it, in any format.
-
-    Args:
-        name: Name of a file at the top of a repository.
-    """
+    """Contents that a file of this name may have where this package wrote it, in any format."""
     texts = {modules[name] for modules in PUBLISHED_MODULES.values() if name in modules}
     contents = [text.encode("utf-8") for text in sorted(texts)]
     if is_plain(name) and (PACKAGE / name).is_file():
@@ -107,12 +98,7 @@ def write_published_template(folder: Path, config: InternVLChatConfig) -> None:
 
 
 def write_clip_settings(folder: Path, image_processor: InternVLImageProcessor) -> None:
-    """Writes preprocessor_config.json for CLIP's image processor, which the published snippets use.
-
-    Args:
-        folder: Folder of the result.
-        image_processor: This package's image processor.
-    """
+    """Writes preprocessor_config.json for CLIP's image processor, which the published snippets use."""
     size = dict(image_processor.size)
     side = size.get("shortest_edge") or size.get("height")
     crop = dict(image_processor.crop_size or {}).get("height", side)

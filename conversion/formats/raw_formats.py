@@ -52,9 +52,6 @@ def assumptions(source: Source) -> list[str]:
 def classifier_pooling(source: Source) -> str:
     """What a classification head reads, one of `InternViTConfig.classifier_pooling`.
 
-    Args:
-        source: A source with tower and head.
-
     Raises:
         ValueError: If the tower cannot give the head's width.
     """

@@ -17,9 +17,6 @@ from .key_tables import PUBLISHED_NUM_HEADS
 def constructor_arguments(config: dict[str, Any]) -> dict[str, Any]:
     """Collects arguments of the published model class from the spellings of all codes that store them.
 
-    Args:
-        config: Content of config.json.
-
     Returns:
         Argument to value, from the top, `backbone` of an mmseg configuration, and the yaml's MODEL (there in
         capitals).
@@ -60,9 +57,6 @@ def _tower_prefix(source: Source) -> str:
 # ----------------------------------------------------------------------------------------------------------- the tower
 def tower_settings(source: Source) -> dict[str, Any]:
     """Configuration of the vision tower.
-
-    Args:
-        source: The source.
 
     Raises:
         ValueError: If config.json does not belong to the weights, or does not say what has to be known.

@@ -23,9 +23,6 @@ TARGETS: dict[str, tuple[OwnFormat, ...]] = {
 def recognise(source: Source) -> Format:
     """Finds the format of a source.
 
-    Args:
-        source: An opened source.
-
     Raises:
         ValueError: If no format matches; the message lists those that are supported.
     """

@@ -105,9 +105,6 @@ def is_plain(name: str) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is no such file.
 
-    Args:
-        path: The file.
-
     Raises:
         OSError: If it cannot be read.
         ValueError: If it holds anything else, says one thing twice, or is nested deeper or larger than any
@@ -122,11 +119,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_any_json(path: Path) -> Any:
-    """What a JSON file holds, an object or not; else as `read_json`.
-
-    Args:
-        path: A file that is there.
-    """
+    """What a JSON file holds, an object or not; else as `read_json`."""
     if path.stat().st_size > LARGEST_JSON:
         raise ValueError(
             f"`{path}` has {path.stat().st_size:,} bytes, and no JSON of a checkpoint has over {LARGEST_JSON:,}."

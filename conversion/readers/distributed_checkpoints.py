@@ -54,9 +54,6 @@ class DistributedFile:
 def find_distributed_folder(path: Path) -> Path | None:
     """The folder whose `.metadata` describes a model: what is given, or the only one within.
 
-    Args:
-        path: Folder of a training run, or a file in it.
-
     Raises:
         OSError: If `.metadata` is missing or cannot be read.
         ValueError: If it is refused, or there are several such folders.
@@ -78,9 +75,6 @@ def find_distributed_folder(path: Path) -> Path | None:
 
 def read_distributed_weights(folder: Path) -> Weights:
     """The weights of the model.
-
-    Args:
-        folder: Folder with `.metadata`.
 
     Raises:
         OSError: If a file is missing or cannot be read.

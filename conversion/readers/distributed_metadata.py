@@ -61,9 +61,6 @@ class _MetadataUnpickler(pickle.Unpickler):
 def read_metadata(folder: Path) -> Inert:
     """The description of a checkpoint.
 
-    Args:
-        folder: Folder with `.metadata`.
-
     Returns:
         A record, whose attributes are read with `attribute`.
 

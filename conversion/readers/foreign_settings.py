@@ -148,11 +148,7 @@ def only_data(name: str, content: dict[str, Any], refused: list[str] | None = No
 
 
 def is_own_code(auto_map: Any) -> bool:
-    """Whether an `auto_map` names nothing but modules that this package writes, in the folder itself.
-
-    Args:
-        auto_map: Value of that key.
-    """
+    """Whether an `auto_map` names nothing but modules that this package writes, in the folder itself."""
     if not isinstance(auto_map, dict) or not auto_map:
         return False
     matches = [REFERENCE.fullmatch(place) if isinstance(place, str) else None for place in auto_map.values()]

@@ -41,11 +41,7 @@ def check_links(folder: Path, depth: int = DEPTH) -> None:
 
 
 def hub_snapshot(folder: Path) -> Path | None:
-    """The `snapshots` folder of a folder in the Hub's cache (models--USER--NAME/snapshots/COMMIT), else None.
-
-    Args:
-        folder: Any folder.
-    """
+    """The `snapshots` folder of a folder in the Hub's cache (models--USER--NAME/snapshots/COMMIT), else None."""
     places = (place for place in folder.resolve().parents if place.name == "snapshots")
     return next((place for place in places if place.parent.name.startswith("models--")), None)
 

@@ -162,9 +162,6 @@ def open_files(folder: Path, files: list[Path]) -> Source:
 def weight_files(folder: Path) -> list[Path]:
     """Lists the files with weights in a folder: those that transformers would load, else all there are.
 
-    Args:
-        folder: Folder of a checkpoint.
-
     Raises:
         OSError: There are none, or one that an index names is missing.
         ValueError: An index points outside the folder.

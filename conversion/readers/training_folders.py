@@ -23,9 +23,6 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 def open_training_folder(path: Path) -> tuple[Path, Weights] | None:
     """Weights that a training framework wrote in parts.
 
-    Args:
-        path: A folder, or a file in it.
-
     Returns:
         The folder with the rest of the checkpoint, and the weights; None where there are none of this kind.
 
@@ -42,9 +39,6 @@ def open_training_folder(path: Path) -> tuple[Path, Weights] | None:
 
 def only_checkpoint(folder: Path) -> Path | None:
     """The `checkpoint-N` of a Trainer's output folder.
-
-    Args:
-        folder: A folder without weights in it.
 
     Returns:
         The checkpoint; None where there is none.

@@ -24,9 +24,6 @@ from .zero_files import PARTS, STRETCHES, Zero, items_of, open_zero_file, open_z
 def read_zero_weights(folder: Path) -> Weights:
     """The weights as they were trained: float32, but for frozen parameters, which lie in the type of the training.
 
-    Args:
-        folder: Folder with the files of ranks.
-
     Raises:
         OSError: If a file is missing or cannot be read.
         ValueError: If the files do not fit together.

@@ -48,9 +48,6 @@ class Zero:
 def find_zero_folder(path: Path) -> Path | None:
     """The folder with the files of ranks: what is given, the one that `latest` names, or the only one within.
 
-    Args:
-        path: Folder of a training run, or a file in it.
-
     Raises:
         OSError: If `latest` names a folder that is not there.
         ValueError: If `latest` points elsewhere, or there are several such folders.
@@ -79,9 +76,6 @@ def find_zero_folder(path: Path) -> Path | None:
 
 def open_zero_folder(folder: Path) -> Zero:
     """Looks at the files of all ranks.
-
-    Args:
-        folder: Folder with the files.
 
     Raises:
         OSError: If a file is missing or cannot be read.
@@ -114,11 +108,7 @@ def open_zero_folder(folder: Path) -> Zero:
 
 
 def open_zero_file(file: Path) -> dict[str, torch.Tensor]:
-    """Tensors of one file: `module.NAME` and `frozen_param_fragments.NAME`, or those of the optimizer, `KEY.GROUP`.
-
-    Args:
-        file: File with the states of one rank.
-    """
+    """Tensors of one file: `module.NAME` and `frozen_param_fragments.NAME`, or those of the optimizer, `KEY.GROUP`."""
     content = _read(file)
     found = {
         f"{key}.{name}": value

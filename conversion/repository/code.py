@@ -23,9 +23,6 @@ def write_json(path: Path, content: dict[str, Any] | list[dict[str, Any]]) -> No
 def code_files(modules: Iterable[str]) -> list[Path]:
     """Lists the files of modules and of all that they import from the same folder, as the remote loader does.
 
-    Args:
-        modules: Names of modules at the root of the package.
-
     Returns:
         Their files, sorted.
     """
@@ -35,12 +32,7 @@ def code_files(modules: Iterable[str]) -> list[Path]:
 
 
 def copy_code(target: Path, auto_maps: Iterable[dict[str, str]]) -> None:
-    """Copies the code that Auto classes need.
-
-    Args:
-        target: Folder of the result.
-        auto_maps: Every `auto_map` of the result.
-    """
+    """Copies the code that Auto classes need."""
     modules = {reference.partition(".")[0] for auto_map in auto_maps for reference in auto_map.values()}
     for file in code_files(modules):
         shutil.copyfile(file, target / file.name)
@@ -51,9 +43,6 @@ def keep_written_code(target: Path) -> None:
 
     Settings of a source name modules of this package at most (see `foreign_settings`); not every format writes all of
     them.
-
-    Args:
-        target: Folder of the result, its code written.
     """
     written = {file.stem for file in target.glob("*.py")}
     for file in sorted(target.glob("*.json")):

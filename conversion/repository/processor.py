@@ -111,13 +111,6 @@ def write_processor(
 ) -> list[dict[str, str]]:
     """Writes preprocessor_config.json and, with a tokenizer, processor_config.json and the chat template.
 
-    Args:
-        target: Folder of the result.
-        result: What is written.
-        config: The result's configuration.
-        image_processor: Image processor of the result.
-        tokenizer: Tokenizer of the result, or None.
-
     Returns:
         Every `auto_map` written.
     """

@@ -66,11 +66,7 @@ def new_record(source: Source, dtype: str, stored_twice: dict[str, str]) -> Reco
 
 
 def read_records(source: Source) -> dict[str, Record]:
-    """Reads the records of a source, by `to` of the format; ignores unreadable ones and files changed since.
-
-    Args:
-        source: An opened source.
-    """
+    """Reads the records of a source, by `to` of the format; ignores unreadable ones and files changed since."""
     manifest = _with_key(source.read_json(MANIFEST_FILE), _REMEMBERED_AUTO_MAP, "auto_map")
     found, written = manifest.get("forms"), manifest.get("written")
     if not isinstance(found, dict):
@@ -83,11 +79,7 @@ def read_records(source: Source) -> dict[str, Record]:
 
 
 def manifest_of(records: dict[str, Record]) -> dict[str, Any]:
-    """Records as conversion.json holds them.
-
-    Args:
-        records: Records by the `to` of their format.
-    """
+    """Records as conversion.json holds them."""
     return _with_key({name: asdict(record) for name, record in records.items()}, "auto_map", _REMEMBERED_AUTO_MAP)
 
 

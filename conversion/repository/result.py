@@ -72,9 +72,5 @@ CHAT = Result(
 
 
 def stored_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Tensors of a model under the names that files have; loading fuses some, such as the experts of a mixture.
-
-    Args:
-        model: Any model, also on the meta device.
-    """
+    """Tensors of a model under the names that files have; loading fuses some, such as the experts of a mixture."""
     return dict(revert_weight_conversion(model, model.state_dict()))

@@ -44,9 +44,6 @@ class SentencePieceModel:
 def read_model(path: Path) -> SentencePieceModel:
     """Reads a tokenizer.model.
 
-    Args:
-        path: The file.
-
     Returns:
         Its content.
 
