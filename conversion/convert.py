@@ -103,7 +103,7 @@ def _write_all_but_weights(folder: Path, plan: Plan, report: Callable[[str], Non
         settings = {**settings, "image_token_id": _image_token_id(plan.config, tokenizer, report)}
     content = replace(plan, settings=settings, config=plan.source_format.build_config(settings), tokenizer=tokenizer)
     plan.target_format.write(folder, content)
-    write_card(folder, plan.source_format.name, result, plan.source.folder, _facts(plan), str(plan.target_format.to))
+    write_card(folder, plan.source_format.name, result, plan.source.folder, _facts(plan), plan.target_format.to)
 
 
 def _image_token_id(

@@ -17,6 +17,7 @@ from .formats.image_token import adding_image_token
 from .formats.key_tables import DERIVED_BUFFERS
 from .formats.llama_decoder import decoder_as_llama, internlm2_as_llama, llama_as_internlm2
 from .formats.llava_parts import complete_llava
+from .formats.native_format import NativeFormat
 from .formats.own_format import OwnFormat
 from .formats.raw_files import join_raw_files
 from .formats.raw_formats import RAW_FORMATS
@@ -223,7 +224,7 @@ def _decoder_edits(options: ConversionOptions, records: dict[str, Record]) -> li
     """An InternLM2 decoder becomes a LLaMA on request and in the native format, and on the way back what it was."""
     if options.llama_decoder:
         return [decoder_as_llama]
-    if options.to == "native":
+    if options.to == NativeFormat.to:
         return [internlm2_as_llama]
     config = records[options.to].config if options.to in records else {}
     decoder = config.get("llm_config") or config.get("text_config") or {}
@@ -278,7 +279,7 @@ def _complete_settings(
 def _own_record(source: Source, source_format: Format, twice: dict[str, str]) -> dict[str, Record]:
     """The record of the source itself, if its format can be written."""
     name = source_format.to
-    return {} if name is None else {name: new_record(source, _main_dtype(source.tensors), twice)}
+    return {} if not name else {name: new_record(source, _main_dtype(source.tensors), twice)}
 
 
 def _in_format(content: Content, target: OwnFormat, draft: Draft) -> Plan:

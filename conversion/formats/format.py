@@ -26,8 +26,8 @@ class Format:
         resize_mode: Resize mode of a chat model whose configuration asks for neither tiles nor padding.
     """
 
-    # The value of `--to` that writes it; None where it is only read.
-    to: ClassVar[str | None] = None
+    # The value of `--to` that writes it; empty where it is only read.
+    to: ClassVar[str] = ""
 
     name: str
     result: Result

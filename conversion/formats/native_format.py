@@ -25,7 +25,7 @@ from .rules import inverse, translate
 class NativeFormat(ForeignFormat):
     """The native format in one of its two spellings; written is today's."""
 
-    to: ClassVar[str | None] = "native"
+    to: ClassVar[str] = "native"
     title: ClassVar[str] = "transformers' native InternVL"
     brings_code: ClassVar[bool] = False
 

@@ -28,7 +28,7 @@ class OwnFormat(Format):
             them.
     """
 
-    to: ClassVar[str | None] = "internvl"
+    to: ClassVar[str] = "internvl"
     title: ClassVar[str] = "this package's format"
     # Whether the folder holds code that the Auto classes need.
     brings_code: ClassVar[bool] = True
@@ -62,7 +62,7 @@ class OwnFormat(Format):
 
     def config_json(self, content: Content) -> dict[str, Any]:
         """config.json: the remembered one with all changes since, or one made of the model."""
-        record = content.records.get(str(self.to))
+        record = content.records.get(self.to)
         kept = self._kept_config(content, record) if record else None
         return self._with_facts(content, kept or self._write_config(content), record if kept else None)
 
@@ -133,7 +133,7 @@ class ForeignFormat(OwnFormat):
 
     def named_tensors(self, content: Content) -> Tensors:
         """Tensors under the same names; what the source held twice is there twice again."""
-        tensors, record = content.tensors, content.records.get(str(self.to))
+        tensors, record = content.tensors, content.records.get(self.to)
         twice = record.stored_twice if record else {}
         restored = {name: other for name, other in twice.items() if other in tensors and name not in tensors}
         return {**tensors, **{name: tensors[other] for name, other in restored.items()}}
@@ -141,7 +141,7 @@ class ForeignFormat(OwnFormat):
     def write(self, folder: Path, content: Content) -> None:
         """Writes everything but weights and tokenizer; a model that did not change gets its old files back."""
         super().write(folder, content)
-        record = content.records.get(str(self.to))
+        record = content.records.get(self.to)
         if record and self._kept_config(content, record) == record.config:
             has_its_tokenizer = content.tokenizer_folder == content.source.folder
             restore_files(folder, record, has_its_tokenizer)

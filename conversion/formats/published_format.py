@@ -37,7 +37,7 @@ class PublishedFormat(ForeignFormat):
         published_config: Builds its config.json, without the type of the weights, from this package's configuration.
     """
 
-    to: ClassVar[str | None] = "published"
+    to: ClassVar[str] = "published"
     title: ClassVar[str] = "the published Hub layout"
 
     published_config: Callable[[Any], dict[str, Any]]

@@ -14,9 +14,7 @@ from .raw_formats import RAW_FORMATS
 FORMATS: tuple[Format, ...] = (*LLAVA_FORMATS, *OWN_FORMATS, *PUBLISHED_FORMATS, *NATIVE_FORMATS, *RAW_FORMATS)
 # Values of `--to`; the first is the default.
 TARGETS: dict[str, tuple[OwnFormat, ...]] = {
-    "internvl": OWN_FORMATS,
-    "published": PUBLISHED_FORMATS,
-    "native": NATIVE_FORMATS,
+    formats[0].to: formats for formats in (OWN_FORMATS, PUBLISHED_FORMATS, NATIVE_FORMATS)
 }
 
 
