@@ -75,6 +75,17 @@ def test_it_has_all_files_but_tests_and_weights(site):
     assert not [name for name in installed if name.endswith(".safetensors") or name.startswith("tests/")]
 
 
+def run_commands(site: Path, folder: Path, commands: list) -> list[tuple[int, str]]:
+    # PYTHONPATH comes before the clone, which may be installed as well.
+    env = {"PYTHONPATH": str(site), "HOME": str(folder), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", RUN, json.dumps(commands)]
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    place, *results = json.loads(done.stdout.splitlines()[-1])
+    assert Path(place).is_relative_to(site)
+    return results
+
+
 @pytest.fixture(scope="module")
 def run(site, tmp_path_factory) -> tuple[list[tuple[int, str]], Path]:
     """Exit status and output of `--help` of every command and of every call, and the folder in which they ran."""
@@ -84,15 +95,7 @@ def run(site, tmp_path_factory) -> tuple[list[tuple[int, str]], Path]:
     row = {"file": "star.png", "question": QUESTION, "answer": "red"}
     (folder / "images" / "questions.json").write_text(json.dumps([row]))
     (folder / "rows.jsonl").write_text('{"messages": "no list"}\n')
-    commands = [[name, "--help"] for name in COMMANDS] + list(CALLS)
-    # PYTHONPATH comes before the clone, which may be installed as well.
-    env = {"PYTHONPATH": str(site), "HOME": str(folder), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", RUN, json.dumps(commands)]
-    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    place, *results = json.loads(done.stdout.splitlines()[-1])
-    assert Path(place).is_relative_to(site)
-    return results, folder
+    return run_commands(site, folder, [[name, "--help"] for name in COMMANDS] + list(CALLS)), folder
 
 
 def test_every_command_says_how_it_is_used(run):
@@ -109,7 +112,14 @@ def test_every_command_runs(run):
     assert (folder / "out" / "modeling_internvit.py").is_file()
 
 
-# --- extras
+@pytest.mark.slow
+def test_a_benchmark_runs(site, tmp_path):
+    ((status, output),) = run_commands(site, tmp_path, [["benchmarks", "start_up", "--rounds", "1"]])
+    assert status == 0, output
+    assert "time of `import internvl`" in output
+    assert (tmp_path / "benchmarks" / "results" / "start_up-cpu.json").is_file()
+
+
 def test_a_missing_library_is_one_line_with_the_command_that_installs_it():
     expected = r"^This needs no_such, .*: `pip install 'internvl\[train\]'`\.$"
     with pytest.raises(MissingLibraryError, match=expected), extra("train"):
