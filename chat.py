@@ -11,7 +11,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from .kinds import MODEL_TYPES, WORDS, check_kind, wrong_kind
+from .kinds import KIND_NAMES, MODEL_TYPES, check_kind, wrong_kind
 
 
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent
@@ -138,7 +138,7 @@ def check_model(model: str | Path) -> None:
         raise ValueError(f"`{folder / 'config.json'}` cannot be read: {error}") from error
     kind = MODEL_TYPES.get(str(config.get("model_type"))) if isinstance(config, dict) else None
     if kind not in (None, "chat"):
-        raise wrong_kind(model, WORDS[kind], "chat", door="a conversation")
+        raise wrong_kind(model, KIND_NAMES[kind], "chat", door="a conversation")
 
 
 def check_images(images: list[str]) -> None:

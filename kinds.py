@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # commands check a folder before they import transformers
     from transformers import PretrainedConfig
 
-WORDS = {
+KIND_NAMES = {
     "published chat": "a published chat checkpoint (`python -m internvl.conversion` turns it into one that loads)",
     "qllama": "a QLLaMA alone",
     "vision": "an InternViT vision tower",
@@ -31,7 +31,7 @@ MODEL_TYPES = {
 
 
 def kind_of(config: "PretrainedConfig") -> str | None:
-    """A key of `WORDS`; None for models of any other kind."""
+    """A key of `KIND_NAMES`; None for models of any other kind."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if config.model_type == "internvl_14b":
@@ -41,8 +41,8 @@ def kind_of(config: "PretrainedConfig") -> str | None:
 
 
 def wrong_kind(folder: str | os.PathLike, what: str, *expected: str, door: str) -> ValueError:
-    """The error that a folder holds `what` where `door` needs one of `expected`, keys of `WORDS`."""
-    wanted = " or ".join(WORDS[kind] for kind in expected)
+    """The error that a folder holds `what` where `door` needs one of `expected`, keys of `KIND_NAMES`."""
+    wanted = " or ".join(KIND_NAMES[kind] for kind in expected)
     return ValueError(f"{os.fspath(folder)} holds {what}, but {door} needs {wanted}.")
 
 
@@ -51,7 +51,7 @@ def check_kind(folder: str | os.PathLike, *expected: str, door: str, **where: An
 
     Args:
         folder: Folder or Hub id.
-        *expected: Keys of `WORDS`, any of which is accepted. A LLaMA is a language model too.
+        *expected: Keys of `KIND_NAMES`, any of which is accepted. A LLaMA is a language model too.
         door: What needs the model, for the message.
         **where: As for `from_pretrained`.
 
@@ -68,8 +68,8 @@ def check_kind(folder: str | os.PathLike, *expected: str, door: str, **where: An
     is_language = found == "llama" or (found is None and config.model_type not in CONFIG_MAPPING_NAMES)
     if found in expected or ("language" in expected and is_language):
         return config
-    what = f"a model of type {config.model_type!r}" if found is None else WORDS[found]
+    what = f"a model of type {config.model_type!r}" if found is None else KIND_NAMES[found]
     raise wrong_kind(folder, what, *expected, door=door)
 
 
-__all__ = ["MODEL_TYPES", "WORDS", "check_kind", "kind_of", "wrong_kind"]
+__all__ = ["KIND_NAMES", "MODEL_TYPES", "check_kind", "kind_of", "wrong_kind"]

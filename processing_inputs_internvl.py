@@ -12,7 +12,7 @@ from .image_settings_internvl import ALIASES
 from .messages_internvl import is_nothing
 
 
-MODES = {"chat": "chat", "contrastive": "contrastive", "retrieval": "contrastive", "caption": "caption"}
+PROCESSOR_MODES = {"chat": "chat", "contrastive": "contrastive", "retrieval": "contrastive", "caption": "caption"}
 # Tokenizer settings of the modes "contrastive" and "caption", which decide the others (prefix, special tokens...).
 PLAIN_TEXT_SETTINGS = {"max_length", "padding", "padding_side", "return_tensors", "truncation", "verbose"}
 # Tokenizer settings that make no sense for prompts: they split one into several or expect a second text.
@@ -33,9 +33,9 @@ class InternVLProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[ca
 
 def resolve_mode(mode: str) -> str:
     """Resolves aliases of a mode: "retrieval" is "contrastive"."""
-    if not isinstance(mode, str) or mode not in MODES:
-        raise ValueError(f"`mode` must be one of {', '.join(MODES)}, got `{mode}`.")
-    return MODES[mode]
+    if not isinstance(mode, str) or mode not in PROCESSOR_MODES:
+        raise ValueError(f"`mode` must be one of {', '.join(PROCESSOR_MODES)}, got `{mode}`.")
+    return PROCESSOR_MODES[mode]
 
 
 def requested(kwargs: dict[str, Any], name: str) -> Any:
