@@ -13,7 +13,13 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .configuration_internvl import InternViTConfig
-from .layers_internvl import InternVLRMSNorm, clamp_to_dtype, eager_attention_forward, fp16_safe_linear
+from .layers_internvl import (
+    InternVLRMSNorm,
+    clamp_to_dtype,
+    eager_attention_forward,
+    fp16_safe_linear,
+    fp16_safe_stream,
+)
 
 
 def resize_position_grid(position_embedding: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -228,8 +234,7 @@ class InternViTEncoder(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         dtype = hidden_states.dtype
-        if dtype == torch.float16:
-            hidden_states = hidden_states.float()
+        hidden_states = fp16_safe_stream(hidden_states)
         for layer in self.layers[start:stop]:
             hidden_states = layer(hidden_states, **kwargs)
         return clamp_to_dtype(hidden_states, dtype)

@@ -46,6 +46,11 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+def fp16_safe_stream(hidden_states: torch.Tensor) -> torch.Tensor:
+    """The residual stream that starts from `hidden_states`: fp32 in place of fp16, whose range it may leave."""
+    return hidden_states.float() if hidden_states.dtype == torch.float16 else hidden_states
+
+
 def clamp_to_dtype(hidden_states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Casts to `dtype`; numbers beyond its range become its largest number, not infinity."""
     if hidden_states.dtype == dtype:

@@ -43,6 +43,7 @@ from .layers_internvl import (
     InternVLAttentionPooling,
     InternVLPoolingAttention,
     clamp_to_dtype,
+    fp16_safe_stream,
     zero_without_labels,
 )
 
@@ -216,7 +217,7 @@ class InternViTBackbone(BackboneMixin, InternViTPreTrainedModel):
         """
         refuse_unknown(kwargs, "`InternViTBackbone.forward`")
         tokens = self.embeddings(pixel_values)
-        stages = [tokens.float() if tokens.dtype == torch.float16 else tokens]  # as the encoder's stream
+        stages = [fp16_safe_stream(tokens)]
         is_deep = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         depth = self.config.num_hidden_layers if is_deep else max(self.config.out_indices_from_front)
         for index in range(depth):
