@@ -155,5 +155,3 @@ def mask_functions(rows: list[PackedPasses], batch: int, device: torch.device) -
 
 
 __getattr__ = renamed_names(globals(), Readings="PackedPasses", VISIBILITIES="ATTENTION_MODES")
-
-__all__ = ["ATTENTION_MODES", "MaskFunction", "PackedPasses", "mask_functions", "packed_passes", "text_positions"]

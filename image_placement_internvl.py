@@ -70,14 +70,7 @@ def place_in_order(
     features: torch.Tensor | None,
     per_tile: int,
 ) -> torch.Tensor:
-    """Puts the features of all tiles, in order, where the placeholders are.
-
-    Args:
-        inputs_embeds: (B, L, D).
-        is_image: (B, L), where the placeholders are.
-        found: How many there are.
-        features: (tiles, per_tile, D).
-        per_tile: Placeholders of a tile, for the message.
+    """Puts the features (tiles, per_tile, D), in order, where the `found` placeholders `is_image` (B, L) are.
 
     Raises:
         ValueError: Placeholders and features differ in number.
@@ -98,13 +91,9 @@ def place_in_order(
 def place_by_row(
     inputs_embeds: torch.Tensor, is_image: torch.Tensor, image_embeds: torch.Tensor, per_tile: int
 ) -> torch.Tensor:
-    """Puts the features of each row, in order, where its placeholders are.
+    """Puts the features (B, most placeholders of a row, D) of each row where its placeholders `is_image` (B, L) are.
 
-    Args:
-        inputs_embeds: (B, L, D).
-        is_image: (B, L), where the placeholders are.
-        image_embeds: (B, most placeholders of a row, D); features beyond a row's placeholders are padding.
-        per_tile: Placeholders of a tile, for the message.
+    Features beyond the placeholders of a row are padding.
 
     Raises:
         ValueError: A row has more placeholders than features.
@@ -124,15 +113,3 @@ def place_by_row(
     index = order.clamp(min=0, max=most - 1).unsqueeze(-1).to(inputs_embeds.device)
     placed = image_embeds.gather(1, index.expand(-1, -1, image_embeds.shape[-1]))
     return torch.where(is_image.unsqueeze(-1).to(inputs_embeds.device), placed, inputs_embeds)
-
-
-__all__ = [
-    "NO_IMAGE_TOKEN",
-    "PLACEHOLDERS_HINT",
-    "TILES_HINT",
-    "check",
-    "mismatch_message",
-    "on_host",
-    "place_by_row",
-    "place_in_order",
-]

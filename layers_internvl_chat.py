@@ -84,14 +84,3 @@ def weighted_loss(
     """
     losses = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
     return (losses * weight).sum() / total_weight.where(total_weight != 0, 1)
-
-
-__all__ = [
-    "build_decoder",
-    "build_projector",
-    "head_reads_only",
-    "is_for_vllm",
-    "next_along",
-    "pixel_shuffle",
-    "weighted_loss",
-]
