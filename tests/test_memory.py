@@ -13,9 +13,9 @@ from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
 from internvl.planning import memory as planner
 from internvl.planning.__main__ import main
 from internvl.planning.commands import ATTENTIONS
+from internvl.planning.counting import OperationCounter
 
 from . import tiny
-from .live_bytes import LiveBytes
 
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -164,9 +164,9 @@ def test_the_tensors_of_the_vision_tower_take_what_is_said(changes, dtype, atten
     assert model.config._attn_implementation == attention
     pixels = tiny.pixels(4, config.image_size, config.image_size)
     said = planner.vision_activation_bytes(model.config, len(pixels), config.image_size, FLOATS[dtype])
-    with LiveBytes() as live:
+    with OperationCounter() as live:
         model(pixels)
-    assert live.peak + pixels.nbytes == pytest.approx(said, rel=0.002)
+    assert live.peak_bytes + pixels.nbytes == pytest.approx(said, rel=0.002)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -215,9 +215,9 @@ def test_sixteen_pairs_take_what_is_said(only_config):
     model.completes_texts = False
     pixels, ids = tiny.pixels(16, 224, 224), torch.ones((16, 80), dtype=torch.long)
     said = planner.inspect_model(only_config(config), batch=16).vision_activations
-    with LiveBytes() as live:
+    with OperationCounter() as live:
         model(pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids), mode="InternVL-G")
-    assert live.peak + pixels.nbytes == pytest.approx(said, rel=0.02)
+    assert live.peak_bytes + pixels.nbytes == pytest.approx(said, rel=0.02)
 
 
 def test_images_are_counted_as_their_tiles():

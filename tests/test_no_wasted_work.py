@@ -19,9 +19,9 @@ from internvl.configuration_internvl import InternViTConfig
 from internvl.image_placement_internvl import PLACEHOLDERS_HINT, TILES_HINT
 from internvl.modeling_internvit import InternVisionModel
 from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
+from internvl.planning.counting import OperationCounter
 
 from . import tiny
-from .live_bytes import LiveBytes
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
@@ -288,9 +288,9 @@ def test_the_batch_of_the_vision_tower_bounds_its_memory():
     model, peaks = tiny.chat_model(), {}
     for tiles, model.vision_batch_size in ((3, 3), (12, 3), (12, 12)):
         images = tiny.pixels(tiles)
-        with LiveBytes() as live:
+        with OperationCounter() as live:
             features = model.extract_feature(images)
-        peaks[tiles, model.vision_batch_size] = live.peak - 2 * features.nbytes  # of the chunks and of all
+        peaks[tiles, model.vision_batch_size] = live.peak_bytes - 2 * features.nbytes  # of the chunks and of all
     assert peaks[12, 3] <= peaks[3, 3]
     assert peaks[12, 12] > 3 * peaks[3, 3]
 
@@ -330,9 +330,9 @@ def test_the_default_batch_of_the_largest_tower_takes_a_gibibyte():
     # The meta device knows no kernel and would write the scores out; this takes what a kernel takes.
     AttentionInterface.register("output_alone", lambda _, query, *rest, **kwargs: (empty_output(query), None))
     model.config._attn_implementation = "output_alone"
-    with LiveBytes() as live:
+    with OperationCounter() as live:
         model(pixels)
-    assert 0.9 * 2**30 < live.peak <= 2**30
+    assert 0.9 * 2**30 < live.peak_bytes <= 2**30
 
 
 @pytest.mark.parametrize("connector", CONNECTORS)

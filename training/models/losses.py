@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import distributed as dist
 from torch.distributed.nn.functional import all_gather
+from transformers.utils.generic import maybe_autocast
 
 from .gradient_cache import in_chunks
 
@@ -52,7 +53,7 @@ def unit(features: torch.Tensor) -> torch.Tensor:
 
 def scaled_similarities(rows: torch.Tensor, columns: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """(R, E) and (C, E) -> (R, C) in fp32 or wider: at a scale of 100, bf16 would round similarities to halves."""
-    with torch.autocast(rows.device.type, enabled=False):
+    with maybe_autocast(rows.device.type, enabled=False):
         # The factor goes to the rows: for its gradient, the product would have to be kept.
         return (_wide(scale) * _wide(rows)) @ _wide(columns).T
 
