@@ -3,7 +3,7 @@
 Only the configuration is read; the model is built on the meta device, without a byte of weights.
 
 Does: parameters and bytes of each part in a given dtype; the key-value cache; the most memory the vision tower takes while it runs
-(`activation_bytes_per_token` holds the formula); and, given what each device has, where `device_map` would put every module, by the code
+(measured on the meta device); and, given what each device has, where `device_map` would put every module, by the code
 that `from_pretrained` runs. Does not count: activations of the language models, workspace of kernels, what the allocator holds back,
 and the rest of the process (a CUDA context takes some 0.5 GiB per card).
 """
@@ -14,6 +14,7 @@ import logging
 import math
 import re
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from ..modeling_internvl import InternVLModel
 from ..modeling_internvl_chat import InternVLChatBaseModel, InternVLChatForConditionalGeneration
 from ..modeling_qllama import QLlamaForCausalLM
 from .commands import ATTENTIONS, DEVICE_MAPS, DTYPES
+from .counting import counted_step
 
 
 GIB = 1024**3
@@ -230,54 +232,24 @@ def cache_bytes_per_layer(text_config: PretrainedConfig, batch: int, length: int
     return 2 * batch * length * kv_heads * head_dim * element_size
 
 
-def activation_bytes_per_token(config: InternViTConfig, dtype: torch.dtype, num_tokens: int) -> int:
-    """The most memory that the tensors of a token take in the tower beside its weights, without gradients.
-
-    The embeddings and a block's input are there throughout. In the attention come the normed input, the packed q, k, v and, where
-    they are normed, q and k once more, with the norm's fp32 copies while it runs; then the kernel's output and the projection's. In
-    the MLP come the sum, the normed sum, the wide layer (before and after its activation, unless that is in place) and the output.
-    Eager attention takes copies of q and k, and its scores several times over. In fp16 the stream and its scores are fp32, and layers
-    that end a branch copy what they read and write (`end_branch`). What a kernel allocates for itself differs by processor and is not
-    counted; flash attention takes no more than sdpa.
-
-    Args:
-        config: Of the tower; its attention implementation counts.
-        dtype: Of the weights.
-        num_tokens: N, tokens of an image.
-    """
-    width, size, single = config.hidden_size, dtype.itemsize, torch.float32.itemsize
-    is_fp16 = dtype == torch.float16
-    stream = single if is_fp16 else size
-    wide = config.intermediate_size * size * (1 if config.hidden_act == "gelu" else 2)
-    padded = 1 + 1 / num_tokens  # the token of zeros of `end_branch`
-    end = width * single * (2 + padded) if is_fp16 else width * size
-    held = width * (size + stream)
-    packed = held + 4 * width * size
-    ready = packed + (2 * width * size if config.qk_normalization else 0)
-    peaks = [held + width * (stream + size) + wide + end, ready + width * size + end]
-    if is_fp16:
-        peaks.append(held + width * (stream + size) + wide + 2 * config.intermediate_size * size * padded)
-    if config.qk_normalization:
-        peaks.append(packed + width * (size + 2 * single))
-    if config._attn_implementation == "eager":
-        row = config.num_attention_heads * num_tokens  # of scores
-        copies = 2 * width * single if is_fp16 else 0
-        peaks.append(ready + row * size + width * size + end)
-        peaks.append(ready + copies + (2 * width + row) * stream)
-        peaks.append(ready + copies + row * 2 * (single if size == single else single + size // 2))
-    return math.ceil(max(peaks))
-
-
 def vision_activation_bytes(
     config: InternViTConfig, tiles: int, image_size: int, dtype: torch.dtype, tiles_at_once: int | None = None
 ) -> int:
     """The most memory the vision tower takes beside its weights while it encodes `tiles`, without gradients.
 
-    The tokens of `tiles_at_once` of them (None: of all), by `activation_bytes_per_token`, and all pixels in fp32.
+    Measured on the meta device with `tiles_at_once` (None: all), in a tower of two blocks, after which a third takes no
+    more; all pixels in fp32 come on top. What a kernel allocates for itself differs by processor and is not counted;
+    flash attention takes no more than sdpa.
     """
-    num_tokens = 1 + (image_size // config.patch_size) ** 2
-    pixels = tiles * config.num_channels * image_size**2 * torch.float32.itemsize
-    return (tiles_at_once or tiles) * num_tokens * activation_bytes_per_token(config, dtype, num_tokens) + pixels
+    shallow = deepcopy(config)
+    shallow.num_hidden_layers = min(2, config.num_hidden_layers)
+    shallow._attn_implementation = "eager" if config._attn_implementation == "eager" else "sdpa"
+    with torch.device("meta"):
+        tower = InternVisionModel._from_config(shallow, dtype=dtype).eval()
+        pixel_values = torch.empty(tiles, config.num_channels, image_size, image_size)
+    with torch.no_grad(), counted_step() as counter:
+        tower(pixel_values[:tiles_at_once])
+    return counter.peak_bytes + pixel_values.nbytes
 
 
 @dataclass
