@@ -69,7 +69,7 @@ def _taking_old_names(
 ) -> Callable[..., Any]:
     @wraps(function)
     def take(*arguments: Any, **keywords: Any) -> Any:
-        if not renamed.keys().isdisjoint(keywords):
+        if any(old in keywords for old in renamed):  # which torch.compile traces
             keywords = with_new_names(keywords, renamed, f"`{where}`", old_wins)
         return function(*arguments, **keywords)
 
