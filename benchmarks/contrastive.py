@@ -53,10 +53,10 @@ def losses(rows_at_a_time: int | None, theirs: ModuleType) -> dict[str, tuple[Lo
     clip, siglip = theirs.ClipLoss(), theirs.SigLipLoss()
     return {
         "softmax": (
-            lambda images, texts, scale, bias: info_nce_loss(images, texts, scale, rows_per_chunk=rows_at_a_time),
+            lambda images, texts, scale, bias: info_nce_loss(images, texts, scale, chunk_size=rows_at_a_time),
             lambda images, texts, scale, bias: clip(images, texts, scale),
         ),
-        "sigmoid": (partial(sigmoid_loss, columns_per_chunk=rows_at_a_time), siglip),
+        "sigmoid": (partial(sigmoid_loss, chunk_size=rows_at_a_time), siglip),
     }
 
 
@@ -109,7 +109,7 @@ def model_of(rows_at_a_time: int | None, device: str) -> InternVLForContrastiveT
         num_query_token=0,
         **recipe.model_config,
     )
-    return InternVLForContrastiveTraining(config, rows_per_chunk=rows_at_a_time).train().to(device)
+    return InternVLForContrastiveTraining(config, grad_cache_chunk_size=rows_at_a_time).train().to(device)
 
 
 def batch_of(batch: int, device: str) -> dict[str, torch.Tensor]:
@@ -130,9 +130,9 @@ def model_losses(
     clip = theirs.ClipLoss()
 
     def open_clip_loss() -> torch.Tensor:
-        rows, model.rows_per_chunk = model.rows_per_chunk, None
+        rows, model.grad_cache_chunk_size = model.grad_cache_chunk_size, None
         outputs = model(**inputs, return_loss=False)
-        model.rows_per_chunk = rows
+        model.grad_cache_chunk_size = rows
         return clip(outputs.image_embeds, outputs.text_embeds, model.logit_scale.exp())
 
     return lambda: model(**inputs).loss, open_clip_loss

@@ -1,129 +1,108 @@
-"""The default checkpoint from nothing: `python -m internvl.reproduction.run --output DIR [--resume]`.
+"""The bundled checkpoint from nothing: `python -m internvl.reproduction.run --output DIR [--resume]`.
 
-Runs stage 1, stage 2, stage 3 in both configurations, and the evaluation, each into a folder of its own, and puts together
-what is published: in "checkpoint" the full chat model, in its sub-folders "internvl_g" (InternVL-C and -G) and "internvit".
-With `--resume` what is finished is left as it is, and what was stopped goes on from its last saved step.
+Strings together stage 1, stage 2, stage 3 in both configurations, and the evaluation, each in a folder of its own, by the
+bundled recipes (`training/recipes/bundled.py`), and assembles what is published: in "checkpoint" the full chat model, in its
+sub-folders "internvl_g" (InternVL-C and -G) and "internvit". With `--resume` finished stages are left as they are, and a
+stopped one resumes from its last checkpoint.
 """
 
+import argparse
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import AutoProcessor
-from transformers.utils import logging
 
 from ..modeling_internvl import InternVLModel
 from ..modeling_internvl_chat import InternVLChatForConditionalGeneration
-from ..training.checkpoints import LOG_FILE, check_same_recipe, record_recipe
-from ..training.models.whole_folders import recovered
-from . import stage1 as stage1_default
-from . import stage2 as stage2_default
-from . import stage3 as stage3_default
-from .phases import Phase, command_line
+from ..training.checkpoints import LOG_FILE
+from ..training.recipes import (
+    ContrastiveRecipe,
+    DialogueRecipe,
+    GenerativeRecipe,
+    RecipeType,
+    stage1_bundled,
+    stage2_bundled,
+    stage3_bundled,
+)
+from ..training.stages import run_stage1, run_stage2, run_stage3
+from ..training.trainer import Run
 from .report import Sizes, evaluate_run
-from .stage1 import Stage1Recipe
-from .stage2 import Stage2Recipe
-from .stage3 import CONNECTORS, Stage3Recipe
 
 
-logger = logging.get_logger(__name__)
-PhaseType = TypeVar("PhaseType", bound=Phase)
+CONNECTORS = {"simple": "patches", "full": "queries_and_patches"}
 
 
 @dataclass(frozen=True)
-class DefaultRun:
+class BundledRun:
     """The recipes of all stages.
 
     Args:
-        stage1: Of stage 1.
-        stage2: Of stage 2.
-        chats: Of stage 3, by the name of its folder.
+        stage1: Recipe of stage 1.
+        stage2: Recipe of stage 2.
+        chats: Recipes of stage 3, by the names of their folders.
     """
 
-    stage1: Stage1Recipe
-    stage2: Stage2Recipe
-    chats: Mapping[str, Stage3Recipe]
+    stage1: ContrastiveRecipe
+    stage2: GenerativeRecipe
+    chats: Mapping[str, DialogueRecipe]
+
+    def replaced(self, **changes: Any) -> "BundledRun":
+        """Return the run with these fields changed in every recipe."""
+        chats = {name: replace(recipe, **changes) for name, recipe in self.chats.items()}
+        return BundledRun(replace(self.stage1, **changes), replace(self.stage2, **changes), chats)
 
 
-def default_run(seed: int = 0) -> DefaultRun:
-    """The default checkpoint's run."""
-    return DefaultRun(
-        replace(stage1_default.stage1(), seed=seed),
-        replace(stage2_default.stage2(), seed=seed),
-        {name: replace(stage3_default.stage3(connector), seed=seed) for name, connector in CONNECTORS.items()},
-    )
+def bundled_run(seed: int = 0) -> BundledRun:
+    """Return the run of the bundled checkpoint."""
+    chats = {name: stage3_bundled(connector) for name, connector in CONNECTORS.items()}
+    return BundledRun(stage1_bundled(), stage2_bundled(), chats).replaced(seed=seed)
 
 
-def scaled(run: DefaultRun, share: float) -> DefaultRun:
-    """The same run with `share` of the steps of every phase."""
-    chats = {
-        name: replace(
-            recipe,
-            seeing=_scaled_phase(recipe.seeing, share),
-            connecting=_scaled_phase(recipe.connecting, share),
-            answering=_scaled_phase(recipe.answering, share),
-        )
-        for name, recipe in run.chats.items()
-    }
-    return DefaultRun(
-        replace(run.stage1, phases=_scaled_phases(run.stage1.phases, share)),
-        replace(run.stage2, phases=_scaled_phases(run.stage2.phases, share)),
-        chats,
-    )
+def scaled(run: BundledRun, share: float) -> BundledRun:
+    """Return the run with `share` of the steps of every phase."""
+    chats = {name: scaled_recipe(recipe, share) for name, recipe in run.chats.items()}
+    return BundledRun(scaled_recipe(run.stage1, share), scaled_recipe(run.stage2, share), chats)
 
 
-def _scaled_phases(phases: Mapping[str, PhaseType], share: float) -> dict[str, PhaseType]:
-    return {name: _scaled_phase(phase, share) for name, phase in phases.items()}
+def scaled_recipe(recipe: RecipeType, share: float) -> RecipeType:
+    """Return the recipe with `share` of the steps of every phase, at least one; 0 writes what the stage starts from."""
+    phases = []
+    for phase in recipe.phases:
+        steps = max(1, round(phase.steps * share)) if phase.steps and share else 0
+        phases.append(replace(phase, steps=steps, warmup_steps=min(phase.warmup_steps, steps // 4)))
+    return replace(recipe, phases=tuple(phases))
 
 
-def _scaled_phase(phase: PhaseType, share: float) -> PhaseType:
-    steps = max(1, round(phase.steps * share)) if phase.steps else 0
-    return replace(phase, steps=steps, warmup_steps=min(phase.warmup_steps, steps // 4))
-
-
-def finish(folder: Path, recipe: Any, resume: bool, train: Callable[..., None], **how: Any) -> Path:
-    """Trains into `folder`, unless `resume` is wanted and all is there already; returns the folder.
-
-    Raises:
-        ValueError: If the folder holds a run of another recipe that was to be resumed.
-    """
-    if resume:
-        check_same_recipe(recovered(folder), recipe)
-    if resume and (folder / LOG_FILE).exists():
-        logger.warning("%s is finished", folder)
-    else:
-        record_recipe(folder, recipe)
-        train(output=folder, resume=resume, **how)
-    return folder
-
-
-def train(run: DefaultRun, output: Path, resume: bool = False, use_bf16: bool = True) -> None:
+def train_all_stages(run: BundledRun, output: Path, resume: bool = False) -> None:
     """Train all stages.
 
     Args:
         run: The recipes.
         output: Its folders "stage1", "stage2", and one for each chat model are written.
-        resume: Go on with what was stopped.
-        use_bf16: Compute in bfloat16; weights stay in float32.
+        resume: Resume what was stopped.
     """
-    how = {"resume": resume, "use_bf16": use_bf16}
-    stage1 = finish(output / "stage1", run.stage1, train=partial(stage1_default.train, run.stage1), **how)
-    stage2 = finish(output / "stage2", run.stage2, train=partial(stage2_default.train, run.stage2, stage1), **how)
+    run_stage1(run.stage1, None, stage_in(output / "stage1", resume))
+    run_stage2(run.stage2, None, stage_in(output / "stage2", resume), output / "stage1")
     for name, recipe in run.chats.items():
-        finish(output / name, recipe, train=partial(stage3_default.train, recipe, stage2), **how)
+        run_stage3(recipe, None, stage_in(output / name, resume), output / "stage2")
+
+
+def stage_in(folder: Path, resume: bool) -> Run:
+    """Return how a stage is run: with one process that draws scenes while the model trains."""
+    return Run(folder, resume, num_workers=1)
 
 
 def assemble(run: Path, output: Path) -> None:
-    """Writes what this repository holds of a run: the full chat model; in sub-folders the other models, which load by
+    """Write what this repository holds of a run: the full chat model; in sub-folders the other models, which load by
     `subfolder=`; the logs of the stages; the results, if there are any.
 
     Args:
         run: Folder of all stages.
-        output: Of the checkpoint. To keep it small, the weights in the sub-folders are bfloat16.
+        output: Folder of the checkpoint. To keep it small, the weights in the sub-folders are bfloat16.
     """
     AutoProcessor.from_pretrained(run / "full").save_pretrained(output)
     InternVLChatForConditionalGeneration.from_pretrained(run / "full").save_pretrained(output)
@@ -144,10 +123,22 @@ def assemble(run: Path, output: Path) -> None:
         shutil.copytree(run / "results", results, ignore=shutil.ignore_patterns("parts"), dirs_exist_ok=True)
 
 
+def command_line(module: str, description: str) -> argparse.ArgumentParser:
+    """Return the command line that the run and the ablation share."""
+    parser = argparse.ArgumentParser(prog=f"python -m internvl.reproduction.{module}", description=description)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--resume", action="store_true", help="go on from the last saved step in the folder")
+    parser.add_argument("--seed", type=int, default=0, help="of data and weights (default: 0)")
+    parser.add_argument("--fp32", action="store_true", help="for CPUs without fast bfloat16")
+    return parser
+
+
 def main() -> None:
     """Train, evaluate and assemble from the command line."""
-    arguments = command_line("Train all stages of the default checkpoint from nothing and evaluate them.").parse_args()
-    train(default_run(arguments.seed), arguments.output, arguments.resume, not arguments.fp32)
+    parser = command_line("run", "Train all stages of the bundled checkpoint from nothing and evaluate them.")
+    arguments = parser.parse_args()
+    run = bundled_run(arguments.seed).replaced(use_bf16=not arguments.fp32)
+    train_all_stages(run, arguments.output, arguments.resume)
     evaluate_run(arguments.output, arguments.output / "results", Sizes(), arguments.resume)
     assemble(arguments.output, arguments.output / "checkpoint")
 

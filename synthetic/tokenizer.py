@@ -1,4 +1,4 @@
-"""The default checkpoint's small tokenizer: a byte-level BPE trained on generated text, so that any text encodes."""
+"""The default checkpoint's small tokenizer: a byte-level BPE trained on generated text, so that it encodes any text."""
 
 from collections.abc import Iterable, Iterator
 
@@ -15,7 +15,7 @@ VOCABULARY_SIZE = 768
 MULTILINGUAL_VOCABULARY_SIZE = 1280
 
 
-def tokenizer_corpus(num_scenes: int = 2000, seed: int = 0) -> Iterator[str]:
+def question_corpus(num_scenes: int = 2000, seed: int = 0) -> Iterator[str]:
     """Yield questions, answers and captions of training scenes, and every word that the generator can write."""
     for word in (*WORDS, *COLOURS, *SHAPES, *PLACES):
         yield from [word, f" {word}"] * 50  # both forms of each word become one token
@@ -43,8 +43,18 @@ def caption_corpus(num_scenes: int = 1000, seed: int = 0) -> Iterator[str]:
             yield caption(scene, language, rng)
 
 
-def build_tokenizer(corpus: Iterable[str], vocabulary_size: int = VOCABULARY_SIZE) -> PreTrainedTokenizerFast:
-    """Train the tokenizer.
+def caption_tokenizer(num_scenes: int = 1000) -> PreTrainedTokenizerFast:
+    """Train the tokenizer of captions in all languages, for stages 1 and 2."""
+    return train_tokenizer(caption_corpus(num_scenes), MULTILINGUAL_VOCABULARY_SIZE)
+
+
+def question_tokenizer(num_scenes: int = 2000) -> PreTrainedTokenizerFast:
+    """Train the tokenizer of questions and answers, for stage 3."""
+    return train_tokenizer(question_corpus(num_scenes))
+
+
+def train_tokenizer(corpus: Iterable[str], vocabulary_size: int = VOCABULARY_SIZE) -> PreTrainedTokenizerFast:
+    """Train a tokenizer.
 
     Args:
         corpus: Texts to learn merges from.
@@ -74,3 +84,13 @@ def build_tokenizer(corpus: Iterable[str], vocabulary_size: int = VOCABULARY_SIZ
         clean_up_tokenization_spaces=False,
         model_max_length=4096,
     )
+
+
+__all__ = [
+    "SPECIAL_TOKENS",
+    "caption_corpus",
+    "caption_tokenizer",
+    "question_corpus",
+    "question_tokenizer",
+    "train_tokenizer",
+]

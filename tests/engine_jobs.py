@@ -186,7 +186,7 @@ def pair_model(folder: Path, stage: str, **settings):
     """What stage 1 or 2 starts from, with the parts frozen that its recipe does not train."""
     model_class, _, recipe = PAIR_STAGES[stage]
     model = model_class.from_pretrained(folder / f"{stage} start", **settings)
-    train_parts(model, recipe().phases[0].rates)
+    train_parts(model, recipe().phases[0].learning_rates)
     return model
 
 
@@ -195,14 +195,14 @@ def stream_trainer(folder: Path, name: str, stage: str, **settings):
     arguments = arguments_for(folder / name, 4, **settings)
     processor = pair_processor()
     if stage == "stage 1":
-        collator, settings = PairCollator(processor, padding="max_length"), {"dropped_patches": 0.5}
+        collator, settings = PairCollator(processor, padding="max_length"), {"patch_drop_rate": 0.5}
     else:
         collator = GenerativeCollator(processor, 40)
         settings = collator.prefix_lengths()
     stream = PairStream(
         str(folder / "*.tar"), rank=arguments.process_index, world_size=arguments.world_size, shuffle_buffer=5
     )
-    model = pair_model(folder, stage, rows_per_chunk=1, **settings)
+    model = pair_model(folder, stage, grad_cache_chunk_size=1, **settings)
     return StreamTrainer(model, arguments, data_collator=collator, train_dataset=stream)
 
 

@@ -62,7 +62,7 @@ def test_ddp_trains_as_one_process(model, ddp, one_process):
 def test_training_moves_what_the_recipe_trains(stage, folder, one_process):
     """So that the comparisons above and below compare something."""
     before, after = load_file(folder / f"{stage} start" / "model.safetensors"), one_process[stage]["weights"]
-    rates = PAIR_STAGES[stage][2]().phases[0].rates
+    rates = PAIR_STAGES[stage][2]().phases[0].learning_rates
     moved = {
         name
         for name, value in before.items()
@@ -102,13 +102,13 @@ def sharded(tmp_path_factory):
     return two_processes.run("sharded", tmp_path_factory.mktemp("sharded"))
 
 
-@pytest.mark.parametrize("rows_per_chunk", [None, 2], ids=["plain", "gradient caching"])
+@pytest.mark.parametrize("grad_cache_chunk_size", [None, 2], ids=["plain", "gradient caching"])
 @pytest.mark.parametrize("tag", ["stage2", "retrieval"])
-def test_fsdp2_has_the_losses_and_gradients_of_the_published_code(tag, rows_per_chunk, sharded):
+def test_fsdp2_has_the_losses_and_gradients_of_the_published_code(tag, grad_cache_chunk_size, sharded):
     recorded, limits = tensors("internvl_14b_training_ws2"), notes("internvl_14b_training_ws2")["tolerance"]
     losses, gradients = (f"{tag}.rank{{}}.out.", f"{tag}.out.mean_")
     for number, rank in enumerate(sharded):
-        found = rank["goldens"][tag, rows_per_chunk]
+        found = rank["goldens"][tag, grad_cache_chunk_size]
         for kind, prefix in (("loss", losses.format(number)), ("grad", gradients)):
             wanted = {key.removeprefix(prefix): recorded[key] for key in recorded if key.startswith(prefix + kind)}
             assert len(wanted) > 2

@@ -51,7 +51,7 @@ def loss_and_gradients(model: nn.Module, inputs: dict) -> dict[str, torch.Tensor
 def test_cached_gradients_are_those_of_the_uncached_batch(name, checkpointed):
     cls, batch, settings = STAGES[name]
     wanted = loss_and_gradients(tiny_model(cls, **settings), batch())
-    model = tiny_model(cls, **settings, rows_per_chunk=2)
+    model = tiny_model(cls, **settings, grad_cache_chunk_size=2)
     if checkpointed:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     found = loss_and_gradients(model, batch())
@@ -89,11 +89,13 @@ def test_random_numbers_of_a_chunk_are_replayed():
 
 
 def test_stochastic_depth_and_dropped_patches_are_replayed():
-    def run(rows_per_chunk: int | None) -> dict:
-        model = tiny_model(InternVLForContrastiveTraining, dropped_patches=0.5, rows_per_chunk=rows_per_chunk)
+    def run(grad_cache_chunk_size: int | None) -> dict:
+        model = tiny_model(
+            InternVLForContrastiveTraining, patch_drop_rate=0.5, grad_cache_chunk_size=grad_cache_chunk_size
+        )
         for layer in model.vision_model.encoder.layers:
             layer.drop_path1.rate = layer.drop_path2.rate = 0.4
-        if rows_per_chunk is None:  # the same chunks with their activations kept
+        if grad_cache_chunk_size is None:  # the same chunks with their activations kept
             encode = model._image_embeds
             model._image_embeds = lambda pixels: torch.cat([encode(rows) for rows in pixels.split(2)])
         return loss_and_gradients(model, contrastive_batch())
@@ -144,7 +146,7 @@ def test_chunks_are_of_any_number_of_tensors_and_may_lack_some():
 @pytest.mark.parametrize(
     ("rows", "inputs", "message"),
     [
-        (0, [torch.zeros(2)], "`rows_per_chunk` must be at least 1, got 0"),
+        (0, [torch.zeros(2)], "`chunk_size` must be at least 1, got 0"),
         (1, [torch.zeros(2), torch.zeros(3)], r"one length, got \[2, 3\]"),
     ],
 )

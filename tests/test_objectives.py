@@ -67,10 +67,10 @@ def assert_same_loss_and_gradients(found, wanted, leaves) -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
-@pytest.mark.parametrize("rows_per_chunk", [None, 1, 4])
-def test_info_nce_is_the_mean_cross_entropy_of_both_directions(smoothing, rows_per_chunk):
+@pytest.mark.parametrize("chunk_size", [None, 1, 4])
+def test_info_nce_is_the_mean_cross_entropy_of_both_directions(smoothing, chunk_size):
     leaves = features()
-    found = info_nce_loss(*leaves[:3], label_smoothing=smoothing, rows_per_chunk=rows_per_chunk)
+    found = info_nce_loss(*leaves[:3], label_smoothing=smoothing, chunk_size=chunk_size)
     wanted = slow_symmetric(*leaves[:3], [one_hot(i, smoothing) for i in range(NUM_PAIRS)])
     assert_same_loss_and_gradients(found, wanted, leaves)
 
@@ -95,19 +95,19 @@ def test_a_batch_without_a_row_that_counts_has_the_loss_zero():
         assert all((g == 0).all() for g in gradients(loss, leaves))
 
 
-@pytest.mark.parametrize("rows_per_chunk", [None, 4])
-def test_captions_of_one_picture_share_the_target_of_retrieval(rows_per_chunk):
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_captions_of_one_picture_share_the_target_of_retrieval(chunk_size):
     leaves = features()
     ids = [7, 3, 7, 5, 7, 3]
     targets = [[(ids[j] == ids[i]) / ids.count(ids[i]) for j in range(NUM_PAIRS)] for i in range(NUM_PAIRS)]
-    found = retrieval_loss(*leaves[:3], torch.tensor(ids), rows_per_chunk=rows_per_chunk)
+    found = retrieval_loss(*leaves[:3], torch.tensor(ids), chunk_size=chunk_size)
     assert_same_loss_and_gradients(found, slow_symmetric(*leaves[:3], targets), leaves)
 
 
-@pytest.mark.parametrize("columns_per_chunk", [None, 1, 4])
-def test_sigmoid_loss_asks_of_every_picture_and_text_whether_they_are_a_pair(columns_per_chunk):
+@pytest.mark.parametrize("chunk_size", [None, 1, 4])
+def test_sigmoid_loss_asks_of_every_picture_and_text_whether_they_are_a_pair(chunk_size):
     leaves = features()
-    found = sigmoid_loss(*leaves, columns_per_chunk=columns_per_chunk)
+    found = sigmoid_loss(*leaves, chunk_size=chunk_size)
     assert_same_loss_and_gradients(found, slow_sigmoid(*leaves), leaves)
 
 
@@ -122,7 +122,7 @@ def test_mean_of_the_losses_of_three_processes_is_the_loss_of_the_whole_batch(na
         if name == "retrieval":
             return retrieval_loss(*pair, scale, ids[rows], gather)
         if name == "sigmoid":
-            return sigmoid_loss(*pair, scale, bias, gather, rank, columns_per_chunk=4)
+            return sigmoid_loss(*pair, scale, bias, gather, rank, chunk_size=4)
         return info_nce_loss(*pair, scale, gather, rank, label_smoothing=0.2 if "smoothed" in name else 0.0)
 
     def loss_of_rank(rank: int) -> torch.Tensor:

@@ -47,10 +47,10 @@ def on_two(tmp_path_factory):
     return two_processes.run("goldens", tmp_path_factory.mktemp("two"))
 
 
-@pytest.mark.parametrize("rows_per_chunk", [None, 2], ids=["plain", "gradient caching"])
+@pytest.mark.parametrize("grad_cache_chunk_size", [None, 2], ids=["plain", "gradient caching"])
 @pytest.mark.parametrize("tag", ["stage2", "retrieval"])
-def test_two_processes_have_the_losses_and_gradients_of_the_published_code(tag, rows_per_chunk, on_two):
-    case, found = "internvl_14b_training_ws2", [rank[tag, rows_per_chunk] for rank in on_two]
+def test_two_processes_have_the_losses_and_gradients_of_the_published_code(tag, grad_cache_chunk_size, on_two):
+    case, found = "internvl_14b_training_ws2", [rank[tag, grad_cache_chunk_size] for rank in on_two]
     for rank in range(2):
         assert_recorded(case, f"{tag}.rank{rank}.out.", found[rank])
     means = {f"mean_{key}": (found[0][key] + found[1][key]) / 2 for key in found[0] if key.startswith("grad.")}
@@ -212,7 +212,7 @@ STAGES = {
     "sigmoid": (InternVLForContrastiveTraining, {"objective": "sigmoid"}, contrastive_batch),
     "C alone, half the patches": (
         InternVLForContrastiveTraining,
-        {"num_query_token": 0, "dropped_patches": 0.5},
+        {"num_query_token": 0, "patch_drop_rate": 0.5},
         contrastive_batch,
     ),
     "stage 2": (InternVLForGenerativeTraining, {}, generative_batch),
@@ -249,7 +249,7 @@ def test_plain_trainer_lowers_and_evaluates_the_loss(name, tmp_path):
 def test_lora_trains_the_adapters_alone(name, tmp_path):
     cls, settings, batch = STAGES[name]
     lora = LoraConfig(r=4, target_modules=r"(qllama|vision_model)\..*(q_proj|qkv)")
-    model = get_peft_model(tiny_model(cls, **settings, rows_per_chunk=2), lora)
+    model = get_peft_model(tiny_model(cls, **settings, grad_cache_chunk_size=2), lora)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     trainer = trainer_for(model, batch(), tmp_path, gradient_checkpointing=True, learning_rate=3e-2)
     trainer.train()
@@ -311,9 +311,9 @@ def test_a_saved_folder_is_an_internvl_model(name, tmp_path):
 def test_stage_2_starts_from_a_folder_of_stage_1(tmp_path):
     first = tiny_model(InternVLForContrastiveTraining, num_query_token=0, objective="sigmoid")
     first.save_pretrained(tmp_path)
-    settings = {"num_query_token": 5, "rows_per_chunk": 2, "matching_prefix_length": 2}
+    settings = {"num_query_token": 5, "grad_cache_chunk_size": 2, "matching_prefix_length": 2}
     second, info = InternVLForGenerativeTraining.from_pretrained(tmp_path, **settings, output_loading_info=True)
-    assert (second.rows_per_chunk, second.matching_prefix_length, second.config.num_query_token) == (2, 2, 5)
+    assert (second.grad_cache_chunk_size, second.matching_prefix_length, second.config.num_query_token) == (2, 2, 5)
     assert not info["unexpected_keys"]
     assert "query_tokens" in info["missing_keys"]
     for name, value in first.state_dict().items():
@@ -347,7 +347,7 @@ def test_stage_1_is_the_contrastive_loss_of_internvl_c(name):
 
 
 def test_half_of_the_patches_are_left_out_in_training_alone():
-    model = tiny_model(InternVLForContrastiveTraining, dropped_patches=0.5)
+    model = tiny_model(InternVLForContrastiveTraining, patch_drop_rate=0.5)
     seen = []
     model.vision_model.encoder.layers[0].register_forward_hook(lambda module, given, _: seen.append(given[0]))
     embedded = model.vision_model.embeddings(tiny.pixels(5))
@@ -387,7 +387,7 @@ def test_contrast_is_the_range_of_a_patch_in_its_widest_channel():
 
 def test_dropping_plain_patches_reads_the_others_alone():
     """Pictures that differ in dropped patches only, by less than the kept ones contrast, have one embedding."""
-    model = tiny_model(InternVLForContrastiveTraining, dropped_patches=0.5, drops_plain_patches=True).train()
+    model = tiny_model(InternVLForContrastiveTraining, patch_drop_rate=0.5, drop_low_contrast_patches=True).train()
     size, patch = model.config.vision_config.image_size, model.config.vision_config.patch_size
     pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     per_side = size // patch
@@ -419,7 +419,7 @@ def test_texts_in_groups_of_similar_length_have_the_features_and_gradients_of_al
     batch = {"pixel_values": tiny.pixels(6), "input_ids": tiny.text_ids(6, 9), "attention_mask": mask.long()}
     seen, results = [], []
     for groups in (1, 3, 100):
-        model = tiny_model(InternVLForContrastiveTraining, text_groups=groups)
+        model = tiny_model(InternVLForContrastiveTraining, num_length_buckets=groups)
         model.qllama.model.register_forward_pre_hook(
             lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
         )
@@ -493,8 +493,11 @@ def test_the_scale_of_the_similarities_is_capped():
             lambda: tiny_model(InternVLForContrastiveTraining, objective="hinge"),
             "`objective` must be one of .*'hinge'",
         ),
-        (lambda: tiny_model(InternVLForContrastiveTraining, text_groups=0), "`text_groups` must be at least 1, got 0"),
-        (lambda: tiny_model(InternVLForContrastiveTraining, dropped_patches=1.0), r"in \[0, 1\), got 1.0"),
+        (
+            lambda: tiny_model(InternVLForContrastiveTraining, num_length_buckets=0),
+            "`num_length_buckets` must be at least 1, got 0",
+        ),
+        (lambda: tiny_model(InternVLForContrastiveTraining, patch_drop_rate=1.0), r"in \[0, 1\), got 1.0"),
         (lambda: tiny_model(InternVLForGenerativeTraining, 0), "Stage 2 needs the queries .* `num_query_token` is 0"),
         (lambda: tiny_model(InternVLForRetrievalTraining, 0), "Retrieval fine-tuning needs the queries"),
         (lambda: tiny_model(InternVLForCaptionTraining, 0), "Caption fine-tuning needs the queries"),

@@ -23,7 +23,7 @@ ALL = [(stage, scale) for stage, scales in RECIPES.items() for scale in scales]
 
 
 def trained(recipe) -> list[set[str]]:
-    return [set(phase.rates) for phase in recipe.phases]
+    return [set(phase.learning_rates) for phase in recipe.phases]
 
 
 # --------------------------------------------------------------------------------------------------------- the recipes
@@ -33,7 +33,7 @@ def test_recipes_are_frozen_and_name_known_parts(stage, scale):
     with pytest.raises(FrozenInstanceError):
         recipe.seed = 1
     for phase in recipe.phases:
-        assert set(phase.rates) <= set(PARTS)
+        assert set(phase.learning_rates) <= set(PARTS)
         assert 0 < phase.warmup_steps < phase.steps
 
 
@@ -49,10 +49,10 @@ def test_both_scales_train_the_same_parts(stage):
 @pytest.mark.parametrize("recipe", [stage1(), stage1_small()], ids=["full", "small"])
 def test_stage_1_is_the_paper_s(recipe):
     half, whole = recipe.phases
-    assert (half.dropped_patches, whole.dropped_patches) == (0.5, 0.0)
+    assert (half.patch_drop_rate, whole.patch_drop_rate) == (0.5, 0.0)
     assert half.image_size < whole.image_size
-    assert half.rates["vision"] == 1e-3
-    assert half.rates["qllama"] == 1e-4
+    assert half.learning_rates["vision"] == 1e-3
+    assert half.learning_rates["qllama"] == 1e-4
     assert (recipe.weight_decay, recipe.betas, recipe.max_logit_scale) == (0.1, (0.9, 0.95), 100.0)
     assert recipe.layer_decay < 1
     assert recipe.drop_path_rate > 0
@@ -88,14 +88,14 @@ def test_stage_3_trains_the_projector_first_and_then_more():
 def test_retrieval_has_two_sizes_and_spares_the_language_head():
     assert [retrieval(size).phases[0].image_size for size in (364, 224)] == [364, 224]
     assert retrieval().phases[0].image_size == 364
-    assert "language_head" not in retrieval().phases[0].rates
+    assert "language_head" not in retrieval().phases[0].learning_rates
 
 
 def test_lora_adds_rates_in_the_last_phase_alone():
     recipe = with_lora(stage3(), ["vision", "language"], 3e-4)
     assert trained(recipe) == [{"projector"}, {"projector", "vision", "language"}]
-    assert recipe.phases[1].rates["vision"] == 3e-4
-    assert recipe.phases[1].rates["language"] == stage3().phases[1].rates["language"]
+    assert recipe.phases[1].learning_rates["vision"] == 3e-4
+    assert recipe.phases[1].learning_rates["language"] == stage3().phases[1].learning_rates["language"]
 
 
 def test_a_try_is_short():

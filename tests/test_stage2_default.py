@@ -15,7 +15,7 @@ from internvl.reproduction.stage2 import ALL_BUT_TOWER, NEW_PARTS, CaptionBatche
 from internvl.synthetic.captions import CAPTION_PROMPTS
 from internvl.synthetic.scenes import TILE_SIZE, draw_scene
 from internvl.training.data.collators import GenerativeCollator
-from internvl.training.models.losses import info_nce_loss, unit
+from internvl.training.models.losses import info_nce_loss, l2_normalize
 from internvl.training.models.parameter_groups import part_of
 
 from .fixtures_default_run import few_scenes_and_one_thread, stopped_at, tiny_run
@@ -78,8 +78,8 @@ def test_with_the_llama_the_texts_are_contrasted_with_internvl_c_too(finished_de
         without = model(**batch)
         model.contrast_tower = True
         found = model(**batch)
-        images = unit(model.get_image_features(batch["pixel_values"]))
-        texts = unit(model.get_text_features(batch["summarize_input_ids"], batch["summarize_attention_mask"]))
+        images = l2_normalize(model.get_image_features(batch["pixel_values"]))
+        texts = l2_normalize(model.get_text_features(batch["summarize_input_ids"], batch["summarize_attention_mask"]))
         expected = info_nce_loss(images, texts, model.logit_scale.exp())
     assert without.loss_itc_tower is None
     torch.testing.assert_close(found.loss_itc_tower, expected, atol=1e-5, rtol=1e-5)

@@ -31,7 +31,7 @@ VISION = {
 }  # fmt: skip
 TEXT = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
 PHASES = tuple(
-    replace(phase, steps=4, image_size=42, batch_size=4, warmup_steps=1, dropped_patches=0.5)
+    replace(phase, steps=4, image_size=42, batch_size=4, warmup_steps=1, patch_drop_rate=0.5)
     for phase in stage1_small().phases
 )
 RECIPE = replace(

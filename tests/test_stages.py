@@ -56,7 +56,12 @@ def shrunk(recipe, image_sizes: tuple[int, ...] = (56,), steps: int = 12, rate: 
     sizes = image_sizes * len(recipe.phases) if len(image_sizes) == 1 else image_sizes
     phases = [
         replace(
-            phase, steps=steps, image_size=size, batch_size=8, warmup_steps=3, rates=dict.fromkeys(phase.rates, rate)
+            phase,
+            steps=steps,
+            image_size=size,
+            batch_size=8,
+            warmup_steps=3,
+            learning_rates=dict.fromkeys(phase.learning_rates, rate),
         )
         for phase, size in zip(recipe.phases, sizes, strict=True)
     ]
@@ -174,7 +179,7 @@ def test_stage_1_drops_patches_of_smaller_pictures_first_and_then_none(shards, l
     original = stages.StageTrainer.training_step
 
     def watched(self, model, inputs, *args, **kwargs):
-        seen.append((inputs["pixel_values"].shape[-1], model.dropped_patches, inputs["input_ids"].shape[1]))
+        seen.append((inputs["pixel_values"].shape[-1], model.patch_drop_rate, inputs["input_ids"].shape[1]))
         return original(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(stages.StageTrainer, "training_step", watched)
@@ -183,7 +188,7 @@ def test_stage_1_drops_patches_of_smaller_pictures_first_and_then_none(shards, l
 
 
 def test_stage_1_starts_its_text_encoder_from_a_llama(shards, language, tmp_path):
-    still = replace(STAGE1, phases=(replace(STAGE1.phases[0], steps=1, rates={"temperature": 1e-3}),))
+    still = replace(STAGE1, phases=(replace(STAGE1.phases[0], steps=1, learning_rates={"temperature": 1e-3}),))
     run_stage1(still, shards, Run(tmp_path), llama=language["llama"])
     found = weights(tmp_path)
     for name, value in load_file(language["llama"] / "model.safetensors").items():
@@ -204,7 +209,7 @@ def test_stage_2_learns_its_new_parts_and_leaves_stage_1_as_it_was(first, second
 
 
 def test_stage_2_takes_the_language_head_of_a_llama_or_a_fresh_one(first, shards, language, tmp_path):
-    still = replace(STAGE2, phases=(replace(STAGE2.phases[0], steps=1, rates={"queries": 1e-3}),))
+    still = replace(STAGE2, phases=(replace(STAGE2.phases[0], steps=1, learning_rates={"queries": 1e-3}),))
     wanted = load_file(language["llama"] / "model.safetensors")["lm_head.weight"]
     for name, llama in (("llama", language["llama"]), ("fresh", None)):
         run_stage2(still, shards, Run(tmp_path / name), first, llama)
@@ -267,7 +272,7 @@ def test_stage_2_keeps_frozen_parts_in_the_dtype_they_are_stored_in(first, shard
     AutoProcessor.from_pretrained(first).save_pretrained(tmp_path / "narrow")
     run_stage2(replace(with_steps(STAGE2, 2), use_bf16=True), shards, Run(tmp_path / "out"), tmp_path / "narrow")
     before, after = weights(tmp_path / "narrow"), weights(tmp_path / "out")
-    trained = set(STAGE2.phases[0].rates)
+    trained = set(STAGE2.phases[0].learning_rates)
     for name, value in after.items():
         assert value.dtype == (torch.float32 if part_of(name) in trained else torch.bfloat16), name
     assert changed_parts(before, after) <= {"temperature"}
@@ -276,7 +281,7 @@ def test_stage_2_keeps_frozen_parts_in_the_dtype_they_are_stored_in(first, shard
 # ---------------------------------------------------------------------------------------------------- whatever is trained
 def test_the_rates_of_the_parts_rise_and_fall_in_the_optimizer(shards, language, tmp_path, monkeypatch):
     rates = {"vision": 1e-3, "pooling": 2e-3, "qllama": 3e-4, "text_projection": 4e-4, "temperature": 5e-4}
-    phase = replace(STAGE1.phases[0], rates=rates, steps=8, warmup_steps=2)
+    phase = replace(STAGE1.phases[0], learning_rates=rates, steps=8, warmup_steps=2)
     seen = []
     original = stages.StageTrainer.training_step
 
@@ -297,7 +302,7 @@ def test_the_rates_of_the_parts_rise_and_fall_in_the_optimizer(shards, language,
 def test_full_recipes_run_with_their_ways_of_saving_memory(shards, dialogues, language, tmp_path):
     """Gradient caching or accumulation, activation checkpointing and bfloat16, at tiny sizes."""
     sizes = {"vision_config": VISION, "text_config": TEXT, "model_config": STAGE1.model_config}
-    short = {"steps": 1, "rows_at_a_time": 4}
+    short = {"steps": 1, "grad_cache_chunk_size": 4}
     folders = {name: tmp_path / name for name in ("stage1", "stage2", "retrieval", "stage3")}
     recipe = shrunk(stage1(), (42, 56), max_text_length=LENGTH, **sizes, **short)
     run_stage1(recipe, shards, Run(folders["stage1"]), llama=language["llama"])
@@ -361,7 +366,7 @@ def test_checkpointing_does_not_send_gradients_through_a_frozen_tower(
         return loss
 
     monkeypatch.setattr(stages.StageTrainer, "training_step", watched)
-    recipe = shrunk(stage3(freeze_language=freeze_language), steps=1, rows_at_a_time=4, use_bf16=False)
+    recipe = shrunk(stage3(freeze_language=freeze_language), steps=1, grad_cache_chunk_size=4, use_bf16=False)
     assert recipe.gradient_checkpointing
     run_stage3(recipe, dialogues, Run(tmp_path), second, language["decoder"])
     assert set(seen[:2]) == {False}  # the MLP alone, in two rounds

@@ -42,13 +42,13 @@ def goldens(rank: int, folder: Path, wrap: Callable = lambda model: model) -> di
 
     found = {}
     for tag in ("stage2", "retrieval"):
-        for rows_per_chunk in (None, 2):
-            model = golden_model(tag, rows_per_chunk=rows_per_chunk)
+        for grad_cache_chunk_size in (None, 2):
+            model = golden_model(tag, grad_cache_chunk_size=grad_cache_chunk_size)
             wrapped = wrap(model)
             outputs = wrapped(**golden_inputs("internvl_14b_training_ws2", f"{tag}.rank{rank}"))
             outputs.loss.backward()
             losses = {name: value.detach() for name, value in outputs.items()}
-            found[tag, rows_per_chunk] = losses | gradients(model)
+            found[tag, grad_cache_chunk_size] = losses | gradients(model)
     return found
 
 
@@ -65,7 +65,7 @@ def contrastive(rank: int, folder: Path, wrap: Callable = replicated) -> dict:
 
     found = {}
     for objective in ("softmax", "sigmoid"):
-        model = tiny_model(InternVLForContrastiveTraining, objective=objective, rows_per_chunk=2)
+        model = tiny_model(InternVLForContrastiveTraining, objective=objective, grad_cache_chunk_size=2)
         half = slice(rank * 3, rank * 3 + 3)
         wrapped = wrap(model)  # DDP must outlive the backward pass
         outputs = wrapped(pixel_values=tiny.pixels(6)[half], input_ids=tiny.text_ids(6)[half])

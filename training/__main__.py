@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 
 from .. import register
-from .commands import build_parser
+from .commands import training_parser
 from .data.texts import printable
 
 
@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["costs"]:
         print("error: `costs` is now `python -m internvl.planning costs`.", file=sys.stderr)
         return 2
-    options = build_parser().parse_args(arguments)
+    options = training_parser().parse_args(arguments)
     register()
     try:
         return import_module(options.module, __package__).run(options, print)

@@ -1,66 +1,52 @@
-"""What the log of a run holds beside Trainer's own entries: parts of a loss, and measurements as training goes on."""
+"""Callbacks of the stages."""
 
-from abc import ABC, abstractmethod
-from collections import defaultdict
 from typing import Any
 
-from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 
-class LossParts(TrainerCallback):
-    """Adds to each of Trainer's entries the means of what the model returns as `loss_...`, since the entry before.
+class KeepFrozenPartsWithoutGradient(TrainerCallback):
+    """Removes hooks that would run a frozen vision tower backward.
 
-    Args:
-        model: The model that Trainer trains.
+    Where transformers checkpoints activations, it makes the embeddings of every part require gradients. Only reentrant
+    checkpoints need that, and the recipes use none.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._values: dict[str, list[float]] = defaultdict(list)
-        self._hook = model.register_forward_hook(self._collect)
-
-    def _collect(self, model: nn.Module, inputs: Any, outputs: Any) -> None:
-        if model.training:
-            for name, value in outputs.items():
-                if name.startswith("loss_"):
-                    self._values[name].append(value)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Completes the entry."""
-        means = {name: float(sum(values)) / len(values) for name, values in self._values.items()}
-        state.log_history[-1].update(means)
-        self._values.clear()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Leaves the model as it was."""
-        self._hook.remove()
+    def on_train_begin(self, *_: Any, model: PreTrainedModel, **__: Any) -> None:
+        """Remove the hooks, which `Trainer` adds just before."""
+        if isinstance(model, PreTrainedModel):
+            model.disable_input_require_grads()
 
 
-class LearningCurve(TrainerCallback, ABC):
-    """Adds a measurement to Trainer's log every so many steps, and after the last.
+class SeedRanksDifferently(TrainerCallback):
+    """Gives each process different random numbers: kept patches, stochastic depth, hard negatives.
+
+    `Trainer` seeds all processes alike, which the weights and the order of the data need. The first process keeps that seed.
+    """
+
+    def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+        """Seed this process unless it is the first; a checkpoint restores each process's state afterwards."""
+        if args.process_index:
+            set_seed(args.seed + args.process_index)
+
+
+class EvaluateEvery(TrainerCallback):
+    """Evaluates every so many steps and after the last one.
 
     Args:
-        steps: Steps between two points.
+        steps: Steps between two evaluations.
     """
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
 
-    @abstractmethod
-    def measure(self, model: Any) -> dict[str, float]:
-        """The values of a point; the model is in evaluation mode."""
-
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        """Adds a point where one is due."""
-        if state.global_step % self.steps and state.global_step != state.max_steps:
-            return
-        model.eval()
-        state.log_history.append({"step": state.global_step, **self.measure(model)})
-        model.train()
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Ask for an evaluation where one is due."""
+        if state.global_step % self.steps == 0 or state.global_step == state.max_steps:
+            control.should_evaluate = True
+        return control
 
 
-__all__ = ["LearningCurve", "LossParts"]
+__all__ = ["EvaluateEvery", "KeepFrozenPartsWithoutGradient", "SeedRanksDifferently"]

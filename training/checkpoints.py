@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,16 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from .models.whole_folders import INCOMPLETE, checkpoints_in, fault_of, newest_whole, step_of, write_text_whole
+from .recipes import Phase
 
 
 LOG_FILE = "training_log.json"  # written last, so a folder that has it is finished
 RECORD_FILE = "trainer/run.json"
+RENAMED_FIELDS = {
+    "rates": "learning_rates",
+    "dropped_patches": "patch_drop_rate",
+    "rows_at_a_time": "grad_cache_chunk_size",
+}
 
 
 class WholeCheckpointTrainer(Trainer):
@@ -45,7 +51,7 @@ class WholeCheckpointTrainer(Trainer):
             raise ValueError(
                 f"The data ended after {self.state.global_step} of {self.args.max_steps} steps; nothing is saved."
             )
-        # What `train` adds at its end tells of the steps of this call, of which a finished phase has none.
+        # The last entry is about the steps of this call, of which a finished phase has none.
         return self.state.log_history[:-1] if self._is_finished else self.state.log_history
 
     def get_train_dataloader(self) -> DataLoader:
@@ -120,8 +126,20 @@ def recorded(folder: Path) -> dict[str, Any] | None:
     for name in (LOG_FILE, RECORD_FILE):
         if (folder / name).is_file():
             record = json.loads((folder / name).read_text(encoding="utf-8"))
-            return {**record.get("recipe", {}), **record.get("settings", {})}
+            return _renewed({**record.get("recipe", {}), **record.get("settings", {})})
     return None
+
+
+def _renewed(record: dict[str, Any]) -> dict[str, Any]:
+    """A record in the words of today: fields under their new names, and defaults for what phases did not have."""
+    record = {RENAMED_FIELDS.get(name, name): value for name, value in record.items()}
+    phases = record.get("phases")
+    if isinstance(phases, list):
+        known = {entry.name: entry.default for entry in fields(Phase) if entry.default is not MISSING}
+        record["phases"] = _as_json(
+            [{**known, **{RENAMED_FIELDS.get(name, name): value for name, value in phase.items()}} for phase in phases]
+        )
+    return record
 
 
 def record_recipe(folder: Path, recipe: Any, **settings: Any) -> None:

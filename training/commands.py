@@ -1,6 +1,6 @@
-"""The command line's arguments. Nothing here imports torch, so that a wrong argument is told at once.
+"""The command line's arguments. Nothing here imports torch, so that a wrong argument is reported at once.
 
-Each command names the module whose `run(options, tell)` does the work and returns the exit code.
+Each command names the module whose `run(options, print_fn)` does the work and returns the exit code.
 """
 
 import argparse
@@ -9,7 +9,10 @@ from typing import Any
 
 from ..conversation_internvl import list_conversation_templates
 from .models.parts import PARTS
-from .recipes import FUNNEL_STAGES
+
+
+SCALES = ("small", "full", "bundled")
+FUNNEL_STAGES = (1, 2)  # whose data the funnel filters
 
 
 def _whole_number(text: str, least: int) -> int:
@@ -22,7 +25,7 @@ def _whole_number(text: str, least: int) -> int:
     return number
 
 
-def positive(text: str) -> int:
+def positive_int(text: str) -> int:
     """A number of things of which there must be one."""
     return _whole_number(text, 1)
 
@@ -32,7 +35,7 @@ def count(text: str) -> int:
     return _whole_number(text, 0)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def training_parser() -> argparse.ArgumentParser:
     """The command line's arguments; `module` of what it parses says where the command is."""
     parser = argparse.ArgumentParser(prog="python -m internvl.training", description="Training, and what prepares it.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -45,7 +48,7 @@ def add_validate(commands: Any) -> None:
     """Adds `validate` to the sub-commands of a command line."""
     parser = commands.add_parser("validate", help="file, line and reason of each row that cannot be trained on")
     parser.add_argument("data", metavar="DATA", nargs="+", help="dialogue files: a JSON array or JSON lines")
-    parser.add_argument("--images", metavar="DIR", help="folder of the pictures (default: the folder of each file)")
+    parser.add_argument("--images", metavar="DIR", help="folder of the images (default: the folder of each file)")
     parser.add_argument("--model", metavar="DIR", help="encode the rows with this model's processor too")
     parser.add_argument(
         "--max-length",
@@ -68,7 +71,7 @@ def add_funnel(commands: Any) -> None:
         "--without", metavar="COLUMN", action="append", default=[], help="the data lacks it; its rules then pass"
     )
     parser.add_argument("--output", metavar="FILE", help="write the report to this JSON file")
-    parser.add_argument("--plot", metavar="FILE", help="draw the funnel to this picture file")
+    parser.add_argument("--plot", metavar="FILE", help="draw the funnel to this image file")
     parser.set_defaults(module=".data.filters")
 
 
@@ -83,10 +86,12 @@ def add_stages(commands: Any) -> None:
     parser.add_argument("--llama", metavar="DIR", help="LLaMA whose language head is taken (default: a fresh one)")
     parser = _add_stage(commands, "retrieval", "fine-tuning for retrieval", "pairs")
     parser.add_argument("--model", metavar="DIR", required=True, help="folder of stage 2")
-    parser.add_argument("--image-size", metavar="N", type=positive, help="side of the pictures (full: 364, or 224)")
+    parser.add_argument("--image-size", metavar="N", type=positive_int, help="side of the images (full: 364, or 224)")
     parser = _add_stage(commands, "stage3", "instruction tuning of a chat model", "dialogues")
     parser.add_argument("--model", metavar="DIR", required=True, help="folder of stage 2")
-    parser.add_argument("--decoder", metavar="DIR", required=True, help="causal language model with its tokenizer")
+    parser.add_argument(
+        "--decoder", metavar="DIR", help="causal language model with its tokenizer (bundled: optional)"
+    )
     parser.add_argument(
         "--connector",
         choices=("patches", "queries_and_patches"),
@@ -95,18 +100,23 @@ def add_stages(commands: Any) -> None:
     )
     parser.add_argument("--freeze-language", action="store_true", help="leave the decoder as it is")
     parser.add_argument("--template", choices=list_conversation_templates(), help="conversation template")
-    parser.add_argument("--images", metavar="DIR", help="folder of the pictures (default: the folder of each file)")
+    parser.add_argument("--images", metavar="DIR", help="folder of the images (default: the folder of each file)")
 
 
 def _add_stage(commands: Any, name: str, what: str, data: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=what)
     files = "tar or parquet shards" if data == "pairs" else "JSON arrays or JSON lines"
-    parser.add_argument("--data", metavar="FILE", nargs="+", required=True, help=f"{data}: {files}")
+    parser.add_argument(
+        "--data", metavar="FILE", nargs="+", help=f"{data}: {files} (bundled: none, scenes are generated)"
+    )
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of the finished model")
-    parser.add_argument("--recipe", choices=("small", "full"), default="small", help="scale (default: small)")
+    scales = SCALES[:2] if name == "retrieval" else SCALES
+    parser.add_argument("--scale", "--recipe", choices=scales, default="small", help="of the recipe (default: small)")
     parser.add_argument("--resume", action="store_true", help="go on from what a stopped run left in the folder")
-    parser.add_argument("--steps", metavar="N", type=positive, help="steps of each phase, instead of the recipe's")
-    parser.add_argument("--batch-size", metavar="N", type=positive, help="samples of a step, instead of the recipe's")
+    parser.add_argument("--steps", metavar="N", type=positive_int, help="steps of each phase, instead of the recipe's")
+    parser.add_argument(
+        "--batch-size", metavar="N", type=positive_int, help="samples of a step, instead of the recipe's"
+    )
     parser.add_argument("--workers", metavar="N", type=count, default=0, help="processes that prepare batches")
     parser.add_argument("--seed", type=count, default=0)
     parser.add_argument("--lora-rank", metavar="N", type=count, default=0, help="train LoRA adapters of this rank")
@@ -119,4 +129,4 @@ def _add_stage(commands: Any, name: str, what: str, data: str) -> argparse.Argum
     return parser
 
 
-__all__ = ["build_parser"]
+__all__ = ["training_parser"]

@@ -1,6 +1,6 @@
 """Muon for matrices and AdamW for the rest in one optimizer, so that schedules, clipping and checkpoints see only one.
 
-On the default checkpoint it needs about a third of AdamW's steps before answers begin to depend on the picture.
+On the default checkpoint it needs about a third of AdamW's steps before answers begin to depend on the image.
 torch has a `Muon` since 2.9, but for matrices alone.
 """
 
@@ -39,7 +39,7 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon with Nesterov momentum for groups with `use_muon`, AdamW for the others.
+    """Muon with Nesterov momentum for groups with `use_muon`, AdamW for the others (see `parameter_groups`).
 
     Args:
         groups: Parameter groups, each a dictionary with `params` and `use_muon`.
@@ -95,28 +95,4 @@ class MuonWithAdamW(torch.optim.Optimizer):
         return state["mean"] / (1 - beta1**count) / deviation
 
 
-def muon_groups(
-    model: nn.Module, muon_lr: float, adamw_lr: float, weight_decay: float, output_layers: Iterable[nn.Module] = ()
-) -> list[dict]:
-    """Sort a model's parameters into groups for `MuonWithAdamW`.
-
-    Args:
-        model: The model.
-        muon_lr: Learning rate of the weights of linear layers and convolutions, which Muon trains.
-        adamw_lr: Learning rate of all else: embeddings, vectors, and output layers.
-        weight_decay: Of the matrices under Muon; nothing else decays.
-        output_layers: Layers whose outputs are logits.
-
-    Returns:
-        Two groups.
-    """
-    logits = {layer.weight for layer in output_layers}
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    matrices = {layer.weight for layer in layers} - logits
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    inner = [parameter for parameter in trained if parameter in matrices]
-    outer = [parameter for parameter in trained if parameter not in matrices]
-    return [
-        {"params": inner, "use_muon": True, "lr": muon_lr, "weight_decay": weight_decay},
-        {"params": outer, "use_muon": False, "lr": adamw_lr, "weight_decay": 0.0},
-    ]
+__all__ = ["MuonWithAdamW", "orthogonalize"]

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from .recipes import RECIPES, with_steps
-from .stages import Run, is_first_process, run_retrieval, run_stage1, run_stage2, run_stage3, with_lora
+from .stages import run_retrieval, run_stage1, run_stage2, run_stage3
+from .trainer import Run, is_first_process, with_lora
 
 
 def _recipe_of(options: argparse.Namespace) -> Any:
@@ -15,7 +16,7 @@ def _recipe_of(options: argparse.Namespace) -> Any:
         choices = {"connector": options.connector, "freeze_language": options.freeze_language}
     if options.stage == "retrieval" and options.image_size is not None:
         choices = {"image_size": options.image_size}
-    recipe = replace(RECIPES[options.stage][options.recipe](**choices), seed=options.seed)
+    recipe = replace(RECIPES[options.stage][options.scale](**choices), seed=options.seed)
     if getattr(options, "template", None):
         recipe = replace(recipe, template=options.template)
     if options.steps is not None:
@@ -26,12 +27,12 @@ def _recipe_of(options: argparse.Namespace) -> Any:
     return with_lora(recipe, options.lora_parts)
 
 
-def run(options: argparse.Namespace, tell: Callable[[str], None]) -> int:
+def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     """Runs a stage.
 
     Args:
         options: Arguments of the command line.
-        tell: Takes the lines to show.
+        print_fn: Takes the lines to show.
 
     Returns:
         Exit code 0.
@@ -59,7 +60,7 @@ def run(options: argparse.Namespace, tell: Callable[[str], None]) -> int:
     else:
         run_stage3(recipe, options.data, how, options.model, options.decoder, options.images)
     if is_first_process():
-        tell(f"The model is in {options.output}.")
+        print_fn(f"The model is in {options.output}.")
     return 0
 
 

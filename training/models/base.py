@@ -15,7 +15,7 @@ from ...attention_masks_qllama import PackedPasses
 from ...configuration_internvl import InternVLConfig
 from ...modeling_internvl import last_token_states
 from .gradient_cache import in_chunks
-from .losses import capped_scale, draw_hard_negatives, scaled_similarities, unit
+from .losses import capped_scale, draw_hard_negatives, l2_normalize, scaled_similarities
 from .saving import SavedAsInternVLModel
 
 
@@ -89,7 +89,7 @@ class InternVLTrainingModel(SavedAsInternVLModel):
 
     Args:
         config: The configuration.
-        rows_per_chunk: Gradient caching: pairs whose activations are in memory at a time; None means all of the batch.
+        grad_cache_chunk_size: Gradient caching: pairs whose activations are in memory at a time; None means all of the batch.
         max_logit_scale: Cap of the factor of the similarities (CLIP: 100).
     """
 
@@ -98,10 +98,10 @@ class InternVLTrainingModel(SavedAsInternVLModel):
     completes_texts = False  # the collators do
 
     def __init__(
-        self, config: InternVLConfig, rows_per_chunk: int | None = None, max_logit_scale: float = 100.0
+        self, config: InternVLConfig, grad_cache_chunk_size: int | None = None, max_logit_scale: float = 100.0
     ) -> None:
         super().__init__(config)
-        self.rows_per_chunk = rows_per_chunk
+        self.grad_cache_chunk_size = grad_cache_chunk_size
         self.max_logit_scale = max_logit_scale
 
     def train(self, mode: bool = True) -> "InternVLTrainingModel":
@@ -118,20 +118,20 @@ class InternVLTrainingModel(SavedAsInternVLModel):
         return Texts(ids, self._text_mask(ids, mask))
 
     def _vision_tokens(
-        self, pixel_values: torch.Tensor, dropped_patches: float = 0.0, drops_plain_patches: bool = False
+        self, pixel_values: torch.Tensor, patch_drop_rate: float = 0.0, drop_low_contrast_patches: bool = False
     ) -> torch.Tensor:
         """(B, 3, height, width) -> (B, N, D)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(self.vision_model)):
-            if not dropped_patches:
+            if not patch_drop_rate:
                 return self.vision_model(pixel_values, return_dict=True).last_hidden_state
             patch_size = self.config.vision_config.patch_size
-            contrast = patch_contrast(pixel_values, patch_size) if drops_plain_patches else None
-            embeds = drop_patches(self.vision_model.embeddings(pixel_values), dropped_patches, contrast)
+            contrast = patch_contrast(pixel_values, patch_size) if drop_low_contrast_patches else None
+            embeds = drop_patches(self.vision_model.embeddings(pixel_values), patch_drop_rate, contrast)
             return self.vision_model(pixel_embeds=embeds, return_dict=True).last_hidden_state
 
     def _pool(self, tokens: torch.Tensor) -> torch.Tensor:
         """InternVL-C's embedding (B, E) of vision tokens, which a frozen tower may give in a narrower dtype."""
-        return unit(self.clip_projector(tokens.to(self.clip_projector.norm1_q.weight.dtype)))
+        return l2_normalize(self.clip_projector(tokens.to(self.clip_projector.norm1_q.weight.dtype)))
 
     def _read(self, tokens: torch.Tensor, *passes: tuple[str, Texts]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """One forward of QLLaMA that reads every image once per pass, all passes of an image packed in one row.
@@ -161,7 +161,7 @@ class InternVLTrainingModel(SavedAsInternVLModel):
 
     def _text_embeds(self, texts: Texts) -> torch.Tensor:
         """Unit vectors (B, E) of texts that are read without a picture."""
-        return unit(in_chunks(self.get_text_features, self.rows_per_chunk, texts.ids, texts.mask))
+        return l2_normalize(in_chunks(self.get_text_features, self.grad_cache_chunk_size, texts.ids, texts.mask))
 
     @staticmethod
     def _contrastive_pass(texts: Texts, text_embeds: torch.Tensor | None) -> tuple[str, Texts]:
@@ -173,8 +173,8 @@ class InternVLTrainingModel(SavedAsInternVLModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Unit vectors (B, E) of pictures and texts from what `_contrastive_pass` gave, or the known ones of the texts."""
         if text_embeds is None:
-            text_embeds = unit(last_token_states(text, mask) @ self.text_projection)
-        return unit(self.clip_projector2(queries)), text_embeds
+            text_embeds = l2_normalize(last_token_states(text, mask) @ self.text_projection)
+        return l2_normalize(self.clip_projector2(queries)), text_embeds
 
     def _matching_logits(self, queries: torch.Tensor) -> torch.Tensor:
         """(B, 2) of the pass "matching": the mean over the queries."""
@@ -185,7 +185,7 @@ class InternVLTrainingModel(SavedAsInternVLModel):
         self, tokens: torch.Tensor, positive: Texts, text_embeds: torch.Tensor, may_be_drawn: torch.Tensor
     ) -> tuple[Texts, torch.Tensor]:
         """For each picture the text of another one, drawn by InternVL-C's similarity, and which rows (B,) have one."""
-        images = in_chunks(self._pool, self.rows_per_chunk, tokens)
+        images = in_chunks(self._pool, self.grad_cache_chunk_size, tokens)
         similarities = scaled_similarities(images, text_embeds, self._scale())
         is_other_text = (positive.ids[:, None] != positive.ids).any(dim=-1)
         drawn, has_negative = draw_hard_negatives(similarities, is_other_text & may_be_drawn)

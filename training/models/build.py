@@ -32,6 +32,7 @@ from ...kinds import check_kind
 from ...modeling_internvl import InternVLModel
 from ...modeling_internvl_chat import InternVLChatForConditionalGeneration
 from ...processing_internvl import InternVLProcessor
+from ...synthetic.tokenizer import caption_tokenizer, question_tokenizer
 from ..recipes import ContrastiveRecipe, DialogueRecipe, GenerativeRecipe, Recipe, RecipeType, RetrievalRecipe
 from .parameter_groups import part_of
 from .pretraining import (
@@ -39,6 +40,7 @@ from .pretraining import (
     InternVLForGenerativeTraining,
     InternVLForRetrievalTraining,
 )
+from .vision_start import init_embeddings_for_scenes
 
 
 logger = logging.get_logger(__name__)
@@ -53,14 +55,14 @@ def in_dtypes_of(recipe: Recipe, model: Model) -> Model:
     the parts that it trains."""
     if not recipe.use_bf16:
         return model.float()
-    parts = {part for phase in recipe.phases for part in phase.rates}
+    parts = {part for phase in recipe.phases for part in phase.learning_rates}
     for name, parameter in model.named_parameters():
         if part_of(name) in parts:
             parameter.data = parameter.data.float()
     return model
 
 
-def fitting(recipe: RecipeType, source: Folder | None = None) -> RecipeType:
+def fit_image_sizes(recipe: RecipeType, source: Folder | None = None) -> RecipeType:
     """The recipe with picture sizes that whole patches fill, those of the model it starts from: the next larger ones.
 
     Args:
@@ -83,14 +85,27 @@ def fitting(recipe: RecipeType, source: Folder | None = None) -> RecipeType:
 
 
 # -------------------------------------------------------------------------------------------------------- the processor
-def pair_processor(recipe: ContrastiveRecipe, tokenizer: PreTrainedTokenizerBase) -> InternVLProcessor:
+def load_tokenizer(recipe: ContrastiveRecipe, folder: Folder | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of stage 1: one in a folder, or for generated scenes one of their captions.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if folder is not None:
+        return AutoTokenizer.from_pretrained(folder)
+    if recipe.is_generated:
+        return caption_tokenizer()
+    raise ValueError("Stage 1 needs a tokenizer: give a folder with one, or a LLaMA to start from.")
+
+
+def build_pair_processor(recipe: ContrastiveRecipe, tokenizer: PreTrainedTokenizerBase) -> InternVLProcessor:
     """The processor of stage 1, as the finished model needs it: pictures of the last phase's size."""
     side = recipe.phases[-1].image_size
     image_processor = InternVLImageProcessor(size={"height": side, "width": side}, resize_mode="squash")
     return InternVLProcessor(image_processor, tokenizer, mode="contrastive", max_text_length=recipe.max_text_length)
 
 
-def processor_of(source: Folder, recipe: GenerativeRecipe | RetrievalRecipe) -> InternVLProcessor:
+def load_pair_processor(source: Folder, recipe: GenerativeRecipe | RetrievalRecipe) -> InternVLProcessor:
     """The processor in a folder, with the recipe's sizes."""
     processor = InternVLProcessor.from_pretrained(source)
     side = recipe.phases[-1].image_size
@@ -99,18 +114,17 @@ def processor_of(source: Folder, recipe: GenerativeRecipe | RetrievalRecipe) -> 
     return processor
 
 
-def chat_processor(
-    recipe: DialogueRecipe, decoder: Folder, patch_size: int, num_queries: int = 0
+def build_chat_processor(
+    recipe: DialogueRecipe, tokenizer: PreTrainedTokenizerBase, patch_size: int, num_queries: int = 0
 ) -> InternVLProcessor:
     """The processor of stage 3: the decoder's tokenizer with the image tokens and the recipe's template.
 
     Args:
         recipe: The recipe.
-        decoder: Folder of the decoder.
-        patch_size: Of the vision tower.
+        tokenizer: The decoder's tokenizer; the image tokens that it lacks are added.
+        patch_size: Patch size of the vision tower.
         num_queries: Image tokens of a tile that come from QLLaMA.
     """
-    tokenizer = AutoTokenizer.from_pretrained(decoder)
     known = tokenizer.get_vocab()
     image_tokens = (IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_CONTEXT_TOKEN)
     tokenizer.add_tokens([token for token in image_tokens if token not in known], special_tokens=True)
@@ -155,7 +169,7 @@ def _copy_weights(module: nn.Module, weights: dict[str, torch.Tensor], source: F
         )
 
 
-def contrastive_model(
+def build_contrastive_model(
     recipe: ContrastiveRecipe,
     tokenizer: PreTrainedTokenizerBase,
     source: Folder | None = None,
@@ -174,7 +188,9 @@ def contrastive_model(
     """
     settings: dict[str, Any] = {
         "objective": recipe.objective,
-        "rows_per_chunk": recipe.rows_at_a_time,
+        "drop_low_contrast_patches": recipe.drop_low_contrast_patches,
+        "num_length_buckets": recipe.num_length_buckets,
+        "grad_cache_chunk_size": recipe.grad_cache_chunk_size,
         "max_logit_scale": recipe.max_logit_scale,
     }
     if source is not None:
@@ -190,7 +206,7 @@ def contrastive_model(
     text_config.update(
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id or 0,
-        bos_token_id=tokenizer.bos_token_id,
+        bos_token_id=tokenizer.pad_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=False,
     )
@@ -202,12 +218,14 @@ def contrastive_model(
         **recipe.model_config,
     )
     model = InternVLForContrastiveTraining(config, **settings)
+    if recipe.init_for_scenes:
+        init_embeddings_for_scenes(model)
     if start is not None:
         _copy_weights(model.qllama.model, start.model.state_dict(), str(llama))
     return in_dtypes_of(recipe, model)
 
 
-def generative_model(
+def build_generative_model(
     recipe: GenerativeRecipe, source: Folder, prefix_lengths: dict[str, int], llama: Folder | None = None
 ) -> InternVLForGenerativeTraining:
     """The model of stage 2: InternViT and LLaMA of stage 1, with queries, cross-attention and heads that start from nothing.
@@ -223,7 +241,7 @@ def generative_model(
         config.num_query_token = recipe.num_query_token
         config.qllama_config.cross_attention_frequency = recipe.cross_attention_frequency
     settings: dict[str, Any] = {
-        "rows_per_chunk": recipe.rows_at_a_time,
+        "grad_cache_chunk_size": recipe.grad_cache_chunk_size,
         "max_logit_scale": recipe.max_logit_scale,
         **prefix_lengths,
     }
@@ -234,32 +252,39 @@ def generative_model(
     return in_dtypes_of(recipe, model)
 
 
-def retrieval_model(recipe: RetrievalRecipe, source: Folder) -> InternVLForRetrievalTraining:
+def build_retrieval_model(recipe: RetrievalRecipe, source: Folder) -> InternVLForRetrievalTraining:
     """The model of retrieval fine-tuning, from the folder of stage 2."""
-    settings: dict[str, Any] = {"rows_per_chunk": recipe.rows_at_a_time, "max_logit_scale": recipe.max_logit_scale}
+    settings: dict[str, Any] = {
+        "grad_cache_chunk_size": recipe.grad_cache_chunk_size,
+        "max_logit_scale": recipe.max_logit_scale,
+    }
     model = InternVLForRetrievalTraining.from_pretrained(source, config=_config_of(source, recipe), **settings)
     return in_dtypes_of(recipe, model)
 
 
 # -------------------------------------------------------------------------------------------------------------- stage 3
-def chat_model(
-    recipe: DialogueRecipe, source: Folder, decoder: Folder
+def build_chat_model(
+    recipe: DialogueRecipe, source: Folder, decoder: Folder | None = None
 ) -> tuple[InternVLChatForConditionalGeneration, InternVLProcessor]:
     """The model of stage 3 and its processor.
 
-    The simple configuration takes stage 2's vision tower, the full one its QLLaMA and queries too; the decoder comes from
-    a folder of its own, the MLPs start from nothing.
+    The simple configuration takes stage 2's vision tower, the full one its QLLaMA and queries too. The projectors start from
+    random weights, and so does the decoder without `decoder`.
 
     Args:
         recipe: The recipe.
         source: Folder of stage 2, or of stage 1 for the simple configuration.
-        decoder: Folder of any causal language model, with its tokenizer.
+        decoder: Folder of any causal language model with its tokenizer; None builds one by the recipe's `text_config`, with
+            the tokenizer of generated questions.
 
     Raises:
-        ValueError: If the full configuration is wanted of a model without queries.
+        ValueError: If the full configuration is wanted of a model without queries, or there is no decoder.
     """
     check_kind(source, *C_AND_G, door="`--model`")
-    check_kind(decoder, "language", door="`--decoder`")
+    if decoder is not None:
+        check_kind(decoder, "language", door="`--decoder`")
+    elif not recipe.text_config:
+        raise ValueError("This recipe has no `text_config` of a decoder: give the folder of one by `--decoder`.")
     base = InternVLModel.from_pretrained(source)
     is_full = recipe.connector != "patches"
     if is_full and not base.config.has_queries:
@@ -271,25 +296,45 @@ def chat_model(
     if vision_config.image_size != side:
         base.vision_model.resize_pos_embeddings(vision_config.image_size, side, vision_config.patch_size)
     num_queries = base.config.num_query_token if is_full else 0
-    processor = chat_processor(recipe, decoder, vision_config.patch_size, num_queries)
-    language = AutoModelForCausalLM.from_pretrained(decoder)
-    if language.get_input_embeddings().num_embeddings < len(processor.tokenizer):
-        language.resize_token_embeddings(len(processor.tokenizer))
+    tokenizer = question_tokenizer() if decoder is None else AutoTokenizer.from_pretrained(decoder)
+    processor = build_chat_processor(recipe, tokenizer, vision_config.patch_size, num_queries)
+    language = None if decoder is None else _read_decoder(decoder, len(tokenizer))
     model = InternVLChatForConditionalGeneration(_chat_config(recipe, base, language, processor))
     model.skips_unlabelled_logits = True
     _fill_chat(model, base, language, str(source), str(decoder))
-    ends = get_conversation_template(recipe.template).end_token_ids(processor.tokenizer)
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=processor.tokenizer.pad_token_id)
+    ends = get_conversation_template(recipe.template).end_token_ids(tokenizer)
+    if decoder is None:
+        ends.append(tokenizer.pad_token_id)
+    model.generation_config = GenerationConfig(
+        eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, **recipe.generation_config
+    )
     return in_dtypes_of(recipe, model), processor
 
 
+def _read_decoder(folder: Folder, num_tokens: int) -> PreTrainedModel:
+    decoder = AutoModelForCausalLM.from_pretrained(folder)
+    if decoder.get_input_embeddings().num_embeddings < num_tokens:
+        decoder.resize_token_embeddings(num_tokens)
+    return decoder
+
+
 def _chat_config(
-    recipe: DialogueRecipe, base: InternVLModel, language: PreTrainedModel, processor: InternVLProcessor
+    recipe: DialogueRecipe, base: InternVLModel, language: PreTrainedModel | None, processor: InternVLProcessor
 ) -> InternVLChatConfig:
-    vision_config = {**base.config.vision_config.to_dict(), "drop_path_rate": recipe.drop_path_rate}
+    tokenizer = processor.tokenizer
+    if language is not None:
+        text_config, is_tied = language.config.to_dict(), language.config.tie_word_embeddings
+    else:
+        is_tied = recipe.text_config.get("tie_word_embeddings", False)
+        text_config = {
+            **recipe.text_config,
+            "vocab_size": len(tokenizer),
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
     return InternVLChatConfig(
-        vision_config=vision_config,
-        text_config=language.config.to_dict(),
+        vision_config={**base.config.vision_config.to_dict(), "drop_path_rate": recipe.drop_path_rate},
+        text_config=text_config,
         qllama_config=None if recipe.connector == "patches" else base.config.qllama_config.to_dict(),
         connector=recipe.connector,
         downsample_ratio=recipe.downsample_ratio,
@@ -301,22 +346,22 @@ def _chat_config(
         min_dynamic_patch=1,
         max_dynamic_patch=recipe.max_tiles,
         image_token_id=processor.image_token_id,
-        tie_word_embeddings=language.config.tie_word_embeddings,
+        tie_word_embeddings=is_tied,
+        **recipe.model_config,
     )
 
 
 def _fill_chat(
     model: InternVLChatForConditionalGeneration,
     base: InternVLModel,
-    language: PreTrainedModel,
+    language: PreTrainedModel | None,
     source: str,
     decoder: str,
 ) -> None:
     """Weights of the parts, in the dtypes they are stored in."""
-    parts: list[tuple[nn.Module, nn.Module, str]] = [
-        (model.vision_model, base.vision_model, source),
-        (model.language_model, language, decoder),
-    ]
+    parts: list[tuple[nn.Module, nn.Module, str]] = [(model.vision_model, base.vision_model, source)]
+    if language is not None:
+        parts.append((model.language_model, language, decoder))
     if model.qllama is not None:
         base.qllama.model.embed_tokens = None  # a chat model gives QLLaMA no text
         parts.append((model.qllama, base.qllama.model, source))
@@ -327,13 +372,14 @@ def _fill_chat(
 
 
 __all__ = [
-    "chat_model",
-    "chat_processor",
-    "contrastive_model",
-    "fitting",
-    "generative_model",
+    "build_chat_model",
+    "build_chat_processor",
+    "build_contrastive_model",
+    "build_generative_model",
+    "build_pair_processor",
+    "build_retrieval_model",
+    "fit_image_sizes",
     "in_dtypes_of",
-    "pair_processor",
-    "processor_of",
-    "retrieval_model",
+    "load_pair_processor",
+    "load_tokenizer",
 ]

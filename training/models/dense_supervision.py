@@ -80,19 +80,23 @@ def _values_of(item: SceneObject) -> dict[str, str]:
 
 
 class TokenReader(nn.Module):
-    """A chat model's vision tower and connector with one linear head per attribute on each image token.
+    """A chat model's vision tower and projector with one linear head per attribute on each image token.
 
     Args:
-        model: The chat model; its tower and connector are trained in place.
+        model: The chat model; its tower and projector are trained in place.
     """
 
     def __init__(self, model: InternVLChatForConditionalGeneration) -> None:
         super().__init__()
+        self.config = model.config
         self.vision_model = model.vision_model
         self.mlp1: nn.Module = model.mlp1
-        self.downsample_ratio, self.ps_version = model.config.downsample_ratio, model.config.ps_version
         width = model.config.text_config.hidden_size
-        self.heads = nn.ModuleDict({name: nn.Linear(width, len(values) + 1) for name, values in _VALUES.items()})
+        self.token_heads = nn.ModuleDict({name: nn.Linear(width, len(values) + 1) for name, values in _VALUES.items()})
+
+    def gradient_checkpointing_enable(self, **settings: Any) -> None:
+        """Recompute the activations of the tower in the backward pass, as `PreTrainedModel` does."""
+        self.vision_model.gradient_checkpointing_enable(**settings)
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> dict[str, torch.Tensor]:
         """Name what the tokens show.
@@ -106,11 +110,11 @@ class TokenReader(nn.Module):
             "loss", and "correct" (attributes,): the share of right tokens among those that have a value.
         """
         patches = self.vision_model(pixel_values, return_dict=True).last_hidden_state[:, 1:]
-        features = self.mlp1(pixel_shuffle(patches, self.downsample_ratio, self.ps_version))
+        features = self.mlp1(pixel_shuffle(patches, self.config.downsample_ratio, self.config.ps_version))
         losses, correct = [], []
         for index, name in enumerate(ATTRIBUTES):
             expected = labels[..., index].flatten()
-            logits = self.heads[name](features).flatten(0, 1).float()
+            logits = self.token_heads[name](features).flatten(0, 1).float()
             has_value = expected > 0
             token_losses = nn.functional.cross_entropy(logits, expected, reduction="none")
             # Most tokens show nothing, so each side is averaged by itself.
@@ -129,7 +133,7 @@ class TokenReader(nn.Module):
         """
         length = embeddings.norm(dim=1).mean()
         for name in ("shape", "colour", "digit", "text"):
-            weight = self.heads[name].get_parameter("weight")[1:]  # without "nothing"
+            weight = self.token_heads[name].get_parameter("weight")[1:]  # without "nothing"
             directions = nn.functional.normalize(weight - weight.mean(dim=0), dim=1)
             for value, direction in zip(_VALUES[name], directions, strict=True):
                 for text in (value, f" {value}"):

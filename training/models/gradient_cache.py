@@ -17,32 +17,30 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 
-def in_chunks(function: Callable[..., Any], rows_per_chunk: int | None, *inputs: torch.Tensor | None) -> Any:
+def in_chunks(function: Callable[..., Any], chunk_size: int | None, *inputs: torch.Tensor | None) -> Any:
     """What `function` gives for a batch, computed a few rows at a time.
 
     Args:
         function: Takes the inputs, gives one tensor or a tuple of tensors whose first dimension is joined again. Tensors
             it finds elsewhere, parameters above all, get their gradients too.
-        rows_per_chunk: Rows at a time; None, or a smaller batch, calls `function` once and keeps its activations.
+        chunk_size: Rows at a time; None, or a smaller batch, calls `function` once and keeps its activations.
         *inputs: Each (B, ...), or None, which is passed on.
 
     Raises:
-        ValueError: If `rows_per_chunk` is not positive, or the inputs differ in length.
+        ValueError: If `chunk_size` is not positive, or the inputs differ in length.
     """
     lengths = {len(x) for x in inputs if x is not None}
     if len(lengths) != 1:
         raise ValueError(f"`inputs` must have one length, got {sorted(lengths)}.")
-    if rows_per_chunk is not None and rows_per_chunk < 1:
-        raise ValueError(
-            f"`rows_per_chunk` must be at least 1, got {rows_per_chunk}; None takes the batch as a whole."
-        )
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}; None takes the batch as a whole.")
     length = lengths.pop()
-    if rows_per_chunk is None or rows_per_chunk >= length:
+    if chunk_size is None or chunk_size >= length:
         return function(*inputs)
     run = partial(checkpoint, function, use_reentrant=False) if torch.is_grad_enabled() else function
     outputs = []
-    for start in range(0, length, rows_per_chunk):
-        chunk = [None if x is None else x[start : start + rows_per_chunk] for x in inputs]
+    for start in range(0, length, chunk_size):
+        chunk = [None if x is None else x[start : start + chunk_size] for x in inputs]
         outputs.append(run(*chunk))
     if isinstance(outputs[0], torch.Tensor):
         return torch.cat(outputs)

@@ -25,7 +25,7 @@ Gather = Callable[[torch.Tensor], torch.Tensor]
 IGNORED = -100
 
 
-def own_rows(rows: torch.Tensor) -> torch.Tensor:
+def local_rows(rows: torch.Tensor) -> torch.Tensor:
     """The gather of a single process: what it holds is the batch."""
     return rows
 
@@ -39,14 +39,14 @@ def current_gather() -> tuple[Gather, int]:
     """The gather and the rank of this process; without a process group, those of a single one."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return rows_of_all_processes, dist.get_rank()
-    return own_rows, 0
+    return local_rows, 0
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def unit(features: torch.Tensor) -> torch.Tensor:
+def l2_normalize(features: torch.Tensor) -> torch.Tensor:
     """Features (B, E) of unit length, in fp32 or wider."""
     return F.normalize(_wide(features), dim=-1)
 
@@ -100,7 +100,7 @@ def _symmetric_cross_entropy(
     targets: torch.Tensor,
     gather: Gather,
     label_smoothing: float = 0.0,
-    rows_per_chunk: int | None = None,
+    chunk_size: int | None = None,
 ) -> torch.Tensor:
     """Mean of both directions; `targets` are columns (B,) or probabilities (B, W*B)."""
     image_embeds, text_embeds = _wide(image_embeds), _wide(text_embeds)
@@ -111,7 +111,7 @@ def _symmetric_cross_entropy(
         of_texts = _cross_entropy_sum(scaled_similarities(texts, all_images, scale), wanted, label_smoothing)
         return (of_images + of_texts)[None]
 
-    losses = in_chunks(loss_of, rows_per_chunk, image_embeds, text_embeds, targets)
+    losses = in_chunks(loss_of, chunk_size, image_embeds, text_embeds, targets)
     return losses.sum() / (2 * _num_targets(targets))
 
 
@@ -119,11 +119,11 @@ def info_nce_loss(
     image_embeds: torch.Tensor,
     text_embeds: torch.Tensor,
     scale: torch.Tensor,
-    gather: Gather = own_rows,
+    gather: Gather = local_rows,
     rank: int = 0,
     label_smoothing: float = 0.0,
     is_ignored: torch.Tensor | None = None,
-    rows_per_chunk: int | None = None,
+    chunk_size: int | None = None,
 ) -> torch.Tensor:
     """Symmetric InfoNCE: among the texts of all processes the picture's own, among all pictures the text's own.
 
@@ -135,7 +135,7 @@ def info_nce_loss(
         rank: Of this process.
         label_smoothing: Share of the target spread over all columns.
         is_ignored: (B,), rows whose loss is left out; as columns they stay (published: pairs with an empty text).
-        rows_per_chunk: Rows of similarities in memory at a time.
+        chunk_size: Rows of similarities in memory at a time.
 
     Returns:
         The mean over the rows that count and both directions; 0 if none counts.
@@ -143,7 +143,7 @@ def info_nce_loss(
     targets = rank * len(image_embeds) + torch.arange(len(image_embeds), device=image_embeds.device)
     if is_ignored is not None:
         targets = targets.masked_fill(is_ignored, IGNORED)
-    return _symmetric_cross_entropy(image_embeds, text_embeds, scale, targets, gather, label_smoothing, rows_per_chunk)
+    return _symmetric_cross_entropy(image_embeds, text_embeds, scale, targets, gather, label_smoothing, chunk_size)
 
 
 def retrieval_loss(
@@ -151,8 +151,8 @@ def retrieval_loss(
     text_embeds: torch.Tensor,
     scale: torch.Tensor,
     image_ids: torch.Tensor,
-    gather: Gather = own_rows,
-    rows_per_chunk: int | None = None,
+    gather: Gather = local_rows,
+    chunk_size: int | None = None,
 ) -> torch.Tensor:
     """Symmetric cross-entropy in which all pairs of one picture share the target: captions of a picture are no negatives.
 
@@ -162,12 +162,12 @@ def retrieval_loss(
         scale: Factor of the similarities.
         image_ids: (B,), equal for pairs of the same picture.
         gather: Collects the rows of all processes.
-        rows_per_chunk: Rows of similarities in memory at a time.
+        chunk_size: Rows of similarities in memory at a time.
     """
     is_same = image_ids[:, None] == gather(image_ids)  # (B, W*B)
     targets = is_same / is_same.sum(dim=1, keepdim=True)
     targets = targets.to(_wide(image_embeds).dtype)
-    return _symmetric_cross_entropy(image_embeds, text_embeds, scale, targets, gather, rows_per_chunk=rows_per_chunk)
+    return _symmetric_cross_entropy(image_embeds, text_embeds, scale, targets, gather, chunk_size=chunk_size)
 
 
 def sigmoid_loss(
@@ -175,9 +175,9 @@ def sigmoid_loss(
     text_embeds: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor,
-    gather: Gather = own_rows,
+    gather: Gather = local_rows,
     rank: int = 0,
-    columns_per_chunk: int | None = None,
+    chunk_size: int | None = None,
 ) -> torch.Tensor:
     """SigLIP's loss (https://arxiv.org/abs/2303.15343): every picture with every text of all processes, a pair or not.
 
@@ -188,7 +188,7 @@ def sigmoid_loss(
         bias: Added to them; starts at -10, since almost all are no pairs.
         gather: Collects the rows of all processes.
         rank: Of this process.
-        columns_per_chunk: Texts whose similarities are in memory at a time.
+        chunk_size: Texts whose similarities are in memory at a time.
 
     Returns:
         The sum over all texts, as the mean over the pictures.
@@ -203,7 +203,7 @@ def sigmoid_loss(
         return -F.logsigmoid(sign * logits).sum()[None]
 
     columns = torch.arange(len(all_texts), device=image_embeds.device)
-    return in_chunks(loss_of, columns_per_chunk, all_texts, columns).sum() / num_rows
+    return in_chunks(loss_of, chunk_size, all_texts, columns).sum() / num_rows
 
 
 def draw_hard_negatives(
@@ -272,11 +272,11 @@ __all__ = [
     "draw_hard_negatives",
     "generation_loss",
     "info_nce_loss",
+    "l2_normalize",
+    "local_rows",
     "matching_loss",
-    "own_rows",
     "retrieval_loss",
     "rows_of_all_processes",
     "scaled_similarities",
     "sigmoid_loss",
-    "unit",
 ]

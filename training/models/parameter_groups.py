@@ -12,11 +12,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ...keywords_internvl import renamed_arguments
 from .parts import PARTS, part_of, plain_name
 
 
 LORA_PARTS = ("vision", "qllama", "language")
 _NEVER_DECAYED = ("query_tokens", "position_embedding", "class_embedding")
+_OUTPUT_LAYER = re.compile(r"(^|\.)(lm_head|itm_head|token_heads\.\w+)$")
 _VISION_BLOCK = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.")
 
 
@@ -93,36 +95,56 @@ def vision_depth(name: str, num_layers: int) -> int:
     return num_layers - 1 - int(block[1]) if block else num_layers
 
 
+@renamed_arguments(rates="learning_rates")
 def parameter_groups(
-    model: PreTrainedModel, rates: Mapping[str, float], weight_decay: float = 0.0, layer_decay: float = 1.0
+    model: nn.Module,
+    learning_rates: Mapping[str, float],
+    weight_decay: float = 0.0,
+    layer_decay: float = 1.0,
+    muon_learning_rate: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer: one per learning rate, part, and decay or none.
+    """Build parameter groups for an optimizer: one per part, learning rate, and decay or none.
 
     Args:
-        model: With its frozen parameters marked, see `train_parts`.
-        rates: Learning rate of each part that is trained.
-        weight_decay: Of what decays, see `decays`.
-        layer_decay: Each layer of the vision tower learns slower than the one above it by this factor.
+        model: The model with frozen parameters marked, see `train_parts`.
+        learning_rates: Learning rate of each trained part.
+        weight_decay: Weight decay of what decays, see `decays`.
+        layer_decay: Factor by which each layer of the vision tower learns slower than the one above it.
+        muon_learning_rate: Learning rate of hidden weight matrices, for `MuonWithAdamW`; only these then decay.
 
     Returns:
-        Groups with `params`, `lr` and `weight_decay`, and `part` to find them by, in the order of the model.
+        Groups with `params`, `lr`, `weight_decay` and `part`, in the order of the model; for Muon with `use_muon` too.
 
     Raises:
-        ValueError: If a parameter is to be trained that has no rate.
+        ValueError: If a trained parameter has no learning rate.
     """
-    num_layers = model.config.vision_config.num_hidden_layers
+    num_layers = model.config.vision_config.num_hidden_layers  # type: ignore[union-attr]
+    with_muon = muon_learning_rate is not None
+    hidden = hidden_matrices(model) if with_muon else set()
     groups: dict[tuple, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        part = part_of(name)
-        if part not in rates:
-            raise ValueError(f"`{name}` is to be trained, but `rates` has none for `{part}`: {dict(rates)}.")
-        rate = rates[part] * layer_decay ** vision_depth(name, num_layers)
-        decay = weight_decay if decays(name, parameter) else 0.0
-        group = groups.setdefault((part, rate, decay), {"params": [], "lr": rate, "weight_decay": decay, "part": part})
-        group["params"].append(parameter)
+        part, use_muon = part_of(name), parameter in hidden
+        if part not in learning_rates:
+            raise ValueError(
+                f"`{name}` is to be trained, but `learning_rates` has none for `{part}`: {dict(learning_rates)}."
+            )
+        rate = muon_learning_rate if use_muon and muon_learning_rate is not None else learning_rates[part]
+        rate *= layer_decay ** vision_depth(name, num_layers)
+        decay = weight_decay if (use_muon if with_muon else decays(name, parameter)) else 0.0
+        group = {"params": [], "lr": rate, "weight_decay": decay, "part": part}
+        group |= {"use_muon": use_muon} if with_muon else {}
+        groups.setdefault((part, rate, decay, use_muon), group)["params"].append(parameter)
     return list(groups.values())
+
+
+def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
+    """Return the weights of linear layers and convolutions, without layers whose outputs are logits."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    logits = {layer.weight for name, layer in layers.items() if layer is head or _OUTPUT_LAYER.search(name)}
+    return {layer.weight for layer in layers.values()} - logits
 
 
 def lora_targets(model: PreTrainedModel, parts: Collection[str] = LORA_PARTS) -> list[str]:
@@ -159,6 +181,7 @@ __all__ = [
     "PARTS",
     "decays",
     "freeze_idle",
+    "hidden_matrices",
     "idle_modules",
     "lora_targets",
     "parameter_groups",

@@ -1,9 +1,9 @@
-"""The parts of a model, which the names of its parameters tell."""
+"""The parts of a model, by the names of its parameters."""
 
 import re
 
 
-# The first pattern that matches the beginning of a name says its part.
+# A parameter belongs to the first part whose pattern matches the beginning of its name.
 PARTS = {
     "vision": r"vision_model\.",
     "pooling": r"clip_projector\.",  # InternVL-C's
@@ -15,6 +15,7 @@ PARTS = {
     "qllama": r"qllama\.",  # the LLaMA that QLLaMA is made of
     "projector": r"mlp[12]\.",
     "language": r"language_model\.",  # the decoder of a chat model
+    "token_heads": r"token_heads\.",  # of dense supervision, for training only
 }
 # What PEFT, FSDP and torch.compile put into names.
 _WRAPPERS = re.compile(r"^base_model\.model\.|\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")

@@ -30,10 +30,10 @@ from .losses import (
     current_gather,
     generation_loss,
     info_nce_loss,
+    l2_normalize,
     matching_loss,
     retrieval_loss,
     sigmoid_loss,
-    unit,
 )
 
 
@@ -67,9 +67,9 @@ class InternVLForContrastiveTraining(InternVLTrainingModel):
     Args:
         config: The configuration.
         objective: "softmax" or "sigmoid"; the latter learns a bias (`logit_bias`) that other uses ignore.
-        dropped_patches: Share of the patches left out in training (stage 1 begins with half of them).
-        drops_plain_patches: Leave out the plainest patches instead of any: for pictures that are mostly blank.
-        text_groups: Encode the texts in so many groups of similar length, each without the padding that the longest text
+        patch_drop_rate: Share of the patches left out in training (stage 1 begins with half of them).
+        drop_low_contrast_patches: Leave out the plainest patches instead of any: for pictures that are mostly blank.
+        num_length_buckets: Encode the texts in so many groups of similar length, each without the padding that the longest text
             of all would give it. More than one waits for the device once per group.
         **settings: As for `InternVLTrainingModel`.
 
@@ -81,22 +81,22 @@ class InternVLForContrastiveTraining(InternVLTrainingModel):
         self,
         config: InternVLConfig,
         objective: str = "softmax",
-        dropped_patches: float = 0.0,
-        drops_plain_patches: bool = False,
-        text_groups: int = 1,
+        patch_drop_rate: float = 0.0,
+        drop_low_contrast_patches: bool = False,
+        num_length_buckets: int = 1,
         **settings: Any,
     ) -> None:
         if objective not in OBJECTIVES:
             raise ValueError(f"`objective` must be one of {list(OBJECTIVES)}, got {objective!r}.")
-        if not 0 <= dropped_patches < 1:
-            raise ValueError(f"`dropped_patches` must be in [0, 1), got {dropped_patches}.")
-        if text_groups < 1:
-            raise ValueError(f"`text_groups` must be at least 1, got {text_groups}.")
+        if not 0 <= patch_drop_rate < 1:
+            raise ValueError(f"`patch_drop_rate` must be in [0, 1), got {patch_drop_rate}.")
+        if num_length_buckets < 1:
+            raise ValueError(f"`num_length_buckets` must be at least 1, got {num_length_buckets}.")
         super().__init__(config, **settings)
         self.objective = objective
-        self.dropped_patches = dropped_patches
-        self.drops_plain_patches = drops_plain_patches
-        self.text_groups = text_groups
+        self.patch_drop_rate = patch_drop_rate
+        self.drop_low_contrast_patches = drop_low_contrast_patches
+        self.num_length_buckets = num_length_buckets
         self.logit_bias: Any = nn.Parameter(torch.empty_like(self.logit_scale)) if objective == "sigmoid" else None
         self._init_sigmoid()
 
@@ -141,7 +141,7 @@ class InternVLForContrastiveTraining(InternVLTrainingModel):
                 "`pixel_values` and `input_ids` must be pairs, or have as many texts for each picture, got "
                 f"{len(pixel_values)} pictures and {len(input_ids)} texts."
             )
-        image_embeds = in_chunks(self._image_embeds, self.rows_per_chunk, pixel_values)
+        image_embeds = in_chunks(self._image_embeds, self.grad_cache_chunk_size, pixel_values)
         text_embeds = self._unit_text_embeds(self._texts(input_ids, attention_mask))
         loss = None
         if return_loss:
@@ -150,24 +150,28 @@ class InternVLForContrastiveTraining(InternVLTrainingModel):
         return InternVLOutput(loss=loss, image_embeds=image_embeds, text_embeds=text_embeds)
 
     def _image_embeds(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        dropped_patches = self.dropped_patches if self.training else 0.0
-        return self._pool(self._vision_tokens(pixel_values, dropped_patches, self.drops_plain_patches))
+        patch_drop_rate = self.patch_drop_rate if self.training else 0.0
+        return self._pool(self._vision_tokens(pixel_values, patch_drop_rate, self.drop_low_contrast_patches))
 
     def _unit_text_embeds(self, texts: Texts) -> torch.Tensor:
-        if self.text_groups == 1:
-            return unit(in_chunks(self.get_text_features, self.rows_per_chunk, texts.ids, texts.mask))
+        if self.num_length_buckets == 1:
+            return l2_normalize(in_chunks(self.get_text_features, self.grad_cache_chunk_size, texts.ids, texts.mask))
         by_length = texts.mask.sum(dim=1).argsort()
-        groups = [texts[rows].trimmed() for rows in by_length.tensor_split(min(self.text_groups, len(by_length)))]
-        embeds = [in_chunks(self.get_text_features, self.rows_per_chunk, group.ids, group.mask) for group in groups]
-        return unit(torch.cat(embeds)[by_length.argsort()])
+        groups = [
+            texts[rows].trimmed() for rows in by_length.tensor_split(min(self.num_length_buckets, len(by_length)))
+        ]
+        embeds = [
+            in_chunks(self.get_text_features, self.grad_cache_chunk_size, group.ids, group.mask) for group in groups
+        ]
+        return l2_normalize(torch.cat(embeds)[by_length.argsort()])
 
     def _loss(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
         gather, rank = current_gather()
         features = (image_embeds, text_embeds, self._scale())
         if self.objective == "sigmoid":
-            return sigmoid_loss(*features, self.logit_bias, gather, rank, columns_per_chunk=self.rows_per_chunk)
+            return sigmoid_loss(*features, self.logit_bias, gather, rank, chunk_size=self.grad_cache_chunk_size)
         smoothing = self.config.label_smoothing
-        return info_nce_loss(*features, gather, rank, smoothing, rows_per_chunk=self.rows_per_chunk)
+        return info_nce_loss(*features, gather, rank, smoothing, chunk_size=self.grad_cache_chunk_size)
 
 
 class InternVLForGenerativeTraining(InternVLTrainingModel):
@@ -179,7 +183,7 @@ class InternVLForGenerativeTraining(InternVLTrainingModel):
         config: The configuration.
         matching_prefix_length: Tokens of a matching text without a caption (`len(tokenizer("").input_ids)`).
         summarize_prefix_length: Tokens of a contrastive text without a caption (`len(tokenizer("summarize:").input_ids)`).
-        contrast_tower: Contrast the texts with InternVL-C's pictures too, for runs that train the LLaMA: texts would move away
+        itc_on_vision_tower: Contrast the texts with InternVL-C's pictures too, for runs that train the LLaMA: texts would move away
             from these otherwise.
         **settings: As for `InternVLTrainingModel`.
     """
@@ -189,12 +193,12 @@ class InternVLForGenerativeTraining(InternVLTrainingModel):
         config: InternVLConfig,
         matching_prefix_length: int = 0,
         summarize_prefix_length: int = 0,
-        contrast_tower: bool = False,
+        itc_on_vision_tower: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__(config, **settings)
         self._check_reads_pictures("Stage 2")
-        self.contrast_tower = contrast_tower
+        self.itc_on_vision_tower = itc_on_vision_tower
         self.matching_prefix_length = matching_prefix_length
         self.summarize_prefix_length = summarize_prefix_length
 
@@ -232,7 +236,7 @@ class InternVLForGenerativeTraining(InternVLTrainingModel):
         positive = self._texts(positive_input_ids, positive_attention_mask)
         summarize = self._texts(summarize_input_ids, summarize_attention_mask)
         caption = self._texts(input_ids, attention_mask)
-        tokens, text_embeds = in_chunks(self._vision_tokens, self.rows_per_chunk, pixel_values), None
+        tokens, text_embeds = in_chunks(self._vision_tokens, self.grad_cache_chunk_size, pixel_values), None
         if negative_input_ids is None:
             is_text = ~positive.is_empty(self.matching_prefix_length)
             # The texts' features are needed first, to draw by, so the pictures are read without these texts.
@@ -255,12 +259,14 @@ class InternVLForGenerativeTraining(InternVLTrainingModel):
         )
         num_labels = (labels[:, 1:] != IGNORED).sum().clamp(min=1)
         encode = partial(self._encode, num_labels=num_labels)
-        image_embeds, text_embeds, logits, parts = in_chunks(encode, self.rows_per_chunk, *inputs)
+        image_embeds, text_embeds, logits, parts = in_chunks(encode, self.grad_cache_chunk_size, *inputs)
         itc = self._contrast(image_embeds, text_embeds, summarize)
         itm, itg = matching_loss(logits, matching_labels), parts.sum()
         loss, of_tower = itm + itc + itg, None
-        if self.contrast_tower:
-            of_tower = self._contrast(in_chunks(self._pool, self.rows_per_chunk, tokens), text_embeds, summarize)
+        if self.itc_on_vision_tower:
+            of_tower = self._contrast(
+                in_chunks(self._pool, self.grad_cache_chunk_size, tokens), text_embeds, summarize
+            )
             loss, of_tower = loss + of_tower, of_tower.detach()
         return TrainingOutput(
             loss=loss, loss_itc=itc.detach(), loss_itc_tower=of_tower, loss_itm=itm.detach(), loss_itg=itg.detach()
@@ -274,7 +280,7 @@ class InternVLForGenerativeTraining(InternVLTrainingModel):
             *current_gather(),
             label_smoothing=self.config.label_smoothing,
             is_ignored=texts.is_empty(self.summarize_prefix_length),
-            rows_per_chunk=self.rows_per_chunk,
+            chunk_size=self.grad_cache_chunk_size,
         )
 
     def _matching_rows(
@@ -356,7 +362,7 @@ class InternVLForRetrievalTraining(InternVLTrainingModel):
         image_ids = image_ids.flatten()
         positive = self._texts(positive_input_ids, positive_attention_mask)
         summarize = self._texts(summarize_input_ids, summarize_attention_mask)
-        tokens, text_embeds = in_chunks(self._vision_tokens, self.rows_per_chunk, pixel_values), None
+        tokens, text_embeds = in_chunks(self._vision_tokens, self.grad_cache_chunk_size, pixel_values), None
         negative_labels = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
         if negative_input_ids is None:
             is_other_picture = image_ids[:, None] != image_ids
@@ -366,10 +372,10 @@ class InternVLForRetrievalTraining(InternVLTrainingModel):
         else:
             negative = self._texts(negative_input_ids, negative_attention_mask)
         texts = (negative.ids, negative.mask, positive.ids, positive.mask, summarize.ids, summarize.mask)
-        embeds = in_chunks(self._encode, self.rows_per_chunk, tokens, text_embeds, *texts)
+        embeds = in_chunks(self._encode, self.grad_cache_chunk_size, tokens, text_embeds, *texts)
         *negative_and_positive, image_embeds, pooled_embeds, text_embeds = embeds
         gather, _ = current_gather()
-        scale, chunk = self._scale(), self.rows_per_chunk
+        scale, chunk = self._scale(), self.grad_cache_chunk_size
         itc = retrieval_loss(image_embeds, text_embeds, scale, image_ids, gather, chunk)
         itc = itc + retrieval_loss(pooled_embeds, text_embeds, scale, image_ids, gather, chunk)
         labels = torch.cat([negative_labels, torch.ones_like(negative_labels)])
@@ -434,7 +440,7 @@ class InternVLForCaptionTraining(InternVLTrainingModel):
         if num_items_in_batch is None:
             num_items_in_batch = (labels[:, 1:] != IGNORED).sum().clamp(min=1)
         encode = partial(self._encode, num_labels=num_items_in_batch)
-        parts = in_chunks(encode, self.rows_per_chunk, pixel_values, caption.ids, caption.mask, labels)
+        parts = in_chunks(encode, self.grad_cache_chunk_size, pixel_values, caption.ids, caption.mask, labels)
         return TrainingOutput(loss=parts.sum())
 
     def _encode(
