@@ -18,14 +18,14 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def finished_default_run(tmp_path_factory) -> Path:
-    """The folders of all stages of the default run, at the size of `fixtures_default_run.tiny_run`; not to be written to."""
-    from internvl.reproduction.run import train
+    """The folders of all stages of the bundled run, at the size of `fixtures_bundled_run.tiny_run`; not to be written to."""
+    from internvl.reproduction.run import train_all_stages
 
-    from .fixtures_default_run import few_scenes_and_one_thread, tiny_run
+    from .fixtures_bundled_run import few_scenes_and_one_thread, tiny_run
 
     folder = tmp_path_factory.mktemp("default_run")
     with few_scenes_and_one_thread():
-        train(tiny_run(), folder, use_bf16=False)
+        train_all_stages(tiny_run(), folder)
     return folder
 
 

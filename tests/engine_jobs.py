@@ -23,7 +23,7 @@ from internvl.conversation_internvl import get_conversation_template
 from internvl.image_processing_internvl import InternVLImageProcessor
 from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
 from internvl.processing_internvl import InternVLProcessor
-from internvl.training import stages
+from internvl.training import stages, trainer
 from internvl.training.data.collators import GenerativeCollator
 from internvl.training.data.dialogues import DialogueCollator, DialogueDataset, DialogueEncoder
 from internvl.training.data.pairs import PairCollator, PairStream, stream_loader
@@ -61,7 +61,9 @@ def launch(engine: str | None, job: str, folder: Path, dies: bool = False, **env
         command = [sys.executable, "-m", "accelerate.commands.launch", *settings, "-m", "tests.engine_jobs"]
         command += [job, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=1200
+    )
     output = done.stdout + done.stderr
     if dies:
         assert done.returncode != 0
@@ -232,8 +234,8 @@ def pair_trainer(folder: Path, name: str, stage: str, **settings):
 
 def adapted_stage(folder: Path) -> None:
     """The command of stage 2 with adapters in LLaMA, to the folder `adapted`."""
-    make = stages.training_arguments
-    stages.training_arguments = lambda *settings: with_fsdp_on_cpu(make(*settings))
+    make = trainer.training_arguments
+    trainer.training_arguments = lambda *settings: with_fsdp_on_cpu(make(*settings))
     phase = replace(stage2_small().phases[0], steps=3, image_size=56, warmup_steps=1, batch_size=4)
     recipe = replace(stage2_small(), phases=(phase,), logging_steps=1, max_text_length=40)
     run = stages.Run(folder / "adapted", lora_rank=2, lora_parts=("qllama",))

@@ -16,7 +16,7 @@ from internvl.synthetic.scenes import (
     sample_scene,
     scene_generator,
 )
-from internvl.synthetic.tokenizer import build_tokenizer, caption_corpus
+from internvl.synthetic.tokenizer import caption_corpus, train_tokenizer
 
 
 def scenes(count=12):
@@ -106,7 +106,7 @@ def test_unknown_names_are_refused_with_those_there_are():
 
 
 def test_the_multilingual_tokenizer_gives_captions_back_in_few_tokens():
-    tokenizer = build_tokenizer(caption_corpus(num_scenes=100), 1024)
+    tokenizer = train_tokenizer(caption_corpus(num_scenes=100), 1024)
     for language in LANGUAGES:
         text = caption(one_shape("star", "orange"), language)
         ids = tokenizer(text).input_ids

@@ -28,7 +28,7 @@ from internvl.synthetic.captions import LANGUAGES, caption
 from internvl.synthetic.digits import FIRST_HELD_OUT
 from internvl.synthetic.facts import facts_in, facts_of
 from internvl.synthetic.scenes import Scene
-from internvl.synthetic.tokenizer import build_tokenizer, caption_corpus
+from internvl.synthetic.tokenizer import caption_corpus, train_tokenizer
 
 from . import tiny
 
@@ -36,7 +36,7 @@ from . import tiny
 @cache
 def tiny_processor():
     image_processor = InternVLImageProcessor(size={"height": 56, "width": 56}, resize_mode="squash")
-    tokenizer = build_tokenizer(caption_corpus(num_scenes=20), 400)
+    tokenizer = train_tokenizer(caption_corpus(num_scenes=20), 400)
     return InternVLProcessor(image_processor, tokenizer, mode="contrastive")
 
 

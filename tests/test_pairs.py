@@ -27,6 +27,7 @@ from internvl.training.data.bad_rows import BrokenRows, TooManyBrokenRowsError
 from internvl.training.data.filters import Funnel, MissingColumnError, Rule
 from internvl.training.data.pairs import PairCollator, PairStream, stream_loader
 from internvl.training.data.shards import find_shards, read_shard
+from internvl.training.recipes import stage2_small
 
 from .fixtures_pairs import png, sample, write_parquet, write_tar
 from .fixtures_text import make_tokenizer
@@ -324,12 +325,12 @@ def test_transparent_pictures_are_read_over_the_background_of_the_model(tmp_path
 
 
 def test_a_stage_hands_its_background_to_the_stream(tmp_path, processor):
-    recipe = SimpleNamespace(seed=0)
     arguments = SimpleNamespace(process_index=0, world_size=1)
     own = copy.deepcopy(processor)
     own.image_processor.background_color = "red"
     shards = [write_corpus(tmp_path, 1, 1)]
-    stream = stages._stream(shards, 0, arguments, recipe, SimpleNamespace(funnel_stage=None), own)
+    recipe, run = stage2_small(), stages.Run(tmp_path)
+    stream, _ = stages._pair_data(recipe, shards, run, own, lambda **_: None)(0, recipe.phases[0], arguments)
     assert stream.background_color == "red"
 
 

@@ -14,7 +14,7 @@ from internvl.training.data.collators import GenerativeCollator, RetrievalCollat
 from internvl.training.models.parameter_groups import PARTS
 from internvl.training.models.pretraining import InternVLForGenerativeTraining, InternVLForRetrievalTraining
 from internvl.training.recipes import RECIPES, retrieval, stage1, stage1_small, stage2, stage3, with_steps
-from internvl.training.stages import Run, training_arguments, with_lora
+from internvl.training.trainer import Run, training_arguments, with_lora
 
 from .fixtures_text import make_image, make_tokenizer
 
@@ -113,7 +113,7 @@ def test_arguments_are_the_recipe_s(tmp_path):
 
 def test_a_batch_is_shared_out_evenly_or_refused(tmp_path, monkeypatch):
     recipe = replace(stage1_small(), phases=(replace(stage1_small().phases[0], batch_size=12),))
-    monkeypatch.setattr("internvl.training.stages.num_processes", lambda: 4)
+    monkeypatch.setattr("internvl.training.trainer.num_processes", lambda: 4)
     assert training_arguments(recipe, recipe.phases[0], Run(tmp_path)).per_device_train_batch_size == 3
     with pytest.raises(ValueError, match="A batch of 12 cannot be shared out evenly to 4 processes with 2 rows"):
         training_arguments(recipe, recipe.phases[0], Run(tmp_path), rows_per_process=2)

@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from internvl.reproduction.run import finish
-from internvl.training import stages
+from internvl.training import trainer
 from internvl.training.__main__ import main
 from internvl.training.checkpoints import check_same_recipe, record_recipe
 from internvl.training.models import base
@@ -78,7 +77,7 @@ class StoppedError(Exception):
 
 
 def stopped_after(data: Path, output: Path, steps: int, monkeypatch) -> Path:
-    original, count = stages.StageTrainer.training_step, iter(range(1000))
+    original, count = trainer.StageTrainer.training_step, iter(range(1000))
 
     def stopping(self, *args, **kwargs):
         if next(count) == steps:
@@ -86,7 +85,7 @@ def stopped_after(data: Path, output: Path, steps: int, monkeypatch) -> Path:
         return original(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages.StageTrainer, "training_step", stopping)
+        patch.setattr(trainer.StageTrainer, "training_step", stopping)
         with pytest.raises(StoppedError):
             run(data, output)
     return output
@@ -105,9 +104,9 @@ def test_finished_phases_run_no_extra_step(data, unbroken, tmp_path, monkeypatch
     """Stopped in the first step of the second phase, before it has a checkpoint of its own."""
     output = stopped_after(data, tmp_path / "out", 4, monkeypatch)
     steps = []
-    original = stages.StageTrainer.training_step
+    original = trainer.StageTrainer.training_step
     monkeypatch.setattr(
-        stages.StageTrainer,
+        trainer.StageTrainer,
         "training_step",
         lambda self, *args, **kwargs: steps.append(self.phase.name) or original(self, *args, **kwargs),
     )
@@ -186,7 +185,7 @@ def test_the_newest_whole_checkpoint_wins(data, unbroken, tmp_path, monkeypatch,
     shutil.copytree(unbroken / "trainer" / "half_patches" / "checkpoint-4", phase / "checkpoint-4")
     DAMAGES["no trainer state"](phase / "checkpoint-4")
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "_train", lambda *_: None)
+        patch.setattr(trainer, "_train_phases", lambda *_: None)
         run(data, output, resume=True)  # a start that comes to nothing
     assert [folder.name for folder in checkpoints_in(phase)] == ["checkpoint-4", "checkpoint-2"]
     run(data, output, resume=True)
@@ -211,7 +210,7 @@ def test_a_kill_inside_of_a_save_leaves_what_was_whole(at, data, unbroken, tmp_p
 def stop_second(patch: pytest.MonkeyPatch, at: str) -> None:
     """The second call ends the run when it has done its work; a rename before that."""
     calls = iter(range(100))
-    owner = Path if at == "rename" else stages.StageTrainer
+    owner = Path if at == "rename" else trainer.StageTrainer
     original = getattr(owner, at)
 
     def stopping(self, *args, **kwargs):
@@ -250,18 +249,18 @@ def test_the_recipe_of_every_kind_of_run_is_compared(tmp_path):
         check_same_recipe(tmp_path, RECIPE, funnel_stage=None)
 
 
-def test_the_bundled_run_and_the_ablation_refuse_a_changed_recipe_too(tmp_path):
-    """Both go through `finish`, whether a stage is finished or was stopped."""
-    calls = []
-    finish(tmp_path, RECIPE, resume=True, train=lambda **how: calls.append(how))
-    changed = replace(RECIPE, seed=5)
-    with pytest.raises(ValueError, match="`seed` was 0, is 5"):
-        finish(tmp_path, changed, resume=True, train=lambda **how: calls.append(how))
-    (tmp_path / "training_log.json").write_text(json.dumps({"recipe": json.loads(json.dumps(asdict(RECIPE)))}))
-    with pytest.raises(ValueError, match="`seed` was 0, is 5"):
-        finish(tmp_path, changed, resume=True, train=lambda **how: calls.append(how))
-    finish(tmp_path, RECIPE, resume=True, train=lambda **how: calls.append(how))
-    assert calls == [{"output": tmp_path, "resume": True}]
+def test_records_of_earlier_versions_are_compared_by_todays_names(tmp_path):
+    old = json.loads(json.dumps(asdict(RECIPE)))
+    names = {"learning_rates": "rates", "patch_drop_rate": "dropped_patches"}
+    new = {"muon_learning_rate", "cooldown_fraction", "batches", "dense_supervision", "itc_on_vision_tower"}
+    old["phases"] = [
+        {names.get(key, key): value for key, value in phase.items() if key not in new} for phase in old["phases"]
+    ]
+    old["rows_at_a_time"] = old.pop("grad_cache_chunk_size")
+    (tmp_path / "training_log.json").write_text(json.dumps({"recipe": old}))
+    check_same_recipe(tmp_path, RECIPE)
+    with pytest.raises(ValueError, match=r"`phases\[0\]\.patch_drop_rate` was 0.5, is 0.25"):
+        check_same_recipe(tmp_path, replace(RECIPE, phases=(replace(PHASES[0], patch_drop_rate=0.25), PHASES[1])))
 
 
 def test_a_stopped_run_is_not_begun_again_by_mistake(data, tmp_path, monkeypatch):
@@ -312,7 +311,7 @@ def test_a_shard_without_samples_is_one_line_and_no_folder(is_there, data, tmp_p
 def test_workers_that_find_nothing_save_nothing(data, tmp_path, monkeypatch):
     """The start is passed over, so that the loader is what ends."""
     write_tar(tmp_path / "empty.tar", [])
-    monkeypatch.setattr(stages, "check_has_pairs", lambda stream: None)
+    monkeypatch.setattr(trainer, "check_has_pairs", lambda stream: None)
     with pytest.raises(ValueError, match="ended after 0 of 4 steps; nothing is saved"):
         run_stage1(RECIPE, [str(tmp_path / "empty.tar")] * 2, Run(tmp_path / "out", num_workers=2), data / "tokenizer")
     assert not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ from internvl.evaluation.__main__ import main as evaluate
 from internvl.kinds import check_kind
 from internvl.training.__main__ import main
 from internvl.training.data.dialogues import DialogueCollator
-from internvl.training.models.build import fitting, in_dtypes_of
+from internvl.training.models.build import fit_image_sizes, in_dtypes_of
 from internvl.training.models.parameter_groups import freeze_idle, idle_modules, lora_targets, train_parts
 from internvl.training.recipes import stage1_small, stage2_small, stage3_small, with_steps
 
@@ -109,12 +109,12 @@ def test_the_bundled_bfloat16_folder_trains_by_the_small_recipes(command, folder
 
 
 def test_sizes_that_patches_do_not_fill_grow_to_the_next_that_they_do(folders, caplog):
-    recipe = fitting(stage1_small(), folders["InternVL-G"])
+    recipe = fit_image_sizes(stage1_small(), folders["InternVL-G"])
     assert [phase.image_size for phase in recipe.phases] == [112, 112]
-    assert "has pictures of 112 px instead of 98" in caplog.text
-    assert fitting(stage1_small()) == stage1_small()
+    assert "has images of 112 px instead of 98" in caplog.text
+    assert fit_image_sizes(stage1_small()) == stage1_small()
     odd = replace(stage3_small(), phases=tuple(replace(phase, image_size=140) for phase in stage3_small().phases))
-    assert [phase.image_size for phase in fitting(odd, folders["InternVL-G"]).phases] == [
+    assert [phase.image_size for phase in fit_image_sizes(odd, folders["InternVL-G"]).phases] == [
         168,
         168,
     ]  # 6 patches, 3 tokens

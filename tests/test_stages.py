@@ -20,7 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from internvl.training import stages
+from internvl.training import trainer
 from internvl.training.__main__ import main
 from internvl.training.models.parameter_groups import part_of
 from internvl.training.recipes import (
@@ -176,13 +176,13 @@ def test_stage_1_learns_and_is_an_internvl_c_with_its_processor(first):
 
 def test_stage_1_drops_patches_of_smaller_pictures_first_and_then_none(shards, language, tmp_path, monkeypatch):
     seen = []
-    original = stages.StageTrainer.training_step
+    original = trainer.StageTrainer.training_step
 
     def watched(self, model, inputs, *args, **kwargs):
         seen.append((inputs["pixel_values"].shape[-1], model.patch_drop_rate, inputs["input_ids"].shape[1]))
         return original(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(stages.StageTrainer, "training_step", watched)
+    monkeypatch.setattr(trainer.StageTrainer, "training_step", watched)
     run_stage1(with_steps(STAGE1, 2), shards, Run(tmp_path), language["llama"])
     assert seen == [(42, 0.5, LENGTH)] * 2 + [(56, 0.0, LENGTH)] * 2
 
@@ -283,13 +283,13 @@ def test_the_rates_of_the_parts_rise_and_fall_in_the_optimizer(shards, language,
     rates = {"vision": 1e-3, "pooling": 2e-3, "qllama": 3e-4, "text_projection": 4e-4, "temperature": 5e-4}
     phase = replace(STAGE1.phases[0], learning_rates=rates, steps=8, warmup_steps=2)
     seen = []
-    original = stages.StageTrainer.training_step
+    original = trainer.StageTrainer.training_step
 
     def watched(self, *args, **kwargs):
         seen.append([(group["part"], group["lr"], group["betas"]) for group in self.optimizer.param_groups])
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(stages.StageTrainer, "training_step", watched)
+    monkeypatch.setattr(trainer.StageTrainer, "training_step", watched)
     run_stage1(replace(STAGE1, phases=(phase,), layer_decay=0.5), shards, Run(tmp_path), language["llama"])
     for step, share in {0: 0.0, 1: 0.5, 2: 1.0, 5: 0.5}.items():
         found = {part: {lr for name, lr, _ in seen[step] if name == part} for part in rates}
@@ -355,7 +355,7 @@ def test_checkpointing_does_not_send_gradients_through_a_frozen_tower(
     freeze_language, second, dialogues, language, tmp_path, monkeypatch
 ):
     seen = []
-    original = stages.StageTrainer.training_step
+    original = trainer.StageTrainer.training_step
 
     def watched(self, model, *args, **kwargs):
         hook = model.vision_model.register_forward_hook(
@@ -365,7 +365,7 @@ def test_checkpointing_does_not_send_gradients_through_a_frozen_tower(
         hook.remove()
         return loss
 
-    monkeypatch.setattr(stages.StageTrainer, "training_step", watched)
+    monkeypatch.setattr(trainer.StageTrainer, "training_step", watched)
     recipe = shrunk(stage3(freeze_language=freeze_language), steps=1, grad_cache_chunk_size=4, use_bf16=False)
     assert recipe.gradient_checkpointing
     run_stage3(recipe, dialogues, Run(tmp_path), second, language["decoder"])
@@ -393,14 +393,14 @@ class Stopped(Exception):
 
 def stop_after(monkeypatch, steps: int) -> None:
     """Ends the run in the step after so many of all phases."""
-    original, count = stages.StageTrainer.training_step, iter(range(1000))
+    original, count = trainer.StageTrainer.training_step, iter(range(1000))
 
     def stopping(self, *args, **kwargs):
         if next(count) == steps:
             raise Stopped
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(stages.StageTrainer, "training_step", stopping)
+    monkeypatch.setattr(trainer.StageTrainer, "training_step", stopping)
 
 
 @pytest.mark.parametrize("steps", [6, 17], ids=["in the first phase", "in the second phase"])
@@ -433,7 +433,7 @@ def assert_same_weights(found: Path, wanted: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- command line
 def test_the_command_line_runs_a_stage(second, dialogues, language, tmp_path, capsys):
     options = [
-        "stage3", "--recipe", "small", "--data", *dialogues, "--output", tmp_path / "chat", "--model", second,
+        "stage3", "--scale", "small", "--data", *dialogues, "--output", tmp_path / "chat", "--model", second,
         "--decoder", language["decoder"], "--connector", "queries_and_patches", "--steps", 1, "--batch-size", 2,
         "--lora-rank", 2, "--lora-parts", "language",
     ]  # fmt: skip

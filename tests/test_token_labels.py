@@ -6,7 +6,10 @@ from torch import nn
 
 from internvl.synthetic.scenes import COLOURS, LAYOUTS, PLACES, SHAPES, TILE_SIZE, sample_scene, scene_generator
 from internvl.training.models.dense_supervision import ATTRIBUTES, GRID, token_labels
-from internvl.training.optimizers import MuonWithAdamW, muon_groups, orthogonalize
+from internvl.training.models.parameter_groups import hidden_matrices, parameter_groups
+from internvl.training.optimizers import MuonWithAdamW, orthogonalize
+
+from . import tiny
 
 
 def labels_at(scene, x, y):
@@ -57,18 +60,24 @@ def test_orthogonalized_matrices_have_singular_values_near_one():
         assert singular.max() < 1.4
 
 
-def test_every_parameter_is_in_one_group_and_both_kinds_learn():
+def grouped(model: nn.Module, weight_decay: float = 0.0) -> list[dict]:
+    hidden = hidden_matrices(model)
+    others = [parameter for parameter in model.parameters() if parameter not in hidden]
+    return [
+        {"params": list(hidden), "use_muon": True, "weight_decay": weight_decay},
+        {"params": others, "use_muon": False},
+    ]
+
+
+def test_both_kinds_of_parameters_learn():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3))
-    groups = muon_groups(model, 1e-2, 1e-2, 0.0, output_layers=[model[4]])
-    assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in model.parameters()}
-    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
-    assert {id(p) for p in groups[0]["params"]} == {id(model[0].weight), id(model[2].weight)}
-    optimizer = MuonWithAdamW(groups, lr=1e-2)
-    pictures, classes = torch.randn(6, 3, 2, 2), torch.tensor([0, 1, 2, 0, 1, 2])
+    assert hidden_matrices(model) == {model[0].weight, model[2].weight, model[4].weight}
+    optimizer = MuonWithAdamW(grouped(model), lr=1e-2)
+    images, classes = torch.randn(6, 3, 2, 2), torch.tensor([0, 1, 2, 0, 1, 2])
     losses = []
     for _ in range(60):
-        loss = nn.functional.cross_entropy(model(pictures), classes)
+        loss = nn.functional.cross_entropy(model(images), classes)
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -76,16 +85,29 @@ def test_every_parameter_is_in_one_group_and_both_kinds_learn():
     assert losses[-1] < 0.2 * losses[0]
 
 
+def test_muon_trains_hidden_matrices_and_adamw_the_rest():
+    model = tiny.chat_model()
+    learning_rates = dict.fromkeys(("vision", "projector", "language"), 1e-3)
+    groups = parameter_groups(model, learning_rates, weight_decay=0.1, muon_learning_rate=1e-2)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in groups:
+        assert (group["lr"], group["weight_decay"]) == ((1e-2, 0.1) if group["use_muon"] else (1e-3, 0.0))
+    hidden = {names[id(parameter)] for group in groups if group["use_muon"] for parameter in group["params"]}
+    assert "vision_model.embeddings.patch_embedding.weight" in hidden
+    assert not any("lm_head" in name or "embed_tokens" in name or "norm" in name for name in hidden)
+
+
 def test_a_restored_optimizer_goes_on_exactly():
     def run(restore_at):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
-        optimizer = MuonWithAdamW(muon_groups(model, 1e-2, 1e-2, 0.1, [model[1]]), lr=1e-2)
+        optimizer = MuonWithAdamW(grouped(model, 0.1), lr=1e-2)
         inputs = torch.randn(5, 4)
         for step in range(6):
             if step == restore_at:
                 state = optimizer.state_dict()
-                optimizer = MuonWithAdamW(muon_groups(model, 1e-2, 1e-2, 0.1, [model[1]]), lr=1e-2)
+                optimizer = MuonWithAdamW(grouped(model, 0.1), lr=1e-2)
                 optimizer.load_state_dict(state)
             optimizer.zero_grad()
             model(inputs).square().sum().backward()

@@ -249,27 +249,39 @@ def train(
     Returns:
         The model.
     """
+    with _cleared_on_failure(run):
+        _train_phases(model, processor, recipe, run, data, rows_per_process, curve)
+    return model
+
+
+def _train_phases(
+    model: PreTrainedModel,
+    processor: InternVLProcessor,
+    recipe: Recipe,
+    run: Run,
+    data: Callable[[int, Phase, TrainingArguments], Data],
+    rows_per_process: int | None,
+    curve: Curve | None,
+) -> None:
     attention = model.config._attn_implementation
     if recipe.attn_implementation is not None:
         model.set_attn_implementation(recipe.attn_implementation)
-    with _cleared_on_failure(run):
-        adapters = _add_adapters(model, run)
-        log: dict[str, Any] = {"recipe": asdict(recipe), "settings": run.settings()}
-        trainer = None
-        for number, phase in enumerate(recipe.phases):
-            if phase.steps:
-                trainer = _phase_trainer(model, processor, recipe, run, number, data, rows_per_process, curve)
-                if len(log) == 2 and trainer.is_world_process_zero():
-                    _mark_begun(recipe, run)
-                log[phase.name] = trainer.run(run.resume)
-                if isinstance(trainer.model, TokenReader):
-                    trainer.model.name_tokens(
-                        model.get_input_embeddings().get_parameter("weight"), processor.tokenizer
-                    )
-        if recipe.attn_implementation is not None:
-            model.set_attn_implementation(attention)
-        _write(model, processor, run, log, adapters, trainer)
-    return model
+    adapters = _add_adapters(model, run)
+    log: dict[str, Any] = {"recipe": asdict(recipe), "settings": run.settings()}
+    trainer = None
+    for number, phase in enumerate(recipe.phases):
+        if not phase.steps:
+            continue
+        is_first = trainer is None
+        trainer = _phase_trainer(model, processor, recipe, run, number, data, rows_per_process, curve)
+        if is_first and trainer.is_world_process_zero():
+            _mark_begun(recipe, run)
+        log[phase.name] = trainer.run(run.resume)
+        if isinstance(trainer.model, TokenReader):
+            trainer.model.name_tokens(model.get_input_embeddings().get_parameter("weight"), processor.tokenizer)
+    if recipe.attn_implementation is not None:
+        model.set_attn_implementation(attention)
+    _write(model, processor, run, log, adapters, trainer)
 
 
 def _phase_trainer(

@@ -13,6 +13,7 @@ from torch import nn
 
 from ...attention_masks_qllama import PackedPasses
 from ...configuration_internvl import InternVLConfig
+from ...keywords_internvl import renamed_arguments
 from ...modeling_internvl import last_token_states
 from .gradient_cache import in_chunks
 from .losses import capped_scale, draw_hard_negatives, l2_normalize, scaled_similarities
@@ -84,6 +85,7 @@ def is_frozen(module: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in module.parameters())
 
 
+@renamed_arguments(rows_per_chunk="grad_cache_chunk_size")
 class InternVLTrainingModel(SavedAsInternVLModel):
     """What the training models share.
 

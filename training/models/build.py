@@ -78,7 +78,7 @@ def fit_image_sizes(recipe: RecipeType, source: Folder | None = None) -> RecipeT
     for phase, given in zip(phases, recipe.phases, strict=True):
         if phase != given:
             logger.warning(
-                f"Phase {phase.name} has pictures of {phase.image_size} px instead of {given.image_size}, which {unit} px "
+                f"Phase {phase.name} has images of {phase.image_size} px instead of {given.image_size}, which {unit} px "
                 "do not divide."
             )
     return replace(recipe, phases=tuple(phases))

@@ -18,6 +18,7 @@ from torch import distributed as dist
 from torch.distributed.nn.functional import all_gather
 from transformers.utils.generic import maybe_autocast
 
+from ...keywords_internvl import renamed_arguments, renamed_names
 from .gradient_cache import in_chunks
 
 
@@ -115,6 +116,7 @@ def _symmetric_cross_entropy(
     return losses.sum() / (2 * _num_targets(targets))
 
 
+@renamed_arguments(rows_per_chunk="chunk_size")
 def info_nce_loss(
     image_embeds: torch.Tensor,
     text_embeds: torch.Tensor,
@@ -146,6 +148,7 @@ def info_nce_loss(
     return _symmetric_cross_entropy(image_embeds, text_embeds, scale, targets, gather, label_smoothing, chunk_size)
 
 
+@renamed_arguments(rows_per_chunk="chunk_size")
 def retrieval_loss(
     image_embeds: torch.Tensor,
     text_embeds: torch.Tensor,
@@ -170,6 +173,7 @@ def retrieval_loss(
     return _symmetric_cross_entropy(image_embeds, text_embeds, scale, targets, gather, chunk_size=chunk_size)
 
 
+@renamed_arguments(columns_per_chunk="chunk_size")
 def sigmoid_loss(
     image_embeds: torch.Tensor,
     text_embeds: torch.Tensor,
@@ -263,6 +267,8 @@ def generation_loss(
         num_items_in_batch = is_kept.sum().clamp(min=1)
     return _cross_entropy_sum(_wide(logits), targets[is_kept], 0.0) / num_items_in_batch
 
+
+__getattr__ = renamed_names(globals(), own_rows="local_rows", unit="l2_normalize")
 
 __all__ = [
     "IGNORED",

@@ -22,6 +22,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 from ...configuration_internvl import InternVLConfig
+from ...keywords_internvl import renamed_arguments
 from ...modeling_internvl import InternVLOutput
 from .base import InternVLTrainingModel, Texts
 from .gradient_cache import in_chunks
@@ -59,6 +60,11 @@ class TrainingOutput(ModelOutput):
     loss_itg: torch.Tensor | None = None
 
 
+@renamed_arguments(
+    dropped_patches="patch_drop_rate",
+    drops_plain_patches="drop_low_contrast_patches",
+    text_groups="num_length_buckets",
+)
 class InternVLForContrastiveTraining(InternVLTrainingModel):
     """Stage 1: InternVL-C by InfoNCE, or by SigLIP's sigmoid loss, over the pairs of all processes.
 
@@ -174,6 +180,7 @@ class InternVLForContrastiveTraining(InternVLTrainingModel):
         return info_nce_loss(*features, gather, rank, smoothing, chunk_size=self.grad_cache_chunk_size)
 
 
+@renamed_arguments(contrast_tower="itc_on_vision_tower")
 class InternVLForGenerativeTraining(InternVLTrainingModel):
     """Stage 2: contrastive (ITC), matching (ITM) and generative (ITG) losses from one forward of both towers.
 

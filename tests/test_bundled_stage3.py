@@ -1,4 +1,4 @@
-"""Stage 3 of the default checkpoint: where both configurations start, what each phase trains, and the run of all stages."""
+"""Stage 3 of the bundled recipe: where both configurations start, what each phase trains, and the run of all stages."""
 
 import shutil
 from dataclasses import replace
@@ -10,39 +10,43 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToT
 
 from internvl.evaluation.dialogue import answer_questions
 from internvl.modeling_internvl import InternVLModel
-from internvl.reproduction import run as default_run
-from internvl.reproduction import stage3 as stage3_default
+from internvl.reproduction import ablation
+from internvl.reproduction import run as bundled_run
 from internvl.reproduction.ablation import VARIANTS, ablate
-from internvl.reproduction.phases import Batch
 from internvl.reproduction.run import scaled
-from internvl.reproduction.stage3 import (
-    FULL,
-    SIMPLE,
-    TOKENS_PER_TILE,
-    AnsweringBatches,
-    build_processor,
-    learn_to_answer,
-    start_from,
-    train,
-)
 from internvl.synthetic.scenes import LAYOUTS, draw_scene, sample_scene, scene_generator
-from internvl.synthetic.tokenizer import SPECIAL_TOKENS, build_tokenizer, tokenizer_corpus
+from internvl.synthetic.tokenizer import SPECIAL_TOKENS, question_tokenizer
+from internvl.training import stages
+from internvl.training.data.generated import conversation_about, dialogue_batches
+from internvl.training.models import build
+from internvl.training.models.build import build_chat_model, build_chat_processor
 from internvl.training.models.parameter_groups import part_of
+from internvl.training.recipes import Batch
+from internvl.training.stages import run_stage3
+from internvl.training.trainer import Run
 
-from .fixtures_default_run import few_scenes_and_one_thread, stopped_at, tiny_run
+from .fixtures_bundled_run import few_scenes_and_one_thread, stopped_at, tiny_run
 
 
-RECIPES = {recipe.connector: recipe for recipe in tiny_run().chats.values()}
+RECIPES = tiny_run().chats
+TOKENS_PER_TILE = 64
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_tokenizer(tokenizer_corpus(num_scenes=20))
+    return question_tokenizer(num_scenes=20)
 
 
-def test_the_full_configuration_starts_from_stage_2_and_the_simple_one_from_its_tower(finished_default_run, tokenizer):
+@pytest.fixture
+def few_scenes(tokenizer, monkeypatch):
+    monkeypatch.setattr(build, "question_tokenizer", lambda: tokenizer)
+
+
+def test_the_full_configuration_starts_from_stage_2_and_the_simple_one_from_its_tower(
+    finished_default_run, few_scenes
+):
     base = InternVLModel.from_pretrained(finished_default_run / "stage2")
-    full, simple = (start_from(finished_default_run / "stage2", tokenizer, name) for name in (FULL, SIMPLE))
+    full, simple = (build_chat_model(RECIPES[name], finished_default_run / "stage2")[0] for name in ("full", "simple"))
     for model in (full, simple):
         for name, value in model.vision_model.state_dict().items():
             assert torch.equal(value, base.vision_model.state_dict()[name]), name
@@ -50,40 +54,35 @@ def test_the_full_configuration_starts_from_stage_2_and_the_simple_one_from_its_
     for name, value in full.qllama.state_dict().items():
         assert torch.equal(value, base.qllama.model.state_dict()[name]), name
     assert simple.qllama is None
-    assert (full.config.connector, simple.config.connector) == (FULL, SIMPLE)
+    assert (full.config.connector, simple.config.connector) == ("queries_and_patches", "patches")
 
 
-def test_the_full_configuration_of_a_stage_1_is_refused(finished_default_run, tokenizer):
-    assert start_from(finished_default_run / "stage1", tokenizer, SIMPLE).qllama is None
+def test_the_full_configuration_of_a_stage_1_is_refused(finished_default_run, few_scenes):
+    assert build_chat_model(RECIPES["simple"], finished_default_run / "stage1")[0].qllama is None
     with pytest.raises(ValueError, match="needs the queries of stage 2"):
-        start_from(finished_default_run / "stage1", tokenizer, FULL)
+        build_chat_model(RECIPES["full"], finished_default_run / "stage1")
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("connecting", {"projector", "language"}),
-        ("answering", {"projector", "language", "queries", "qllama"}),
-    ],
+    ("number", "expected"), [(1, {"projector", "language"}), (2, {"projector", "language", "queries", "qllama"})]
 )
-def test_each_phase_trains_its_parts_and_nothing_else(finished_default_run, tokenizer, tmp_path, name, expected):
-    model = start_from(finished_default_run / "stage2", tokenizer, FULL)
-    processor = AutoProcessor.from_pretrained(finished_default_run / "full")
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    recipe = replace(RECIPES[FULL], answering=RECIPES[FULL].connecting)  # one step of each
-    learn_to_answer(model, processor, recipe, name, tmp_path, resume=False, use_bf16=False)
-    changed = {part_of(key) for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
-    assert changed == expected
+def test_each_phase_trains_its_parts_and_nothing_else(finished_default_run, few_scenes, tmp_path, number, expected):
+    """Two runs of which one has a single step more."""
+    recipe, states = RECIPES["full"], []
+    for steps in (0, 1):
+        phase = replace(recipe.phases[number], steps=steps, warmup_steps=0)
+        folder = tmp_path / str(steps)
+        run_stage3(replace(recipe, phases=(phase,)), None, Run(folder), finished_default_run / "stage2")
+        states.append(load_file(folder / "model.safetensors"))
+    before, after = states
+    assert {part_of(key) for key, value in after.items() if not torch.equal(value, before[key])} == expected
 
 
-def test_seeing_changes_the_tower_and_leaving_it_out_keeps_it(finished_default_run, tmp_path):
-    recipe = RECIPES[SIMPLE]
-    idle = replace(recipe.seeing, steps=0)
-    with few_scenes_and_one_thread():
-        train(replace(recipe, seeing=idle, answering=idle), finished_default_run / "stage2", tmp_path, use_bf16=False)
+def test_dense_supervision_changes_the_tower_and_leaving_it_out_keeps_it(finished_default_run, tmp_path, few_scenes):
+    recipe, source = RECIPES["simple"], finished_default_run / "stage2"
+    run_stage3(replace(recipe, phases=recipe.phases[1:2]), None, Run(tmp_path), source)
     start, blind, seeing = (
-        load_file(folder / "model.safetensors")
-        for folder in (finished_default_run / "stage2", tmp_path, finished_default_run / "simple")
+        load_file(folder / "model.safetensors") for folder in (source, tmp_path, finished_default_run / "simple")
     )
     name = "vision_model.encoder.layers.0.attn.qkv.weight"
     assert torch.equal(blind[name], start[name])
@@ -91,19 +90,20 @@ def test_seeing_changes_the_tower_and_leaving_it_out_keeps_it(finished_default_r
 
 
 def test_a_stopped_run_resumes_to_the_same_weights(finished_default_run, tmp_path):
+    source = finished_default_run / "stage2"
     with few_scenes_and_one_thread():
         with stopped_at("stage3/answering", 2):
-            train(RECIPES[FULL], finished_default_run / "stage2", tmp_path, use_bf16=False)
+            run_stage3(RECIPES["full"], None, Run(tmp_path, num_workers=1), source)
         assert list((tmp_path / "trainer" / "answering").glob("checkpoint-*"))
         assert not (tmp_path / "model.safetensors").exists()
-        train(RECIPES[FULL], finished_default_run / "stage2", tmp_path, resume=True, use_bf16=False)
+        run_stage3(RECIPES["full"], None, Run(tmp_path, resume=True, num_workers=1), source)
     expected = load_file(finished_default_run / "full" / "model.safetensors")
     for name, value in load_file(tmp_path / "model.safetensors").items():
         assert torch.equal(value, expected[name]), name
 
 
 @pytest.mark.parametrize(("name", "queries"), [("full", 4), ("simple", 0)])
-def test_the_written_folder_loads_and_answers_about_tiled_pictures(finished_default_run, name, queries):
+def test_the_written_folder_loads_and_answers_about_tiled_images(finished_default_run, name, queries):
     folder = finished_default_run / name
     model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     assert model.num_image_token == processor.image_seq_length == queries + TOKENS_PER_TILE
@@ -115,8 +115,11 @@ def test_the_written_folder_loads_and_answers_about_tiled_pictures(finished_defa
 
 # ------------------------------------------------------------------------------------------------------------- its data
 def test_the_data_of_a_step_depends_on_the_seed_and_the_step_alone(tokenizer):
-    processor, phase = build_processor(tokenizer), RECIPES[SIMPLE].answering
-    first, second, other = (AnsweringBatches("answering", phase, seed, processor, 3) for seed in (0, 0, 1))
+    recipe = RECIPES["simple"]
+    processor = build_chat_processor(recipe, tokenizer, patch_size=28)
+    first, second, other = (
+        dialogue_batches(replace(recipe, seed=seed), recipe.phases[2], processor) for seed in (0, 0, 1)
+    )
     assert torch.equal(first[2]["pixel_values"], second[2]["pixel_values"])
     assert torch.equal(first[2]["labels"], second[2]["labels"])
     assert not torch.equal(first[2]["input_ids"], first[1]["input_ids"])
@@ -124,10 +127,11 @@ def test_the_data_of_a_step_depends_on_the_seed_and_the_step_alone(tokenizer):
 
 
 def test_only_answers_and_their_end_are_learned(tokenizer):
-    phase = replace(RECIPES[SIMPLE].answering, batches=(Batch(1.0, 1, {"mixed": 1}),))
-    data = AnsweringBatches("answering", phase, 0, build_processor(tokenizer), 3)
+    recipe = RECIPES["simple"]
+    phase = replace(recipe.phases[2], batches=(Batch(1.0, 1, {"mixed": 1}),))
+    data = dialogue_batches(recipe, phase, build_chat_processor(recipe, tokenizer, patch_size=28))
     ((scene, rng),) = data.scenes(0)
-    messages = data._conversation(scene, rng)
+    messages = conversation_about(scene, rng, recipe.num_turns)
     answers = [part["text"] for message in messages if message["role"] == "assistant" for part in message["content"]]
     labels = data[0]["labels"][0]
     learned = tokenizer.decode(labels[labels != -100])
@@ -148,17 +152,14 @@ def test_a_resumed_run_trains_only_what_is_not_finished(finished_default_run, tm
     shutil.copytree(finished_default_run, folder)
     (folder / "full" / "training_log.json").unlink()
     trained = []
-
-    def record(recipe, source, output, **how):
-        trained.append((recipe.connector, source.name, output.name, how["resume"]))
-
-    monkeypatch.setattr(stage3_default, "train", record)
-    default_run.train(tiny_run(), folder, resume=True)
-    assert trained == [(FULL, "stage2", "full", True)]
+    monkeypatch.setattr(stages, "train", lambda model, processor, recipe, run, *_, **__: trained.append(run))
+    with few_scenes_and_one_thread():
+        bundled_run.train_all_stages(tiny_run(), folder, resume=True)
+    assert trained == [Run(folder / "full", resume=True, num_workers=1)]
 
 
 def test_the_assembled_checkpoint_holds_every_model_of_the_run_and_is_small(finished_default_run, tmp_path):
-    default_run.assemble(finished_default_run, tmp_path)
+    bundled_run.assemble(finished_default_run, tmp_path)
     parts = {
         "": (
             AutoModelForImageTextToText,
@@ -187,35 +188,31 @@ def test_the_assembled_checkpoint_holds_every_model_of_the_run_and_is_small(fini
 
 
 def test_a_scaled_run_has_its_share_of_every_phase():
-    run, small = default_run.default_run(), scaled(default_run.default_run(), 0.1)
-    phases = [(run.stage1.phases[name], phase) for name, phase in small.stage1.phases.items()]
-    phases += [(run.stage2.phases[name], phase) for name, phase in small.stage2.phases.items()]
-    for name, chat in small.chats.items():
-        phases += [
-            (getattr(run.chats[name], part), getattr(chat, part)) for part in ("seeing", "connecting", "answering")
-        ]
-    for full, part in phases:
-        assert part.steps == round(full.steps * 0.1) > 0
-        assert part.batches == full.batches
-        assert part.warmup_steps < part.steps
+    run = bundled_run.bundled_run()
+    small = scaled(run, 0.1)
+    recipes = [(run.stage1, small.stage1), (run.stage2, small.stage2)]
+    recipes += [(run.chats[name], chat) for name, chat in small.chats.items()]
+    for whole, part in recipes:
+        for before, after in zip(whole.phases, part.phases, strict=True):
+            assert after.steps == round(before.steps * 0.1) > 0
+            assert after.batches == before.batches
+            assert after.warmup_steps < after.steps
 
 
 @pytest.fixture
 def untrained_stages(monkeypatch):
-    """Stages that only write down what they were asked for; their reports are the list."""
+    """Stages that only record what they were asked for, once per folder; their reports are the list."""
     asked = []
 
-    def train(recipe, *sources, output, **how):
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "training_log.json").write_text("{}")
-        asked.append((recipe, [source.name for source in sources], output.name))
+    def record(recipe, data, run, *sources):
+        if not run.output.exists():
+            run.output.mkdir(parents=True)
+            asked.append((recipe, [source.name for source in sources], run.output.name))
 
-    for module in (default_run.stage1_default, default_run.stage2_default, stage3_default):
-        monkeypatch.setattr(module, "train", train)
-    monkeypatch.setattr(
-        "internvl.reproduction.ablation.evaluate_chat", lambda folder, questions: {"folder": folder.name}
-    )
-    monkeypatch.setattr("internvl.reproduction.ablation.mean_recalls", lambda folder, pairs: folder.name)
+    for name in ("run_stage1", "run_stage2", "run_stage3"):
+        monkeypatch.setattr(ablation, name, record)
+    monkeypatch.setattr(ablation, "evaluate_chat", lambda folder, questions: {"folder": folder.name})
+    monkeypatch.setattr(ablation, "mean_recalls", lambda folder, pairs: folder.name)
     return asked
 
 
@@ -225,7 +222,7 @@ def test_the_ablation_leaves_stages_out_and_shares_the_rest(untrained_stages, tm
         "stage1_stage2_full", "no_stage1_stage2_full", "stage1_no_stage2_full",
     ]  # fmt: skip
     assert all(f"{part['0']['recall_at_1']}_full" == part["0"]["folder"] for part in report.values())
-    trained = {name: bool(recipe.phases) for recipe, _, name in untrained_stages if hasattr(recipe, "phases")}
+    trained = {name: recipe.phases[0].steps > 0 for recipe, _, name in untrained_stages if not name.endswith("full")}
     assert trained == {
         "stage1": True, "stage1_stage2": True, "no_stage1": False, "no_stage1_stage2": True, "stage1_no_stage2": False,
     }  # fmt: skip

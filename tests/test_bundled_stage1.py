@@ -1,63 +1,64 @@
-"""Stage 1 of the default checkpoint: batches repeat by seed, pictures are the processor's, and a run leaves what stage 2 needs."""
+"""Stage 1 of the bundled recipe: batches repeat by seed, images are the processor's, and a run leaves what stage 2 needs."""
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from transformers import AutoModel, AutoProcessor
 
 from internvl.modeling_internvl import InternVLModel
-from internvl.reproduction.phases import Batch
-from internvl.reproduction.stage1 import (
-    PairBatches,
-    PairPhase,
-    Stage1Recipe,
-    build_pair_processor,
-    stage1,
-    train,
-)
 from internvl.synthetic.captions import LANGUAGES
-from internvl.synthetic.tokenizer import build_tokenizer, caption_corpus
+from internvl.synthetic.tokenizer import caption_corpus, train_tokenizer
+from internvl.training.data.generated import encode_pairs, scene_batches
+from internvl.training.models.build import build_pair_processor
+from internvl.training.recipes import Batch, stage1_bundled
+from internvl.training.stages import run_stage1
+from internvl.training.trainer import Run
 
-from .fixtures_default_run import stopped_at
+from .fixtures_bundled_run import few_scenes_and_one_thread, shortened, stopped_at
 
 
-def tiny_recipe(**changes) -> Stage1Recipe:
-    batches = (Batch(1.0, 4, {"one_shape": 1, "one_digit": 1, "few": 1}),)
-    phases = {
-        "objects": PairPhase(steps=4, batches=batches, warmup_steps=1, save_steps=1, dropped_patches=15 / 16),
-        "whole": PairPhase(steps=1, batches=batches, warmup_steps=1),
-    }
-    return Stage1Recipe(phases, curve_steps=1, curve_pictures=8, **changes)
+RECIPE = stage1_bundled()
+BATCHES = (Batch(1.0, 4, {"one_shape": 1, "one_digit": 1, "few": 1}),)
+RECIPE = shortened(
+    replace(RECIPE, phases=(RECIPE.phases[0], RECIPE.phases[2])), BATCHES, 4, 1, eval_steps=1, eval_samples=8
+)
 
 
 @pytest.fixture(scope="module")
 def processor():
-    return build_pair_processor(build_tokenizer(caption_corpus(num_scenes=20), 400))
+    return build_pair_processor(RECIPE, train_tokenizer(caption_corpus(num_scenes=20), 400))
+
+
+@pytest.fixture(scope="module")
+def batches(processor):
+    return scene_batches(RECIPE, RECIPE.phases[0], partial(encode_pairs, processor))
 
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stage1")
-    train(tiny_recipe(), folder, use_bf16=False)
+    with few_scenes_and_one_thread():
+        run_stage1(RECIPE, None, Run(folder))
     return folder
 
 
-def test_batches_repeat_by_seed_and_differ_by_phase_and_step(processor):
-    phase = tiny_recipe().phases["objects"]
-    first, again = (PairBatches("objects", phase, 0, processor)[1] for _ in range(2))
+def test_batches_repeat_by_seed_and_differ_by_phase_and_step(batches, processor):
+    encode = partial(encode_pairs, processor)
+    first, again = batches[1], batches[1]
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert first["pixel_values"].shape == (4, 3, 448, 448)
     for other in (
-        PairBatches("objects", phase, 0, processor)[2],
-        PairBatches("whole", phase, 0, processor)[1],
-        PairBatches("objects", phase, 1, processor)[1],
+        batches[2],
+        scene_batches(RECIPE, RECIPE.phases[1], encode)[1],
+        scene_batches(replace(RECIPE, seed=1), RECIPE.phases[0], encode)[1],
     ):
         assert not torch.equal(first["pixel_values"], other["pixel_values"])
 
 
-def test_every_picture_has_a_caption_in_each_language(processor):
-    batches = PairBatches("objects", tiny_recipe().phases["objects"], 0, processor)
+def test_every_image_has_a_caption_in_each_language(batches, processor):
     texts = processor.tokenizer.batch_decode(batches[1]["input_ids"], skip_special_tokens=True)
     assert len(texts) == len(LANGUAGES) * 4
     scenes = batches.scenes(1)
@@ -73,8 +74,8 @@ def test_every_picture_has_a_caption_in_each_language(processor):
             assert any(name in text for name in names), (language, text)
 
 
-def test_every_caption_ends_with_the_end_token_and_has_the_prefix(processor):
-    batch = PairBatches("objects", tiny_recipe().phases["objects"], 0, processor)[0]
+def test_every_caption_ends_with_the_end_token_and_has_the_prefix(batches, processor):
+    batch = batches[0]
     for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
         text = ids[: int(mask.sum())]
         assert text[-1] == processor.tokenizer.eos_token_id
@@ -95,26 +96,20 @@ def test_a_run_leaves_a_model_of_stage_1_that_stage_2_starts_from(finished_run):
 
 def test_the_log_holds_losses_and_the_zero_shot_curve_of_each_phase(finished_run):
     log = json.loads((finished_run / "training_log.json").read_text(encoding="utf-8"))
-    assert set(log) == {"recipe", "objects", "whole"}
+    assert set(log) == {"recipe", "settings", "objects", "whole"}
     curve = [row for row in log["objects"] if "zero_shot_digit" in row]
     assert [row["step"] for row in curve] == [1, 2, 3, 4]
     assert all(0 <= row[f"zero_shot_{kind}"] <= 1 for row in curve for kind in ("digit", "shape", "colour"))
 
 
 def test_the_same_seed_gives_the_same_weights_also_after_a_stop(finished_run, tmp_path):
-    with stopped_at("stage1/objects", 3):
-        train(tiny_recipe(), tmp_path, use_bf16=False)
-    saved = [path.name for path in (tmp_path / "trainer" / "objects").glob("checkpoint-*")]
-    assert saved
-    assert "checkpoint-4" not in saved
-    train(tiny_recipe(), tmp_path, resume=True, use_bf16=False)
+    with few_scenes_and_one_thread():
+        with stopped_at("stage1/objects", 3):
+            run_stage1(RECIPE, None, Run(tmp_path))
+        saved = [path.name for path in (tmp_path / "trainer" / "objects").glob("checkpoint-*")]
+        assert saved
+        assert "checkpoint-4" not in saved
+        run_stage1(RECIPE, None, Run(tmp_path, resume=True, num_workers=1))
     expected = InternVLModel.from_pretrained(finished_run).state_dict()
     for name, value in InternVLModel.from_pretrained(tmp_path).state_dict().items():
         assert torch.equal(value, expected[name]), name
-
-
-def test_the_recipe_goes_from_few_patches_to_whole_pictures():
-    shares = [phase.dropped_patches for phase in stage1().phases.values()]
-    assert shares == sorted(shares, reverse=True)
-    assert shares[0] > 0.5
-    assert shares[-1] == 0.0

@@ -1,7 +1,8 @@
-"""Stage 2 of the default checkpoint: captions in five languages, what each phase trains, and what its folder holds."""
+"""Stage 2 of the bundled recipe: captions in five languages, what each phase trains, and what its folder holds."""
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,17 +12,22 @@ from transformers import AutoModel, AutoProcessor
 from internvl.evaluation.captioning import generate_captions
 from internvl.modeling_internvl import InternVLModel
 from internvl.processing_internvl import InternVLProcessor
-from internvl.reproduction.stage2 import ALL_BUT_TOWER, NEW_PARTS, CaptionBatches, pair_of, start_from, train
 from internvl.synthetic.captions import CAPTION_PROMPTS
 from internvl.synthetic.scenes import TILE_SIZE, draw_scene
 from internvl.training.data.collators import GenerativeCollator
+from internvl.training.data.generated import captioned_pair, encode_captions, scene_batches
+from internvl.training.models.build import build_generative_model
 from internvl.training.models.losses import info_nce_loss, l2_normalize
 from internvl.training.models.parameter_groups import part_of
+from internvl.training.recipes import with_steps
+from internvl.training.stages import run_stage2
+from internvl.training.trainer import Run
 
-from .fixtures_default_run import few_scenes_and_one_thread, stopped_at, tiny_run
+from .fixtures_bundled_run import few_scenes_and_one_thread, stopped_at, tiny_run
 
 
 RECIPE = tiny_run().stage2
+NEW_PARTS, ALL_BUT_TOWER = (set(phase.learning_rates) for phase in RECIPE.phases)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +38,7 @@ def collator(finished_default_run):
 
 @pytest.fixture(scope="module")
 def batches(collator):
-    return CaptionBatches("stage2/queries", RECIPE.phases["queries"], 0, collator)
+    return scene_batches(RECIPE, RECIPE.phases[0], partial(encode_captions, collator))
 
 
 def weights_of(folder) -> dict[str, torch.Tensor]:
@@ -49,7 +55,7 @@ def changed_parts(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor
 
 
 def test_what_is_learned_is_the_caption_after_the_prompt_of_its_language(batches, collator):
-    pairs, batch = [pair_of(scene, rng) for scene, rng in batches.scenes(1)], batches[1]
+    pairs, batch = [captioned_pair(*drawn) for drawn in batches.scenes(1)], batches[1]
     assert len({pair["prompt"] for pair in pairs}) > 1
     tokenizer = collator.processor.tokenizer
     for pair, ids, mask, labels in zip(
@@ -72,7 +78,7 @@ def test_batches_repeat_and_no_column_is_all_padding(batches):
 
 
 def test_with_the_llama_the_texts_are_contrasted_with_internvl_c_too(finished_default_run, batches, collator):
-    model = start_from(finished_default_run / "stage2", RECIPE, collator).eval()
+    model = build_generative_model(RECIPE, finished_default_run / "stage2", collator.prefix_lengths()).eval()
     batch = batches[0]
     with torch.no_grad():
         without = model(**batch)
@@ -88,29 +94,27 @@ def test_with_the_llama_the_texts_are_contrasted_with_internvl_c_too(finished_de
 
 
 def test_the_first_phase_trains_what_is_new_and_nothing_else(finished_default_run, tmp_path):
-    recipe = replace(RECIPE, phases={"queries": RECIPE.phases["queries"]})
-    train(recipe, finished_default_run / "stage1", tmp_path / "trained", use_bf16=False)
-    train(replace(recipe, phases={}), finished_default_run / "stage1", tmp_path / "start", use_bf16=False)
-    stage1, start, trained = map(
-        weights_of, (finished_default_run / "stage1", tmp_path / "start", tmp_path / "trained")
-    )
-    assert changed_parts(stage1, start) == set(NEW_PARTS) - {"temperature"}  # new, and the rest is stage 1's
-    assert changed_parts(start, trained) == set(NEW_PARTS)
+    recipe, source = replace(RECIPE, phases=RECIPE.phases[:1], eval_steps=None), finished_default_run / "stage1"
+    run_stage2(recipe, None, Run(tmp_path / "trained"), source)
+    run_stage2(with_steps(recipe, 0), None, Run(tmp_path / "start"), source)
+    stage1, start, trained = map(weights_of, (source, tmp_path / "start", tmp_path / "trained"))
+    assert changed_parts(stage1, start) == NEW_PARTS - {"temperature"}  # new, and the rest is stage 1's
+    assert changed_parts(start, trained) == NEW_PARTS
 
 
 def test_the_whole_run_trains_all_but_the_vision_tower(finished_default_run):
     stage1, stage2 = (weights_of(finished_default_run / name) for name in ("stage1", "stage2"))
-    assert changed_parts(stage1, stage2) == set(ALL_BUT_TOWER)
+    assert changed_parts(stage1, stage2) == ALL_BUT_TOWER
 
 
 def test_a_stopped_run_resumes_to_the_same_weights(finished_default_run, tmp_path):
     stage1 = finished_default_run / "stage1"
     with few_scenes_and_one_thread():
         with stopped_at("stage2/queries_and_llama", 2):
-            train(RECIPE, stage1, tmp_path, use_bf16=False)
+            run_stage2(RECIPE, None, Run(tmp_path, num_workers=1), stage1)
         assert list((tmp_path / "trainer" / "queries_and_llama").glob("checkpoint-*"))
         assert not (tmp_path / "model.safetensors").exists()
-        train(RECIPE, stage1, tmp_path, resume=True, use_bf16=False)
+        run_stage2(RECIPE, None, Run(tmp_path, resume=True, num_workers=1), stage1)
     assert changed_parts(weights_of(finished_default_run / "stage2"), weights_of(tmp_path)) == set()
 
 
@@ -130,7 +134,7 @@ def test_the_folder_is_an_internvl_g_that_describes_pictures(finished_default_ru
 
 def test_the_log_holds_all_three_losses_and_the_retrieval_curve(finished_default_run):
     log = json.loads((finished_default_run / "stage2" / "training_log.json").read_text(encoding="utf-8"))
-    assert set(log) == {"recipe", "queries", "queries_and_llama"}
+    assert set(log) == {"recipe", "settings", "queries", "queries_and_llama"}
     assert all(log["queries"][-1][f"loss_{name}"] > 0 for name in ("itc", "itm", "itg"))
     curve = [row for row in log["queries_and_llama"] if "recall_at_1_InternVL-G" in row]
     assert [row["step"] for row in curve] == [2, 3]
