@@ -13,8 +13,8 @@ from torch import nn
 
 from ...attention_masks_qllama import PackedPasses
 from ...configuration_internvl import InternVLConfig
-from ...keywords_internvl import renamed_arguments
 from ...modeling_internvl import last_token_states
+from ...renaming_internvl import renamed_arguments
 from .gradient_cache import in_chunks
 from .losses import capped_scale, draw_hard_negatives, l2_normalize, scaled_similarities
 from .saving import SavedAsInternVLModel

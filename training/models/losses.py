@@ -18,7 +18,7 @@ from torch import distributed as dist
 from torch.distributed.nn.functional import all_gather
 from transformers.utils.generic import maybe_autocast
 
-from ...keywords_internvl import renamed_arguments, renamed_names
+from ...renaming_internvl import renamed_arguments, renamed_names
 from .gradient_cache import in_chunks
 
 

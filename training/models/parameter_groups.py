@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...keywords_internvl import renamed_arguments
+from ...renaming_internvl import renamed_arguments
 from .parts import PARTS, part_of, plain_name
 
 

@@ -22,8 +22,8 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 from ...configuration_internvl import InternVLConfig
-from ...keywords_internvl import renamed_arguments
 from ...modeling_internvl import InternVLOutput
+from ...renaming_internvl import renamed_arguments
 from .base import InternVLTrainingModel, Texts
 from .gradient_cache import in_chunks
 from .losses import (

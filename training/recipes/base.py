@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
-from ...keywords_internvl import renamed_arguments
+from ...renaming_internvl import renamed_arguments
 
 
 @dataclass(frozen=True)
