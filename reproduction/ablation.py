@@ -1,9 +1,11 @@
-"""What each stage is worth: `python -m internvl.reproduction.ablation --output DIR [--scale 0.1] [--seeds 3] [--resume]`.
+"""What each stage is worth: `python -m internvl.reproduction.ablation --output DIR [--scale 0.1] [--seeds 3]
+[--resume]`.
 
-At a share of the bundled run's steps, the full chat model is trained three times per seed: after all stages, without stage 1
-(stage 2 starts from an untrained vision tower and LLaMA) and without stage 2 (stage 3 starts from stage 1's and untrained
-queries). Each answers the same held-out questions, and the InternVL-C and -G it comes from find the same held-out pairs.
-`ablation.json` holds the reports by variant and seed; `python -m internvl.reproduction.report` draws them.
+At a share of the bundled run's steps, the full chat model is trained three times per seed: after all stages, without
+stage 1 (stage 2 starts from an untrained vision tower and LLaMA) and without stage 2 (stage 3 starts from stage 1's
+and untrained queries). Each answers the same held-out questions, and the InternVL-C and -G it comes from find the same
+held-out pairs. `ablation.json` holds the reports by variant and seed; `python -m internvl.reproduction.report` draws
+them.
 """
 
 import json
@@ -36,7 +38,8 @@ VARIANTS = {
 
 
 def train_variant(run: BundledRun, variant: Variant, output: Path) -> tuple[Path, Path]:
-    """Train the stages of a variant where they are not trained yet; a stage left out still writes its untrained weights.
+    """Train the stages of a variant where they are not trained yet; a stage left out still writes its untrained
+    weights.
 
     Args:
         run: The recipes.
@@ -77,8 +80,8 @@ def ablate(
         resume: Resume what was stopped.
 
     Returns:
-        By variant and seed the report of `evaluate_chat`, and under "recall_at_1" that of `mean_recalls`; `output/ablation.json`
-        holds it too, after each of them.
+        By variant and seed the report of `evaluate_chat`, and under "recall_at_1" that of `mean_recalls`;
+        `output/ablation.json` holds it too, after each of them.
 
     Raises:
         ValueError: The folder holds something, and `resume` is not wanted.

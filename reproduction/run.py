@@ -1,9 +1,9 @@
 """The bundled checkpoint from nothing: `python -m internvl.reproduction.run --output DIR [--resume]`.
 
-Strings together stage 1, stage 2, stage 3 in both configurations, and the evaluation, each in a folder of its own, by the
-bundled recipes (`training/recipes/bundled.py`), and assembles what is published: in "checkpoint" the full chat model, in its
-sub-folders "internvl_g" (InternVL-C and -G) and "internvit". With `--resume` finished stages are left as they are, and a
-stopped one resumes from its last checkpoint.
+Strings together stage 1, stage 2, stage 3 in both configurations, and the evaluation, each in a folder of its own, by
+the bundled recipes (`training/recipes/bundled.py`), and assembles what is published: in "checkpoint" the full chat
+model, in its sub-folders "internvl_g" (InternVL-C and -G) and "internvit". With `--resume` finished stages are left as
+they are, and a stopped one resumes from its last checkpoint.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def scaled(run: BundledRun, share: float) -> BundledRun:
 
 
 def scaled_recipe(recipe: RecipeType, share: float) -> RecipeType:
-    """Return the recipe with `share` of the steps of every phase, at least one; 0 writes what the stage starts from."""
+    """Return the recipe with `share` of the steps of every phase, at least one; with 0 the stage trains nothing."""
     phases = []
     for phase in recipe.phases:
         steps = max(1, round(phase.steps * share)) if phase.steps and share else 0

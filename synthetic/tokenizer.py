@@ -1,4 +1,4 @@
-"""The default checkpoint's small tokenizer: a byte-level BPE trained on generated text, so that it encodes any text."""
+"""The bundled checkpoint's small tokenizers: byte-level BPE trained on generated text, which encode any text."""
 
 from collections.abc import Iterable, Iterator
 

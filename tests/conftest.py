@@ -1,4 +1,6 @@
-"""What every test shares: the folder of the repository, the cores of the machine, and skips for machines that lack a device."""
+"""What every test shares: the folder of the repository, the cores of the machine, and skips for machines that lack a
+device.
+"""
 
 import os
 from pathlib import Path
@@ -18,7 +20,9 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def finished_default_run(tmp_path_factory) -> Path:
-    """The folders of all stages of the bundled run, at the size of `fixtures_bundled_run.tiny_run`; not to be written to."""
+    """The folders of all stages of the bundled run, at the size of `fixtures_bundled_run.tiny_run`; not to be written
+    to.
+    """
     from internvl.reproduction.run import train_all_stages
 
     from .fixtures_bundled_run import few_scenes_and_one_thread, tiny_run
@@ -30,7 +34,9 @@ def finished_default_run(tmp_path_factory) -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Workers of pytest-xdist share the cores, which torch would otherwise take in each of them and in the processes they start."""
+    """Workers of pytest-xdist share the cores, which torch would otherwise take in each of them and in the processes
+    they start.
+    """
     num_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if num_workers > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_workers)))

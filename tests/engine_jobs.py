@@ -1,7 +1,8 @@
-"""Training runs for the tests of engines: `python -m tests.engine_jobs JOB FOLDER`, alone or under `accelerate launch`.
+"""Training runs for the tests of engines: `python -m tests.engine_jobs JOB FOLDER`, alone or under `accelerate
+launch`.
 
-Every process writes what it found to FOLDER/JOB-rank0.pt, FOLDER/JOB-rank1.pt. A run is stock `Trainer`, on dialogues with the
-chat model or on pairs with those of stages 1 and 2.
+Every process writes what it found to FOLDER/JOB-rank0.pt, FOLDER/JOB-rank1.pt. A run is stock `Trainer`, on dialogues
+with the chat model or on pairs with those of stages 1 and 2.
 """
 
 import contextlib
@@ -106,12 +107,14 @@ def pair_processor() -> InternVLProcessor:
 
 
 def write_dialogues(folder: Path) -> Path:
-    """Rows for batches of four: in the second batch only the first half, the first process's, has pictures; unequal tiles."""
+    """Rows for batches of four: in the second batch only the first half, the first process's, has images; unequal
+    tiles.
+    """
     make_image(56, 56, seed=1).save(folder / "a.png")
     make_image(168, 56, seed=2).save(folder / "b.png")
-    pictures = [["a"], ["b", "a"], [], ["b"], ["b"], ["a"], [], [], [], ["a", "a"], ["b"], []]
+    images = [["a"], ["b", "a"], [], ["b"], ["b"], ["a"], [], [], [], ["a", "a"], ["b"], []]
     rows = []
-    for number, names in enumerate(pictures):
+    for number, names in enumerate(images):
         question = "<image>\n" * len(names) + "What? Answer briefly."[: 5 + number]
         rows.append(llava(question, "A red bus on a street."[: 4 + number], image=[f"{name}.png" for name in names]))
     path = folder / "rows.jsonl"
@@ -211,8 +214,8 @@ def stream_trainer(folder: Path, name: str, stage: str, **settings):
 def pair_rows(stage: str) -> list[dict[str, torch.Tensor]]:
     """Rows of model inputs for batches of four in which two processes do what one does with all four.
 
-    In each process the first half of the rows has the negatives of matching; all texts are as long, so that the mean over the labels
-    is the mean of the processes' means.
+    In each process the first half of the rows has the negatives of matching; all texts are as long, so that the mean
+    over the labels is the mean of the processes' means.
     """
     count = 4 * STEPS
     lengths = {"": 7} if stage == "stage 1" else {"": 7, "positive_": 6, "negative_": 9, "summarize_": 8}

@@ -1,4 +1,4 @@
-"""Rows of dialogue data, good and bad. Pictures named `a.png` and `b.png` are there, `z.png` is not."""
+"""Rows of dialogue data, good and bad. Images named `a.png` and `b.png` are there, `z.png` is not."""
 
 
 def llava(*turns: str, **row) -> dict:
@@ -31,23 +31,23 @@ BAD_ROWS = {
     "empty question": (llava("", "a"), "The question in message 1 is empty"),
     "no response": ({"query": "a"}, "must be a text or a list of parts, got None"),
     "broken history": ({"query": "a", "response": "b", "history": [["a"]]}, "pairs of a query and a response"),
-    "too few pictures": (llava("<image><image>", "a", image="a.png"), r"2 place\(s\) for pictures .* 1 picture"),
-    "too many pictures": (llava("<image>", "a", image=["a.png", "b.png"]), r"1 place\(s\) for pictures .* 2 picture"),
-    "placeholder without picture": (llava("<image>", "a"), r"1 place\(s\) for pictures .* 0 picture"),
-    "null picture": (llava("<image>", "a", image=[None]), "A picture is null"),
-    "missing picture": (
+    "too few images": (llava("<image><image>", "a", image="a.png"), r"2 place\(s\) for images .* 1 image"),
+    "too many images": (llava("<image>", "a", image=["a.png", "b.png"]), r"1 place\(s\) for images .* 2 image"),
+    "placeholder without image": (llava("<image>", "a"), r"1 place\(s\) for images .* 0 image"),
+    "null image": (llava("<image>", "a", image=[None]), "An image is null"),
+    "missing image": (
         llava("<image>", "a", image="z.png"),
-        "picture `z.png` is missing: there is no file `.*z.png`",
+        "image `z.png` is missing: there is no file `.*z.png`",
     ),
     "two columns": (llava("<image>", "a", image="a.png", images=["a.png"]), "either `image` or `images`"),
     "video": (llava("<video>", "a", video="a.mp4"), "`video` is not read here"),
-    "picture in an answer": (
+    "image in an answer": (
         {
             "messages": [
                 {"role": "user", "content": "a"},
                 {"role": "assistant", "content": [{"type": "image", "image": "a.png"}]},
             ]
         },
-        "Message 2 is from `assistant` and holds a picture",
+        "Message 2 is from `assistant` and holds an image",
     ),
 }

@@ -1,4 +1,6 @@
-"""Stage 1 of the bundled recipe: batches repeat by seed, images are the processor's, and a run leaves what stage 2 needs."""
+"""Stage 1 of the bundled recipe: batches repeat by seed, images are the processor's, and a run leaves what stage 2
+needs.
+"""
 
 import json
 from dataclasses import replace

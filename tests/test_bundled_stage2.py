@@ -118,17 +118,15 @@ def test_a_stopped_run_resumes_to_the_same_weights(finished_default_run, tmp_pat
     assert changed_parts(weights_of(finished_default_run / "stage2"), weights_of(tmp_path)) == set()
 
 
-def test_the_folder_is_an_internvl_g_that_describes_pictures(finished_default_run, batches):
+def test_the_folder_is_an_internvl_g_that_describes_images(finished_default_run, batches):
     folder = finished_default_run / "stage2"
     model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
     assert type(model) is InternVLModel
     assert model.config.num_query_token == RECIPE.num_query_token
-    pictures = [draw_scene(scene) for scene, _ in batches.scenes(0)][:2]
-    texts = generate_captions(model, processor, pictures, "zh", max_new_tokens=4)
+    images = [draw_scene(scene) for scene, _ in batches.scenes(0)][:2]
+    texts = generate_captions(model, processor, images, "zh", max_new_tokens=4)
     assert len(texts) == 2
-    embeds = model.get_image_features(
-        processor(images=pictures, return_tensors="pt")["pixel_values"], mode="InternVL-G"
-    )
+    embeds = model.get_image_features(processor(images=images, return_tensors="pt")["pixel_values"], mode="InternVL-G")
     assert embeds.shape == (2, model.config.clip_embed_dim)
 
 

@@ -1,4 +1,4 @@
-"""Dialogue data: every form of a row gives the same tensors, only answers are learned, nothing cuts a picture, packing."""
+"""Dialogue data: every form of a row gives the same tensors, only answers are learned, nothing cuts an image, packing."""
 
 import base64
 import io
@@ -15,7 +15,7 @@ from internvl.conversation_internvl import get_conversation_template, list_conve
 from internvl.image_processing_internvl import InternVLImageProcessor
 from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
 from internvl.processing_internvl import InternVLProcessor
-from internvl.training.data.bad_rows import BrokenRows, TooManyBrokenRowsError, UnusableRowError
+from internvl.training.data.bad_rows import BadRows, TooManyBadRowsError, UnusableRowError
 from internvl.training.data.dialogues import DialogueCollator, DialogueDataset, DialogueEncoder, read_dialogue
 
 from .fixtures_dialogues import BAD_ROWS, llava
@@ -58,7 +58,7 @@ def text(value: str) -> dict:
     return {"type": "text", "text": value}
 
 
-# One dialogue: two pictures in the first question, one in the second.
+# One dialogue: two images in the first question, one in the second.
 QUESTIONS = ("What is in and in ?", "And in ?")
 ANSWERS = ("A bus.", "A cat, on a mat.")
 
@@ -110,13 +110,13 @@ def same_dialogue(images: Path) -> dict[str, dict]:
             ],
             "images": [as_bytes(name) for name in names],
         },
-        "messages with parts, pictures beside": {
+        "messages with parts, images beside": {
             **openai(lambda name: {"type": "image"}),
             "images": [Image.open(images / name) for name in names],
         },
         "openai": openai(lambda name: {"type": "image_url", "image_url": {"url": data_uri(images / name)}}),
         "openai with paths": openai(lambda name: {"type": "image_url", "image_url": str(images / name)}),
-        "parts with pictures": openai(lambda name: {"type": "image", "image": name}),
+        "parts with images": openai(lambda name: {"type": "image", "image": name}),
         "query and response": {
             "query": marked[1], "response": ANSWERS[1], "history": [list(turns[0])], "images": names, "system": system,
         },
@@ -158,12 +158,12 @@ def test_every_form_gives_the_same_tensors(encoder, images):
             assert torch.equal(encoded[key], value), f"{key} of {name}"
 
 
-def test_pictures_without_a_place_come_first():
+def test_images_without_a_place_come_first():
     messages = read_dialogue({"query": "What?", "response": "A bus.", "images": [b"1", b"2"]})
     assert [part["type"] for part in messages[0]["content"]] == ["image", "image", "text"]
 
 
-def test_text_only_rows_and_empty_picture_columns(encoder):
+def test_text_only_rows_and_empty_image_columns(encoder):
     rows = [llava("Hello", "Hi"), llava("Hello", "Hi", image=None), llava("Hello", "Hi", image="", images=[])]
     encoded = [encoder(row) for row in rows]
     assert all(set(row) == {"input_ids", "labels"} for row in encoded)
@@ -176,7 +176,7 @@ def test_image_tokens_in_texts_stay_text(encoder):
     assert (ids == encoder.processor.image_token_id).sum() == SEQ
 
 
-def test_parts_that_name_a_picture_make_placeholders_plain_text(encoder):
+def test_parts_that_name_a_image_make_placeholders_plain_text(encoder):
     content = [{"type": "image", "image": "a.png"}, text("Write <image>!")]
     row = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "No."}]}
     assert "Write < image>!" in encoder.processor.tokenizer.decode(encoder(row)["input_ids"])
@@ -224,7 +224,7 @@ def test_rows_within_the_limit_are_left_alone(encoder, images):
 
 
 @pytest.mark.parametrize("length", range(1, 90))
-def test_a_cut_never_goes_through_a_picture_nor_leaves_nothing_to_learn(images, length):
+def test_a_cut_never_goes_through_an_image_nor_leaves_nothing_to_learn(images, length):
     row = llava("<image>\nWhat?", "A bus, red.", "And <image>\n?", "A cat on a mat.", image=["a.png", "c.png"])
     whole = DialogueEncoder(make_processor(), images=images)(row)
     ids, labels = whole["input_ids"], whole["labels"]
@@ -232,7 +232,7 @@ def test_a_cut_never_goes_through_a_picture_nor_leaves_nothing_to_learn(images, 
     assert len(ids) > 40
     encoder = DialogueEncoder(make_processor(), length, "cut", images)
     if length < len(ids) and (is_image[length:].any() or (labels[:length] == -100).all()):
-        with pytest.raises(UnusableRowError, match=r"go through a picture|no answer is left"):
+        with pytest.raises(UnusableRowError, match=r"go through an image|no answer is left"):
             encoder(row)
         return
     cut = encoder(row)
@@ -287,11 +287,12 @@ def test_encoded_rows_and_raw_rows_give_the_same_batch(encoder):
     assert all(torch.equal(raw[key], encoded[key]) for key in raw)
 
 
-def test_a_batch_without_pictures_has_no_pixels(encoder):
+def test_a_batch_without_images_has_no_pixels(encoder):
     assert "pixel_values" not in DialogueCollator(encoder)([mixed_rows()[1]])
 
 
-# -------------------------------------------------------------------------------------------------------------- packing
+# --------------------------------------------------------------------------------------------------------------
+# packing
 @cache
 def chat_model(decoder: str = "llama") -> InternVLChatForConditionalGeneration:
     tokenizer = make_processor().tokenizer
@@ -365,13 +366,14 @@ def test_trainer_takes_the_files(tmp_path, encoder, images, pack):
     assert losses[-1] < losses[0] - 0.3
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# ----------------------------------------------------------------------------------------------------------------
+# files
 def write_rows(path: Path, rows: list[dict]) -> Path:
     path.write_text(json.dumps(rows, indent=1) if path.suffix == ".json" else "\n".join(map(json.dumps, rows)))
     return path
 
 
-def test_files_are_one_data_set_with_pictures_beside_them(tmp_path, images):
+def test_files_are_one_data_set_with_images_beside_them(tmp_path, images):
     for name in SIZES:
         (tmp_path / name).write_bytes((images / name).read_bytes())
     files = [write_rows(tmp_path / "a.json", mixed_rows()[:3]), write_rows(tmp_path / "b.jsonl", mixed_rows()[3:])]
@@ -390,14 +392,14 @@ def test_an_unusable_row_is_counted_and_the_next_one_takes_its_place(tmp_path, e
     expected = [0, 3, 3, 3]
     for index, row in enumerate(expected):
         assert torch.equal(dataset[index]["input_ids"], encoder(rows[row])["input_ids"])
-    assert dataset.broken_rows.broken == 3
-    assert set(dataset.broken_rows.reasons) == {"The answer in message * is empty", "The picture * is missing"}
+    assert dataset.bad_rows.broken == 3
+    assert set(dataset.bad_rows.reasons) == {"The answer in message * is empty", "The image * is missing"}
 
 
 def test_too_many_unusable_rows_end_the_run(tmp_path, encoder, images):
     path = write_rows(tmp_path / "a.jsonl", [llava("a", "one"), llava("a", "")])
-    dataset = DialogueDataset(path, encoder, images, BrokenRows(max_rate=0.1, grace=1))
-    with pytest.raises(TooManyBrokenRowsError, match=r"1 of 2 rows are broken.*a\.jsonl:2: The answer"):
+    dataset = DialogueDataset(path, encoder, images, BadRows(max_rate=0.1, grace=1))
+    with pytest.raises(TooManyBadRowsError, match=r"1 of 2 rows are broken.*a\.jsonl:2: The answer"):
         [dataset[0], dataset[1]]
 
 
@@ -410,7 +412,7 @@ def test_files_without_a_usable_row_are_refused(tmp_path, encoder):
         DialogueDataset(write_rows(tmp_path / "b.jsonl", [llava("a", "")]), encoder)[0]
 
 
-def test_broken_pictures_make_a_row_unusable(tmp_path, encoder):
+def test_broken_images_make_a_row_unusable(tmp_path, encoder):
     content = io.BytesIO()
     make_image(64, 64).save(content, "PNG")
     (tmp_path / "a.png").write_bytes(content.getvalue()[:200])

@@ -1,6 +1,8 @@
-"""Engines that others made, with the shipped configurations: DDP, FSDP2 and ZeRO-3 train as one process does, and runs resume exactly.
+"""Engines that others made, with the shipped configurations: DDP, FSDP2 and ZeRO-3 train as one process does, and runs
+resume exactly.
 
-Really `accelerate launch`, two processes on the CPU. One step of the data gives the second process a batch without pictures.
+Really `accelerate launch`, two processes on the CPU. One step of the data gives the second process a batch without
+images.
 """
 
 from importlib.util import find_spec
@@ -36,7 +38,8 @@ def ddp(folder):
     return engine_jobs.launch("ddp", "parity_and_resumed", folder)
 
 
-# SGD moves the weights of stages 1 and 2 by their gradients; Adam makes much of gradients that are zero but for rounding.
+# SGD moves the weights of stages 1 and 2 by their gradients; Adam makes much of gradients that are zero but for
+# rounding.
 LIMITS = {**dict.fromkeys(CONNECTORS, 2e-4), **dict.fromkeys(PAIR_STAGES, 1e-6)}
 
 

@@ -1,4 +1,5 @@
-"""Fine-tuners that others made: LoRA adapters of PEFT, gradient checkpointing, TRL, on rows with unequal numbers of tiles.
+"""Fine-tuners that others made: LoRA adapters of PEFT, gradient checkpointing, TRL, on rows with unequal numbers of
+tiles.
 
 Saved folders are loaded by a process of its own, from another place, without this package.
 """
@@ -155,23 +156,23 @@ def test_what_trainer_saves_loads_anywhere(folder, tmp_path):
 QUESTION = {"role": "user", "content": "What is shown?"}
 
 
-def pictures(folder) -> list[list[Image.Image]]:
+def images(folder) -> list[list[Image.Image]]:
     """Of rows as TRL takes them: one, five, four and two tiles."""
     return [[Image.open(folder / f"{name}.png") for name in names] for names in ("a", "ba", "b", "aa")]
 
 
 def conversations(folder) -> list[dict]:
     rows = []
-    for number, images in enumerate(pictures(folder)):
+    for number, shown in enumerate(images(folder)):
         answer = "A red bus on a street."[: 8 + number]
-        rows.append({"messages": [QUESTION, {"role": "assistant", "content": answer}], "images": images})
+        rows.append({"messages": [QUESTION, {"role": "assistant", "content": answer}], "images": shown})
     return rows
 
 
 def preferences(folder) -> list[dict]:
     answers = {"chosen": "A red bus on a street.", "rejected": "A cat."}
     said = {name: [{"role": "assistant", "content": text}] for name, text in answers.items()}
-    return [{"prompt": [QUESTION], **said, "images": images} for images in pictures(folder)]
+    return [{"prompt": [QUESTION], **said, "images": shown} for shown in images(folder)]
 
 
 SETTINGS = {

@@ -6,18 +6,18 @@ import math
 import pytest
 
 from internvl.training.__main__ import main
-from internvl.training.data.bad_rows import BrokenRows
+from internvl.training.data.bad_rows import BadRows
 from internvl.training.data.filters import (
     COLUMNS,
     DERIVED,
+    FILTERS,
     PAPER_PAIRS,
-    RULES,
+    Filter,
     Funnel,
     MissingColumnError,
-    Rule,
     metadata_rows,
     plot_report,
-    read_rules,
+    read_filters,
     with_optional,
 )
 
@@ -55,15 +55,15 @@ def slow_funnel(rows, rules):
 
 # ---------------------------------------------------------------------------------------------------------- the table
 def test_every_rule_of_the_table_says_why_and_is_on_a_known_column():
-    for rule in RULES:
+    for rule in FILTERS:
         assert rule.column in {*COLUMNS, *DERIVED}
         assert len(rule.why) > 20
     for stage in (1, 2):
-        assert {rule.column for rule in RULES if rule.stage == stage} == set(BAD)
+        assert {rule.column for rule in FILTERS if rule.stage == stage} == set(BAD)
 
 
 def test_stage_2_is_stricter_in_every_column():
-    first, second = ({(r.column, r.comparison): r.value for r in RULES if r.stage == stage} for stage in (1, 2))
+    first, second = ({(r.column, r.comparison): r.value for r in FILTERS if r.stage == stage} for stage in (1, 2))
     assert set(first) == set(second)
     for (column, comparison), value in first.items():
         assert (second[column, comparison] > value) == (comparison == ">=")
@@ -91,13 +91,13 @@ def test_stage_1_keeps_what_stage_2_removes():
     [(">=", [2, 3]), ("<=", [1, 2]), (">", [3]), ("<", [1]), ("==", [2]), ("!=", [1, 3])],
 )
 def test_comparisons(comparison, kept):
-    funnel = Funnel(1, [Rule("score", comparison, 2, 1, "test")])
+    funnel = Funnel(1, [Filter("score", comparison, 2, 1, "test")])
     assert [row["score"] for row in funnel({"score": score} for score in (1, 2, 3))] == kept
 
 
 # ---------------------------------------------------------------------------------------------------------- the report
 def test_the_report_equals_a_slow_count():
-    rules = [Rule("a", ">=", 3, 1, "test"), Rule("b", "<=", 6, 1, "test"), Rule("a", ">=", 5, 2, "test")]
+    rules = [Filter("a", ">=", 3, 1, "test"), Filter("b", "<=", 6, 1, "test"), Filter("a", ">=", 5, 2, "test")]
     rows = [{"a": a, "b": b} for a in range(10) for b in range(9)]
     funnel = Funnel(2, rules)
     kept, removed = slow_funnel(rows, rules)
@@ -112,7 +112,7 @@ def test_the_report_equals_a_slow_count():
 
 
 def test_rules_of_later_stages_are_left_out_and_earlier_ones_come_first():
-    rules = [Rule("a", ">=", 5, 2, "test"), Rule("a", ">=", 3, 1, "test")]
+    rules = [Filter("a", ">=", 5, 2, "test"), Filter("a", ">=", 3, 1, "test")]
     assert [rule.value for rule in Funnel(1, rules).rules] == [3]
     assert [rule.value for rule in Funnel(2, rules).rules] == [3, 5]
 
@@ -130,7 +130,7 @@ def test_an_empty_stream_has_a_report(tmp_path):
     plot_report(report, tmp_path / "empty.png")
 
 
-def test_the_plot_is_a_picture(tmp_path):
+def test_the_plot_is_a_image(tmp_path):
     pytest.importorskip("matplotlib")
     funnel = Funnel(2)
     for changes in BAD.values():
@@ -140,7 +140,8 @@ def test_the_plot_is_a_picture(tmp_path):
         assert (tmp_path / name).stat().st_size > 5000
 
 
-# ------------------------------------------------------------------------------------------------------ missing columns
+# ------------------------------------------------------------------------------------------------------ missing
+# columns
 def test_a_missing_column_is_an_error_that_names_it():
     row = {key: value for key, value in GOOD.items() if key != "pwatermark"}
     with pytest.raises(
@@ -151,7 +152,7 @@ def test_a_missing_column_is_an_error_that_names_it():
 
 def test_an_optional_rule_passes_and_counts_rows_without_its_column():
     row = {key: value for key, value in GOOD.items() if key not in ("pwatermark", "height")}
-    funnel = Funnel(1, with_optional(RULES, ["watermark", "shorter_side", "aspect_ratio"]))
+    funnel = Funnel(1, with_optional(FILTERS, ["watermark", "shorter_side", "aspect_ratio"]))
     assert funnel.keeps(row)
     assert [rule["column"] for rule in funnel.report()["rules"] if rule["missing"]] == [
         "watermark", "shorter_side", "aspect_ratio",
@@ -161,7 +162,7 @@ def test_an_optional_rule_passes_and_counts_rows_without_its_column():
 @pytest.mark.parametrize("value", [None, math.nan])
 def test_a_missing_value_removes_the_row_unless_the_rule_is_optional(value):
     row = {**GOOD, "similarity": value}
-    for rules, passes in ((RULES, False), (with_optional(RULES, ["similarity"]), True)):
+    for rules, passes in ((FILTERS, False), (with_optional(FILTERS, ["similarity"]), True)):
         funnel = Funnel(1, rules)
         assert funnel.keeps(row) is passes
         assert funnel.report()["rules"][0]["missing"] == 1
@@ -182,29 +183,29 @@ def test_every_usual_name_of_a_column_is_known(column):
 )
 def test_impossible_rules_are_refused(changes, match):
     with pytest.raises(ValueError, match=match):
-        Rule(**{"column": "a", "comparison": ">=", "value": 1, "stage": 1, "why": "test", **changes})
+        Filter(**{"column": "a", "comparison": ">=", "value": 1, "stage": 1, "why": "test", **changes})
 
 
 def test_impossible_stages_and_columns_are_refused():
     with pytest.raises(ValueError, match="`stage` must be one of"):
         Funnel(3)
     with pytest.raises(ValueError, match="No rule is on sharpness; the table knows similarity, watermark"):
-        with_optional(RULES, ["sharpness"])
+        with_optional(FILTERS, ["sharpness"])
 
 
 def test_tables_are_read_from_json(tmp_path):
     file = tmp_path / "rules.json"
     rule = {"column": "similarity", "comparison": ">=", "value": 0.3, "stage": 2, "why": "mine", "is_optional": True}
     file.write_text(json.dumps([rule]))
-    assert read_rules(file) == (Rule(**rule),)
+    assert read_filters(file) == (Filter(**rule),)
     for content, match in (
         ({}, "list of objects"),
-        ([{"column": "a"}], "Rule 1 of"),
-        ([{**rule, "stage": 9}], "Rule 1 of"),
+        ([{"column": "a"}], "Filter 1 of"),
+        ([{**rule, "stage": 9}], "Filter 1 of"),
     ):
         file.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=match):
-            read_rules(file)
+            read_filters(file)
 
 
 # --------------------------------------------------------------------------------------------------------- the command
@@ -236,7 +237,7 @@ def test_the_command_says_which_column_is_missing(tmp_path, capsys):
     assert main(["funnel", path, "--stage", "1", *without]) == 0
 
 
-def test_metadata_is_read_where_there_are_no_pictures(tmp_path):
+def test_metadata_is_read_where_there_are_no_images(tmp_path):
     path = str(write_tar(tmp_path / "a.tar", [sample(0, png=None)]))
-    (row,) = metadata_rows([path], BrokenRows())
+    (row,) = metadata_rows([path], BadRows())
     assert (row["caption"], row["similarity"]) == ("caption 0", 0)

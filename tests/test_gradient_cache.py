@@ -1,4 +1,6 @@
-"""Gradient caching: a large batch in small memory gives the gradients of the uncached batch, on one process and on two."""
+"""Gradient caching: a large batch in small memory gives the gradients of the uncached batch, on one process and on
+two.
+"""
 
 import pytest
 import torch
@@ -80,7 +82,9 @@ def on_two(tmp_path_factory):
 
 
 def test_random_numbers_of_a_chunk_are_replayed():
-    """The gradient of w in sum(dropout(x * w)) shows which rows were kept; if the second pass drew anew, it would not fit the sum."""
+    """The gradient of w in sum(dropout(x * w)) shows which rows were kept; if the second pass drew anew, it would not
+    fit the sum.
+    """
     x, w = torch.rand(12, 50) + 1, torch.ones(50, requires_grad=True)
     torch.manual_seed(3)
     out = in_chunks(lambda rows: nn.functional.dropout((rows * w).exp(), 0.5), 4, x)

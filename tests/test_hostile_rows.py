@@ -1,4 +1,6 @@
-"""Rows of data that somebody else wrote: each bad one is counted and left out, or told in a line; none ends a run or reads a file."""
+"""Rows of data that somebody else wrote: each bad one is counted and left out, or told in a line; none ends a run or
+reads a file.
+"""
 
 import gzip
 import io
@@ -13,14 +15,14 @@ from pathlib import Path
 import pytest
 
 from internvl.training.__main__ import main
-from internvl.training.data.bad_rows import MAX_KINDS, BrokenRows, UnusableRowError
+from internvl.training.data.bad_rows import MAX_KINDS, BadRows, UnusableRowError
 from internvl.training.data.dialogues import read_dialogue
-from internvl.training.data.filters import Funnel, Rule
+from internvl.training.data.filters import Filter, Funnel
 from internvl.training.data.json_rows import JsonRows
 from internvl.training.data.pair_rows import MAX_CAPTION
 from internvl.training.data.pairs import PairStream
 from internvl.training.data.shards import find_shards
-from internvl.training.data.validate import find_faults
+from internvl.training.data.validate import find_invalid_rows
 
 from .fixtures_dialogues import llava
 from .fixtures_pairs import png, sample, write_parquet, write_tar
@@ -32,10 +34,10 @@ DEEP = "[" * 100_000 + "]" * 100_000
 # ----------------------------------------------------------------------------------------------------------- dialogues
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Pictures inside of the data's folder, and one beside it."""
+    """Images inside of the data's folder, and one beside it."""
     folder = tmp_path / "data"
-    (folder / "pictures").mkdir(parents=True)
-    for path in (folder / "a.png", folder / "pictures" / "b.png", tmp_path / "secret.png"):
+    (folder / "images").mkdir(parents=True)
+    for path in (folder / "a.png", folder / "images" / "b.png", tmp_path / "secret.png"):
         path.write_bytes(png())
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     (folder / "inner.png").symlink_to(folder / "a.png")
@@ -59,15 +61,15 @@ HOSTILE_ROWS = {
     "a link to itself": json.dumps(llava("<image>", "a", image="circle.png")),
     "a pipe": json.dumps(llava("<image>", "a", image="pipe.png")),
     "a device": json.dumps(llava("<image>", "a", image="/dev/zero")),
-    "a folder": json.dumps(llava("<image>", "a", image="pictures")),
+    "a folder": json.dumps(llava("<image>", "a", image="images")),
     "NUL in a path": json.dumps(llava("<image>", "a", image="a\0.png")),
     "a surrogate in a path": json.dumps(llava("<image>", "a", image="\ud800.png")),
     "a path of a megabyte": json.dumps(llava("<image>", "a", image="a" * 2**20)),
     "an address of files": json.dumps(llava("<image>", "a", image="file:///etc/passwd")),
-    "a number as picture": json.dumps(llava("<image>", "a", image=5)),
-    "true as picture": json.dumps(llava("<image>", "a", image=True)),
-    "lists as picture": json.dumps(llava("<image>", "a", image=[[["a.png"]]])),
-    "an object as picture": json.dumps(llava("<image>", "a", image={"image": {"image": {}}})),
+    "a number as image": json.dumps(llava("<image>", "a", image=5)),
+    "true as image": json.dumps(llava("<image>", "a", image=True)),
+    "lists as image": json.dumps(llava("<image>", "a", image=[[["a.png"]]])),
+    "an object as image": json.dumps(llava("<image>", "a", image={"image": {"image": {}}})),
     "base64 of nothing": json.dumps(llava("<image>", "a", image={"base64": "!"})),
     "a number as messages": json.dumps({"messages": 5}),
     "null as message": json.dumps({"messages": [None, None]}),
@@ -103,11 +105,11 @@ def read_row(path: Path, index: int) -> None:
             if part["type"] == "image":
                 from internvl.image_loading_internvl import read_image
 
-                read_image(part["image"], "A picture", 10**6)
+                read_image(part["image"], "An image", 10**6)
 
 
-@pytest.mark.parametrize("source", ["a.png", "./a.png", "pictures/../a.png", "pictures/b.png", "inner.png"])
-def test_pictures_below_the_folder_are_read_however_they_are_named(source, folder):
+@pytest.mark.parametrize("source", ["a.png", "./a.png", "images/../a.png", "images/b.png", "inner.png"])
+def test_images_below_the_folder_are_read_however_they_are_named(source, folder):
     for name in (source, str(folder / source)):
         messages = read_dialogue(llava("<image>", "a", image=name), folder)
         assert Path(messages[0]["content"][0]["image"]).read_bytes() == png()
@@ -122,7 +124,7 @@ OTHER_FILES = {
     "parquet": (lambda path: write_parquet(path, [0, 1]), "is a parquet file"),
     "tar": (lambda path: write_tar(path, [sample(0)]), "is a tar archive"),
     "gzip": (lambda path: path.write_bytes(gzip.compress(b"{}")), "is a gzip archive"),
-    "picture": (lambda path: path.write_bytes(png()), "is a PNG picture"),
+    "image": (lambda path: path.write_bytes(png()), "is a PNG image"),
     "UTF-16": (lambda path: path.write_bytes('{"a": 1}'.encode("utf-16")), "is text in UTF-16"),
     "UTF-16 without a mark": (lambda path: path.write_bytes('{"a": 1}'.encode("utf-16-le")), "is a binary file"),
     "numbers": (lambda path: path.write_bytes(bytes(range(256)) * 9), "is a binary file"),
@@ -156,13 +158,13 @@ def test_rows_beyond_the_limit_are_not_read(tmp_path, monkeypatch):
 def test_messages_for_a_terminal_hold_nothing_that_steers_it(folder):
     path = folder / "rows.jsonl"
     path.write_text(json.dumps(llava("<image>", "a", image="\x1b[2J\u202e\r\nx.png")) + "\n")
-    (fault,) = find_faults(JsonRows(path))
+    (fault,) = find_invalid_rows(JsonRows(path))
     assert str(fault).isprintable()
     assert r"\x1b[2J\u202e" in str(fault)
 
 
 def test_the_kinds_of_faults_that_are_counted_apart_are_bounded():
-    rows = BrokenRows(max_rate=1.0)
+    rows = BadRows(max_rate=1.0)
     for number in range(3 * MAX_KINDS):
         rows.count("a row", "fault " + chr(ord("a") + number % 26) * (1 + number // 26))
     assert len(rows.reasons) <= MAX_KINDS + 1
@@ -183,29 +185,29 @@ HOSTILE_SAMPLES = {
     "a link to above": sample(1, png=None, json=b'{"image": "link.png"}'),
     "a file in an object": sample(1, png=None, json=b'{"image": {"path": "/etc/passwd"}}'),
     "a device": sample(1, png=None, json=b'{"image": "/dev/zero"}'),
-    "a number as picture": sample(1, png=None, json=b'{"image": 5}'),
-    "a list as picture": sample(1, png=None, json=b'{"image": ["a.png"]}'),
+    "a number as image": sample(1, png=None, json=b'{"image": 5}'),
+    "a list as image": sample(1, png=None, json=b'{"image": ["a.png"]}'),
     "words as width": sample(1, json=b'{"width": "wide", "height": 4}'),
     "a list as height": sample(1, json=b'{"width": 4, "height": [4]}'),
     "an endless width": sample(1, json=b'{"width": ' + b"9" * 4000 + b', "height": 4}'),
 }
-RULES = (Rule("aspect_ratio", "<=", 5, 1, ""), Rule("caption_length", ">=", 1, 1, ""))
+FILTERS = (Filter("aspect_ratio", "<=", 5, 1, ""), Filter("caption_length", ">=", 1, 1, ""))
 
 
 @pytest.mark.parametrize("name", HOSTILE_SAMPLES)
 def test_a_hostile_sample_is_counted_and_left_out(name, folder, capsys):
     shard = write_tar(folder / "pairs.tar", [sample(0), HOSTILE_SAMPLES[name], sample(2)])
-    stream = PairStream(str(shard), epochs=1, shuffle_buffer=1, funnel=Funnel(1, RULES))
+    stream = PairStream(str(shard), epochs=1, shuffle_buffer=1, funnel=Funnel(1, FILTERS))
     assert [pair["text"] for pair in stream] == ["caption 0", "caption 2"]
-    assert stream.broken_rows.broken == 1
+    assert stream.bad_rows.broken == 1
     rules = folder / "rules.json"
     rules.write_text(json.dumps([{"column": "aspect_ratio", "comparison": "<=", "value": 5, "stage": 1, "why": ""}]))
     assert main(["funnel", str(shard), "--stage", "1", "--rules", str(rules)]) == 0
     assert "2 of 2 pairs are kept (100.00%), 1 broken." in capsys.readouterr().out
 
 
-def test_pictures_beside_a_local_shard_may_be_named(folder):
-    row = sample(0, png=None, json=b'{"image": "pictures/b.png"}')
+def test_images_beside_a_local_shard_may_be_named(folder):
+    row = sample(0, png=None, json=b'{"image": "images/b.png"}')
     shard = write_tar(folder / "pairs.tar", [row])
     (pair,) = PairStream(str(shard), epochs=1)
     assert pair["image"].size == (4, 4)
@@ -232,7 +234,7 @@ def test_a_member_of_64_gigabytes_is_left_out_at_once(kind, tmp_path):
         with tarfile.open(fileobj=file, mode="w") as archive:
             write_member(archive, "0.png", png())
             write_member(archive, "0.txt", b"first")
-            place = file.tell()
+            place = file.print_fn()
         file.seek(place)
         header = tarfile.TarInfo("1.png")
         header.size = size
@@ -255,7 +257,7 @@ def test_a_member_of_64_gigabytes_is_left_out_at_once(kind, tmp_path):
     stream = PairStream(str(path), epochs=1, shuffle_buffer=1)
     assert [pair["text"] for pair in stream] == ["first", "third"]
     assert time.monotonic() - started < 5
-    assert "too large" in next(iter(stream.broken_rows.reasons))
+    assert "too large" in next(iter(stream.bad_rows.reasons))
 
 
 def test_names_and_attributes_of_members_are_bounded(tmp_path):
@@ -263,13 +265,13 @@ def test_names_and_attributes_of_members_are_bounded(tmp_path):
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
         write_member(archive, "0.png", png())
         write_member(archive, "0.txt", b"first")
-        write_member(archive, "1.txt", b"without a picture, and not known to be whole")
+        write_member(archive, "1.txt", b"without an image, and not known to be whole")
         member = tarfile.TarInfo("2.txt")
         member.pax_headers = {"comment": "a" * 2**21}
         archive.addfile(member, io.BytesIO())
     stream = PairStream(str(path), epochs=1)
     assert [pair["text"] for pair in stream] == ["first"]
-    assert "The shard is damaged" in next(iter(stream.broken_rows.reasons))
+    assert "The shard is damaged" in next(iter(stream.bad_rows.reasons))
 
 
 def test_a_sample_cannot_say_where_it_comes_from(folder):
@@ -277,7 +279,7 @@ def test_a_sample_cannot_say_where_it_comes_from(folder):
     stream = PairStream(str(write_tar(folder / "pairs.tar", [hostile, sample(1)])), epochs=1)
     (pair,) = stream
     assert pair["shard"] == str(folder / "pairs.tar")
-    assert stream.broken_rows.broken == 1
+    assert stream.bad_rows.broken == 1
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir], ids=["pipe", "folder"])
@@ -292,14 +294,15 @@ def test_a_row_of_parquet_that_cannot_be_read_hides_no_other(tmp_path):
     from pyarrow import parquet
 
     texts = pyarrow.array([b"good", b"\xff", b"fine"], pyarrow.binary()).view(pyarrow.utf8())
-    pictures = pyarrow.array([png()] * 3)
-    parquet.write_table(pyarrow.table({"image": pictures, "caption": texts}), tmp_path / "pairs.parquet")
+    images = pyarrow.array([png()] * 3)
+    parquet.write_table(pyarrow.table({"image": images, "caption": texts}), tmp_path / "pairs.parquet")
     stream = PairStream(str(tmp_path / "pairs.parquet"), epochs=1, shuffle_buffer=1)
     assert [pair["text"] for pair in stream] == ["good", "fine"]
-    assert stream.broken_rows.broken == 1
+    assert stream.bad_rows.broken == 1
 
 
-# --------------------------------------------------------------------------------------------------------- command line
+# --------------------------------------------------------------------------------------------------------- command
+# line
 def test_a_rule_that_was_skipped_is_shown_as_skipped(tmp_path, capsys):
     shard = write_tar(tmp_path / "pairs.tar", [sample(30), sample(31, json=b'{"width": 4, "height": 4}')])
     rules = [

@@ -22,7 +22,7 @@ NUM_PAIRS = 6
 
 
 def features(seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """Pictures, texts, scale and bias as leaves in fp64."""
+    """Images, texts, scale and bias as leaves in fp64."""
     generator = torch.Generator().manual_seed(seed)
     images, texts = (torch.randn(NUM_PAIRS, 5, generator=generator, dtype=torch.float64) for _ in range(2))
     scale, bias = torch.tensor(3.0, dtype=torch.float64), torch.tensor(-1.0, dtype=torch.float64)
@@ -96,7 +96,7 @@ def test_a_batch_without_a_row_that_counts_has_the_loss_zero():
 
 
 @pytest.mark.parametrize("chunk_size", [None, 4])
-def test_captions_of_one_picture_share_the_target_of_retrieval(chunk_size):
+def test_captions_of_one_image_share_the_target_of_retrieval(chunk_size):
     leaves = features()
     ids = [7, 3, 7, 5, 7, 3]
     targets = [[(ids[j] == ids[i]) / ids.count(ids[i]) for j in range(NUM_PAIRS)] for i in range(NUM_PAIRS)]
@@ -105,7 +105,7 @@ def test_captions_of_one_picture_share_the_target_of_retrieval(chunk_size):
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 4])
-def test_sigmoid_loss_asks_of_every_picture_and_text_whether_they_are_a_pair(chunk_size):
+def test_sigmoid_loss_asks_of_every_image_and_text_whether_they_are_a_pair(chunk_size):
     leaves = features()
     found = sigmoid_loss(*leaves, chunk_size=chunk_size)
     assert_same_loss_and_gradients(found, slow_sigmoid(*leaves), leaves)

@@ -23,8 +23,8 @@ from transformers import Trainer, TrainingArguments
 from internvl.image_processing_internvl import InternVLImageProcessor
 from internvl.processing_internvl import InternVLProcessor
 from internvl.training import stages
-from internvl.training.data.bad_rows import BrokenRows, TooManyBrokenRowsError
-from internvl.training.data.filters import Funnel, MissingColumnError, Rule
+from internvl.training.data.bad_rows import BadRows, TooManyBadRowsError
+from internvl.training.data.filters import Filter, Funnel, MissingColumnError
 from internvl.training.data.pairs import PairCollator, PairStream, stream_loader
 from internvl.training.data.shards import find_shards, read_shard
 from internvl.training.recipes import stage2_small
@@ -133,7 +133,7 @@ def test_a_resumed_stream_gives_the_remaining_pairs(tmp_path, kind, world_size, 
         second = stream()
         second.load_state_dict(state)
         assert begun + texts(second) == whole, f"stopped after {stop}"
-        assert second.broken_rows.seen == len(whole)
+        assert second.bad_rows.seen == len(whole)
 
 
 def test_workers_resume_where_they_stopped(tmp_path):
@@ -190,8 +190,8 @@ def test_a_position_of_other_readers_is_refused(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------- broken
 BROKEN = {
-    "truncated picture": {"png": png(1, 64)[:60]},
-    "no picture": {"png": None},
+    "truncated image": {"png": png(1, 64)[:60]},
+    "no image": {"png": None},
     "no caption": {"txt": None},
     "empty caption": {"txt": b" \n"},
     "caption in another encoding": {"txt": b"\xff\xfe"},
@@ -205,8 +205,8 @@ def test_broken_samples_are_left_out_and_counted(tmp_path, fault):
     samples = [sample(0), sample(1, **BROKEN[fault]), sample(2)]
     stream = PairStream(str(write_tar(tmp_path / "a.tar", samples)), shuffle_buffer=1, epochs=1)
     assert texts(stream) == ["caption 0", "caption 2"]
-    assert (stream.broken_rows.seen, stream.broken_rows.broken) == (3, 1)
-    assert sum(stream.broken_rows.reasons.values()) == 1
+    assert (stream.bad_rows.seen, stream.bad_rows.broken) == (3, 1)
+    assert sum(stream.bad_rows.reasons.values()) == 1
 
 
 def test_a_shard_that_ends_too_early_does_not_hide_the_next(tmp_path, caplog):
@@ -218,43 +218,43 @@ def test_a_shard_that_ends_too_early_does_not_hide_the_next(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         found = texts(stream)
     assert found[-3:] == ["caption 10", "caption 11", "caption 12"]
-    assert stream.broken_rows.broken == 2
-    assert stream.broken_rows.reasons == {"The shard is damaged": 2}
+    assert stream.bad_rows.broken == 2
+    assert stream.bad_rows.reasons == {"The shard is damaged": 2}
 
 
 def test_too_many_broken_samples_end_the_run_and_say_why(tmp_path):
     samples = [sample(number, **({"txt": b""} if number % 5 == 0 else {})) for number in range(50)]
     path = str(write_tar(tmp_path / "a.tar", samples))
-    allowed = PairStream(path, epochs=1, broken_rows=BrokenRows(max_rate=0.2, grace=50))
+    allowed = PairStream(path, epochs=1, bad_rows=BadRows(max_rate=0.2, grace=50))
     assert len(list(allowed)) == 40
     with pytest.raises(
-        TooManyBrokenRowsError, match=r"(?s)6 of 26 rows are broken.*10.00%.*6 x The caption is empty.*a.tar"
+        TooManyBadRowsError, match=r"(?s)6 of 26 rows are broken.*10.00%.*6 x The caption is empty.*a.tar"
     ):
-        list(PairStream(path, epochs=1, shuffle_buffer=1, broken_rows=BrokenRows(max_rate=0.1, grace=50)))
+        list(PairStream(path, epochs=1, shuffle_buffer=1, bad_rows=BadRows(max_rate=0.1, grace=50)))
 
 
 def test_one_broken_sample_among_the_first_does_not_end_the_run():
-    rows = BrokenRows(max_rate=0.01, grace=1000)
+    rows = BadRows(max_rate=0.01, grace=1000)
     rows.count("here", "a fault")
     for _ in range(9):
         rows.count("here", "a fault")
-    with pytest.raises(TooManyBrokenRowsError, match="11 of 11"):
+    with pytest.raises(TooManyBadRowsError, match="11 of 11"):
         rows.count("here", "a fault")
 
 
 # ------------------------------------------------------------------------------------------------------------- funnel
-def test_the_funnel_leaves_pairs_out_before_their_pictures_are_decoded(tmp_path):
+def test_the_funnel_leaves_pairs_out_before_their_images_are_decoded(tmp_path):
     samples = [sample(number, **({"png": b"broken"} if number < 10 else {})) for number in range(20)]
-    funnel = Funnel(1, [Rule("similarity", ">=", 0.1, 1, "test")])
+    funnel = Funnel(1, [Filter("similarity", ">=", 0.1, 1, "test")])
     stream = PairStream(str(write_tar(tmp_path / "a.tar", samples)), epochs=1, shuffle_buffer=1, funnel=funnel)
     assert texts(stream) == [f"caption {number}" for number in range(10, 20)]
-    assert stream.broken_rows.broken == 0
+    assert stream.bad_rows.broken == 0
     assert funnel.report()["rules"][0]["removed"] == 10
 
 
-def test_sizes_come_from_the_picture_where_the_metadata_lacks_them(tmp_path):
+def test_sizes_come_from_the_image_where_the_metadata_lacks_them(tmp_path):
     samples = [sample(number, png=png(number, side), json=None) for number, side in enumerate((8, 16, 32))]
-    funnel = Funnel(1, [Rule("shorter_side", ">=", 10, 1, "test")])
+    funnel = Funnel(1, [Filter("shorter_side", ">=", 10, 1, "test")])
     stream = PairStream(str(write_tar(tmp_path / "a.tar", samples)), epochs=1, shuffle_buffer=1, funnel=funnel)
     assert texts(stream) == ["caption 1", "caption 2"]
 
@@ -262,13 +262,13 @@ def test_sizes_come_from_the_picture_where_the_metadata_lacks_them(tmp_path):
 def test_a_missing_column_ends_the_run_at_once(tmp_path):
     path = str(write_tar(tmp_path / "a.tar", [sample(0)]))
     with pytest.raises(MissingColumnError, match=r"watermark <= 0.5"):
-        list(PairStream(path, funnel=Funnel(1, [Rule("watermark", "<=", 0.5, 1, "test")])))
+        list(PairStream(path, funnel=Funnel(1, [Filter("watermark", "<=", 0.5, 1, "test")])))
 
 
 def test_a_funnel_that_lets_nothing_through_is_an_error(tmp_path):
     path = str(write_tar(tmp_path / "a.tar", [sample(0)]))
     with pytest.raises(ValueError, match="None of 1 samples is left"):
-        list(PairStream(path, funnel=Funnel(1, [Rule("similarity", ">=", 9, 1, "test")])))
+        list(PairStream(path, funnel=Funnel(1, [Filter("similarity", ">=", 9, 1, "test")])))
 
 
 # ----------------------------------------------------------------------------------------------------------- settings
@@ -296,7 +296,7 @@ def test_impossible_settings_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`shuffle_buffer` and `epochs`"):
         PairStream(path, shuffle_buffer=0)
     with pytest.raises(ValueError, match="between 0 and 1"):
-        BrokenRows(max_rate=2)
+        BadRows(max_rate=2)
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -314,7 +314,7 @@ def test_the_collator_makes_model_inputs(tmp_path, processor):
     assert processor.tokenizer.decode(batch["input_ids"][1]).startswith("<s>summarize:caption 1</s>")
 
 
-def test_transparent_pictures_are_read_over_the_background_of_the_model(tmp_path):
+def test_transparent_images_are_read_over_the_background_of_the_model(tmp_path):
     """The stream and the processor agree, so that training sees what inference sees."""
     buffer = io.BytesIO()
     Image.new("RGBA", (28, 28), (9, 9, 9, 0)).save(buffer, "PNG")
@@ -358,8 +358,8 @@ def test_trainer_takes_the_stream_and_resumes_in_its_midst(tmp_path, processor, 
 
     def train(folder: str, resume: bool) -> list[list[int]]:
         arguments = TrainingArguments(
-            str(tmp_path / folder), max_steps=6, per_device_train_batch_size=2, save_steps=3, report_to="none", use_cpu=True,
-            remove_unused_columns=False, dataloader_num_workers=workers, disable_tqdm=True,
+            str(tmp_path / folder), max_steps=6, per_device_train_batch_size=2, save_steps=3, report_to="none",
+            use_cpu=True, remove_unused_columns=False, dataloader_num_workers=workers, disable_tqdm=True,
         )  # fmt: skip
         model = Recorder()
         stream = PairStream(pattern, rank=arguments.process_index, world_size=arguments.world_size, shuffle_buffer=4)
@@ -382,10 +382,10 @@ def test_loaders_skip_batches_exactly(tmp_path, processor):
 
 # ------------------------------------------------------------------------------------------------------------- memory
 def write_shard(path: Path, rows: int) -> str:
-    pictures = [png(number, 32) for number in range(50)]
+    images = [png(number, 32) for number in range(50)]
     if path.suffix == ".parquet":
         return str(write_parquet(path, list(range(rows))))
-    return str(write_tar(path, [sample(number, png=pictures[number % 50]) for number in range(rows)]))
+    return str(write_tar(path, [sample(number, png=images[number % 50]) for number in range(rows)]))
 
 
 def memory_growth(shards: list[str], with_python: bool = True) -> tuple[float, float]:

@@ -1,4 +1,6 @@
-"""The training models of stages 1 and 2 and of fine-tuning: published losses and gradients, Trainer's conventions, saving."""
+"""The training models of stages 1 and 2 and of fine-tuning: published losses and gradients, Trainer's conventions,
+saving.
+"""
 
 import json
 import math
@@ -67,16 +69,16 @@ def test_stage_2_is_one_forward_of_each_tower_and_equals_three_separate_passes()
         side.register_forward_hook(lambda module, given, _: shapes.append(tuple(given[0].shape[:2])))
     found = model(**inputs)
     assert sorted(calls) == ["InternVisionModel", "QLlamaModel"]
-    # Keys of every picture once; its 5 queries once for matching and once for the two losses whose queries see no text.
+    # Keys of every image once; its 5 queries once for matching and once for the two losses whose queries see no text.
     assert sorted(shapes) == [(5, 5 + 5), (5, 17)]
 
-    pictures = inputs["pixel_values"]
+    images = inputs["pixel_values"]
     scores = [
-        model.get_matching_logits(pictures, inputs[f"{name}_input_ids"], inputs[f"{name}_attention_mask"])
+        model.get_matching_logits(images, inputs[f"{name}_input_ids"], inputs[f"{name}_attention_mask"])
         for name in ("negative", "positive")
     ]
     itm = F.cross_entropy(torch.cat([scores[0][:3], scores[1][3:]]), torch.tensor([0, 0, 0, 1, 1]))
-    images = F.normalize(model.clip_projector2(model.get_query_features(pictures)), dim=-1)
+    images = F.normalize(model.clip_projector2(model.get_query_features(images)), dim=-1)
     summaries = (inputs["summarize_input_ids"], inputs["summarize_attention_mask"])
     texts = F.normalize(model.get_text_features(*summaries), dim=-1)
     logits = model.logit_scale.exp() * images @ texts.T
@@ -85,7 +87,7 @@ def test_stage_2_is_one_forward_of_each_tower_and_equals_three_separate_passes()
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         query_embeds=model.query_tokens.expand(5, -1, -1),
-        vision_hidden_states=model.vision_model(pictures).last_hidden_state,
+        vision_hidden_states=model.vision_model(images).last_hidden_state,
         labels=inputs["labels"],
     ).loss
     wanted = {"loss": itm + itc + itg, "loss_itc": itc, "loss_itm": itm, "loss_itg": itg}
@@ -154,7 +156,7 @@ def test_without_negatives_other_texts_of_the_batch_are_drawn(name, monkeypatch)
         inputs["positive_input_ids"][1] = inputs["positive_input_ids"][0]
         is_candidate = [[0, 0, 0, 1, 1], [0, 0, 0, 1, 1], [1, 1, 0, 1, 1], [1, 1, 0, 0, 1], [1, 1, 0, 1, 0]]
     else:
-        model, inputs = tiny_model(InternVLForRetrievalTraining), retrieval_batch()  # pictures 0, 0, 1, 1, 2
+        model, inputs = tiny_model(InternVLForRetrievalTraining), retrieval_batch()  # images 0, 0, 1, 1, 2
         is_candidate = [[0, 0, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 0, 0, 1], [1, 1, 0, 0, 1], [1, 1, 1, 1, 0]]
     positive = (inputs["positive_input_ids"], inputs["positive_attention_mask"])
     inputs = {key: value for key, value in inputs.items() if not key.startswith("negative")}
@@ -175,7 +177,9 @@ def test_without_negatives_other_texts_of_the_batch_are_drawn(name, monkeypatch)
 
 @pytest.mark.parametrize("name", ["stage 2", "retrieval"])
 def test_drawn_negatives_give_the_losses_and_gradients_of_the_same_ones_given(name, monkeypatch):
-    """Where they are drawn the texts' features come from a pass of their own, and the pictures are read without these texts."""
+    """Where they are drawn the texts' features come from a pass of their own, and the images are read without these
+    texts.
+    """
     cls, _, batch = STAGES[name]
     model, inputs, drawn = tiny_model(cls), batch(), torch.tensor([3, 4, 4, 0, 1])
     monkeypatch.setattr(
@@ -226,7 +230,8 @@ def trainer_for(model: nn.Module, inputs: dict[str, torch.Tensor], folder, **arg
     rows = [{key: value[i] for key, value in inputs.items()} for i in range(len(inputs["pixel_values"]))]
     settings = {
         "output_dir": str(folder), "per_device_train_batch_size": len(rows), "max_steps": 8, "learning_rate": 3e-3,
-        "lr_scheduler_type": "constant", "logging_steps": 1, "report_to": "none", "use_cpu": True, "save_strategy": "no",
+        "lr_scheduler_type": "constant", "logging_steps": 1, "report_to": "none", "use_cpu": True,
+        "save_strategy": "no",
         "disable_tqdm": True, "dataloader_pin_memory": False, "eval_strategy": "no",
     }  # fmt: skip
     arguments = TrainingArguments(**{**settings, **arguments})
@@ -355,9 +360,9 @@ def test_half_of_the_patches_are_left_out_in_training_alone():
     model.eval()(**contrastive_batch())
     assert [x.shape[1] for x in seen] == [1 + 8, 1 + 16]
     chosen = []
-    for picture, tokens in zip(embedded, seen[0], strict=True):
-        matches = (tokens[:, None] == picture).all(-1).float().argmax(1).tolist()
-        assert torch.equal(picture[matches], tokens)
+    for image, tokens in zip(embedded, seen[0], strict=True):
+        matches = (tokens[:, None] == image).all(-1).float().argmax(1).tolist()
+        assert torch.equal(image[matches], tokens)
         assert matches[0] == 0  # the class token
         assert len(set(matches)) == len(matches)
         chosen.append(frozenset(matches))
@@ -386,7 +391,7 @@ def test_contrast_is_the_range_of_a_patch_in_its_widest_channel():
 
 
 def test_dropping_plain_patches_reads_the_others_alone():
-    """Pictures that differ in dropped patches only, by less than the kept ones contrast, have one embedding."""
+    """Images that differ in dropped patches only, by less than the kept ones contrast, have one embedding."""
     model = tiny_model(InternVLForContrastiveTraining, patch_drop_rate=0.5, drop_low_contrast_patches=True).train()
     size, patch = model.config.vision_config.image_size, model.config.vision_config.patch_size
     pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -401,7 +406,7 @@ def test_dropping_plain_patches_reads_the_others_alone():
     assert (whole - embeds[1]).abs().max() > 1e-3
 
 
-def test_several_texts_for_each_picture_have_the_mean_of_their_losses():
+def test_several_texts_for_each_image_have_the_mean_of_their_losses():
     model = tiny_model(InternVLForContrastiveTraining)
     pixels, texts = tiny.pixels(3), tiny.text_ids(6)
     both = model(pixel_values=pixels, input_ids=texts)
@@ -503,7 +508,7 @@ def test_the_scale_of_the_similarities_is_capped():
         (lambda: tiny_model(InternVLForCaptionTraining, 0), "Caption fine-tuning needs the queries"),
         (
             lambda: tiny_model(InternVLForContrastiveTraining)(tiny.pixels(2), tiny.text_ids(3)),
-            "must be pairs, or have as many texts for each picture, got 2 pictures and 3 texts",
+            "must be pairs, or have as many texts for each image, got 2 images and 3 texts",
         ),
     ],
 )

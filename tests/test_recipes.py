@@ -10,7 +10,7 @@ from PIL import Image
 from internvl.configuration_internvl import InternVLConfig
 from internvl.image_processing_internvl import InternVLImageProcessor
 from internvl.processing_internvl import InternVLProcessor
-from internvl.training.data.collators import GenerativeCollator, RetrievalCollator, picture_number
+from internvl.training.data.collators import GenerativeCollator, RetrievalCollator, image_number
 from internvl.training.models.parameter_groups import PARTS
 from internvl.training.models.pretraining import InternVLForGenerativeTraining, InternVLForRetrievalTraining
 from internvl.training.recipes import RECIPES, retrieval, stage1, stage1_small, stage2, stage3, with_steps
@@ -58,7 +58,8 @@ def test_stage_1_is_the_paper_s(recipe):
     assert recipe.drop_path_rate > 0
     assert trained(recipe) == [{"vision", "pooling", "qllama", "text_projection", "temperature"}] * 2
     config = InternVLConfig(
-        vision_config=dict(recipe.vision_config), qllama_config=dict(recipe.text_config), num_query_token=0, **recipe.model_config
+        vision_config=dict(recipe.vision_config), qllama_config=dict(recipe.text_config), num_query_token=0,
+        **recipe.model_config,
     )  # fmt: skip
     assert config.vision_config.image_size == whole.image_size
     assert half.image_size % config.vision_config.patch_size == 0
@@ -191,7 +192,7 @@ def test_prefix_lengths_tell_texts_without_a_caption(processor):
         assert counts[0] == lengths[f"{name}_prefix_length"] < counts[1]
 
 
-def test_retrieval_knows_equal_pictures(processor):
+def test_retrieval_knows_equal_images(processor):
     rows = pairs("a", "b", "c")
     rows[2]["image"] = rows[0]["image"].copy()
     batch = RetrievalCollator(processor, 40)(rows)
@@ -200,7 +201,7 @@ def test_retrieval_knows_equal_pictures(processor):
     assert set(batch) <= set(inspect.signature(InternVLForRetrievalTraining.forward).parameters)
     assert "labels" not in batch
     flat, tall = Image.new("L", (4, 2)), Image.new("L", (2, 4))
-    assert picture_number(flat) != picture_number(tall)
+    assert image_number(flat) != image_number(tall)
 
 
 def test_texts_too_short_for_a_caption_are_refused(processor):

@@ -1,4 +1,6 @@
-"""What a stage may start from: other kinds of models are refused in a sentence, narrow weights and other patches are no obstacle."""
+"""What a stage may start from: other kinds of models are refused in a sentence, narrow weights and other patches are
+no obstacle.
+"""
 
 import json
 from dataclasses import replace
@@ -127,7 +129,8 @@ def test_all_is_float32_unless_the_recipe_computes_under_autocast():
         assert {parameter.dtype for parameter in model.parameters()} == wanted
 
 
-# ------------------------------------------------------------------------------------------------------- what never runs
+# ------------------------------------------------------------------------------------------------------- what never
+# runs
 @pytest.mark.parametrize(
     ("select_layer", "connector", "idle"),
     [(-1, "patches", 0), (-2, "patches", 1), (1, "patches", None), (-2, "queries_and_patches", 0)],

@@ -1,4 +1,6 @@
-"""The stages end to end on generated data: the loss falls, frozen parts stay, a stopped run goes on exactly, folders load."""
+"""The stages end to end on generated data: the loss falls, frozen parts stay, a stopped run goes on exactly, folders
+load.
+"""
 
 import io
 import json
@@ -76,7 +78,7 @@ STAGE2 = shrunk(stage2_small(), steps=16, rate=2e-3, num_query_token=5, max_text
 RETRIEVAL = shrunk(retrieval_small(), (84,), rate=1e-3, max_text_length=LENGTH)
 
 
-def picture(colour: tuple[int, int, int], number: int) -> Image.Image:
+def image(colour: tuple[int, int, int], number: int) -> Image.Image:
     """A colour that is a little different each time."""
     return Image.new("RGB", (20, 20), tuple((value + number) % 256 for value in colour))
 
@@ -87,7 +89,7 @@ def shards(tmp_path_factory) -> list[str]:
     for number in range(32):
         name = list(COLOURS)[number % 4]
         file = io.BytesIO()
-        picture(COLOURS[name], number // 4).save(file, "PNG")
+        image(COLOURS[name], number // 4).save(file, "PNG")
         samples.append(sample(number, png=file.getvalue(), txt=f"{name} is it".encode()))
     return [str(write_tar(folder / f"{i}.tar", samples[i::2])) for i in range(2)]
 
@@ -97,7 +99,7 @@ def dialogues(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("dialogues")
     rows = []
     for number, (name, colour) in enumerate(COLOURS.items()):
-        picture(colour, 0).save(folder / f"{number}.png")
+        image(colour, 0).save(folder / f"{number}.png")
         rows += [llava("<image>\nWhat?", name, image=f"{number}.png")] * 3 + [llava("Who?", "a bus")]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [str(folder / "rows.jsonl")]
@@ -165,7 +167,7 @@ def test_stage_1_learns_and_is_an_internvl_c_with_its_processor(first):
     size = processor.image_processor.size
     assert (size["height"], size["width"], processor.mode) == (56, 56, "contrastive")
     inputs = processor(
-        images=[picture(colour, 1) for colour in COLOURS.values()],
+        images=[image(colour, 1) for colour in COLOURS.values()],
         text=[f"{name} is it" for name in COLOURS],
         return_tensors="pt",
     )
@@ -174,7 +176,7 @@ def test_stage_1_learns_and_is_an_internvl_c_with_its_processor(first):
     assert (logits.argmax(1) == torch.arange(4)).sum() >= 3
 
 
-def test_stage_1_drops_patches_of_smaller_pictures_first_and_then_none(shards, language, tmp_path, monkeypatch):
+def test_stage_1_drops_patches_of_smaller_images_first_and_then_none(shards, language, tmp_path, monkeypatch):
     seen = []
     original = trainer.StageTrainer.training_step
 
@@ -204,7 +206,7 @@ def test_stage_2_learns_its_new_parts_and_leaves_stage_1_as_it_was(first, second
     assert added == {"queries", "query_heads", "language_head"}
     model = AutoModel.from_pretrained(second).eval()
     processor = AutoProcessor.from_pretrained(second)
-    inputs = processor(images=[picture(COLOURS["red"], 0)], mode="caption", return_tensors="pt")
+    inputs = processor(images=[image(COLOURS["red"], 0)], mode="caption", return_tensors="pt")
     assert model.generate(**inputs, max_new_tokens=3).shape[0] == 1
 
 
@@ -240,7 +242,7 @@ def test_stage_3_makes_a_chat_model_of_stage_2_and_trains_what_it_says(name, sec
     connector, freeze_language, trained = CHATS[name]
     recipe = shrunk(stage3_small(connector, freeze_language), steps=8, rate=1e-2)
     run_stage3(recipe, dialogues, Run(tmp_path), second, language["decoder"])
-    if not freeze_language:  # no picture can steer the random decoder of this test
+    if not freeze_language:  # no image can steer the random decoder of this test
         assert_falls(tmp_path, "whole", 0.5)
     model, processor = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
     assert model.config.connector == connector
@@ -258,7 +260,7 @@ def test_stage_3_makes_a_chat_model_of_stage_2_and_trains_what_it_says(name, sec
         after[key] = after[key][:rows]  # the image tokens are new
     assert changed_parts(before, after) == trained - {"projector"}
     message = [
-        {"role": "user", "content": [{"type": "image", "image": picture((9, 9, 9), 0)}, {"type": "text", "text": "?"}]}
+        {"role": "user", "content": [{"type": "image", "image": image((9, 9, 9), 0)}, {"type": "text", "text": "?"}]}
     ]
     inputs = processor.apply_chat_template(
         message, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
@@ -278,7 +280,8 @@ def test_stage_2_keeps_frozen_parts_in_the_dtype_they_are_stored_in(first, shard
     assert changed_parts(before, after) <= {"temperature"}
 
 
-# ---------------------------------------------------------------------------------------------------- whatever is trained
+# ---------------------------------------------------------------------------------------------------- whatever is
+# trained
 def test_the_rates_of_the_parts_rise_and_fall_in_the_optimizer(shards, language, tmp_path, monkeypatch):
     rates = {"vision": 1e-3, "pooling": 2e-3, "qllama": 3e-4, "text_projection": 4e-4, "temperature": 5e-4}
     phase = replace(STAGE1.phases[0], learning_rates=rates, steps=8, warmup_steps=2)
@@ -321,7 +324,7 @@ def test_full_recipes_run_with_their_ways_of_saving_memory(shards, dialogues, la
 
 @pytest.mark.slow
 def test_small_recipes_run_at_their_own_sizes(shards, dialogues, language, tmp_path):
-    """One step of each phase, on few pairs; models, pictures and texts are the recipes'."""
+    """One step of each phase, on few pairs; models, images and texts are the recipes'."""
 
     def step_of(recipe):
         recipe = with_steps(recipe, 1)

@@ -31,7 +31,7 @@ def test_the_token_in_the_middle_of_an_object_names_it(layout):
             assert labels_at(scene, *item.centre)["digit"] - 1 == int(item.value)
 
 
-def test_small_text_of_a_large_picture_is_not_labelled_because_one_tile_cannot_show_it():
+def test_small_text_of_a_large_image_is_not_labelled_because_one_tile_cannot_show_it():
     scene = sample_scene(scene_generator("train", 8, 0), LAYOUTS["many_tiles"], "train")
     assert scene.texts()
     assert min(TILE_SIZE / scene.width, TILE_SIZE / scene.height) < 1

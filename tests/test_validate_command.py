@@ -21,7 +21,7 @@ def folder(tmp_path: Path) -> Path:
     make_image(32, 32).save(tmp_path / "a.png")
     make_image(32, 32).save(tmp_path / "b.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:300])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     return tmp_path
 
 
@@ -82,9 +82,9 @@ def test_every_bad_row_is_named_with_its_line_and_reason(folder, capsys):
     code, lines, _ = validate(capsys, path)
     assert code == 1
     expected = {
-        2: "The picture `z.png` is missing: there is no file",
+        2: "The image `z.png` is missing: there is no file",
         4: "Broken JSON: Expecting value (line 4)",
-        5: "The questions have 2 place(s) for pictures",
+        5: "The questions have 2 place(s) for images",
         6: "The answer in message 2 is empty",
         7: "The last message must be an answer",
         8: "broken.png` cannot be read as an image",
@@ -110,7 +110,7 @@ def test_every_bad_row_is_found(folder, capsys, name):
     assert lines[0].startswith(f"{path}:{line}: ")
 
 
-def test_several_files_and_a_folder_of_pictures(folder, capsys):
+def test_several_files_and_a_folder_of_images(folder, capsys):
     other = folder / "data"
     other.mkdir()
     for number in range(2):
@@ -169,7 +169,8 @@ def test_the_command_line_runs_as_a_module(folder, root, tmp_path):
     ]
 
 
-# -------------------------------------------------------------------------------------------------------- JSON of all kinds
+# -------------------------------------------------------------------------------------------------------- JSON of all
+# kinds
 ROWS = [{"a": 1}, {"b": ['[{"', "}]", "\\", '\\"']}, {"c": {"d": [[], {}]}}, {"é": "猫\n"}]
 
 

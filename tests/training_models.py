@@ -1,4 +1,6 @@
-"""Training models and batches for tests: tiny ones, and those recorded from the published code (golden/internvl_14b_training...)."""
+"""Training models and batches for tests: tiny ones, and those recorded from the published code
+(golden/internvl_14b_training...).
+"""
 
 import json
 from functools import cache
@@ -14,7 +16,8 @@ from . import tiny
 
 
 GOLDEN = Path(__file__).parent / "golden"
-# What the published code counts as an empty text (QUIRKS of stage 2): `<s></s>`, and `<s> summarize : </s>` of that tokenizer.
+# What the published code counts as an empty text (QUIRKS of stage 2): `<s></s>`, and `<s> summarize : </s>` of that
+# tokenizer.
 PREFIXES = {"matching_prefix_length": 2, "summarize_prefix_length": 5}
 
 
@@ -42,7 +45,7 @@ def generative_batch(batch: int = 5, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def retrieval_batch(batch: int = 5, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Inputs of retrieval fine-tuning, two captions for some of the pictures."""
+    """Inputs of retrieval fine-tuning, two captions for some of the images."""
     inputs = generative_batch(batch, seed)
     kept = {key: value for key, value in inputs.items() if key not in ("input_ids", "attention_mask", "labels")}
     return kept | {"image_ids": torch.arange(batch) // 2}

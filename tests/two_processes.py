@@ -1,5 +1,5 @@
-"""Runs a job on two gloo processes: `python -m tests.two_processes JOB FOLDER` writes what each rank found to FOLDER/rank0.pt and
-rank1.pt.
+"""Runs a job on two gloo processes: `python -m tests.two_processes JOB FOLDER` writes what each rank found to
+FOLDER/rank0.pt and rank1.pt.
 
 Run as a module of its own, so that the processes it spawns can import it under the same name.
 """
@@ -80,7 +80,7 @@ def sharded(rank: int, folder: Path) -> dict:
 
 
 def text_only_rank(rank: int, folder: Path) -> dict:
-    """A training step of both chat models, sharded and not, while the second rank's batch holds no picture."""
+    """A training step of both chat models, sharded and not, while the second rank's batch holds no image."""
     from . import tiny
 
     found = {}
@@ -101,8 +101,8 @@ def text_only_rank(rank: int, folder: Path) -> dict:
 
 
 def tensor_parallel(rank: int, folder: Path) -> dict:
-    """Every FOLDER/NAME/model with `tp_plan="auto"` on FOLDER/NAME/inputs.pt: its output, its tokens where it was asked to generate, and
-    local elements per tensor.
+    """Every FOLDER/NAME/model with `tp_plan="auto"` on FOLDER/NAME/inputs.pt: its output, its tokens where it was
+    asked to generate, and local elements per tensor.
     """
     return {path.name: load_in_tensor_parallel(path) for path in sorted(folder.iterdir()) if path.is_dir()}
 
@@ -123,7 +123,9 @@ def load_in_tensor_parallel(folder: Path) -> dict:
 
 
 def stage_of_two(rank: int, folder: Path) -> dict:
-    """Stage 1 on FOLDER/bad/*.tar, which is refused, and on FOLDER/good/*.tar: the errors, and what was drawn in each step."""
+    """Stage 1 on FOLDER/bad/*.tar, which is refused, and on FOLDER/good/*.tar: the errors, and what was drawn in each
+    step.
+    """
     from .test_stage_faults import numbers_drawn
 
     # As launchers do; the group is there already.

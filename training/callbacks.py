@@ -21,7 +21,8 @@ class KeepFrozenPartsWithoutGradient(TrainerCallback):
 class SeedRanksDifferently(TrainerCallback):
     """Gives each process different random numbers: kept patches, stochastic depth, hard negatives.
 
-    `Trainer` seeds all processes alike, which the weights and the order of the data need. The first process keeps that seed.
+    `Trainer` seeds all processes alike, which the weights and the order of the data need. The first process keeps that
+    seed.
     """
 
     def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:

@@ -1,8 +1,8 @@
 """The stages: `python -m internvl.training stage1|stage2|stage3|retrieval --output DIR ...`.
 
-Each stage writes a folder, see `trainer`, that the next stage starts from; the same command with `--resume` gives the weights
-of an unbroken run. On several processes start the same command with `accelerate launch`. A recipe of generated scenes
-("bundled") needs no data.
+Each stage writes a folder, see `trainer`, that the next stage starts from; the same command with `--resume` gives the
+weights of an unbroken run. On several processes start the same command with `accelerate launch`. A recipe of generated
+scenes ("bundled") needs no data.
 """
 
 from collections.abc import Callable

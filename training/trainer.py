@@ -1,10 +1,10 @@
 """`Trainer` for a recipe: its optimizer, schedule and learning curve, and the loop over its phases.
 
-A run writes to its folder the finished model with its code and processor, the log in `training_log.json`, with LoRA the
-`adapter`, and in `trainer/PHASE` the checkpoints that a stopped run resumes from.
+A run writes to its folder the finished model with its code and processor, the log in `training_log.json`, with LoRA
+the `adapter`, and in `trainer/PHASE` the checkpoints that a stopped run resumes from.
 
-Not covered: LoRA under ZeRO-3, where no process could merge the adapters at the end. To resume, a stream is read again up to
-where it was.
+Not covered: LoRA under ZeRO-3, where no process could merge the adapters at the end. To resume, a stream is read again
+up to where it was.
 """
 
 import json
@@ -175,7 +175,8 @@ def training_arguments(
     rows = min(rows_per_process or share, share)
     if rest or not rows or share % rows:
         raise ValueError(
-            f"A batch of {phase.batch_size} cannot be shared out evenly to {num_processes()} processes with {rows} rows at "
+            f"A batch of {phase.batch_size} cannot be shared out evenly to {num_processes()} processes with {rows} "
+            "rows at "
             "a time. Change `batch_size` or `grad_cache_chunk_size` of the recipe."
         )
     settings: dict[str, Any] = {"lr_scheduler_type": "cosine"}
@@ -369,7 +370,9 @@ def check_has_pairs(stream: PairStream) -> None:
 
 
 def _add_adapters(model: PreTrainedModel, run: Run) -> Any:
-    """Puts LoRA adapters into the model; what is trained is still the model itself, so that checkpoints hold all of it."""
+    """Puts LoRA adapters into the model; what is trained is still the model itself, so that checkpoints hold all of
+    it.
+    """
     if not run.lora_rank:
         return None
     from peft import LoraConfig, get_peft_model  # the extra `train`

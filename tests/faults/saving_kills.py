@@ -1,7 +1,8 @@
 """Kills saves: after each, the folder holds the weights that it had or the new ones, never some of both.
 
-Half of the saves are `save_pretrained` of a training model over an old folder with other weights in more files, half are checkpoints
-of a `Trainer`, beside an older one. Each runs in a fork of this process, which has imported everything.
+Half of the saves are `save_pretrained` of a training model over an old folder with other weights in more files, half
+are checkpoints of a `Trainer`, beside an older one. Each runs in a fork of this process, which has imported
+everything.
 """
 
 import logging

@@ -1,7 +1,8 @@
-"""Kills stage 1 at random moments, start, steps, saves and end: going on from whatever is left gives the weights of an unbroken run.
+"""Kills stage 1 at random moments, start, steps, saves and end: going on from whatever is left gives the weights of an
+unbroken run.
 
-Three of ten kills take one of two processes (gloo), and the other goes down with it, as launchers see to. Each run is a fork of this
-process, which has imported everything; it saves after every second of its steps.
+Three of ten kills take one of two processes (gloo), and the other goes down with it, as launchers see to. Each run is
+a fork of this process, which has imported everything; it saves after every second of its steps.
 """
 
 import contextlib

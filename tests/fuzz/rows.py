@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from internvl.training.data.bad_rows import BrokenRows
+from internvl.training.data.bad_rows import BadRows
 from internvl.training.data.json_rows import JsonRows
 from internvl.training.data.pairs import PairStream
-from internvl.training.data.validate import find_faults
+from internvl.training.data.validate import find_invalid_rows
 
 from ..fixtures_dialogues import BAD_ROWS, llava
 from ..fixtures_pairs import png, sample, write_parquet, write_tar
@@ -21,12 +21,12 @@ from .mutations import damaged, with_odd_values
 
 def _validate(path: Path) -> None:
     """All faults of a file; each row is either good or has one."""
-    for fault in find_faults(JsonRows(path)):
+    for fault in find_invalid_rows(JsonRows(path)):
         str(fault).encode("utf-8", "backslashreplace")
 
 
 def _stream(path: Path) -> None:
-    stream = PairStream(str(path), epochs=1, shuffle_buffer=1, broken_rows=BrokenRows(1.0))
+    stream = PairStream(str(path), epochs=1, shuffle_buffer=1, bad_rows=BadRows(1.0))
     for pair in stream:
         if pair["image"].mode != "RGB" or not isinstance(pair["text"], str):
             raise TypeError(f"gives {pair}")

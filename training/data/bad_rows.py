@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ...renaming_internvl import renamed_names
 from .texts import printable
 
 
@@ -19,12 +20,12 @@ class UnusableRowError(ValueError):
     """One row cannot be used; the others can."""
 
 
-class TooManyBrokenRowsError(ValueError):
+class TooManyBadRowsError(ValueError):
     """More rows are broken than the run allows."""
 
 
 @dataclass
-class BrokenRows:
+class BadRows:
     """The count of one reader (one process, or one worker of a data loader).
 
     Args:
@@ -53,7 +54,7 @@ class BrokenRows:
             reason: What is wrong with it.
 
         Raises:
-            TooManyBrokenRowsError: If more than `max_rate` of the rows are broken.
+            TooManyBadRowsError: If more than `max_rate` of the rows are broken.
         """
         self.seen += 1
         if place is None:
@@ -64,9 +65,10 @@ class BrokenRows:
         self.reasons[kind if kind in self.reasons or len(self.reasons) < MAX_KINDS else "other"] += 1
         if self.broken > self.max_rate * max(self.seen, self.grace):
             faults = ", ".join(f"{number} x {name}" for name, number in self.reasons.most_common())
-            raise TooManyBrokenRowsError(
+            raise TooManyBadRowsError(
                 f"{self.broken} of {self.seen} rows are broken, more than the {self.max_rate:.2%} of "
-                f"`max_rate` (of at least {self.grace} rows): {faults}. The last one: {place}: {reason} Mend the data, "
+                f"`max_rate` (of at least {self.grace} rows): {faults}. The last one: {place}: {reason} Mend the "
+                "data, "
                 "or raise the limit."
             )
         if self.broken & (self.broken - 1) == 0:  # 1, 2, 4, 8... keeps the log short
@@ -87,4 +89,6 @@ def _kind_of(reason: str) -> str:
     return re.split(r"[:.](?:\s|$)", without_names, maxsplit=1)[0]
 
 
-__all__ = ["BrokenRows", "TooManyBrokenRowsError", "UnusableRowError"]
+__getattr__ = renamed_names(globals(), BrokenRows="BadRows", TooManyBrokenRowsError="TooManyBadRowsError")
+
+__all__ = ["BadRows", "TooManyBadRowsError", "UnusableRowError"]

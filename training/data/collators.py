@@ -1,10 +1,12 @@
 """Image-text pairs to the batches of stage 2 and of retrieval fine-tuning; stage 1's are those of `PairCollator`.
 
-Every text has a fixed length, so that batches of all processes have one shape, unless asked otherwise. Each row of `PairStream` becomes:
+Every text has a fixed length, so that batches of all processes have one shape, unless asked otherwise. Each row of
+`PairStream` becomes:
 
 - `positive_*`, the caption for matching, with an end token;
 - `summarize_*`, the caption with the prefix `summarize:` and an end token, for the contrastive loss;
-- `input_ids` and `labels`, the caption with a prompt such as `English caption:` (the pair's own `prompt`, or the processor's)
+- `input_ids` and `labels`, the caption with a prompt such as `English caption:` (the pair's own `prompt`, or the
+processor's)
   and an end token, for generation: the caption and its end are learned, the prompt and padding are not.
 """
 
@@ -15,17 +17,18 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ...layers_internvl import IGNORE_INDEX
 from ...processing_internvl import InternVLProcessor
-from ..models.losses import IGNORED
+from ...renaming_internvl import renamed_names
 
 
 PADDINGS = ("max_length", "longest")
 
 
-def picture_number(picture: Image.Image) -> int:
-    """A number that equal pictures share on all processes: 63 bits of a digest of size and pixels."""
-    digest = hashlib.blake2b(repr((picture.mode, picture.size)).encode(), digest_size=8)
-    digest.update(picture.tobytes())
+def image_number(image: Image.Image) -> int:
+    """A number that equal images share on all processes: 63 bits of a digest of size and pixels."""
+    digest = hashlib.blake2b(repr((image.mode, image.size)).encode(), digest_size=8)
+    digest.update(image.tobytes())
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
@@ -41,7 +44,8 @@ class GenerativeCollator:
     Args:
         processor: Of the model.
         max_length: Tokens of every text at most, prefix and end token included.
-        padding: "max_length" (published) makes all texts that long, "longest" as long as the longest of their kind in the batch.
+        padding: "max_length" (published) makes all texts that long, "longest" as long as the longest of their kind in
+            the batch.
         **settings: Of the image processor, `size` for instance.
 
     Raises:
@@ -97,9 +101,9 @@ class GenerativeCollator:
         prompts = [pair.get("prompt", self.processor.caption_prompt) for pair in pairs]
         rows = self._rows([f"{prompt} {pair['text']}" for prompt, pair in zip(prompts, pairs, strict=True)])
         ids, mask = self._padded(rows)
-        labels = ids.masked_fill(mask == 0, IGNORED)
+        labels = ids.masked_fill(mask == 0, IGNORE_INDEX)
         for row, prompt_ids, label in zip(rows, self._rows(prompts), labels, strict=True):
-            label[: _length_of_start(row, prompt_ids)] = IGNORED
+            label[: _length_of_start(row, prompt_ids)] = IGNORE_INDEX
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     def _rows(self, texts: list[str]) -> list[list[int]]:
@@ -121,12 +125,14 @@ class GenerativeCollator:
 class RetrievalCollator(GenerativeCollator):
     """Pairs to inputs of `InternVLForRetrievalTraining`: without the texts of generation, with `image_ids` (B,).
 
-    Pictures are told apart by their pixels, so the captions of one picture may stand in rows of their own.
+    Images are told apart by their pixels, so the captions of one image may stand in rows of their own.
     """
 
     def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        image_ids = torch.tensor([picture_number(pair["image"]) for pair in pairs])
+        image_ids = torch.tensor([image_number(pair["image"]) for pair in pairs])
         return {**self._contrastive_and_matching(pairs), "image_ids": image_ids}
 
 
-__all__ = ["GenerativeCollator", "RetrievalCollator", "picture_number"]
+__getattr__ = renamed_names(globals(), picture_number="image_number")
+
+__all__ = ["GenerativeCollator", "RetrievalCollator", "image_number"]

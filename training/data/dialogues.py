@@ -1,11 +1,11 @@
 """Dialogues for stage 3: every usual form of a row becomes messages, messages become tensors, tensors a batch.
 
 Rows may be LLaVA's and ShareGPT's (`conversations` of `from` and `value`), `messages` with `images`, OpenAI's lists of
-content parts, or `query` and `response`. `read_dialogue` turns each into the messages that `apply_chat_template` takes;
-`DialogueEncoder` tokenizes them once, and masks by that one tokenization: only what the assistant writes, its end token
-included, has a label. `DialogueCollator` pads on the right, or packs.
+content parts, or `query` and `response`. `read_dialogue` turns each into the messages that `apply_chat_template`
+takes; `DialogueEncoder` tokenizes them once, and masks by that one tokenization: only what the assistant writes, its
+end token included, has a label. `DialogueCollator` pads on the right, or packs.
 
-Not covered: videos (give frames as pictures), sound, and tool calls.
+Not covered: videos (give frames as images), sound, and tool calls.
 
 Shapes: B rows, L tokens, T tiles of the whole batch.
 """
@@ -25,8 +25,9 @@ from ...conversation_internvl import IMAGE_PLACEHOLDER
 from ...layers_internvl import IGNORE_INDEX
 from ...messages_internvl import Message
 from ...processing_internvl import InternVLProcessor
-from .bad_rows import BrokenRows, UnusableRowError
-from .image_files import is_path, picture_file
+from ...renaming_internvl import renamed_arguments
+from .bad_rows import BadRows, UnusableRowError
+from .image_files import image_file, is_path
 from .json_rows import JsonRows, Row
 from .texts import check_text
 
@@ -53,13 +54,13 @@ Part = dict[str, Any]
 def read_dialogue(row: Row, images: str | Path | None = None) -> list[Message]:
     """Turns a row of any usual form into messages for `InternVLProcessor.apply_chat_template`.
 
-    Each `<image>` in a question is the place of the next picture of the row; one line break behind it is dropped, because
-    the chat template writes one. Where no question has an `<image>`, all pictures come before the first one. Content
-    parts say themselves where their pictures are, and `<image>` is then plain text.
+    Each `<image>` in a question is the place of the next image of the row; one line break behind it is dropped,
+    because the chat template writes one. Where no question has an `<image>`, all images come before the first one.
+    Content parts say themselves where their images are, and `<image>` is then plain text.
 
     Args:
         row: The row.
-        images: Folder of the pictures that are given as paths, which must lie below it; None takes them as they are.
+        images: Folder of the images that are given as paths, which must lie below it; None takes them as they are.
 
     Returns:
         Messages whose contents are lists of text and image parts.
@@ -69,7 +70,7 @@ def read_dialogue(row: Row, images: str | Path | None = None) -> list[Message]:
     """
     for key in UNSUPPORTED_KEYS:
         if row.get(key):
-            raise ValueError(f"`{key}` is not read here. Give the frames of a video as pictures.")
+            raise ValueError(f"`{key}` is not read here. Give the frames of a video as images.")
     turns = _turns_of(row)
     _check_order([role for role, _ in turns])
     length = sum(len(part.get("text", "")) for _, parts in turns for part in parts)
@@ -78,7 +79,7 @@ def read_dialogue(row: Row, images: str | Path | None = None) -> list[Message]:
     has_parts = any(_is_image(part) for _, parts in turns for part in parts)
     if not has_parts:
         turns = _split_placeholders(turns)
-    turns = _fill_pictures(turns, _pictures_of(row))
+    turns = _fill_images(turns, _images_of(row))
     messages = []
     for number, (role, parts) in enumerate(turns, start=1):
         _check_content(role, parts, number)
@@ -161,7 +162,8 @@ def _check_order(roles: list[str]) -> None:
         expected = ("user", "assistant")[index % 2]
         if role != expected:
             raise ValueError(
-                f"Message {first + index + 1} is from `{role}`, expected `{expected}`: after a system message, if any, "
+                f"Message {first + index + 1} is from `{role}`, expected `{expected}`: after a system message, if "
+                "any, "
                 "user and assistant take turns."
             )
     if len(roles) == first or roles[-1] != "assistant":
@@ -171,29 +173,29 @@ def _check_order(roles: list[str]) -> None:
 def _check_content(role: str, parts: list[Part], number: int) -> None:
     has_images = any(map(_is_image, parts))
     if has_images and role != "user":
-        raise ValueError(f"Message {number} is from `{role}` and holds a picture: only a user may show pictures.")
+        raise ValueError(f"Message {number} is from `{role}` and holds an image: only a user may show images.")
     if role != "system" and not has_images and not any(part["text"].strip() for part in parts):
         raise ValueError(f"The {'answer' if role == 'assistant' else 'question'} in message {number} is empty.")
 
 
-# -------------------------------------------------------------------------------------------------------- the pictures
-def _pictures_of(row: Row) -> list[Any]:
-    """Pictures of a row that stand outside its messages."""
+# -------------------------------------------------------------------------------------------------------- the images
+def _images_of(row: Row) -> list[Any]:
+    """Images of a row that stand outside its messages."""
     given = [row[key] for key in ("image", "images") if row.get(key) is not None and row[key] not in ("", [])]
     if len(given) > 1:
         raise ValueError("A row has either `image` or `images`, this one has both.")
-    pictures = given[0] if given and isinstance(given[0], (list, tuple)) else given
-    return [_source_of(picture) for picture in pictures]
+    shown = given[0] if given and isinstance(given[0], (list, tuple)) else given
+    return [_source_of(image) for image in shown]
 
 
-def _source_of(picture: Any) -> Any:
-    """What a picture is read from; None where a part leaves it to the pictures of the row."""
-    while isinstance(picture, dict):
-        key = next((key for key in SOURCE_KEYS if picture.get(key) is not None), None)
-        picture = None if key is None else picture[key]
-        if key == "base64" and isinstance(picture, str) and not picture.startswith("data:"):
-            picture = f"data:;base64,{picture}"  # no path
-    return picture
+def _source_of(image: Any) -> Any:
+    """What an image is read from; None where a part leaves it to the images of the row."""
+    while isinstance(image, dict):
+        key = next((key for key in SOURCE_KEYS if image.get(key) is not None), None)
+        image = None if key is None else image[key]
+        if key == "base64" and isinstance(image, str) and not image.startswith("data:"):
+            image = f"data:;base64,{image}"  # no path
+    return image
 
 
 def _split_placeholders(turns: list[tuple[str, list[Part]]]) -> list[tuple[str, list[Part]]]:
@@ -215,21 +217,21 @@ def _pieces(text: str) -> list[Part]:
     return kept or pieces
 
 
-def _fill_pictures(turns: list[tuple[str, list[Part]]], pictures: list[Any]) -> list[tuple[str, list[Part]]]:
-    """Gives each image part without a source the next picture of the row."""
+def _fill_images(turns: list[tuple[str, list[Part]]], images: list[Any]) -> list[tuple[str, list[Part]]]:
+    """Gives each image part without a source the next image of the row."""
     empty = [part for _, parts in turns for part in parts if _is_image(part) and part["image"] is None]
     places = sum(_is_image(part) for _, parts in turns for part in parts)
-    if pictures and not places:
-        shown = [{"type": "image", "image": picture} for picture in pictures]
+    if images and not places:
+        shown = [{"type": "image", "image": image} for image in images]
         first = next(index for index, (role, _) in enumerate(turns) if role == "user")
         return [(role, shown + parts if index == first else parts) for index, (role, parts) in enumerate(turns)]
-    if len(empty) != len(pictures):
+    if len(empty) != len(images):
         raise ValueError(
-            f"The questions have {len(empty)} place(s) for pictures (`{IMAGE_PLACEHOLDER}`, or image parts without a "
-            f"source), and the row has {len(pictures)} picture(s)."
+            f"The questions have {len(empty)} place(s) for images (`{IMAGE_PLACEHOLDER}`, or image parts without a "
+            f"source), and the row has {len(images)} image(s)."
         )
-    for part, picture in zip(empty, pictures, strict=True):
-        part["image"] = picture
+    for part, image in zip(empty, images, strict=True):
+        part["image"] = image
     return turns
 
 
@@ -237,10 +239,10 @@ def _resolved(part: Part, images: str | Path | None) -> Part:
     """The part with the path of its file, which must be there."""
     source = part["image"]
     if source is None:
-        raise ValueError("A picture is null.")
+        raise ValueError("An image is null.")
     if not is_path(source):
         return part
-    return {**part, "image": str(picture_file(source, images))}
+    return {**part, "image": str(image_file(source, images))}
 
 
 # --------------------------------------------------------------------------------------------------------- the tensors
@@ -250,9 +252,9 @@ class DialogueEncoder:
     Args:
         processor: Of the chat model; its chat template needs generation markers.
         max_length: Most tokens of a row; None for no limit.
-        too_long: What becomes of longer rows. "drop": they are unusable. "cut": their end is cut off, but if that would
-            cut a picture's tokens, or leave nothing to learn, they are unusable. "error": the run stops.
-        images: Folder of the pictures that are given as relative paths.
+        too_long: What becomes of longer rows. "drop": they are unusable. "cut": their end is cut off, but if that
+            would cut an image's tokens, or leave nothing to learn, they are unusable. "error": the run stops.
+        images: Folder of the images that are given as relative paths.
         **settings: Settings of the image processor, `max_num` for instance.
 
     Raises:
@@ -280,10 +282,10 @@ class DialogueEncoder:
 
         Args:
             row: Of any form that `read_dialogue` knows.
-            images: Folder of this row's pictures, instead of the encoder's own.
+            images: Folder of this row's images, instead of the encoder's own.
 
         Returns:
-            `input_ids` and `labels` (L,), -100 = not learned, and `pixel_values` (tiles, 3, H, W) if it has pictures.
+            `input_ids` and `labels` (L,), -100 = not learned, and `pixel_values` (tiles, 3, H, W) if it has images.
 
         Raises:
             UnusableRowError: If this row cannot be used.
@@ -319,23 +321,24 @@ class DialogueEncoder:
         if self.too_long == "drop":
             raise UnusableRowError(f"{message}.")
         if torch.isin(ids[max_length:], torch.tensor(self.processor.image_token_ids)).any():
-            raise UnusableRowError(f"{message}, and the cut would go through a picture.")
+            raise UnusableRowError(f"{message}, and the cut would go through an image.")
         if (labels[:max_length] == IGNORE_INDEX).all():
             raise UnusableRowError(f"{message}, and no answer is left before the cut.")
         encoded.update(input_ids=ids[:max_length], labels=labels[:max_length])
 
 
+@renamed_arguments(broken_rows="bad_rows")
 class DialogueDataset(Dataset):
     """Encoded rows of files, for `Trainer`.
 
-    A row that cannot be used is counted, logged, and replaced by the next one that can, so that batches keep their size;
-    `python -m internvl.training validate` names all of them beforehand.
+    A row that cannot be used is counted, logged, and replaced by the next one that can, so that batches keep their
+    size; `python -m internvl.training validate` names all of them beforehand.
 
     Args:
         files: JSON arrays or JSON lines.
         encoder: Makes the tensors.
-        images: Folder of the pictures; None takes the folder of each file.
-        broken_rows: The limit on unusable rows, and their count.
+        images: Folder of the images; None takes the folder of each file.
+        bad_rows: The limit on unusable rows, and their count.
 
     Raises:
         OSError: If a file cannot be opened.
@@ -347,12 +350,12 @@ class DialogueDataset(Dataset):
         files: str | Path | Sequence[str | Path],
         encoder: DialogueEncoder,
         images: str | Path | None = None,
-        broken_rows: BrokenRows | None = None,
+        bad_rows: BadRows | None = None,
     ) -> None:
         self.files = [JsonRows(file) for file in ([files] if isinstance(files, (str, Path)) else files)]
         self.encoder = encoder
         self.images = images
-        self.broken_rows = broken_rows or BrokenRows()
+        self.bad_rows = bad_rows or BadRows()
         self._ends = list(accumulate(len(file) for file in self.files))
         if not len(self):
             raise ValueError(f"There is no row in {', '.join(str(file.path) for file in self.files) or 'no file'}.")
@@ -378,9 +381,9 @@ class DialogueDataset(Dataset):
             row = file.read(position)
             encoded = self.encoder(row, file.path.parent if self.images is None else self.images)
         except UnusableRowError as error:
-            self.broken_rows.count(f"{file.path}:{file.line(position)}", error)
+            self.bad_rows.count(f"{file.path}:{file.line(position)}", error)
             return None
-        self.broken_rows.count()
+        self.bad_rows.count()
         return encoded
 
 
@@ -393,8 +396,8 @@ class DialogueCollator:
     still compute the whole square, so that many short rows gain and few long ones do not.
 
     Args:
-        encoder: Encodes rows that are not yet encoded, those of a `datasets.Dataset` for instance (`Trainer` then needs
-            `remove_unused_columns=False`); what cannot be used ends the run.
+        encoder: Encodes rows that are not yet encoded, those of a `datasets.Dataset` for instance (`Trainer` then
+            needs `remove_unused_columns=False`); what cannot be used ends the run.
         pack: Pack the rows of a batch instead of padding them.
     """
 
@@ -410,7 +413,7 @@ class DialogueCollator:
 
         Returns:
             `input_ids`, `labels` (B, L), -100 = not learned, `attention_mask` (B, L), 1 = attend, and `pixel_values`
-            (T, 3, H, W) if there are pictures. Packed: (1, sum of L), and `position_ids` in place of the mask.
+            (T, 3, H, W) if there are images. Packed: (1, sum of L), and `position_ids` in place of the mask.
 
         Raises:
             ValueError: If no row has a label, so that there is nothing to learn.

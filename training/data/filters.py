@@ -1,9 +1,10 @@
-"""The paper's data funnel as data: a table of filter rules over the metadata of image-text pairs, and what each removed.
+"""The paper's data funnel as data: a table of filter rules over the metadata of image-text pairs, and what each
+removed.
 
 The paper (section 3.3 and its supplement) trains stage 1 on 4.98 of 6.03 billion pairs and stage 2 on 1.03 billion of
-them. It names the columns that it filters on, but no cut-off for any of them: the cut-offs of `RULES` are this package's
-choice, each with its reason, and a table of one's own takes their place (`read_rules`). Not covered: removing pictures
-of the evaluation sets, and judging what a caption says.
+them. It names the columns that it filters on, but no cut-off for any of them: the cut-offs of `FILTERS` are this
+package's choice, each with its reason, and a table of one's own takes their place (`read_filters`). Not covered:
+removing images of the evaluation sets, and judging what a caption says.
 """
 
 import argparse
@@ -18,8 +19,9 @@ from typing import Any
 from tqdm import tqdm
 
 from ...extras import extra
-from .bad_rows import BrokenRows
-from .pair_rows import IMAGE_COLUMNS, add_size, caption_of, metadata_of, picture_of
+from ...renaming_internvl import renamed_arguments, renamed_names
+from .bad_rows import BadRows
+from .pair_rows import IMAGE_COLUMNS, add_size, caption_in, image_source, metadata_of
 from .shards import find_shards, read_shards
 
 
@@ -37,7 +39,7 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 
 
 @dataclass(frozen=True)
-class Rule:
+class Filter:
     """A row of the table: rows of data for which the comparison does not hold are removed.
 
     Args:
@@ -69,23 +71,29 @@ class Rule:
 
 
 # Stage 1 removes the extremes only and keeps most pairs; stage 2 is strict (paper, section 3.3).
-RULES = (
-    Rule("similarity", ">=", 0.20, 1, "CLIP similarity; LAION itself cut at 0.26 to 0.28, other sources did not cut"),
-    Rule("watermark", "<=", 0.95, 1, "probability of a watermark: only where it is nearly certain"),
-    Rule("unsafe", "<=", 0.95, 1, "probability of unsafe content: only where it is nearly certain"),
-    Rule("aesthetic", ">=", 3.0, 1, "LAION's aesthetic score from 1 to 10: below 3 are mostly scans and placeholders"),
-    Rule("shorter_side", ">=", 64, 1, "LAION dropped smaller pictures too; they are blown up to 196 px in stage 1"),
-    Rule("aspect_ratio", "<=", 5, 1, "banners, which a square resize distorts beyond recognition"),
-    Rule("caption_length", ">=", 5, 1, "characters; LAION dropped shorter captions too"),
-    Rule("caption_length", "<=", 1000, 1, "characters; more than 80 tokens, most of which the text encoder cuts off"),
-    Rule("similarity", ">=", 0.28, 2, "LAION's cut for English pairs, now for every source"),
-    Rule("watermark", "<=", 0.5, 2, "more likely marked than not: captioning learns to repeat marks"),
-    Rule("unsafe", "<=", 0.5, 2, "more likely unsafe than not"),
-    Rule("aesthetic", ">=", 4.5, 2, "the cut of LAION's aesthetic subsets"),
-    Rule("shorter_side", ">=", 224, 2, "the picture size of stage 2: nothing is blown up"),
-    Rule("aspect_ratio", "<=", 3, 2, "a square resize changes shapes by three at most"),
-    Rule("caption_length", ">=", 15, 2, "characters; shorter captions are mostly file names and single words"),
-    Rule("caption_length", "<=", 300, 2, "characters; fits the text encoder whole"),
+FILTERS = (
+    Filter(
+        "similarity", ">=", 0.20, 1, "CLIP similarity; LAION itself cut at 0.26 to 0.28, other sources did not cut"
+    ),
+    Filter("watermark", "<=", 0.95, 1, "probability of a watermark: only where it is nearly certain"),
+    Filter("unsafe", "<=", 0.95, 1, "probability of unsafe content: only where it is nearly certain"),
+    Filter(
+        "aesthetic", ">=", 3.0, 1, "LAION's aesthetic score from 1 to 10: below 3 are mostly scans and placeholders"
+    ),
+    Filter("shorter_side", ">=", 64, 1, "LAION dropped smaller images too; they are blown up to 196 px in stage 1"),
+    Filter("aspect_ratio", "<=", 5, 1, "banners, which a square resize distorts beyond recognition"),
+    Filter("caption_length", ">=", 5, 1, "characters; LAION dropped shorter captions too"),
+    Filter(
+        "caption_length", "<=", 1000, 1, "characters; more than 80 tokens, most of which the text encoder cuts off"
+    ),
+    Filter("similarity", ">=", 0.28, 2, "LAION's cut for English pairs, now for every source"),
+    Filter("watermark", "<=", 0.5, 2, "more likely marked than not: captioning learns to repeat marks"),
+    Filter("unsafe", "<=", 0.5, 2, "more likely unsafe than not"),
+    Filter("aesthetic", ">=", 4.5, 2, "the cut of LAION's aesthetic subsets"),
+    Filter("shorter_side", ">=", 224, 2, "the image size of stage 2: nothing is blown up"),
+    Filter("aspect_ratio", "<=", 3, 2, "a square resize changes shapes by three at most"),
+    Filter("caption_length", ">=", 15, 2, "characters; shorter captions are mostly file names and single words"),
+    Filter("caption_length", "<=", 300, 2, "characters; fits the text encoder whole"),
 )
 
 # Names under which the usual data sets carry a column; the first that a row has is taken.
@@ -110,11 +118,11 @@ class MissingColumnError(ValueError):
     """The data lacks what a rule compares."""
 
 
-def read_rules(path: str | Path) -> tuple[Rule, ...]:
+def read_filters(path: str | Path) -> tuple[Filter, ...]:
     """Reads a table of rules.
 
     Args:
-        path: JSON file: a list of objects with the fields of `Rule`.
+        path: JSON file: a list of objects with the fields of `Filter`.
 
     Returns:
         The rules, in the order of the file.
@@ -122,20 +130,20 @@ def read_rules(path: str | Path) -> tuple[Rule, ...]:
     Raises:
         ValueError: If an entry is no rule.
     """
-    known = {field.name for field in fields(Rule)}
+    known = {field.name for field in fields(Filter)}
     table = json.loads(Path(path).read_text(encoding="utf-8"))
     if not isinstance(table, list) or not all(isinstance(entry, dict) for entry in table):
         raise ValueError(f"`{path}` must hold a list of objects with the fields {', '.join(sorted(known))}.")
     rules = []
     for number, entry in enumerate(table, start=1):
         try:
-            rules.append(Rule(**entry))
+            rules.append(Filter(**entry))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"Rule {number} of `{path}` is none: {error}") from error
+            raise ValueError(f"Filter {number} of `{path}` is none: {error}") from error
     return tuple(rules)
 
 
-def with_optional(rules: Iterable[Rule], columns: Iterable[str]) -> tuple[Rule, ...]:
+def with_optional(rules: Iterable[Filter], columns: Iterable[str]) -> tuple[Filter, ...]:
     """The rules, those on certain columns made optional.
 
     Args:
@@ -175,7 +183,7 @@ class Funnel:
         rules: The table.
     """
 
-    def __init__(self, stage: int, rules: Sequence[Rule] = RULES) -> None:
+    def __init__(self, stage: int, rules: Sequence[Filter] = FILTERS) -> None:
         if stage not in STAGES:
             raise ValueError(f"`stage` must be one of {STAGES}, got {stage!r}.")
         self.stage = stage
@@ -220,7 +228,8 @@ class Funnel:
 
         Each rule has its fields, "removed" (rows of which it is the first that fails) and "removed_share" of the rows
         seen, "failing" (rows that fail it, whatever the others say) and "failing_share", "missing" (rows without a
-        value), "left", the rows that are left behind it, and "skipped", whether it judged none because all lack its column.
+        value), "left", the rows that are left behind it, and "skipped", whether it judged none because all lack its
+        column.
         """
         left, rows = self.seen, []
         for rule, tally in zip(self.rules, self._tallies, strict=True):
@@ -241,7 +250,7 @@ class Funnel:
         return count / self.seen if self.seen else 0.0
 
     @staticmethod
-    def _value(row: Mapping[str, Any], rule: Rule) -> Any:
+    def _value(row: Mapping[str, Any], rule: Filter) -> Any:
         """What the rule compares; None where there is nothing."""
         try:
             return _value_of(row, rule.column)
@@ -249,12 +258,13 @@ class Funnel:
             if rule.is_optional:
                 return None
             raise MissingColumnError(
-                f"The rule `{rule.name}` finds no {error}; the data has {', '.join(map(str, row))}. Rename the column, "
+                f"The rule `{rule.name}` finds no {error}; the data has {', '.join(map(str, row))}. Rename the "
+                "column, "
                 "or make the rule optional."
             ) from error
 
 
-def _holds(rule: Rule, value: Any) -> bool:
+def _holds(rule: Filter, value: Any) -> bool:
     if value is None:
         return rule.is_optional
     try:
@@ -280,7 +290,7 @@ def _value_of(row: Mapping[str, Any], column: str) -> Any:
     return None if value is None or (isinstance(value, float) and math.isnan(value)) else value
 
 
-def _listed(rules: Iterable[Rule]) -> str:
+def _listed(rules: Iterable[Filter]) -> str:
     return ", ".join(dict.fromkeys(rule.column for rule in rules))
 
 
@@ -313,12 +323,13 @@ def plot_report(report: Mapping[str, Any], path: str | Path) -> None:
     figure.savefig(path)
 
 
-def metadata_rows(shards: Sequence[str], broken_rows: BrokenRows) -> Iterator[Mapping[str, Any]]:
-    """Metadata of every pair in shards; pictures are not decoded, and need not be there.
+@renamed_arguments(broken_rows="bad_rows")
+def metadata_rows(shards: Sequence[str], bad_rows: BadRows) -> Iterator[Mapping[str, Any]]:
+    """Metadata of every pair in shards; images are not decoded, and need not be there.
 
     Args:
         shards: Files, see `find_shards`.
-        broken_rows: The limit on rows whose metadata cannot be read, and their count.
+        bad_rows: The limit on rows whose metadata cannot be read, and their count.
 
     Yields:
         Rows for `Funnel`.
@@ -326,13 +337,13 @@ def metadata_rows(shards: Sequence[str], broken_rows: BrokenRows) -> Iterator[Ma
     for raw in read_shards(shards):
         try:
             row = metadata_of(raw)
-            row["caption"] = caption_of(row)
+            row["caption"] = caption_in(row)
             if any(row.get(column) is not None for column in IMAGE_COLUMNS):
-                add_size(row, picture_of(row))
+                add_size(row, image_source(row))
         except ValueError as error:
-            broken_rows.count(f"{raw['__shard__']}, sample `{raw['__key__']}`", error)
+            bad_rows.count(f"{raw['__shard__']}, sample `{raw['__key__']}`", error)
             continue
-        broken_rows.count()
+        bad_rows.count()
         yield row
 
 
@@ -349,30 +360,30 @@ def _outcome_of(row: Mapping[str, Any]) -> str:
     return outcome + (f", {passed} without a value passed" if passed else "")
 
 
-def run(options: argparse.Namespace, tell: Callable[[str], None]) -> int:
+def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     """Runs `funnel`.
 
     Args:
         options: Arguments of the command line.
-        tell: Takes the lines to show.
+        print_fn: Takes the lines to show.
 
     Returns:
         Exit code 0.
     """
-    rules = RULES if options.rules is None else read_rules(options.rules)
-    funnel, broken_rows = Funnel(options.stage, with_optional(rules, options.without)), BrokenRows()
-    rows = metadata_rows(find_shards(options.data), broken_rows)
+    rules = FILTERS if options.rules is None else read_filters(options.rules)
+    funnel, bad_rows = Funnel(options.stage, with_optional(rules, options.without)), BadRows()
+    rows = metadata_rows(find_shards(options.data), bad_rows)
     for row in tqdm(rows, desc="funnel", unit="pair", leave=False, disable=None):
         try:
             funnel.keeps(row)
         except MissingColumnError:  # of all rows, not of this one
             raise
         except ValueError as error:
-            broken_rows.count(f"{row['__shard__']}, sample `{row['__key__']}`", error)
-    report = {**funnel.report(), "broken": broken_rows.broken}
+            bad_rows.count(f"{row['__shard__']}, sample `{row['__key__']}`", error)
+    report = {**funnel.report(), "broken": bad_rows.broken}
     for row in report["rules"]:
-        tell(f"stage {row['stage']}  {_name_of(row):<26} {_outcome_of(row)}")
-    tell(
+        print_fn(f"stage {row['stage']}  {_name_of(row):<26} {_outcome_of(row)}")
+    print_fn(
         f"{report['kept']} of {report['seen']} pairs are kept ({report['kept_share']:.2%}), {report['broken']} broken."
     )
     if options.output:
@@ -382,14 +393,16 @@ def run(options: argparse.Namespace, tell: Callable[[str], None]) -> int:
     return 0
 
 
+__getattr__ = renamed_names(globals(), RULES="FILTERS", Rule="Filter", read_rules="read_filters")
+
 __all__ = [
     "COLUMNS",
-    "RULES",
+    "FILTERS",
+    "Filter",
     "Funnel",
     "MissingColumnError",
-    "Rule",
     "metadata_rows",
     "plot_report",
-    "read_rules",
+    "read_filters",
     "with_optional",
 ]

@@ -1,4 +1,5 @@
-"""Generated scenes as training data: item i of a phase is the whole batch of step i, made from the seed, the phase and i alone.
+"""Generated scenes as training data: item i of a phase is the whole batch of step i, made from the seed, the phase and
+i alone.
 
 Batches differ in size (few images with many tiles, or many of one tile), which a batch size cannot express.
 """

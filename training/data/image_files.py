@@ -1,4 +1,4 @@
-"""Pictures that rows of data name by a path: only files below the folder that was given for them, wherever links lead."""
+"""Images that rows of data name by a path: only files below the folder given for them, wherever links lead."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -10,21 +10,21 @@ NAME_LENGTH = 200  # characters of a path that messages show
 
 
 def is_path(source: Any) -> bool:
-    """Whether a picture's source is a path, and no address or content."""
+    """Whether an image's source is a path, and no address or content."""
     return isinstance(source, Path) or (isinstance(source, str) and not source.startswith(ADDRESSES))
 
 
-def picture_file(source: str | Path, folder: str | Path | None) -> Path:
-    """The file of a picture.
+def image_file(source: str | Path, folder: str | Path | None) -> Path:
+    """The file of an image.
 
     Args:
         source: Path in a row, relative to `folder` or below it.
-        folder: Below which pictures may lie; None allows any.
+        folder: Below which images may lie; None allows any.
 
     Raises:
         ValueError: If it lies elsewhere, or is no regular file.
     """
-    name = f"The picture `{str(source)[:NAME_LENGTH]}`"
+    name = f"The image `{str(source)[:NAME_LENGTH]}`"
     path = Path(folder or "", source)
     try:
         is_inside = folder is None or path.resolve().is_relative_to(_resolved(str(folder)))
@@ -32,7 +32,7 @@ def picture_file(source: str | Path, folder: str | Path | None) -> Path:
     except (OSError, RuntimeError, ValueError) as error:  # too long, links in a circle, NUL
         raise ValueError(f"{name} is missing: its path cannot be read ({type(error).__name__}).") from error
     if not is_inside:
-        raise ValueError(f"{name} lies outside of `{folder}`; rows may only name pictures below that folder.")
+        raise ValueError(f"{name} lies outside of `{folder}`; rows may only name images below that folder.")
     if not is_file:
         raise ValueError(f"{name} is missing: there is no file `{str(path)[:NAME_LENGTH]}`.")
     return path
@@ -43,4 +43,4 @@ def _resolved(folder: str) -> Path:
     return Path(folder).resolve()
 
 
-__all__ = ["is_path", "picture_file"]
+__all__ = ["image_file", "is_path"]

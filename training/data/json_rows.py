@@ -18,7 +18,7 @@ from .bad_rows import UnusableRowError
 
 Row = dict[str, Any]
 
-MAX_ROW_BYTES = 2**28  # of one row, pictures as base64 included
+MAX_ROW_BYTES = 2**28  # of one row, images as base64 included
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # Whole strings are one token, so that brackets inside them do not count. A lone quote is a string that never ends.
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{}]', re.DOTALL)
@@ -35,8 +35,8 @@ _OTHERS = {
     b"PK\x03\x04": "a zip archive",
     b"\xfd7zXZ": "an xz archive",
     b"\x28\xb5\x2f\xfd": "a zstd archive",
-    b"\x89PNG": "a PNG picture",
-    b"\xff\xd8\xff": "a JPEG picture",
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
     b"%PDF": "a PDF document",
     b"\xff\xfe": "text in UTF-16 or UTF-32",
     b"\xfe\xff": "text in UTF-16",

@@ -1,4 +1,4 @@
-"""What a raw row of a shard holds: its metadata, its caption and its picture, undecoded. See `shards` for the rows."""
+"""What a raw row of a shard holds: its metadata, its caption and its image, undecoded. See `shards` for the rows."""
 
 import json
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from typing import Any
 
 from ...image_loading_internvl import read_image_size
 from ...image_processing_internvl import InternVLImageProcessor
-from .image_files import is_path, picture_file
+from .image_files import image_file, is_path
 from .shards import FAULT_COLUMN, Row
 from .texts import check_text
 
 
-# Where pictures and captions are found, in this order; the first that a row has is taken.
+# Where images and captions are found, in this order; the first that a row has is taken.
 IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp", "image", "image_bytes", "bytes")
 TEXT_COLUMNS = ("txt", "caption", "text", "TEXT")
 JSON_COLUMN = "json"
@@ -47,7 +47,7 @@ def metadata_of(row: Row) -> Row:
     return {**(metadata or {}), **row}
 
 
-def caption_of(row: Row, columns: Sequence[str] = TEXT_COLUMNS) -> str:
+def caption_in(row: Row, columns: Sequence[str] = TEXT_COLUMNS) -> str:
     """The caption, without blanks around it.
 
     Args:
@@ -77,8 +77,8 @@ def caption_of(row: Row, columns: Sequence[str] = TEXT_COLUMNS) -> str:
     return value
 
 
-def picture_of(row: Row, columns: Sequence[str] = IMAGE_COLUMNS) -> Any:
-    """The picture as it is stored: bytes, an address, or a file, which must lie below the folder of a local shard.
+def image_source(row: Row, columns: Sequence[str] = IMAGE_COLUMNS) -> Any:
+    """The image as it is stored: bytes, an address, or a file, which must lie below the folder of a local shard.
 
     Args:
         row: What `metadata_of` returned.
@@ -91,33 +91,33 @@ def picture_of(row: Row, columns: Sequence[str] = IMAGE_COLUMNS) -> Any:
         ValueError: If there is none, or it names a file elsewhere.
     """
     value = _first_of(row, columns)
-    if isinstance(value, dict):  # how `datasets` writes pictures to parquet
+    if isinstance(value, dict):  # how `datasets` writes images to parquet
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if isinstance(value, (bytes, bytearray)):
         return bytes(value)
     if not isinstance(value, str):
-        raise ValueError(f"The picture is neither bytes nor a path: it is of type {type(value).__name__}.")
+        raise ValueError(f"The image is neither bytes nor a path: it is of type {type(value).__name__}.")
     if not is_path(value):
         return value
     if "://" in row["__shard__"]:
-        raise ValueError("The picture is named by a path, which a shard at an address cannot have.")
-    return str(picture_file(value, Path(row["__shard__"]).parent))
+        raise ValueError("The image is named by a path, which a shard at an address cannot have.")
+    return str(image_file(value, Path(row["__shard__"]).parent))
 
 
-def add_size(row: Row, picture: Any) -> None:
-    """Adds `width` and `height` out of the picture's header where the metadata does not tell them.
+def add_size(row: Row, image: Any) -> None:
+    """Adds `width` and `height` out of the image's header where the metadata does not tell them.
 
     Args:
         row: Changed in place.
-        picture: What `picture_of` returned.
+        image: What `image_source` returned.
 
     Raises:
         ValueError: If there is no header to read.
     """
-    if not isinstance(picture, bytes) or ("width" in row and "height" in row):
+    if not isinstance(image, bytes) or ("width" in row and "height" in row):
         return
     limit = InternVLImageProcessor.max_image_pixels
-    row["width"], row["height"] = read_image_size(picture, "The picture", limit)
+    row["width"], row["height"] = read_image_size(image, "The image", limit)
 
 
 def _first_of(row: Row, columns: Sequence[str]) -> Any:
@@ -128,4 +128,4 @@ def _first_of(row: Row, columns: Sequence[str]) -> Any:
     return value
 
 
-__all__ = ["IMAGE_COLUMNS", "TEXT_COLUMNS", "add_size", "caption_of", "metadata_of", "picture_of"]
+__all__ = ["IMAGE_COLUMNS", "TEXT_COLUMNS", "add_size", "caption_in", "image_source", "metadata_of"]

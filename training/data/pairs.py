@@ -1,4 +1,4 @@
-"""Image-text pairs at web scale: shards in, pictures and captions out, a little at a time.
+"""Image-text pairs at web scale: shards in, images and captions out, a little at a time.
 
 `PairStream` reads WebDataset tar files and parquet files through `datasets`' streaming, which splits the shards over
 processes and workers. On top of it come what `datasets` leaves open: shuffling that can be resumed exactly (its own
@@ -25,9 +25,10 @@ from ...extras import extra
 from ...image_loading_internvl import DEFAULT_BACKGROUND, Background, read_image, to_pil
 from ...image_processing_internvl import InternVLImageProcessor
 from ...processing_internvl import InternVLProcessor
-from .bad_rows import BrokenRows
+from ...renaming_internvl import renamed_arguments
+from .bad_rows import BadRows
 from .filters import Funnel, MissingColumnError
-from .pair_rows import IMAGE_COLUMNS, TEXT_COLUMNS, add_size, caption_of, metadata_of, picture_of
+from .pair_rows import IMAGE_COLUMNS, TEXT_COLUMNS, add_size, caption_in, image_source, metadata_of
 from .shards import Row, find_shards, read_shards
 
 
@@ -56,8 +57,9 @@ class _Position:
     taken: int = 0
 
 
+@renamed_arguments(broken_rows="bad_rows")
 class PairStream(torch.utils.data.IterableDataset):
-    """Pairs {"image": picture, "text": caption, "key": name, "shard": file}, each once per epoch over all processes.
+    """Pairs {"image": image, "text": caption, "key": name, "shard": file}, each once per epoch over all processes.
 
     Every process builds the same stream with its own `rank`, and workers of a data loader share it among themselves.
     The number of shards should be a multiple of processes times workers: else every process reads all shards and keeps
@@ -75,13 +77,13 @@ class PairStream(torch.utils.data.IterableDataset):
         shuffle_buffer: Samples that are shuffled together; 1 keeps the order of the shards.
         epochs: Passes over the data; None goes on for ever, which training on several processes needs, because their
             parts are not equally long.
-        funnel: Leaves out rows by their metadata, before their pictures are decoded.
-        image_column: Column of the pictures, instead of the first of `pair_rows.IMAGE_COLUMNS` that there is.
+        funnel: Leaves out rows by their metadata, before their images are decoded.
+        image_column: Column of the images, instead of the first of `pair_rows.IMAGE_COLUMNS` that there is.
         text_column: Column of the captions, instead of the first of `pair_rows.TEXT_COLUMNS`.
-        broken_rows: The limit on broken samples, and their count. Shards that end too early or cannot be read count as
+        bad_rows: The limit on broken samples, and their count. Shards that end too early or cannot be read count as
             one sample each.
-        max_image_pixels: Larger pictures count as broken.
-        background_color: What transparent pictures are read over, as the processor of the model does.
+        max_image_pixels: Larger images count as broken.
+        background_color: What transparent images are read over, as the processor of the model does.
 
     Raises:
         OSError: If there are no such files.
@@ -101,7 +103,7 @@ class PairStream(torch.utils.data.IterableDataset):
         funnel: Funnel | None = None,
         image_column: str | None = None,
         text_column: str | None = None,
-        broken_rows: BrokenRows | None = None,
+        bad_rows: BadRows | None = None,
         max_image_pixels: int = InternVLImageProcessor.max_image_pixels,
         background_color: Background = DEFAULT_BACKGROUND,
     ) -> None:
@@ -122,7 +124,7 @@ class PairStream(torch.utils.data.IterableDataset):
         self.funnel = funnel
         self.image_columns = IMAGE_COLUMNS if image_column is None else (image_column,)
         self.text_columns = TEXT_COLUMNS if text_column is None else (text_column,)
-        self.broken_rows = broken_rows or BrokenRows()
+        self.bad_rows = bad_rows or BadRows()
         self.max_image_pixels = max_image_pixels
         self.background_color = background_color
         self._position = _Position()
@@ -138,7 +140,7 @@ class PairStream(torch.utils.data.IterableDataset):
         stream = copy(self)
         stream.funnel = None if self.funnel is None else Funnel(self.funnel.stage, self.funnel.rules)
         stream._position, stream._is_over = _Position(), False
-        stream.broken_rows = BrokenRows(self.broken_rows.max_rate, self.broken_rows.grace)
+        stream.bad_rows = BadRows(self.bad_rows.max_rate, self.bad_rows.grace)
         return stream
 
     def set_epoch(self, epoch: int) -> None:
@@ -153,7 +155,7 @@ class PairStream(torch.utils.data.IterableDataset):
         """The position after the last pair, for the same number of processes and workers."""
         return {
             "position": dict(vars(self._position)),
-            "broken_rows": self.broken_rows.state_dict(),
+            "broken_rows": self.bad_rows.state_dict(),
             "readers": self._readers(),
         }
 
@@ -168,11 +170,12 @@ class PairStream(torch.utils.data.IterableDataset):
         """
         if state["readers"] != self._readers():
             raise ValueError(
-                f"The saved position belongs to {state['readers']}, this stream has {self._readers()}. Resume with the "
+                f"The saved position belongs to {state['readers']}, this stream has {self._readers()}. Resume with "
+                "the "
                 "same data on as many processes and workers."
             )
         self._position, self._is_over = _Position(**state["position"]), False
-        self.broken_rows.load_state_dict(state["broken_rows"])
+        self.bad_rows.load_state_dict(state["broken_rows"])
 
     def _readers(self) -> dict[str, int]:
         worker = get_worker_info()
@@ -198,7 +201,7 @@ class PairStream(torch.utils.data.IterableDataset):
                     num_pairs += 1
                     yield pair
             if is_whole and num_rows > 0 and num_pairs == 0:
-                faults = ", ".join(f"{count} x {kind}" for kind, count in self.broken_rows.reasons.items())
+                faults = ", ".join(f"{count} x {kind}" for kind, count in self.bad_rows.reasons.items())
                 raise ValueError(
                     f"None of {num_rows} samples is left to train on. "
                     + (f"Broken: {faults}." if faults else "Look at the rules of the funnel.")
@@ -256,25 +259,25 @@ class PairStream(torch.utils.data.IterableDataset):
         place = f"{row['__shard__']}, sample `{row['__key__']}`"
         try:
             row = metadata_of(row)
-            image = picture_of(row, self.image_columns)
-            row["caption"] = caption_of(row, self.text_columns)
+            image = image_source(row, self.image_columns)
+            row["caption"] = caption_in(row, self.text_columns)
             if self.funnel is not None:
                 add_size(row, image)
                 if not self.funnel.keeps(row):
-                    self.broken_rows.count()
+                    self.bad_rows.count()
                     return None
-            picture = self._decode(image)
+            image = self._decode(image)
         except MissingColumnError:  # of all rows, not of this one
             raise
         except ValueError as error:
-            self.broken_rows.count(place, error)
+            self.bad_rows.count(place, error)
             return None
-        self.broken_rows.count()
-        return {"image": picture, "text": row["caption"], "key": row["__key__"], "shard": row["__shard__"]}
+        self.bad_rows.count()
+        return {"image": image, "text": row["caption"], "key": row["__key__"], "shard": row["__shard__"]}
 
     def _decode(self, image: Any) -> Image.Image:
-        picture = read_image(image, "The picture", self.max_image_pixels)
-        return to_pil(picture, "The picture", self.max_image_pixels, True, None, self.background_color)
+        image = read_image(image, "The image", self.max_image_pixels)
+        return to_pil(image, "The image", self.max_image_pixels, True, None, self.background_color)
 
 
 def _has_other_workers() -> bool:

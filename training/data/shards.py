@@ -1,8 +1,9 @@
 """Shards of image-text pairs as raw rows: WebDataset tar files and parquet files, local or remote.
 
 Nothing is decoded here: a row is {"__shard__": where it comes from, "__key__": its name there} and the columns as
-bytes and plain values, so that one broken picture or text cannot end a shard. `datasets`' own reader of tar files decodes
-texts and JSON while it reads and takes the columns from the first five samples, which noisy data does not survive.
+bytes and plain values, so that one broken image or text cannot end a shard. `datasets`' own reader of tar files
+decodes texts and JSON while it reads and takes the columns from the first five samples, which noisy data does not
+survive.
 """
 
 import lzma
@@ -49,8 +50,8 @@ def find_shards(patterns: str | Sequence[str]) -> list[str]:
     """Names the files that patterns stand for.
 
     Args:
-        patterns: Paths or addresses (`hf://`, and whatever else fsspec knows; `https://` needs aiohttp), with `*` and `?`
-            except in `https://`.
+        patterns: Paths or addresses (`hf://`, and whatever else fsspec knows; `https://` needs aiohttp), with `*` and
+            `?` except in `https://`.
 
     Returns:
         The shards, in the order of the patterns and sorted within each.

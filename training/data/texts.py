@@ -2,7 +2,9 @@
 
 
 def printable(text: str) -> str:
-    """A text on one line, without what a terminal or a file cannot take: line breaks, control characters, lone surrogates."""
+    """A text on one line, without what a terminal or a file cannot take: line breaks, control characters, lone
+    surrogates.
+    """
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in " ".join(text.split()))
 
 

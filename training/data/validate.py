@@ -12,13 +12,14 @@ from transformers import AutoProcessor
 from ...image_loading_internvl import read_image
 from ...image_processing_internvl import InternVLImageProcessor
 from ...kinds import check_kind
+from ...renaming_internvl import renamed_names
 from .dialogues import DialogueEncoder, read_dialogue
 from .json_rows import JsonRows, Row
 from .texts import printable
 
 
 @dataclass(frozen=True)
-class Fault:
+class InvalidRow:
     """A row that cannot be trained on."""
 
     file: Path
@@ -29,14 +30,14 @@ class Fault:
         return f"{self.file}:{self.line}: {printable(self.reason)}"
 
 
-def find_faults(
+def find_invalid_rows(
     rows: JsonRows, images: str | Path | None = None, encoder: DialogueEncoder | None = None
-) -> Iterator[Fault]:
-    """Reads every row and every picture of a file, on a terminal behind a progress bar.
+) -> Iterator[InvalidRow]:
+    """Reads every row and every image of a file, on a terminal behind a progress bar.
 
     Args:
         rows: The file.
-        images: Folder of the pictures; None takes the file's own.
+        images: Folder of the images; None takes the file's own.
         encoder: Encodes each row too, so that rows that are too long for a model are found.
 
     Yields:
@@ -47,28 +48,28 @@ def find_faults(
         try:
             row = rows.read(index)
             if encoder is None:
-                _read_pictures(row, images)
+                _read_images(row, images)
             else:
                 encoder(row, images)
         except ValueError as error:
-            yield Fault(rows.path, rows.line(index), str(error))
+            yield InvalidRow(rows.path, rows.line(index), str(error))
 
 
-def _read_pictures(row: Row, images: str | Path) -> None:
+def _read_images(row: Row, images: str | Path) -> None:
     for message in read_dialogue(row, images):
         for part in message["content"]:
             if part["type"] == "image":
                 source = part["image"]
-                name = f"The picture `{source}`" if isinstance(source, str) and len(source) <= 200 else "A picture"
+                name = f"The image `{source}`" if isinstance(source, str) and len(source) <= 200 else "An image"
                 read_image(source, name, InternVLImageProcessor.max_image_pixels)
 
 
-def run(options: argparse.Namespace, tell: Callable[[str], None]) -> int:
+def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     """Runs `validate`.
 
     Args:
         options: Arguments of the command line.
-        tell: Takes the lines to show.
+        print_fn: Takes the lines to show.
 
     Returns:
         Exit code: 0, or 1 where a row is bad or there is none.
@@ -82,15 +83,15 @@ def run(options: argparse.Namespace, tell: Callable[[str], None]) -> int:
     for name in options.data:
         rows = JsonRows(name)
         num_rows += len(rows)
-        for fault in find_faults(rows, options.images, encoder):
+        for fault in find_invalid_rows(rows, options.images, encoder):
             with tqdm.external_write_mode():
-                tell(str(fault))
+                print_fn(str(fault))
             bad[name] += 1
         if not len(rows):
-            tell(f"{name}:1: There is no row in this file.")
+            print_fn(f"{name}:1: There is no row in this file.")
             bad[name] += 1
     files = f"{len(options.data)} file{'s' if len(options.data) > 1 else ''}"
-    tell(f"{num_rows} rows in {files}, {bad.total() or 'none'} bad.")
+    print_fn(f"{num_rows} rows in {files}, {bad.total() or 'none'} bad.")
     return 1 if bad else 0
 
 
@@ -104,4 +105,6 @@ def _encoder(options: argparse.Namespace) -> DialogueEncoder | None:
     return DialogueEncoder(processor, options.max_length or processor.tokenizer.model_max_length)
 
 
-__all__ = ["Fault", "find_faults"]
+__getattr__ = renamed_names(globals(), Fault="InvalidRow", find_faults="find_invalid_rows")
+
+__all__ = ["InvalidRow", "find_invalid_rows"]

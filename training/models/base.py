@@ -1,4 +1,4 @@
-"""What the training models of stages 1 and 2 share: texts to read pictures with, frozen parts, features.
+"""What the training models of stages 1 and 2 share: texts to read images with, frozen parts, features.
 
 The stages themselves are in pretraining. Shape letters as in modeling_internvit.
 """
@@ -36,7 +36,9 @@ class Texts:
         return Texts(self.ids[rows], self.mask[rows])
 
     def is_empty(self, prefix_length: int) -> torch.Tensor:
-        """(B,), whether nothing follows the prefix; `prefix_length` counts the tokens that every text has, end token too."""
+        """(B,), whether nothing follows the prefix; `prefix_length` counts the tokens that every text has, end token
+        too.
+        """
         return self.mask.sum(dim=1) <= prefix_length
 
     def trimmed(self) -> "Texts":
@@ -54,7 +56,8 @@ class Texts:
 
 
 def drop_patches(tokens: torch.Tensor, share: float, contrast: torch.Tensor | None = None) -> torch.Tensor:
-    """Leaves out a share of each picture's patches, by chance (FLIP, https://arxiv.org/abs/2212.00794) or the plainest ones.
+    """Leaves out a share of each image's patches, by chance (FLIP, https://arxiv.org/abs/2212.00794) or the plainest
+    ones.
 
     Args:
         tokens: (B, N, D), embedded with their positions; the class token stays.
@@ -75,7 +78,9 @@ def drop_patches(tokens: torch.Tensor, share: float, contrast: torch.Tensor | No
 
 
 def patch_contrast(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """(B, 3, height, width) -> (B, patches): how far the pixels of each patch differ, in the channel where they differ most."""
+    """(B, 3, height, width) -> (B, patches): how far the pixels of each patch differ, in the channel where they differ
+    most.
+    """
     patches = rearrange(pixel_values, "b c (i p) (j q) -> b (i j) c (p q)", p=patch_size, q=patch_size)
     return (patches.amax(dim=-1) - patches.amin(dim=-1)).amax(dim=-1)
 
@@ -91,7 +96,8 @@ class InternVLTrainingModel(SavedAsInternVLModel):
 
     Args:
         config: The configuration.
-        grad_cache_chunk_size: Gradient caching: pairs whose activations are in memory at a time; None means all of the batch.
+        grad_cache_chunk_size: Gradient caching: pairs whose activations are in memory at a time; None means all of the
+            batch.
         max_logit_scale: Cap of the factor of the similarities (CLIP: 100).
     """
 
@@ -107,7 +113,8 @@ class InternVLTrainingModel(SavedAsInternVLModel):
         self.max_logit_scale = max_logit_scale
 
     def train(self, mode: bool = True) -> "InternVLTrainingModel":
-        """As in torch; a frozen vision tower stays in evaluation mode, or stochastic depth would only add noise to it."""
+        """As in torch; a frozen vision tower stays in evaluation mode, or stochastic depth would only add noise to "
+        "it."""
         super().train(mode)
         if mode and is_frozen(self.vision_model):
             self.vision_model.eval()
@@ -162,7 +169,7 @@ class InternVLTrainingModel(SavedAsInternVLModel):
         return shared.split(hidden_states)
 
     def _text_embeds(self, texts: Texts) -> torch.Tensor:
-        """Unit vectors (B, E) of texts that are read without a picture."""
+        """Unit vectors (B, E) of texts that are read without an image."""
         return l2_normalize(in_chunks(self.get_text_features, self.grad_cache_chunk_size, texts.ids, texts.mask))
 
     @staticmethod
@@ -173,7 +180,8 @@ class InternVLTrainingModel(SavedAsInternVLModel):
     def _contrastive_embeds(
         self, queries: torch.Tensor, text: torch.Tensor, mask: torch.Tensor, text_embeds: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Unit vectors (B, E) of pictures and texts from what `_contrastive_pass` gave, or the known ones of the texts."""
+        """Unit vectors (B, E) of images and texts from what `_contrastive_pass` gave, or the known ones of the "
+        "texts."""
         if text_embeds is None:
             text_embeds = l2_normalize(last_token_states(text, mask) @ self.text_projection)
         return l2_normalize(self.clip_projector2(queries)), text_embeds
@@ -186,17 +194,18 @@ class InternVLTrainingModel(SavedAsInternVLModel):
     def _draw_negatives(
         self, tokens: torch.Tensor, positive: Texts, text_embeds: torch.Tensor, may_be_drawn: torch.Tensor
     ) -> tuple[Texts, torch.Tensor]:
-        """For each picture the text of another one, drawn by InternVL-C's similarity, and which rows (B,) have one."""
+        """For each image the text of another one, drawn by InternVL-C's similarity, and which rows (B,) have one."""
         images = in_chunks(self._pool, self.grad_cache_chunk_size, tokens)
         similarities = scaled_similarities(images, text_embeds, self._scale())
         is_other_text = (positive.ids[:, None] != positive.ids).any(dim=-1)
         drawn, has_negative = draw_hard_negatives(similarities, is_other_text & may_be_drawn)
         return positive[drawn], has_negative
 
-    def _check_reads_pictures(self, name: str) -> None:
+    def _check_has_queries(self, name: str) -> None:
         if not self.config.has_queries:
             raise ValueError(
-                f"{name} needs the queries of QLLaMA, but `num_query_token` is 0. To go on from stage 1, load its folder with "
+                f"{name} needs the queries of QLLaMA, but `num_query_token` is 0. To go on from stage 1, load its "
+                "folder with "
                 "`from_pretrained(folder, num_query_token=96)`."
             )
 

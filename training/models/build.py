@@ -1,7 +1,8 @@
-"""The model and the processor that each stage starts from: nothing, a LLaMA, a decoder, or the folder of the stage before.
+"""The model and the processor that each stage starts from: nothing, a LLaMA, a decoder, or the folder of the stage
+before.
 
-Weights are float32. Where the recipe computes under autocast (`use_bf16`), frozen parts keep the narrower dtype that a folder
-may store them in.
+Weights are float32. Where the recipe computes under autocast (`use_bf16`), frozen parts keep the narrower dtype that a
+folder may store them in.
 """
 
 from dataclasses import replace
@@ -51,8 +52,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def in_dtypes_of(recipe: Recipe, model: Model) -> Model:
-    """The model in the dtypes that the recipe computes in, in place: all of it in float32 where it does not use autocast, else
-    the parts that it trains."""
+    """The model in the dtypes that the recipe computes in, in place: all of it in float32 where it does not use
+    autocast, else the parts that it trains.
+    """
     if not recipe.use_bf16:
         return model.float()
     parts = {part for phase in recipe.phases for part in phase.learning_rates}
@@ -63,7 +65,7 @@ def in_dtypes_of(recipe: Recipe, model: Model) -> Model:
 
 
 def fit_image_sizes(recipe: RecipeType, source: Folder | None = None) -> RecipeType:
-    """The recipe with picture sizes that whole patches fill, those of the model it starts from: the next larger ones.
+    """The recipe with image sizes that whole patches fill, those of the model it starts from: the next larger ones.
 
     Args:
         recipe: The recipe.
@@ -78,13 +80,15 @@ def fit_image_sizes(recipe: RecipeType, source: Folder | None = None) -> RecipeT
     for phase, given in zip(phases, recipe.phases, strict=True):
         if phase != given:
             logger.warning(
-                f"Phase {phase.name} has images of {phase.image_size} px instead of {given.image_size}, which {unit} px "
+                f"Phase {phase.name} has images of {phase.image_size} px instead of {given.image_size}, which {unit} "
+                "px "
                 "do not divide."
             )
     return replace(recipe, phases=tuple(phases))
 
 
-# -------------------------------------------------------------------------------------------------------- the processor
+# -------------------------------------------------------------------------------------------------------- the
+# processor
 def load_tokenizer(recipe: ContrastiveRecipe, folder: Folder | None) -> PreTrainedTokenizerBase:
     """The tokenizer of stage 1: one in a folder, or for generated scenes one of their captions.
 
@@ -99,7 +103,7 @@ def load_tokenizer(recipe: ContrastiveRecipe, folder: Folder | None) -> PreTrain
 
 
 def build_pair_processor(recipe: ContrastiveRecipe, tokenizer: PreTrainedTokenizerBase) -> InternVLProcessor:
-    """The processor of stage 1, as the finished model needs it: pictures of the last phase's size."""
+    """The processor of stage 1, as the finished model needs it: images of the last phase's size."""
     side = recipe.phases[-1].image_size
     image_processor = InternVLImageProcessor(size={"height": side, "width": side}, resize_mode="squash")
     return InternVLProcessor(image_processor, tokenizer, mode="contrastive", max_text_length=recipe.max_text_length)
@@ -165,7 +169,8 @@ def _copy_weights(module: nn.Module, weights: dict[str, torch.Tensor], source: F
     missing = [name for name in found.missing_keys if ".cross_attn." not in name]
     if missing or found.unexpected_keys:
         raise ValueError(
-            f"The weights of {source} do not fit this model: {missing} are missing, {found.unexpected_keys} are too many."
+            f"The weights of {source} do not fit this model: {missing} are missing, {found.unexpected_keys} are too "
+            "many."
         )
 
 
@@ -228,7 +233,8 @@ def build_contrastive_model(
 def build_generative_model(
     recipe: GenerativeRecipe, source: Folder, prefix_lengths: dict[str, int], llama: Folder | None = None
 ) -> InternVLForGenerativeTraining:
-    """The model of stage 2: InternViT and LLaMA of stage 1, with queries, cross-attention and heads that start from nothing.
+    """The model of stage 2: InternViT and LLaMA of stage 1, with queries, cross-attention and heads that start from
+    nothing.
 
     Args:
         recipe: The recipe.
@@ -262,20 +268,21 @@ def build_retrieval_model(recipe: RetrievalRecipe, source: Folder) -> InternVLFo
     return in_dtypes_of(recipe, model)
 
 
-# -------------------------------------------------------------------------------------------------------------- stage 3
+# -------------------------------------------------------------------------------------------------------------- stage
+# 3
 def build_chat_model(
     recipe: DialogueRecipe, source: Folder, decoder: Folder | None = None
 ) -> tuple[InternVLChatForConditionalGeneration, InternVLProcessor]:
     """The model of stage 3 and its processor.
 
-    The simple configuration takes stage 2's vision tower, the full one its QLLaMA and queries too. The projectors start from
-    random weights, and so does the decoder without `decoder`.
+    The simple configuration takes stage 2's vision tower, the full one its QLLaMA and queries too. The projectors
+    start from random weights, and so does the decoder without `decoder`.
 
     Args:
         recipe: The recipe.
         source: Folder of stage 2, or of stage 1 for the simple configuration.
-        decoder: Folder of any causal language model with its tokenizer; None builds one by the recipe's `text_config`, with
-            the tokenizer of generated questions.
+        decoder: Folder of any causal language model with its tokenizer; None builds one by the recipe's `text_config`,
+            with the tokenizer of generated questions.
 
     Raises:
         ValueError: If the full configuration is wanted of a model without queries, or there is no decoder.
@@ -289,7 +296,8 @@ def build_chat_model(
     is_full = recipe.connector != "patches"
     if is_full and not base.config.has_queries:
         raise ValueError(
-            f"`connector` {recipe.connector!r} needs the queries of stage 2, but {source} has none. Run stage 2 first, or "
+            f"`connector` {recipe.connector!r} needs the queries of stage 2, but {source} has none. Run stage 2 "
+            "first, or "
             "take the connector 'patches'."
         )
     side, vision_config = recipe.phases[-1].image_size, base.config.vision_config

@@ -1,4 +1,4 @@
-"""What each image token of a one-tile picture shows: dense supervision that teaches the vision tower to see first.
+"""What each image token of a one-tile image shows: dense supervision that teaches the vision tower to see first.
 
 A tower that starts from nothing learns from answers alone only after very many of them: nothing tells it which tokens
 an answer came from. Here every token of the 8 x 8 grid says which object covers it, one linear head per attribute.
@@ -37,7 +37,7 @@ def token_labels(scene: Scene) -> torch.Tensor:
     """Label the image tokens of a scene seen as one tile.
 
     Args:
-        scene: The scene. Text in a picture larger than a tile is not labelled, since it cannot be read there.
+        scene: The scene. Text in an image larger than a tile is not labelled, since it cannot be read there.
 
     Returns:
         (64, attributes), row by row: 0 where the attribute has no value, else the value's index + 1.

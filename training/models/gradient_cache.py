@@ -1,10 +1,10 @@
 """Large batches in small memory (gradient caching, GradCache): a batch passes through a model chunk by chunk.
 
-The first pass keeps only what a chunk gives (features of a contrastive loss, say), not the activations inside; the loss
-then sees the features of the whole batch, of all processes if they are gathered; in the backward pass one chunk after
-the other is computed again, with the same random numbers, and only its activations are in memory. That is activation
-checkpointing around the whole model, so it needs nothing of the training loop: plain `Trainer`, one backward pass, and
-the gradients of the uncached batch.
+The first pass keeps only what a chunk gives (features of a contrastive loss, say), not the activations inside; the
+loss then sees the features of the whole batch, of all processes if they are gathered; in the backward pass one chunk
+after the other is computed again, with the same random numbers, and only its activations are in memory. That is
+activation checkpointing around the whole model, so it needs nothing of the training loop: plain `Trainer`, one
+backward pass, and the gradients of the uncached batch.
 
 Not covered: layers that mix the rows of a batch (batch norm), which would see a chunk for the batch.
 """
@@ -21,8 +21,8 @@ def in_chunks(function: Callable[..., Any], chunk_size: int | None, *inputs: tor
     """What `function` gives for a batch, computed a few rows at a time.
 
     Args:
-        function: Takes the inputs, gives one tensor or a tuple of tensors whose first dimension is joined again. Tensors
-            it finds elsewhere, parameters above all, get their gradients too.
+        function: Takes the inputs, gives one tensor or a tuple of tensors whose first dimension is joined again.
+            Tensors it finds elsewhere, parameters above all, get their gradients too.
         chunk_size: Rows at a time; None, or a smaller batch, calls `function` once and keeps its activations.
         *inputs: Each (B, ...), or None, which is passed on.
 

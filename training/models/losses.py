@@ -1,10 +1,12 @@
-"""The objectives of contrastive and generative training (paper section 3.3) as pure functions: features in, losses out.
+"""The objectives of contrastive and generative training (paper section 3.3) as pure functions: features in, losses
+out.
 
 Does: InfoNCE and SigLIP's sigmoid loss over the batch of all processes, soft targets where several texts describe one
-picture, matching with hard negatives, generation. Similarities and losses are computed in fp32 or wider, also under autocast.
-Does not: run a model, or know about processes: a function that needs the rows of all of them is given a `gather`, which
-takes (B, ...) to (W*B, ...) with the rows of this process from `rank * B` on. Every process must hold as many rows. The mean
-over processes of the losses is then the loss of the whole batch, and likewise the gradients, which the gather sums.
+image, matching with hard negatives, generation. Similarities and losses are computed in fp32 or wider, also under
+autocast. Does not: run a model, or know about processes: a function that needs the rows of all of them is given a
+`gather`, which takes (B, ...) to (W*B, ...) with the rows of this process from `rank * B` on. Every process must hold
+as many rows. The mean over processes of the losses is then the loss of the whole batch, and likewise the gradients,
+which the gather sums.
 
 Shape letters as in modeling_internvit; W is the number of processes.
 """
@@ -18,12 +20,12 @@ from torch import distributed as dist
 from torch.distributed.nn.functional import all_gather
 from transformers.utils.generic import maybe_autocast
 
+from ...layers_internvl import IGNORE_INDEX
 from ...renaming_internvl import renamed_arguments, renamed_names
 from .gradient_cache import in_chunks
 
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
-IGNORED = -100
 
 
 def local_rows(rows: torch.Tensor) -> torch.Tensor:
@@ -60,7 +62,9 @@ def scaled_similarities(rows: torch.Tensor, columns: torch.Tensor, scale: torch.
 
 
 class _CappedExp(torch.autograd.Function):
-    """exp up to a cap, beyond which only gradients pass whose descent leads back: a plain clamp would never come down again."""
+    """exp up to a cap, beyond which only gradients pass whose descent leads back: a plain clamp would never come down
+    again.
+    """
 
     @staticmethod
     def forward(ctx: Any, logit_scale: torch.Tensor, cap: float) -> torch.Tensor:
@@ -85,12 +89,14 @@ def capped_scale(logit_scale: torch.Tensor, cap: float) -> torch.Tensor:
 
 
 def _cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-    return F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED, label_smoothing=label_smoothing)
+    return F.cross_entropy(
+        logits, targets, reduction="sum", ignore_index=IGNORE_INDEX, label_smoothing=label_smoothing
+    )
 
 
 def _num_targets(targets: torch.Tensor) -> torch.Tensor:
     """How many rows count, at least 1: a batch of nothing but ignored rows has the loss 0 and not 0/0."""
-    rows = targets != IGNORED if targets.ndim == 1 else targets.new_ones(len(targets))
+    rows = targets != IGNORE_INDEX if targets.ndim == 1 else targets.new_ones(len(targets))
     return rows.sum().clamp(min=1)
 
 
@@ -127,11 +133,11 @@ def info_nce_loss(
     is_ignored: torch.Tensor | None = None,
     chunk_size: int | None = None,
 ) -> torch.Tensor:
-    """Symmetric InfoNCE: among the texts of all processes the picture's own, among all pictures the text's own.
+    """Symmetric InfoNCE: among the texts of all processes the image's own, among all images the text's own.
 
     Args:
         image_embeds: (B, E), unit length.
-        text_embeds: (B, E), unit length; row i belongs to picture i.
+        text_embeds: (B, E), unit length; row i belongs to image i.
         scale: Factor of the similarities.
         gather: Collects the rows of all processes.
         rank: Of this process.
@@ -144,7 +150,7 @@ def info_nce_loss(
     """
     targets = rank * len(image_embeds) + torch.arange(len(image_embeds), device=image_embeds.device)
     if is_ignored is not None:
-        targets = targets.masked_fill(is_ignored, IGNORED)
+        targets = targets.masked_fill(is_ignored, IGNORE_INDEX)
     return _symmetric_cross_entropy(image_embeds, text_embeds, scale, targets, gather, label_smoothing, chunk_size)
 
 
@@ -157,13 +163,13 @@ def retrieval_loss(
     gather: Gather = local_rows,
     chunk_size: int | None = None,
 ) -> torch.Tensor:
-    """Symmetric cross-entropy in which all pairs of one picture share the target: captions of a picture are no negatives.
+    """Symmetric cross-entropy in which all pairs of one image share the target: captions of an image are no negatives.
 
     Args:
         image_embeds: (B, E), unit length.
         text_embeds: (B, E), unit length.
         scale: Factor of the similarities.
-        image_ids: (B,), equal for pairs of the same picture.
+        image_ids: (B,), equal for pairs of the same image.
         gather: Collects the rows of all processes.
         chunk_size: Rows of similarities in memory at a time.
     """
@@ -183,11 +189,11 @@ def sigmoid_loss(
     rank: int = 0,
     chunk_size: int | None = None,
 ) -> torch.Tensor:
-    """SigLIP's loss (https://arxiv.org/abs/2303.15343): every picture with every text of all processes, a pair or not.
+    """SigLIP's loss (https://arxiv.org/abs/2303.15343): every image with every text of all processes, a pair or not.
 
     Args:
         image_embeds: (B, E), unit length.
-        text_embeds: (B, E), unit length; row i belongs to picture i.
+        text_embeds: (B, E), unit length; row i belongs to image i.
         scale: Factor of the similarities.
         bias: Added to them; starts at -10, since almost all are no pairs.
         gather: Collects the rows of all processes.
@@ -195,7 +201,7 @@ def sigmoid_loss(
         chunk_size: Texts whose similarities are in memory at a time.
 
     Returns:
-        The sum over all texts, as the mean over the pictures.
+        The sum over all texts, as the mean over the images.
     """
     num_rows = len(image_embeds)
     own_columns = rank * num_rows + torch.arange(num_rows, device=image_embeds.device)
@@ -234,7 +240,7 @@ def matching_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Image-text matching (ITM).
 
     Args:
-        logits: (R, 2), scores that picture and text do not (0) or do (1) belong together.
+        logits: (R, 2), scores that image and text do not (0) or do (1) belong together.
         labels: (R,) of 0 and 1, -100 ignored.
 
     Returns:
@@ -255,23 +261,23 @@ def generation_loss(
         hidden_states: (B, L, D), position i predicts the label of position i + 1.
         labels: (B, L), -100 ignored.
         lm_head: (positions, D) -> (positions, V).
-        num_items_in_batch: What the sum is divided by, if not the number of labels: of the batch that this is a part of.
+        num_items_in_batch: What the sum is divided by, if not the number of labels: of the batch that this is a part
+            of.
 
     Returns:
         The mean over the labels; 0 if there is none.
     """
     targets = labels[:, 1:]
-    is_kept = targets != IGNORED
+    is_kept = targets != IGNORE_INDEX
     logits = lm_head(hidden_states[:, :-1][is_kept])
     if num_items_in_batch is None:
         num_items_in_batch = is_kept.sum().clamp(min=1)
     return _cross_entropy_sum(_wide(logits), targets[is_kept], 0.0) / num_items_in_batch
 
 
-__getattr__ = renamed_names(globals(), own_rows="local_rows", unit="l2_normalize")
+__getattr__ = renamed_names(globals(), IGNORED="IGNORE_INDEX", own_rows="local_rows", unit="l2_normalize")
 
 __all__ = [
-    "IGNORED",
     "Gather",
     "capped_scale",
     "current_gather",

@@ -1,8 +1,8 @@
 """What a stage trains: the parts of a model by name, the groups an optimizer gets of them, and LoRA targets per part.
 
 The names of the parameters say which part they belong to, the same in all model classes, before and after PEFT has put
-adapters in. Whatever can scale or shift a layer as a whole does not decay: norms, biases, layer scales, the temperature;
-nor do queries, positions and the class token, which are inputs and no weights.
+adapters in. Whatever can scale or shift a layer as a whole does not decay: norms, biases, layer scales, the
+temperature; nor do queries, positions and the class token, which are inputs and no weights.
 """
 
 import re
@@ -39,7 +39,8 @@ def idle_modules(model: nn.Module) -> list[str]:
 
 
 def freeze_idle(model: nn.Module) -> list[str]:
-    """Freezes what `idle_modules` names, whatever wraps the model or sits on it; for trainers of one's own, after PEFT.
+    """Freezes what `idle_modules` names, whatever wraps the model or sits on it; for trainers of one's own, after
+    PEFT.
 
     Returns:
         The names of the modules in which something was to be trained.
@@ -148,8 +149,8 @@ def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
 
 
 def lora_targets(model: PreTrainedModel, parts: Collection[str] = LORA_PARTS) -> list[str]:
-    """Names for `LoraConfig(target_modules=...)`: the linear layers of some parts, without output layers and those that no forward
-    runs.
+    """Names for `LoraConfig(target_modules=...)`: the linear layers of some parts, without output layers and those
+    that no forward runs.
 
     Args:
         model: Any model of the package.

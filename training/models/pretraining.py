@@ -1,15 +1,17 @@
-"""Models that return the losses of stages 1 and 2 and of retrieval and caption fine-tuning: plain `Trainer` trains each of them.
+"""Models that return the losses of stages 1 and 2 and of retrieval and caption fine-tuning: plain `Trainer` trains
+each of them.
 
-Each class is an `InternVLModel` with the same parameters, and what it saves is one, with its code. It adds what belongs to
-training: which texts a picture is read with, the objectives, chunks for large batches, frozen parts. Nothing is remembered between
-calls; a process group is used where there is one. Not covered: tensor parallelism, where processes share their rows.
+Each class is an `InternVLModel` with the same parameters, and what it saves is one, with its code. It adds what
+belongs to training: which texts an image is read with, the objectives, chunks for large batches, frozen parts. Nothing
+is remembered between calls; a process group is used where there is one. Not covered: tensor parallelism, where
+processes share their rows.
 
-What is trained is up to the caller (`requires_grad_`). A vision tower without a trained parameter runs without gradient, in its
-own dtype and without stochastic depth. Frozen layers of QLLaMA keep their dtype too; where it is not that of the trained ones,
-train under autocast (`bf16=True` of `Trainer`).
+What is trained is up to the caller (`requires_grad_`). A vision tower without a trained parameter runs without
+gradient, in its own dtype and without stochastic depth. Frozen layers of QLLaMA keep their dtype too; where it is not
+that of the trained ones, train under autocast (`bf16=True` of `Trainer`).
 
-Stage 2 and retrieval read each picture three times with QLLaMA, once per text, in one forward of each tower and one row per
-picture. Shape letters as in modeling_internvit.
+Stage 2 and retrieval read each image three times with QLLaMA, once per text, in one forward of each tower and one row
+per image. Shape letters as in modeling_internvit.
 """
 
 from dataclasses import dataclass
@@ -22,12 +24,12 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 from ...configuration_internvl import InternVLConfig
+from ...layers_internvl import IGNORE_INDEX
 from ...modeling_internvl import InternVLOutput
 from ...renaming_internvl import renamed_arguments
 from .base import InternVLTrainingModel, Texts
 from .gradient_cache import in_chunks
 from .losses import (
-    IGNORED,
     current_gather,
     generation_loss,
     info_nce_loss,
@@ -48,7 +50,7 @@ class TrainingOutput(ModelOutput):
     Args:
         loss: Their sum, to be minimised.
         loss_itc: Contrastive part, without gradient, for logs.
-        loss_itc_tower: That of InternVL-C's pictures, where stage 2 has it, likewise.
+        loss_itc_tower: That of InternVL-C's images, where stage 2 has it, likewise.
         loss_itm: Matching part, likewise.
         loss_itg: Generative part, likewise.
     """
@@ -74,9 +76,9 @@ class InternVLForContrastiveTraining(InternVLTrainingModel):
         config: The configuration.
         objective: "softmax" or "sigmoid"; the latter learns a bias (`logit_bias`) that other uses ignore.
         patch_drop_rate: Share of the patches left out in training (stage 1 begins with half of them).
-        drop_low_contrast_patches: Leave out the plainest patches instead of any: for pictures that are mostly blank.
-        num_length_buckets: Encode the texts in so many groups of similar length, each without the padding that the longest text
-            of all would give it. More than one waits for the device once per group.
+        drop_low_contrast_patches: Leave out the plainest patches instead of any: for images that are mostly blank.
+        num_length_buckets: Encode the texts in so many groups of similar length, each without the padding that the
+            longest text of all would give it. More than one waits for the device once per group.
         **settings: As for `InternVLTrainingModel`.
 
     Raises:
@@ -131,8 +133,9 @@ class InternVLForContrastiveTraining(InternVLTrainingModel):
 
         Args:
             pixel_values: (B, 3, height, width).
-            input_ids: (B, L), texts with the prefix `summarize:` and an end token. (k*B, L) are k texts for each picture, the first
-                of all pictures before the second; the loss is the mean of k, each over one text per picture.
+            input_ids: (B, L), texts with the prefix `summarize:` and an end token. (k*B, L) are k texts for each
+                image, the first of all images before the second; the loss is the mean of k, each over one text per
+                image.
             attention_mask: As `input_ids`, derived from `pad_token_id` when absent.
             return_loss: False leaves out the loss.
 
@@ -140,12 +143,12 @@ class InternVLForContrastiveTraining(InternVLTrainingModel):
             `loss`, `image_embeds` (B, E) and `text_embeds` (k*B, E), unit length.
 
         Raises:
-            ValueError: The texts are no multiple of the pictures.
+            ValueError: The texts are no multiple of the images.
         """
         if not len(input_ids) or len(input_ids) % len(pixel_values):
             raise ValueError(
-                "`pixel_values` and `input_ids` must be pairs, or have as many texts for each picture, got "
-                f"{len(pixel_values)} pictures and {len(input_ids)} texts."
+                "`pixel_values` and `input_ids` must be pairs, or have as many texts for each image, got "
+                f"{len(pixel_values)} images and {len(input_ids)} texts."
             )
         image_embeds = in_chunks(self._image_embeds, self.grad_cache_chunk_size, pixel_values)
         text_embeds = self._unit_text_embeds(self._texts(input_ids, attention_mask))
@@ -189,9 +192,10 @@ class InternVLForGenerativeTraining(InternVLTrainingModel):
     Args:
         config: The configuration.
         matching_prefix_length: Tokens of a matching text without a caption (`len(tokenizer("").input_ids)`).
-        summarize_prefix_length: Tokens of a contrastive text without a caption (`len(tokenizer("summarize:").input_ids)`).
-        itc_on_vision_tower: Contrast the texts with InternVL-C's pictures too, for runs that train the LLaMA: texts would move away
-            from these otherwise.
+        summarize_prefix_length: Tokens of a contrastive text without a caption
+            (`len(tokenizer("summarize:").input_ids)`).
+        itc_on_vision_tower: Contrast the texts with InternVL-C's images too, for runs that train the LLaMA: texts
+            would move away from these otherwise.
         **settings: As for `InternVLTrainingModel`.
     """
 
@@ -204,7 +208,7 @@ class InternVLForGenerativeTraining(InternVLTrainingModel):
         **settings: Any,
     ) -> None:
         super().__init__(config, **settings)
-        self._check_reads_pictures("Stage 2")
+        self._check_has_queries("Stage 2")
         self.itc_on_vision_tower = itc_on_vision_tower
         self.matching_prefix_length = matching_prefix_length
         self.summarize_prefix_length = summarize_prefix_length
@@ -223,16 +227,16 @@ class InternVLForGenerativeTraining(InternVLTrainingModel):
         summarize_attention_mask: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> TrainingOutput:
-        """Losses of a batch of pairs; every text has a row per picture, and a mask that is derived when absent.
+        """Losses of a batch of pairs; every text has a row per image, and a mask that is derived when absent.
 
         Args:
             pixel_values: (B, 3, height, width).
-            positive_input_ids: (B, L), the pictures' captions.
+            positive_input_ids: (B, L), the images' captions.
             summarize_input_ids: (B, L), the captions with the prefix `summarize:` and an end token.
             input_ids: (B, L), the captions with a prefix such as `English caption:` and an end token.
             labels: (B, L) for `input_ids`, -100 ignored.
             positive_attention_mask: (B, L) of `positive_input_ids`.
-            negative_input_ids: (B, L), captions of other pictures; without them similar ones of the batch are drawn.
+            negative_input_ids: (B, L), captions of other images; without them similar ones of the batch are drawn.
             negative_attention_mask: (B, L) of `negative_input_ids`.
             summarize_attention_mask: (B, L) of `summarize_input_ids`.
             attention_mask: (B, L) of `input_ids`.
@@ -246,7 +250,7 @@ class InternVLForGenerativeTraining(InternVLTrainingModel):
         tokens, text_embeds = in_chunks(self._vision_tokens, self.grad_cache_chunk_size, pixel_values), None
         if negative_input_ids is None:
             is_text = ~positive.is_empty(self.matching_prefix_length)
-            # The texts' features are needed first, to draw by, so the pictures are read without these texts.
+            # The texts' features are needed first, to draw by, so the images are read without these texts.
             text_embeds = self._text_embeds(summarize)
             negative, has_negative = self._draw_negatives(tokens, positive, text_embeds, is_text)
         else:
@@ -264,7 +268,7 @@ class InternVLForGenerativeTraining(InternVLTrainingModel):
             caption.mask,
             labels,
         )
-        num_labels = (labels[:, 1:] != IGNORED).sum().clamp(min=1)
+        num_labels = (labels[:, 1:] != IGNORE_INDEX).sum().clamp(min=1)
         encode = partial(self._encode, num_labels=num_labels)
         image_embeds, text_embeds, logits, parts = in_chunks(encode, self.grad_cache_chunk_size, *inputs)
         itc = self._contrast(image_embeds, text_embeds, summarize)
@@ -293,12 +297,12 @@ class InternVLForGenerativeTraining(InternVLTrainingModel):
     def _matching_rows(
         self, positive: Texts, negative: Texts, has_negative: torch.Tensor
     ) -> tuple[Texts, torch.Tensor]:
-        """Negatives for the first pictures, positives for the last B // 2 (published order), and the labels (B,)."""
+        """Negatives for the first images, positives for the last B // 2 (published order), and the labels (B,)."""
         num_negatives = len(positive.ids) - len(positive.ids) // 2
         matching = Texts.concatenate([negative[:num_negatives], positive[num_negatives:]])
         is_positive = torch.arange(len(matching.ids), device=matching.ids.device) >= num_negatives
         is_ignored = matching.is_empty(self.matching_prefix_length) | ~(is_positive | has_negative)
-        return matching, is_positive.long().masked_fill(is_ignored, IGNORED)
+        return matching, is_positive.long().masked_fill(is_ignored, IGNORE_INDEX)
 
     def _encode(
         self,
@@ -313,7 +317,7 @@ class InternVLForGenerativeTraining(InternVLTrainingModel):
         labels: torch.Tensor,
         num_labels: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows of the batch: contrastive embeddings, matching logits, and the rows' share of the generative loss (1,)."""
+        """Return contrastive embeddings, matching logits, and the rows' share of the generative loss (1,)."""
         matching, contrastive, generation = self._read(
             tokens,
             ("matching", Texts(matching_ids, matching_mask)),
@@ -326,14 +330,14 @@ class InternVLForGenerativeTraining(InternVLTrainingModel):
 
 
 class InternVLForRetrievalTraining(InternVLTrainingModel):
-    """Retrieval fine-tuning: matching, and contrastive losses of InternVL-G's and InternVL-C's pictures with the texts.
+    """Retrieval fine-tuning: matching, and contrastive losses of InternVL-G's and InternVL-C's images with the texts.
 
-    Captions of the same picture are no negatives of each other: `image_ids` spread the targets over them.
+    Captions of the same image are no negatives of each other: `image_ids` spread the targets over them.
     """
 
     def __init__(self, config: InternVLConfig, **settings: Any) -> None:
         super().__init__(config, **settings)
-        self._check_reads_pictures("Retrieval fine-tuning")
+        self._check_has_queries("Retrieval fine-tuning")
 
     @can_return_tuple
     def forward(
@@ -352,11 +356,11 @@ class InternVLForRetrievalTraining(InternVLTrainingModel):
 
         Args:
             pixel_values: (B, 3, height, width).
-            positive_input_ids: (B, L), the pictures' captions.
+            positive_input_ids: (B, L), the images' captions.
             summarize_input_ids: (B, L), the captions with the prefix `summarize:` and an end token.
-            image_ids: (B,) or (B, 1), equal for pairs of the same picture.
+            image_ids: (B,) or (B, 1), equal for pairs of the same image.
             positive_attention_mask: (B, L) of `positive_input_ids`.
-            negative_input_ids: (B, L), captions of other pictures; without them similar ones of the batch are drawn.
+            negative_input_ids: (B, L), captions of other images; without them similar ones of the batch are drawn.
             negative_attention_mask: (B, L) of `negative_input_ids`.
             summarize_attention_mask: (B, L) of `summarize_input_ids`.
             return_loss: False gives an empty output: the class has nothing but losses to give.
@@ -372,10 +376,10 @@ class InternVLForRetrievalTraining(InternVLTrainingModel):
         tokens, text_embeds = in_chunks(self._vision_tokens, self.grad_cache_chunk_size, pixel_values), None
         negative_labels = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
         if negative_input_ids is None:
-            is_other_picture = image_ids[:, None] != image_ids
+            is_other_image = image_ids[:, None] != image_ids
             text_embeds = self._text_embeds(summarize)
-            negative, has_negative = self._draw_negatives(tokens, positive, text_embeds, is_other_picture)
-            negative_labels = negative_labels.masked_fill(~has_negative, IGNORED)
+            negative, has_negative = self._draw_negatives(tokens, positive, text_embeds, is_other_image)
+            negative_labels = negative_labels.masked_fill(~has_negative, IGNORE_INDEX)
         else:
             negative = self._texts(negative_input_ids, negative_attention_mask)
         texts = (negative.ids, negative.mask, positive.ids, positive.mask, summarize.ids, summarize.mask)
@@ -400,7 +404,9 @@ class InternVLForRetrievalTraining(InternVLTrainingModel):
         summarize_ids: torch.Tensor,
         summarize_mask: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        """Matching logits of negatives and of positives, then embeddings of the queries, of the tower and of the texts."""
+        """Matching logits of negatives and of positives, then embeddings of the queries, of the tower and of the
+        texts.
+        """
         negative, positive, contrastive = self._read(
             tokens,
             ("matching", Texts(negative_ids, negative_mask)),
@@ -419,7 +425,7 @@ class InternVLForCaptionTraining(InternVLTrainingModel):
 
     def __init__(self, config: InternVLConfig, **settings: Any) -> None:
         super().__init__(config, **settings)
-        self._check_reads_pictures("Caption fine-tuning")
+        self._check_has_queries("Caption fine-tuning")
         self.loss_type = "ForCausalLM"  # so `Trainer` counts the labels that are predicted, which the first is not
 
     @can_return_tuple
@@ -431,21 +437,22 @@ class InternVLForCaptionTraining(InternVLTrainingModel):
         attention_mask: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> TrainingOutput:
-        """The loss of a batch of pictures and captions.
+        """The loss of a batch of images and captions.
 
         Args:
             pixel_values: (B, 3, height, width).
             input_ids: (B, L), captions with a prefix such as `English caption:` and an end token.
             labels: (B, L), -100 ignored.
             attention_mask: (B, L), derived from `pad_token_id` when absent.
-            num_items_in_batch: Labels of all batches of the optimiser step, from `Trainer`; by default those of this one.
+            num_items_in_batch: Labels of all batches of the optimiser step, from `Trainer`; by default those of this
+                one.
 
         Returns:
             `loss`.
         """
         caption = self._texts(input_ids, attention_mask)
         if num_items_in_batch is None:
-            num_items_in_batch = (labels[:, 1:] != IGNORED).sum().clamp(min=1)
+            num_items_in_batch = (labels[:, 1:] != IGNORE_INDEX).sum().clamp(min=1)
         encode = partial(self._encode, num_labels=num_items_in_batch)
         parts = in_chunks(encode, self.grad_cache_chunk_size, pixel_values, caption.ids, caption.mask, labels)
         return TrainingOutput(loss=parts.sum())

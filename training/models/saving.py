@@ -1,7 +1,7 @@
 """A model in training and its files, which hold a plain `InternVLModel`: its class name, its code, its shapes.
 
-In training the learned scalars, temperature and bias, are vectors of one element, since FSDP2 shards no parameter without a
-dimension. In files they have none, as in the published checkpoint.
+In training the learned scalars, temperature and bias, are vectors of one element, since FSDP2 shards no parameter
+without a dimension. In files they have none, as in the published checkpoint.
 """
 
 import os
@@ -46,8 +46,9 @@ class SavedAsInternVLModel(InternVLModel):
         state_dict: dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Saves an `InternVLModel`, for use without this package; arguments as in transformers. A kill leaves the folder with the
-        weights that it had, or with these."""
+        """Saves an `InternVLModel`, for use without this package; arguments as in transformers. A kill leaves the
+        folder with the weights that it had, or with these.
+        """
         state_dict = dict(self.state_dict() if state_dict is None else state_dict)
         for name in SCALARS:
             if name in state_dict:

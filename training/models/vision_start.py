@@ -12,8 +12,8 @@ PAPER = 244 / 255  # gray value of the background of generated scenes
 def init_embeddings_for_scenes(model: PreTrainedModel) -> None:
     """Start the patch and position embeddings so that places differ at once and blank paper does not drown all else.
 
-    Positions start as waves over rows and columns instead of noise. Paper is a large constant in every patch, which the bias
-    removes.
+    Positions start as waves over rows and columns instead of noise. Paper is a large constant in every patch, which
+    the bias removes.
 
     Args:
         model: Model with a `vision_model`; changed in place.

@@ -1,7 +1,8 @@
-"""Folders that are whole or not there: a process may be killed at any moment of a write, and nothing half-written is taken for a model.
+"""Folders that are whole or not there: a process may be killed at any moment of a write, and nothing half-written is
+taken for a model.
 
-`written_whole` writes beside the final names and moves the files in at the end; `recovered` completes a move that was cut off.
-`fault_of` says what a checkpoint of `Trainer` lacks, and `newest_whole` finds the one to go on from.
+`written_whole` writes beside the final names and moves the files in at the end; `recovered` completes a move that was
+cut off. `fault_of` says what a checkpoint of `Trainer` lacks, and `newest_whole` finds the one to go on from.
 
 Not covered: file systems that lose what was written when the machine itself goes down.
 """
@@ -29,7 +30,8 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)([-.].*)?\.(safetensors|bin)(\.index\.json)?")
 # What reading JSON raises, and going on as if it were what belongs there.
 _OF_OTHER_CONTENT = (ValueError, RecursionError, LookupError, TypeError, AttributeError)
-# Either of these is a checkpoint's model, its optimizer. DeepSpeed keeps both in `global_step...`, FSDP in folders of its own.
+# Either of these is a checkpoint's model, its optimizer. DeepSpeed keeps both in `global_step...`, FSDP in folders of
+# its own.
 _MODELS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model_fsdp*", "global_step*")
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
 
@@ -67,7 +69,7 @@ def written_whole(folder: str | os.PathLike, is_writer: bool = True) -> Iterator
 
 
 def recovered(folder: str | Path) -> Path:
-    """Completes what a kill has cut off between the last byte written and the last file moved; gives the folder back."""
+    """Complete what a kill cut off between the last byte written and the last file moved; return the folder."""
     folder = Path(folder)
     ready = folder / READY
     if not ready.is_dir():
@@ -112,7 +114,8 @@ def checkpoints_in(folder: str | Path) -> list[Path]:
 
 
 def newest_whole(folder: str | Path, processes: int = 1) -> Path | None:
-    """The newest checkpoint that a run can go on from; newer ones that are not whole are passed over, with one warning.
+    """The newest checkpoint that a run can go on from; newer ones that are not whole are passed over, with one
+    warning.
 
     Args:
         folder: `output_dir` of a `Trainer`.

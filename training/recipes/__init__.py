@@ -1,7 +1,7 @@
 """The stages as recipes: functions that return every number of a run.
 
-"full" is the scale of the paper, "small" what one machine can train, "bundled" what the checkpoint of this repository was
-trained by, on generated scenes. What a phase trains are the parts it has learning rates for (names of
+"full" is the scale of the paper, "small" what one machine can train, "bundled" what the checkpoint of this repository
+was trained by, on generated scenes. What a phase trains are the parts it has learning rates for (names of
 `parameter_groups.PARTS`); everything else is frozen. A variant of a recipe is a `dataclasses.replace` of it.
 """
 

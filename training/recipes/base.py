@@ -34,16 +34,16 @@ class Phase:
         warmup_steps: Steps of linear warm-up.
         batch_size: Samples of a step over all processes; with `batches`, batches of a step.
         patch_drop_rate: Share of the patches left out (stage 1).
-        muon_learning_rate: Peak learning rate of hidden weight matrices under Muon. Weight decay then applies to these alone,
-            and everything else is trained by AdamW at `learning_rates`. None trains all by AdamW.
-        cooldown_fraction: Share of the steps over which the learning rates fall to zero linearly after a constant stretch
-            (warm-up-stable-decay). None means a cosine decay.
-        batches: Kinds of batches of generated scenes, one of which is drawn for each step. Empty means that the phase trains
-            on the data given to the stage.
-        dense_supervision: Train the vision tower and the projector to name what each image token shows (stage 3). Needs
-            `batches`, since only generated scenes have such labels.
-        itc_on_vision_tower: Contrast texts with the embeddings of InternVL-C too, for phases that train the LLaMA (stage 2):
-            otherwise texts would drift away from them.
+        muon_learning_rate: Peak learning rate of hidden weight matrices under Muon. Weight decay then applies to these
+            alone, and everything else is trained by AdamW at `learning_rates`. None trains all by AdamW.
+        cooldown_fraction: Share of the steps over which the learning rates fall to zero linearly after a constant
+            stretch (warm-up-stable-decay). None means a cosine decay.
+        batches: Kinds of batches of generated scenes, one of which is drawn for each step. Empty means that the phase
+            trains on the data given to the stage.
+        dense_supervision: Train the vision tower and the projector to name what each image token shows (stage 3).
+            Needs `batches`, since only generated scenes have such labels.
+        itc_on_vision_tower: Contrast texts with the embeddings of InternVL-C too, for phases that train the LLaMA
+            (stage 2): otherwise texts would drift away from them.
 
     Raises:
         ValueError: If a value is out of its range, or dense supervision lacks `batches`.
@@ -88,8 +88,8 @@ class Recipe:
         attn_implementation: Attention of all parts during training; None keeps the default.
         save_steps: Steps between two checkpoints.
         logging_steps: Steps between two entries of the log.
-        eval_steps: Steps between two points of the learning curve on held-out generated scenes (stages 1 and 2): zero-shot
-            accuracy in stage 1, retrieval in stage 2. None measures nothing.
+        eval_steps: Steps between two points of the learning curve on held-out generated scenes (stages 1 and 2):
+            zero-shot accuracy in stage 1, retrieval in stage 2. None measures nothing.
         eval_samples: Held-out images of each kind per point.
         seed: Decides the order of the data and all random numbers.
     """
@@ -195,8 +195,8 @@ class DialogueRecipe(Recipe):
         max_length: Maximum number of tokens of a dialogue; longer ones are left out.
         pack: Pack the dialogues of a batch into one row, without padding.
         num_turns: Questions about each generated scene.
-        text_config: Configuration of a decoder that starts from random weights; its vocabulary is that of the tokenizer of
-            generated questions. Empty means that a decoder must be given.
+        text_config: Configuration of a decoder that starts from random weights; its vocabulary is that of the
+            tokenizer of generated questions. Empty means that a decoder must be given.
         model_config: Further keys of `InternVLChatConfig`.
         generation_config: Further keys of the generation configuration.
     """
@@ -223,7 +223,7 @@ def phase_named(recipe: Recipe, name: str) -> Phase:
 
 
 def with_steps(recipe: RecipeType, steps: int) -> RecipeType:
-    """Return the recipe with `steps` steps in each phase and warm-ups of at most a tenth of them, for a short trial."""
+    """Return the recipe with `steps` steps in each phase and warm-ups of at most a tenth of them, for a trial."""
     phases = [
         replace(phase, steps=steps, warmup_steps=min(phase.warmup_steps, steps // 10)) for phase in recipe.phases
     ]

@@ -1,19 +1,20 @@
 """The recipes of the checkpoint that this repository holds, trained from nothing on generated scenes.
 
-Stage 1: a tiny InternVL-C (InternViT and a LLaMA as text encoder) learns by contrast, each image with a caption in every one
-of five languages, since encoding an image costs more than reading about it. As in the paper, patches are dropped at first and
-the last phase sees whole images. Here the patches with the lowest contrast go, since most are blank, and images are never
-smaller than 448 px, where a digit covers as many patches as it does later.
+Stage 1: a tiny InternVL-C (InternViT and a LLaMA as text encoder) learns by contrast, each image with a caption in
+every one of five languages, since encoding an image costs more than reading about it. As in the paper, patches are
+dropped at first and the last phase sees whole images. Here the patches with the lowest contrast go, since most are
+blank, and images are never smaller than 448 px, where a digit covers as many patches as it does later.
 
-Stage 2: the LLaMA becomes QLLaMA, which learns to contrast (ITC), match (ITM) and caption (ITG); the vision tower is frozen.
-The first phase trains what is new, as in the paper. There the LLaMA could write before stage 1; this one starts from nothing
-and has only learned to read, so the second phase trains it too, together with the contrast of InternVL-C, which would
-deteriorate otherwise.
+Stage 2: the LLaMA becomes QLLaMA, which learns to contrast (ITC), match (ITM) and caption (ITG); the vision tower is
+frozen. The first phase trains what is new, as in the paper. There the LLaMA could write before stage 1; this one
+starts from nothing and has only learned to read, so the second phase trains it too, together with the contrast of
+InternVL-C, which would deteriorate otherwise.
 
-Stage 3: dialogue, in both configurations. The decoder starts from nothing, so it learns together with the projector, which
-the paper trains alone first. Phases:
+Stage 3: dialogue, in both configurations. The decoder starts from nothing, so it learns together with the projector,
+which the paper trains alone first. Phases:
 
-- seeing: the vision tower and the projector of the patches learn to name what each image token shows. Captions say little
+- seeing: the vision tower and the projector of the patches learn to name what each image token shows. Captions say
+little
   about small text, and a tower this small needs very many answers before it begins to read;
 - connecting: the projectors and the decoder learn to answer;
 - answering: they go on, in the full configuration together with QLLaMA and its queries.
@@ -106,7 +107,8 @@ def stage1_bundled() -> ContrastiveRecipe:
         ),
         max_text_length=256,
         drop_low_contrast_patches=True,
-        num_length_buckets=8,  # texts are a few words or many sentences: together, four in five tokens would be padding
+        # Texts are a few words or many sentences: together, four in five tokens would be padding.
+        num_length_buckets=8,
         init_for_scenes=True,
         eval_steps=100,
         eval_samples=200,

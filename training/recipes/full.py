@@ -1,7 +1,7 @@
 """The full-scale recipes of the paper.
 
-Numbers come from the paper's main text where it has them. Those marked "appendix" are recalled from its appendix and not
-checked; those marked "own" are this package's choice.
+Numbers come from the paper's main text where it has them. Those marked "appendix" are recalled from its appendix and
+not checked; those marked "own" are this package's choice.
 """
 
 from .base import ContrastiveRecipe, DialogueRecipe, GenerativeRecipe, Phase, RetrievalRecipe
@@ -44,8 +44,8 @@ def stage1() -> ContrastiveRecipe:
 def stage2() -> GenerativeRecipe:
     """Queries, cross-attention and their heads learn by ITC, ITM and ITG: 1.6 B samples in batches of 20 K.
 
-    InternViT and the LLaMA layers are frozen, and so are the pooling and the text projection: by these InternVL-C works,
-    which stays what it was but for the temperature.
+    InternViT and the LLaMA layers are frozen, and so are the pooling and the text projection: by these InternVL-C
+    works, which stays what it was but for the temperature.
     """
     learning_rates = {"queries": 5e-5, "query_heads": 5e-5, "language_head": 5e-5, "temperature": 5e-5}  # appendix
     return GenerativeRecipe(
@@ -78,8 +78,8 @@ def stage3(connector: str = "patches", freeze_language: bool = False) -> Dialogu
 
     Args:
         connector: "patches" (InternVL-Chat, simple) or "queries_and_patches" (full).
-        freeze_language: The decoder stays as it is; what gives it the picture is trained in its stead: the queries of the
-            full configuration, the vision tower of the simple one.
+        freeze_language: The decoder stays as it is; what gives it the image is trained in its stead: the queries of
+            the full configuration, the vision tower of the simple one.
     """
     more = "language"
     if freeze_language:
