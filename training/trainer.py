@@ -143,7 +143,7 @@ class StageTrainer(WholeCheckpointTrainer):
         metrics = {} if self.curve is None else self.curve(model)
         model.train()
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
 
@@ -300,7 +300,7 @@ def _phase_trainer(
         model.patch_drop_rate = phase.patch_drop_rate
     if isinstance(recipe, GenerativeRecipe):
         model.itc_on_vision_tower = phase.itc_on_vision_tower
-    trained = TokenReader(model) if phase.dense_supervision else model  # type: ignore[arg-type]
+    trained = TokenReader(model) if phase.dense_supervision else model
     idle = train_parts(trained, phase.learning_rates, run.lora_parts if run.lora_rank else ())
     if idle:
         logger.warning(f"Phase {phase.name}: no forward uses {', '.join(idle)}, which stay as they are.")

@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -119,7 +120,8 @@ def parameter_groups(
     Raises:
         ValueError: If a trained parameter has no learning rate.
     """
-    num_layers = model.config.vision_config.num_hidden_layers  # type: ignore[union-attr]
+    config: Any = model.config
+    num_layers = config.vision_config.num_hidden_layers
     with_muon = muon_learning_rate is not None
     hidden = hidden_matrices(model) if with_muon else set()
     groups: dict[tuple, dict[str, Any]] = {}
@@ -140,9 +142,10 @@ def parameter_groups(
     return list(groups.values())
 
 
-def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
+def hidden_matrices(model: nn.Module) -> set[torch.Tensor]:
     """Return the weights of linear layers and convolutions, without layers whose outputs are logits."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    head = None if get_head is None else get_head()
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
     logits = {layer.weight for name, layer in layers.items() if layer is head or _OUTPUT_LAYER.search(name)}
     return {layer.weight for layer in layers.values()} - logits
