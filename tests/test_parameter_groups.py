@@ -164,7 +164,10 @@ def test_gradients_reach_the_adapters_alone():
     [
         (lambda: part_of("resampler.weight"), "`resampler.weight` belongs to none of the parts vision"),
         (lambda: train_parts(MODELS["chat"](), ["queries"]), "There is no part queries to train in this model"),
-        (lambda: parameter_groups(MODELS["chat"](), {"vision": 1e-3}), "`rates` has none for `(projector|language)`"),
+        (
+            lambda: parameter_groups(MODELS["chat"](), {"vision": 1e-3}),
+            "`learning_rates` has none for `(projector|language)`",
+        ),
         (lambda: lora_targets(MODELS["chat"](), ["llama"]), "`parts` must be among .*, got llama"),
         (lambda: lora_targets(MODELS["chat"](), ["queries"]), "no linear layer in queries"),
     ],
