@@ -27,7 +27,7 @@ MODELS = {
 }
 WANTED = {
     "C alone": {"vision", "pooling", "text_projection", "temperature", "qllama"},
-    "G": {*PARTS} - {"projector", "language"},
+    "G": {*PARTS} - {"projector", "language", "token_heads"},
     "chat": {"vision", "projector", "language"},
     "full chat": {"vision", "projector", "language", "qllama", "queries"},
     "full chat with experts": {"vision", "projector", "language", "qllama", "queries"},
