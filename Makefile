@@ -89,10 +89,10 @@ engines: $(READY) ## vLLM and others answer as `generate` does; ENGINES="vllm lm
 RUN ?= runs_output/default
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
 default-run: $(READY) ## trains the bundled checkpoint from nothing
-	$(KEEP_MEMORY) $(PYTHON) -m internvl.reproduction.run --output $(RUN) --resume
+	$(KEEP_MEMORY) $(PYTHON) -m internvl.reproduction run --output $(RUN) --resume
 
 ablation: $(READY) ## trains it without one stage or another, at a tenth of the steps
-	$(KEEP_MEMORY) $(PYTHON) -m internvl.reproduction.ablation --output $(RUN)_ablation --resume
+	$(KEEP_MEMORY) $(PYTHON) -m internvl.reproduction ablation --output $(RUN)_ablation --resume
 
 clean: ## removes environments and caches
 	rm -rf .venv .versions .conformance .engines .mypy_cache .pytest_cache .ruff_cache build *.egg-info

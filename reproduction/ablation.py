@@ -1,10 +1,10 @@
-"""What each stage is worth: `python -m internvl.reproduction.ablation --output DIR [--scale 0.1] [--seeds 3]
+"""What each stage is worth: `python -m internvl.reproduction ablation --output DIR [--scale 0.1] [--seeds 3]
 [--resume]`.
 
 At a share of the bundled run's steps, the full chat model is trained three times per seed: after all stages, without
 stage 1 (stage 2 starts from an untrained vision tower and LLaMA) and without stage 2 (stage 3 starts from stage 1's
 and untrained queries). Each answers the same held-out questions, and the InternVL-C and -G it comes from find the same
-held-out pairs. `ablation.json` holds the reports by variant and seed; `python -m internvl.reproduction.report` draws
+held-out pairs. `ablation.json` holds the reports by variant and seed; `python -m internvl.reproduction report` draws
 them.
 """
 

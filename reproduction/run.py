@@ -1,4 +1,4 @@
-"""The bundled checkpoint from nothing: `python -m internvl.reproduction.run --output DIR [--resume]`.
+"""The bundled checkpoint from nothing: `python -m internvl.reproduction run --output DIR [--resume]`.
 
 Strings together stage 1, stage 2, stage 3 in both configurations, and the evaluation, each in a folder of its own, by
 the bundled recipes (`training/recipes/bundled.py`), and assembles what is published: in "checkpoint" the full chat
@@ -125,7 +125,7 @@ def assemble(run: Path, output: Path) -> None:
 
 def command_line(module: str, description: str) -> argparse.ArgumentParser:
     """Return the command line that the run and the ablation share."""
-    parser = argparse.ArgumentParser(prog=f"python -m internvl.reproduction.{module}", description=description)
+    parser = argparse.ArgumentParser(prog=f"python -m internvl.reproduction {module}", description=description)
     parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--resume", action="store_true", help="go on from the last saved step in the folder")
     parser.add_argument("--seed", type=int, default=0, help="of data and weights (default: 0)")
