@@ -82,7 +82,7 @@ def test_with_the_llama_the_texts_are_contrasted_with_internvl_c_too(finished_de
     batch = batches[0]
     with torch.no_grad():
         without = model(**batch)
-        model.contrast_tower = True
+        model.itc_on_vision_tower = True
         found = model(**batch)
         images = l2_normalize(model.get_image_features(batch["pixel_values"]))
         texts = l2_normalize(model.get_text_features(batch["summarize_input_ids"], batch["summarize_attention_mask"]))
