@@ -32,6 +32,9 @@ class Texts:
     ids: torch.Tensor
     mask: torch.Tensor
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
     def __getitem__(self, rows: Any) -> "Texts":
         return Texts(self.ids[rows], self.mask[rows])
 

@@ -17,14 +17,14 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 
-def in_chunks(function: Callable[..., Any], chunk_size: int | None, *inputs: torch.Tensor | None) -> Any:
+def in_chunks(function: Callable[..., Any], chunk_size: int | None, *inputs: Any) -> Any:
     """What `function` gives for a batch, computed a few rows at a time.
 
     Args:
         function: Takes the inputs, gives one tensor or a tuple of tensors whose first dimension is joined again.
             Tensors it finds elsewhere, parameters above all, get their gradients too.
         chunk_size: Rows at a time; None, or a smaller batch, calls `function` once and keeps its activations.
-        *inputs: Each (B, ...), or None, which is passed on.
+        *inputs: Tensors (B, ...), other things with rows that a slice takes (`Texts`), or None, which is passed on.
 
     Raises:
         ValueError: If `chunk_size` is not positive, or the inputs differ in length.

@@ -257,17 +257,7 @@ class InternVLForGenerativeTraining(InternVLTrainingModel):
             negative = self._texts(negative_input_ids, negative_attention_mask)
             has_negative = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
         matching, matching_labels = self._matching_rows(positive, negative, has_negative)
-        inputs = (
-            tokens,
-            text_embeds,
-            matching.ids,
-            matching.mask,
-            summarize.ids,
-            summarize.mask,
-            caption.ids,
-            caption.mask,
-            labels,
-        )
+        inputs = (tokens, text_embeds, matching, summarize, caption, labels)
         num_labels = (labels[:, 1:] != IGNORE_INDEX).sum().clamp(min=1)
         encode = partial(self._encode, num_labels=num_labels)
         image_embeds, text_embeds, logits, parts = in_chunks(encode, self.grad_cache_chunk_size, *inputs)
@@ -308,25 +298,19 @@ class InternVLForGenerativeTraining(InternVLTrainingModel):
         self,
         tokens: torch.Tensor,
         text_embeds: torch.Tensor | None,
-        matching_ids: torch.Tensor,
-        matching_mask: torch.Tensor,
-        summarize_ids: torch.Tensor,
-        summarize_mask: torch.Tensor,
-        caption_ids: torch.Tensor,
-        caption_mask: torch.Tensor,
+        matching: Texts,
+        summarize: Texts,
+        caption: Texts,
         labels: torch.Tensor,
         num_labels: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return contrastive embeddings, matching logits, and the rows' share of the generative loss (1,)."""
-        matching, contrastive, generation = self._read(
-            tokens,
-            ("matching", Texts(matching_ids, matching_mask)),
-            self._contrastive_pass(Texts(summarize_ids, summarize_mask), text_embeds),
-            ("generation", Texts(caption_ids, caption_mask)),
+        matched, contrastive, generated = self._read(
+            tokens, ("matching", matching), self._contrastive_pass(summarize, text_embeds), ("generation", caption)
         )
-        image_embeds, text_embeds = self._contrastive_embeds(*contrastive, summarize_mask, text_embeds)
-        itg = generation_loss(generation[1], labels, self.qllama.lm_head, num_labels)
-        return image_embeds, text_embeds, self._matching_logits(matching[0]), itg[None]
+        image_embeds, text_embeds = self._contrastive_embeds(*contrastive, summarize.mask, text_embeds)
+        itg = generation_loss(generated[1], labels, self.qllama.lm_head, num_labels)
+        return image_embeds, text_embeds, self._matching_logits(matched[0]), itg[None]
 
 
 class InternVLForRetrievalTraining(InternVLTrainingModel):
@@ -382,8 +366,8 @@ class InternVLForRetrievalTraining(InternVLTrainingModel):
             negative_labels = negative_labels.masked_fill(~has_negative, IGNORE_INDEX)
         else:
             negative = self._texts(negative_input_ids, negative_attention_mask)
-        texts = (negative.ids, negative.mask, positive.ids, positive.mask, summarize.ids, summarize.mask)
-        embeds = in_chunks(self._encode, self.grad_cache_chunk_size, tokens, text_embeds, *texts)
+        inputs = (tokens, text_embeds, negative, positive, summarize)
+        embeds = in_chunks(self._encode, self.grad_cache_chunk_size, *inputs)
         *negative_and_positive, image_embeds, pooled_embeds, text_embeds = embeds
         gather, _ = current_gather()
         scale, chunk = self._scale(), self.grad_cache_chunk_size
@@ -397,24 +381,16 @@ class InternVLForRetrievalTraining(InternVLTrainingModel):
         self,
         tokens: torch.Tensor,
         text_embeds: torch.Tensor | None,
-        negative_ids: torch.Tensor,
-        negative_mask: torch.Tensor,
-        positive_ids: torch.Tensor,
-        positive_mask: torch.Tensor,
-        summarize_ids: torch.Tensor,
-        summarize_mask: torch.Tensor,
+        negative: Texts,
+        positive: Texts,
+        summarize: Texts,
     ) -> tuple[torch.Tensor, ...]:
-        """Matching logits of negatives and of positives, then embeddings of the queries, of the tower and of the
-        texts.
-        """
-        negative, positive, contrastive = self._read(
-            tokens,
-            ("matching", Texts(negative_ids, negative_mask)),
-            ("matching", Texts(positive_ids, positive_mask)),
-            self._contrastive_pass(Texts(summarize_ids, summarize_mask), text_embeds),
+        """Return matching logits of negatives and positives, then embeddings of queries, tower and texts."""
+        *matched, contrastive = self._read(
+            tokens, ("matching", negative), ("matching", positive), self._contrastive_pass(summarize, text_embeds)
         )
-        image_embeds, text_embeds = self._contrastive_embeds(*contrastive, summarize_mask, text_embeds)
-        logits = (self._matching_logits(negative[0]), self._matching_logits(positive[0]))
+        image_embeds, text_embeds = self._contrastive_embeds(*contrastive, summarize.mask, text_embeds)
+        logits = [self._matching_logits(queries) for queries, _ in matched]
         return *logits, image_embeds, self._pool(tokens), text_embeds
 
 
@@ -454,19 +430,18 @@ class InternVLForCaptionTraining(InternVLTrainingModel):
         if num_items_in_batch is None:
             num_items_in_batch = (labels[:, 1:] != IGNORE_INDEX).sum().clamp(min=1)
         encode = partial(self._encode, num_labels=num_items_in_batch)
-        parts = in_chunks(encode, self.grad_cache_chunk_size, pixel_values, caption.ids, caption.mask, labels)
+        parts = in_chunks(encode, self.grad_cache_chunk_size, pixel_values, caption, labels)
         return TrainingOutput(loss=parts.sum())
 
     def _encode(
         self,
         pixel_values: torch.Tensor,
-        ids: torch.Tensor,
-        mask: torch.Tensor,
+        caption: Texts,
         labels: torch.Tensor,
         num_labels: torch.Tensor | int,
     ) -> torch.Tensor:
-        """The rows' share of the loss (1,)."""
-        ((_, text),) = self._read(self._vision_tokens(pixel_values), ("generation", Texts(ids, mask)))
+        """Return the rows' share of the loss (1,)."""
+        ((_, text),) = self._read(self._vision_tokens(pixel_values), ("generation", caption))
         return generation_loss(text, labels, self.qllama.lm_head, num_labels)[None]
 
 
