@@ -110,11 +110,12 @@ def build_pair_processor(recipe: ContrastiveRecipe, tokenizer: PreTrainedTokeniz
 
 
 def load_pair_processor(source: Folder, recipe: GenerativeRecipe | RetrievalRecipe) -> InternVLProcessor:
-    """The processor in a folder, with the recipe's sizes."""
+    """The processor in a folder, with the recipe's image size."""
     processor = InternVLProcessor.from_pretrained(source)
     side = recipe.phases[-1].image_size
     processor.image_processor.size = {"height": side, "width": side}
-    processor.max_text_length = recipe.max_text_length
+    # The stage before may have read longer texts than this one trains on.
+    processor.max_text_length = max(processor.max_text_length, recipe.max_text_length)
     return processor
 
 
