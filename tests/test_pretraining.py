@@ -78,10 +78,10 @@ def test_stage_2_is_one_forward_of_each_tower_and_equals_three_separate_passes()
         for name in ("negative", "positive")
     ]
     itm = F.cross_entropy(torch.cat([scores[0][:3], scores[1][3:]]), torch.tensor([0, 0, 0, 1, 1]))
-    images = F.normalize(model.clip_projector2(model.get_query_features(images)), dim=-1)
+    image_embeds = F.normalize(model.clip_projector2(model.get_query_features(images)), dim=-1)
     summaries = (inputs["summarize_input_ids"], inputs["summarize_attention_mask"])
     texts = F.normalize(model.get_text_features(*summaries), dim=-1)
-    logits = model.logit_scale.exp() * images @ texts.T
+    logits = model.logit_scale.exp() * image_embeds @ texts.T
     itc = (F.cross_entropy(logits, torch.arange(5)) + F.cross_entropy(logits.T, torch.arange(5))) / 2
     itg = model.qllama(
         input_ids=inputs["input_ids"],
