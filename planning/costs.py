@@ -185,9 +185,9 @@ def prepare(model: PreTrainedModel, recipe: Recipe, phase: Phase) -> None:
         recipe: The recipe.
         phase: Its phase.
     """
-    train_parts(model, phase.rates)
+    train_parts(model, phase.learning_rates)
     model.train()
-    for name in ("dropped_patches", "objective"):
+    for name in ("patch_drop_rate", "objective"):
         if hasattr(model, name):
             setattr(model, name, getattr(phase, name, None) or getattr(recipe, name, 0.0))
     if recipe.gradient_checkpointing:
@@ -216,9 +216,9 @@ def count_step(
         text_length: Tokens of text in a dialogue.
     """
     prepare(model, recipe, phase)
-    chunk = min(recipe.rows_at_a_time or share, share)
+    chunk = min(recipe.grad_cache_chunk_size or share, share)
     is_cached = chunk < share and not isinstance(recipe, DialogueRecipe)
-    model.rows_per_chunk = chunk if is_cached else None
+    model.grad_cache_chunk_size = chunk if is_cached else None
     rows = min(3 * chunk, share) if is_cached else chunk
 
     def count(rows: int, with_backward: bool = True) -> tuple[OperationCounter, int, int]:
@@ -252,7 +252,7 @@ def _num_trained(model: PreTrainedModel, phase: Phase) -> tuple[int, int]:
     """Parameters that a phase trains, and all others."""
     counts = {True: 0, False: 0}
     for name, parameter in model.named_parameters():
-        counts[part_of(name) in phase.rates] += parameter.numel()
+        counts[part_of(name) in phase.learning_rates] += parameter.numel()
     return counts[True], counts[False]
 
 

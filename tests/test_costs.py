@@ -66,7 +66,7 @@ WAYS = [(name, rows) for name in CASES for rows in (None, 2) if rows is None or 
 def prepared(name, rows=None, checkpointed=False):
     """A tiny model, its recipe and its first phase."""
     model, recipe = CASES[name]()
-    recipe = replace(recipe, rows_at_a_time=rows, gradient_checkpointing=checkpointed)
+    recipe = replace(recipe, grad_cache_chunk_size=rows, gradient_checkpointing=checkpointed)
     return model, recipe, replace(recipe.phases[0], image_size=56)
 
 
@@ -93,7 +93,7 @@ def test_a_step_on_meta_does_and_keeps_what_a_real_one_does(name, rows, checkpoi
     found = count_step(model.to("meta"), recipe, phase, BATCH, BATCH, LENGTH)
     model, recipe, phase = prepared(name, rows, checkpointed)
     planning.prepare(model, recipe, phase)
-    model.rows_per_chunk = rows
+    model.grad_cache_chunk_size = rows
     done = {}
     for attention in ("sdpa", "eager"):
         model.set_attn_implementation(attention)
@@ -124,7 +124,7 @@ def test_further_chunks_do_and_keep_what_three_say(name):
     share, rows = 12, 2
     model, recipe, phase = meta_case(name, rows, checkpointed=True)
     found = count_step(model, recipe, phase, share, share)
-    model.rows_per_chunk = rows
+    model.grad_cache_chunk_size = rows
     counter, *_ = planning._run(model, lambda: step_inputs(model, recipe, phase, share, LENGTH), is_cached=True)
     assert found.chunks == 6
     assert found.executed * share == pytest.approx(counter.flops, rel=1e-3)  # negatives are drawn among fewer
@@ -173,7 +173,7 @@ def test_the_released_size_costs_what_its_parameters_say(models):
 def test_states_are_shared_out_or_not(models):
     model, recipe = models["stage 2"]
     phase = recipe.phases[0]
-    trained = sum(p.numel() for name, p in model.named_parameters() if part_of(name) in phase.rates)
+    trained = sum(p.numel() for name, p in model.named_parameters() if part_of(name) in phase.learning_rates)
     frozen = size_of(model) - trained
     whole = state_bytes(model, phase, Cluster(gpus=64, sharding="ddp"))
     assert whole == 18 * trained + 2 * frozen
@@ -192,7 +192,7 @@ def test_traffic_is_every_gathered_layer_and_every_reduced_gradient():
     # Three chunks: each layer runs for the features, again for the gradients, and goes backward; the head never runs.
     assert step.gathered == 3 * 3 * (units - head)
     rest = unit_sizes(model)[1]
-    trained = sum(p.numel() for name, p in model.named_parameters() if part_of(name) in phase.rates)
+    trained = sum(p.numel() for name, p in model.named_parameters() if part_of(name) in phase.learning_rates)
     sharded = traffic_bytes(model, phase, Cluster(gpus=4), step)
     assert sharded == 2 * (step.gathered + rest + 3 * trained) * 3 / 4 + step.features
     assert traffic_bytes(model, phase, Cluster(gpus=4, sharding="ddp"), step) == 8 * trained * 3 / 4 + step.features
