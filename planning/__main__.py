@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 
 from .. import register
-from .commands import build_parser
+from .commands import planning_parser
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         Exit code of the command, or 2 where it was refused.
     """
-    options = build_parser().parse_args(arguments)
+    options = planning_parser().parse_args(arguments)
     register()
     try:
         return import_module(options.module, __package__).run(options, print)

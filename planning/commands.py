@@ -14,7 +14,7 @@ ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def planning_parser() -> argparse.ArgumentParser:
     """Return the parser; `module` of what it parses names the module of the command."""
     parser = argparse.ArgumentParser(
         prog="python -m internvl.planning",
@@ -93,4 +93,4 @@ def add_costs(commands: Any) -> None:
     parser.set_defaults(module=".costs")
 
 
-__all__ = ["ATTENTIONS", "DEVICE_MAPS", "DTYPES", "build_parser"]
+__all__ = ["ATTENTIONS", "DEVICE_MAPS", "DTYPES", "planning_parser"]

@@ -65,8 +65,7 @@ SHARDING_WORDS = {
     "ddp": "Every GPU holds all of them; autocast's bfloat16 copies of trained weights come on top.",
 }
 TRAFFIC_WORDS = {
-    "fsdp": "Weights are gathered in bfloat16 whenever a layer runs, gradients are reduced in bfloat16 once for each "
-    "chunk of samples in memory.",
+    "fsdp": "Weights are gathered in bfloat16 whenever a layer runs, gradients are reduced in bfloat16, once.",
     "ddp": "Gradients are reduced in float32, once.",
 }
 
@@ -81,7 +80,6 @@ class StepCost:
         executed: Of a sample, with what is computed again.
         activations: Bytes of live tensors at most, weights and their accumulated gradients left out.
         gathered: Parameters that are gathered under FSDP, each as often as its layer runs.
-        chunks: Forward and backward passes of as many samples as are in memory at a time.
         features: Bytes of features and their gradients from other processes.
     """
 
@@ -89,7 +87,6 @@ class StepCost:
     executed: float
     activations: float
     gathered: float
-    chunks: int
     features: float
 
 
@@ -236,7 +233,6 @@ def count_step(
         executed=counter.flops / rows,
         activations=counter.peak_bytes + kept_by_others,
         gathered=gathered * chunks / math.ceil(rows / chunk),
-        chunks=chunks,
         features=num_features * (num_rows - share) / max(1, num_rows - rows),
     )
 
@@ -275,7 +271,7 @@ def traffic_bytes(model: PreTrainedModel, phase: Phase, cluster: Cluster, step: 
     if cluster.sharding == "ddp":
         states: float = 2 * trained * FULL
     else:
-        states = (step.gathered + unit_sizes(model)[1] + trained * step.chunks) * HALF
+        states = (step.gathered + unit_sizes(model)[1] + trained) * HALF
     return states * (cluster.gpus - 1) / cluster.gpus + step.features
 
 
@@ -378,7 +374,7 @@ def cost_row(cost: PhaseCost, cluster: Cluster) -> str:
         f"{cost.days * 24 * cluster.gpus:,.0f}",
         f"{cost.states / GIGABYTE:.1f} GB",
         f"{cost.activations / GIGABYTE:.1f} GB",
-        f"{cost.traffic / GIGABYTE:.1f} GB",
+        f"{cost.traffic / GIGABYTE:,.1f} GB",
         "yes" if spare >= 0 else f"{-spare / GIGABYTE:.0f} GB short",
     ]
     return f"| {' | '.join(cells)} |"

@@ -161,7 +161,7 @@ class WeightSizes:
 
 
 @dataclass
-class Part:
+class PartSize:
     """Parameters and stored bytes of one part of a model."""
 
     part: str
@@ -187,12 +187,12 @@ def _part_of(name: str, embeddings: tuple[str, ...], config: PretrainedConfig) -
     return {"language_model": "decoder", "mlp1": "connector", "mlp2": "connector"}.get(first, "heads")
 
 
-def count_parts(model: PreTrainedModel, sizes: WeightSizes) -> list[Part]:
+def count_parts(model: PreTrainedModel, sizes: WeightSizes) -> list[PartSize]:
     """The parts that a model has, in the order of `PARTS`."""
     names = {id(module): name for name, module in model.named_modules()}
     word_layers = () if _vision_is_all(model) else (model.get_input_embeddings(), model.get_output_embeddings())
     embeddings = tuple(f"{names[id(layer)]}." for layer in word_layers if layer is not None)
-    parts = {part: Part(part, 0, 0) for part in PARTS}
+    parts = {part: PartSize(part, 0, 0) for part in PARTS}
     for name, tensor in _own_tensors(model):
         part = parts[_part_of(name, embeddings, model.config)]
         part.parameters += tensor.numel() if isinstance(tensor, nn.Parameter) else 0
@@ -297,7 +297,7 @@ def parse_max_memory(text: str) -> dict[int | str, int]:
     return memory
 
 
-def place(
+def infer_placement(
     model: PreTrainedModel, sizes: WeightSizes, device_map: str, max_memory: dict[int | str, int]
 ) -> dict[str, Any]:
     """The map that `from_pretrained(device_map=..., max_memory=...)` would infer, by the same functions.
@@ -339,7 +339,7 @@ class Report:
     model: str
     model_class: str
     dtype: str
-    parts: list[Part]
+    parts: list[PartSize]
     attention: str
     batch: int
     images: int
@@ -366,6 +366,18 @@ class Report:
         if self.devices is not None:
             found["devices"] = [{**asdict(plan), "total": plan.total, "fits": plan.fits} for plan in self.devices]
         return found
+
+
+def _check_choices(**arguments: tuple[str, tuple[str, ...]]) -> None:
+    for name, (value, known) in arguments.items():
+        if value not in known:
+            raise ValueError(f"`{name}` must be one of {list(known)}, got {value!r}.")
+
+
+def _check_counts(**arguments: tuple[int | None, int]) -> None:
+    for name, (value, least) in arguments.items():
+        if value is not None and value < least:
+            raise ValueError(f"`{name}` must be at least {least}, got {value}.")
 
 
 def inspect_model(
@@ -396,15 +408,8 @@ def inspect_model(
         ValueError: An argument out of range, or not a model of this package.
         OSError: No configuration there.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"`dtype` must be one of {list(DTYPES)}, got {dtype!r}.")
-    if device_map not in DEVICE_MAPS:
-        raise ValueError(f"`device_map` must be one of {list(DEVICE_MAPS)}, got {device_map!r}.")
-    if attention not in ATTENTIONS:
-        raise ValueError(f"`attention` must be one of {list(ATTENTIONS)}, got {attention!r}.")
-    for name, value, least in (("images", images, 0), ("tiles", tiles, 0), ("batch", batch, 1), ("length", length, 0)):
-        if value is not None and value < least:
-            raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+    _check_choices(dtype=(dtype, DTYPES), device_map=(device_map, DEVICE_MAPS), attention=(attention, ATTENTIONS))
+    _check_counts(images=(images, 0), tiles=(tiles, 0), batch=(batch, 1), length=(length, 0))
     config = read_config(model)
     meta_model = build_on_meta(config, COMPUTE_DTYPES[dtype], attention)
     config = meta_model.config
@@ -435,7 +440,7 @@ def inspect_model(
         vision_activations=activations,
     )
     if max_memory is not None:
-        placed = place(meta_model, sizes, device_map, max_memory)
+        placed = infer_placement(meta_model, sizes, device_map, max_memory)
         report.device_map = device_map
         report.modules = {name or type(meta_model).__name__: str(device) for name, device in placed.items()}
         report.devices = _fill_devices(meta_model, sizes, placed, max_memory, per_layer, activations)
@@ -494,7 +499,7 @@ def _table(rows: list[list[str]]) -> list[str]:
     ]
 
 
-def describe(report: Report) -> list[str]:
+def report_lines(report: Report) -> list[str]:
     """The report for people, line by line."""
     found = report.as_dict()
     rows = [["part", "parameters", report.dtype]]
@@ -506,10 +511,10 @@ def describe(report: Report) -> list[str]:
     if report.vision_activations:
         tiles = f"{report.batch * report.images * report.tiles} tile(s), {report.tiles_at_once} at once"
         lines += [f"vision tower at work on {tiles}: at most {_amount(report.vision_activations)}"]
-    return lines + (_describe_placement(report) if report.devices is not None else [])
+    return lines + (_placement_lines(report) if report.devices is not None else [])
 
 
-def _describe_placement(report: Report) -> list[str]:
+def _placement_lines(report: Report) -> list[str]:
     rows = [["device", "has", "weights", "cache", "vision", "all", "fits"]]
     for plan in report.devices or []:
         amounts = [plan.budget, plan.weights, plan.kv_cache, plan.vision_activations, plan.total]
@@ -566,5 +571,5 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
         max_memory=None if options.max_memory is None else parse_max_memory(options.max_memory),
         device_map=options.device_map,
     )
-    print_fn(json.dumps(report.as_dict(), indent=2) if options.json else "\n".join(describe(report)))
+    print_fn(json.dumps(report.as_dict(), indent=2) if options.json else "\n".join(report_lines(report)))
     return 1 if report.fits is False else 0

@@ -126,7 +126,6 @@ def test_further_chunks_do_and_keep_what_three_say(name):
     found = count_step(model, recipe, phase, share, share)
     model.grad_cache_chunk_size = rows
     counter, *_ = planning._run(model, lambda: step_inputs(model, recipe, phase, share, LENGTH), is_cached=True)
-    assert found.chunks == 6
     assert found.executed * share == pytest.approx(counter.flops, rel=1e-3)  # negatives are drawn among fewer
     assert found.activations == pytest.approx(counter.peak_bytes, rel=0.03)
 
@@ -194,7 +193,7 @@ def test_traffic_is_every_gathered_layer_and_every_reduced_gradient():
     rest = unit_sizes(model)[1]
     trained = sum(p.numel() for name, p in model.named_parameters() if part_of(name) in phase.learning_rates)
     sharded = traffic_bytes(model, phase, Cluster(gpus=4), step)
-    assert sharded == 2 * (step.gathered + rest + 3 * trained) * 3 / 4 + step.features
+    assert sharded == 2 * (step.gathered + rest + trained) * 3 / 4 + step.features
     assert traffic_bytes(model, phase, Cluster(gpus=4, sharding="ddp"), step) == 8 * trained * 3 / 4 + step.features
 
 

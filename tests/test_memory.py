@@ -277,19 +277,19 @@ def test_what_is_offloaded_runs_on_the_card():
     assert (plans["cpu"].kv_cache, plans["cpu"].vision_activations) == (0, 0)
     assert (plans["0"].kv_cache, plans["0"].vision_activations) == (report.kv_cache, report.vision_activations)
     assert report.fits
-    assert "offloaded to the CPU" in "\n".join(planner.describe(report))
+    assert "offloaded to the CPU" in "\n".join(planner.report_lines(report))
 
 
 def test_weights_that_no_device_holds_do_not_fit():
     report = planner.inspect_model("internvl-14b", max_memory={0: 8 * planner.GIB, "cpu": 8 * planner.GIB})
     assert not report.fits
-    assert "It does not fit" in planner.describe(report)[-1]
+    assert "It does not fit" in planner.report_lines(report)[-1]
 
 
 def test_a_cache_that_no_device_holds_does_not_fit():
     report = planner.inspect_model("internvl-14b", batch=64, length=4096, max_memory={0: 40 * planner.GIB})
     assert not report.fits
-    assert "not with cache and activations, on device 0" in planner.describe(report)[-1]
+    assert "not with cache and activations, on device 0" in planner.report_lines(report)[-1]
 
 
 @pytest.mark.parametrize(
