@@ -24,7 +24,7 @@ from internvl import (
     InternVLModel,
 )
 
-from .harness import Options, Row, flops_of, matrix_product, no_compiler, row_of, share_row, take_turns
+from .harness import Options, Row, flops_of, matrix_product, no_compiler, row_of, share_row, interleave
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def vision_rows(options: Options, sizes: Sizes) -> Iterator[Row]:
     missing = no_compiler(options.device)
     if not missing:
         calls["compiled"] = partial(torch.compile(model, fullgraph=True, dynamic=False), tiles)
-    seconds = take_turns(calls, options)
+    seconds = interleave(calls, options)
     for call, target in (("eager", 0.6), ("compiled", None)):
         name = f"InternViT {name_size(model)}, {side} px, {sizes.tiles} tiles: {call}, share of the matrix rate"
         if call not in calls:
@@ -115,7 +115,7 @@ def qllama_rows(options: Options, sizes: Sizes) -> Iterator[Row]:
     features = partial(model.get_image_features, images, mode="InternVL-G")
     shapes = shapes_of(InternVLModel, config)
     flops = flops_of(partial(shapes.get_image_features, images.to("meta", torch.float32), mode="InternVL-G"))
-    seconds = take_turns({"features": features, "product": matrix_product(options)}, options)
+    seconds = interleave({"features": features, "product": matrix_product(options)}, options)
     name = f"InternVL-G {name_size(model)}, features of {sizes.tiles} images: share of the matrix rate"
     yield share_row(name, seconds, "features", flops, device=options.device)
 
@@ -128,7 +128,7 @@ def qllama_rows(options: Options, sizes: Sizes) -> Iterator[Row]:
         "short": partial(caption, 1),
         "long": partial(caption, 1 + sizes.tokens),
     }
-    seconds = take_turns(calls, options)
+    seconds = interleave(calls, options)
     seconds["decoding"] = [b - a for a, b in zip(seconds.pop("short"), seconds.pop("long"), strict=True)]
     name = f"caption by QLLaMA {name_size(model.qllama)}, eager: share of the bandwidth in decoding"
     num_bytes = sizes.tokens * weight_bytes(model.qllama, model.qllama.get_input_embeddings())
@@ -149,7 +149,7 @@ def decoder_rows(options: Options, sizes: Sizes) -> Iterator[Row]:
     warmups = 2
     length = sizes.prompt + (warmups + options.rounds) * sizes.tokens
     calls = {call: decoding(model, step, length, sizes) for call, step in steps.items()}
-    seconds = take_turns({"copy": copy_of(sizes.copied_bytes, options), **calls}, options, warmups)
+    seconds = interleave({"copy": copy_of(sizes.copied_bytes, options), **calls}, options, warmups)
     num_bytes = sizes.tokens * weight_bytes(model.language_model, model.get_input_embeddings())
     for call, target in (("compiled", 0.7), ("eager", None)):
         name = (

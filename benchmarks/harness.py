@@ -87,7 +87,7 @@ def seconds_of(call: Callable[[], Any], device: str = "cpu") -> float:
     return time.perf_counter() - start
 
 
-def take_turns(calls: dict[str, Callable[[], Any]], options: Options, warmups: int = 2) -> dict[str, list[float]]:
+def interleave(calls: dict[str, Callable[[], Any]], options: Options, warmups: int = 2) -> dict[str, list[float]]:
     """Seconds of every call in every counted round."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for index in range(warmups + options.rounds):
@@ -108,7 +108,7 @@ def speed_row(
     **details: Any,
 ) -> Row:
     """How many times as fast as `peer` our call is: the peer's time over ours, above 1 where ours is faster."""
-    return row_of(name, take_turns({"ours": ours, "peer": peer}, options, warmups), target=target, **details)
+    return row_of(name, interleave({"ours": ours, "peer": peer}, options, warmups), target=target, **details)
 
 
 def row_of(
@@ -168,7 +168,7 @@ def matrix_rate(options: Options) -> dict[str, Any]:
     """The calibration of a run: FLOP/s of `matrix_product`, as median and interquartile range; a wide spread means a
     noisy machine.
     """
-    seconds = take_turns({"product": matrix_product(options)}, options.at_most(10))["product"]
+    seconds = interleave({"product": matrix_product(options)}, options.at_most(10))["product"]
     rates = [product_flops(options.device) / elapsed for elapsed in seconds]
     return {
         "flops_per_second": statistics.median(rates),

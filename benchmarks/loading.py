@@ -21,7 +21,7 @@ from .harness import (
     in_fresh_process,
     memory_growth,
     row_of,
-    take_turns,
+    interleave,
 )
 from .native import build_chat
 
@@ -58,7 +58,7 @@ def rows(options: Options) -> Iterator[Row]:
         name = f"from_pretrained of {size / 1e9:.1f} GB in bf16"
         calls = {"load": partial(load, folder, options.device), "read": partial(read, Path(folder))}
         title = f"{name}: time against reading the files"
-        yield row_of(title, take_turns(calls, options), "read", "load", target=1.5, is_lower_better=True)
+        yield row_of(title, interleave(calls, options), "read", "load", target=1.5, is_lower_better=True)
         growth = int(in_fresh_process(__name__, folder, options.device))
     yield Row(
         f"{name}: peak memory of the host against the weights",

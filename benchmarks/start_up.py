@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 
-from .harness import Options, Row, row_of, take_turns
+from .harness import Options, Row, row_of, interleave
 
 
 CALLS = {
@@ -24,7 +24,7 @@ def start(arguments: list[str]) -> None:
 
 def rows(options: Options) -> Iterator[Row]:
     """The import, then a command that has nothing to do."""
-    seconds = take_turns({name: partial(start, call) for name, call in CALLS.items()}, options.at_most(7), warmups=1)
+    seconds = interleave({name: partial(start, call) for name, call in CALLS.items()}, options.at_most(7), warmups=1)
     peer = "from transformers import PreTrainedModel"
     yield row_of(
         f"time of `import internvl` against `{peer}`",

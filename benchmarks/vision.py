@@ -26,7 +26,7 @@ from .harness import (
     row_of,
     share_row,
     speed_row,
-    take_turns,
+    interleave,
 )
 from .native import build_pair
 
@@ -108,7 +108,7 @@ def forward_rows(options: Options) -> Iterator[Row]:
         difference = {
             name: require_equal(call().last_hidden_state, wanted) for name, call in calls.items() if name != "product"
         }
-        seconds = take_turns(calls, options.at_most(rounds), warmups=1)
+        seconds = interleave(calls, options.at_most(rounds), warmups=1)
         shape = f"vision forward, 300M shape, {batch} tile(s)"
         for name, (against_native, of_rate) in TARGETS.items():
             if name == TILE_BY_TILE and batch == 1:

@@ -1,8 +1,8 @@
 """Costs of the full recipes: memory of a GPU and days on many, `python -m internvl.planning costs`.
 
 One forward and backward pass of every phase runs on the meta device as its trainer would run it: with frozen parts,
-dropped patches, gradient caching, activation checkpointing, and as many features to compare with as all processes have.
-FLOPs, live tensors and calls of sharded layers are counted while it runs. `ASSUMPTIONS` goes with every table.
+dropped patches, gradient caching, activation checkpointing, and the features of all processes to compare with. FLOPs,
+live tensors and calls of sharded layers are counted while it runs. `ASSUMPTIONS` is printed with every table.
 
 Not covered: reading data, evaluation, restarts, pipeline and tensor parallelism.
 """
@@ -44,14 +44,15 @@ HALF, FULL = 2, 4  # bytes of bfloat16 and float32
 ADAM = 2 * FULL
 ASSUMPTIONS = (
     "1 FLOP is one multiplication or one addition, counted by torch's formulas: matrix products, convolutions and "
-    "attention count, masked places too, and attention computes its scores again in the backward pass; norms, softmax, "
+    "attention count, masked places too, and attention computes its scores again in the backward pass; norms, "
+    "softmax, "
     'activations and the optimizer count nothing. "Executed" adds what gradient caching and activation checkpointing '
     "compute again.",
     "Texts have the recipe's full length; a dialogue has one image of one tile and {dialogue} tokens of text, with "
     "logits at all positions.",
-    "Days = steps x samples of a GPU x executed FLOPs / (peak x utilization): {gpus} GPUs of {peak:g} TFLOP/s, of which "
-    "all executed operations, recomputed ones too, reach {utilization:.0%}. Waiting for data or for other GPUs is in "
-    "that share; where a batch has fewer samples than there are GPUs, the others idle.",
+    "Days = steps x samples of a GPU x executed FLOPs / (peak x utilization): {gpus} GPUs of {peak:g} TFLOP/s, of "
+    "which all executed operations, recomputed ones too, reach {utilization:.0%}. Waiting for data or for other GPUs "
+    "is in that share; where a batch has fewer samples than there are GPUs, the others idle.",
     "Trained parameters take 16 bytes (float32 weight and gradient, two AdamW states), frozen ones 2 (bfloat16). "
     "{sharding}",
     "Activations: the most that live tensors take in a step computed in bfloat16, the batch and the features of all "
@@ -70,7 +71,7 @@ TRAFFIC_WORDS = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------- one step, counted
+# ---------------------------------------------------------------------------------------------------- one step, counte
 @dataclass(frozen=True)
 class StepCost:
     """What a step of one GPU does.
@@ -143,7 +144,7 @@ def sharded_units(model: PreTrainedModel) -> list[nn.Module]:
 
 @contextmanager
 def _counted_gathers(model: PreTrainedModel, is_cached: bool) -> Iterator[list[int]]:
-    """Yields the parameters of every unit that runs forward, as often as FSDP gathers them then and in the backward pass."""
+    """Yields the parameters of every unit that runs, as often as FSDP gathers them forward and backward."""
     gathered: list[int] = []
 
     def count(module: nn.Module, args: Any, output: Any) -> None:
@@ -237,9 +238,9 @@ def count_step(
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- states
+# --------------------------------------------------------------------------------------------------------------- state
 def unit_sizes(model: PreTrainedModel) -> tuple[int, int]:
-    """Parameters of the largest unit that FSDP gathers at a time, and of what belongs to no unit and stays gathered."""
+    """Parameters of the largest unit that FSDP gathers at a time, and of all that is in no unit and stays gathered."""
     sizes = [sum(p.numel() for p in module.parameters()) for module in sharded_units(model)]
     return max(sizes), sum(p.numel() for p in model.parameters()) - sum(sizes)
 
@@ -275,7 +276,7 @@ def traffic_bytes(model: PreTrainedModel, phase: Phase, cluster: Cluster, step: 
     return states * (cluster.gpus - 1) / cluster.gpus + step.features
 
 
-# ------------------------------------------------------------------------------------------------------- the full recipes
+# ----------------------------------------------------------------------------------------------------- the full recipe
 def full_models(decoder: str) -> dict[str, tuple[PreTrainedModel, Recipe]]:
     """Every full recipe with its model of the released size, on the meta device in bfloat16.
 
@@ -359,7 +360,7 @@ def costs(cluster: Cluster, decoder: str = "13b", text_length: int = TEXT_LENGTH
             yield cost_of(name, model, recipe, phase, cluster, text_length)
 
 
-# ----------------------------------------------------------------------------------------------------- the command line
+# ----------------------------------------------------------------------------------------------------- the command lin
 def cost_row(cost: PhaseCost, cluster: Cluster) -> str:
     """A row of the table in Markdown."""
     spare = cluster.gpu_memory * GIGABYTE - cost.total

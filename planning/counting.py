@@ -83,7 +83,7 @@ def _efficient_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend by a kernel that keeps no attention weights, as GPUs do and scaled dot-product attention on meta does not."""
+    """Attend by a kernel that keeps no attention weights, as GPUs do; on the meta device sdpa would keep them."""
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
     if attention_mask is not None:
@@ -99,7 +99,8 @@ def counted_step() -> Iterator[OperationCounter]:
     kernel = ALL_ATTENTION_FUNCTIONS["sdpa"]
     ALL_ATTENTION_FUNCTIONS["sdpa"] = _efficient_attention
     try:
-        with shape_settings.patch(meta_nonzero_assume_all_nonzero=True), OperationCounter() as counter:
+        settings = shape_settings.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
+        with settings, OperationCounter() as counter:
             yield counter
     finally:
         ALL_ATTENTION_FUNCTIONS["sdpa"] = kernel

@@ -2,10 +2,10 @@
 
 Only the configuration is read; the model is built on the meta device, without a byte of weights.
 
-Does: parameters and bytes of each part in a given dtype; the key-value cache; the most memory the vision tower takes while it runs
-(measured on the meta device); and, given what each device has, where `device_map` would put every module, by the code
-that `from_pretrained` runs. Does not count: activations of the language models, workspace of kernels, what the allocator holds back,
-and the rest of the process (a CUDA context takes some 0.5 GiB per card).
+Does: parameters and bytes of each part in a given dtype; the key-value cache; the most memory the vision tower takes
+while it runs (measured on the meta device); and, given the memory of each device, where `device_map` would put every
+module, by the code that `from_pretrained` runs. Does not count: activations of the language models, workspace of
+kernels, what the allocator holds back, and the rest of the process (a CUDA context takes some 0.5 GiB per card).
 """
 
 import argparse
@@ -42,13 +42,14 @@ from .counting import counted_step
 
 
 GIB = 1024**3
-TEXT_LENGTH = 512  # positions of text beside the pictures, where `--length` does not say
+TEXT_LENGTH = 512  # positions of text beside the images, where `--length` does not say
 # What each is computed in: weights of a quantised model are stored in blocks, and computed with in bfloat16.
 COMPUTE_DTYPES = dict(
     zip(DTYPES, (torch.float32, torch.bfloat16, torch.float16, torch.bfloat16, torch.bfloat16), strict=True)
 )
 QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.5}  # of a weight, without its scales: what transformers places by
-# bitsandbytes: one fp32 scale per row of an int8 matrix, and one per block of 64 nf4 weights, two of which share a byte.
+# bitsandbytes: one fp32 scale per row of an int8 matrix, and one per block of 64 nf4 weights; two of these share a
+# byte.
 NF4_BLOCK, SCALE_BYTES = 64, 4
 # transformers leaves a tenth of every device to what quantising allocates.
 QUANTIZER_SHARE = 0.9
@@ -90,20 +91,20 @@ def read_config(model: str | Path) -> PretrainedConfig:
         if path.exists():
             raise
         raise OSError(
-            f"`{model}` is no folder or file here, no Hub repository that can be reached, and none of the published sizes "
-            f"{sorted(SIZES)}."
+            f"`{model}` is no folder or file here, no Hub repository that can be reached, and none of the published "
+            f"sizes {sorted(SIZES)}."
         ) from error
     model_type = found.pop("model_type", None)
     if model_type not in MODEL_CLASSES:
         raise ValueError(
-            f"`{model}` has the `model_type` {model_type!r}, expected one of {sorted(MODEL_CLASSES)}. A published InternVL "
-            "checkpoint is converted first: `python -m internvl.conversion SOURCE OUT`."
+            f"`{model}` has the `model_type` {model_type!r}, expected one of {sorted(MODEL_CLASSES)}. A published "
+            "InternVL checkpoint is converted first: `python -m internvl.conversion SOURCE OUT`."
         )
     return AutoConfig.for_model(model_type, **found)
 
 
 def build_on_meta(config: PretrainedConfig, dtype: torch.dtype, attention: str = ATTENTIONS[0]) -> PreTrainedModel:
-    """The model of a configuration without memory for its weights: the class it was saved as, else that of `AutoModel`."""
+    """Build the model of a configuration on the meta device: the class it was saved as, else that of `AutoModel`."""
     classes = MODEL_CLASSES[config.model_type]
     saved = {model_class.__name__: model_class for model_class in classes}
     model_class = next((saved[name] for name in config.architectures or [] if name in saved), classes[0])
@@ -131,7 +132,8 @@ class WeightSizes:
             kept = getattr(model, "_modules_kept_unquantized", None)
             if kept is None:
                 raise ValueError(
-                    f"{type(model).__name__} is not loaded in 8 or 4 bits on its own; choose a dtype of {list(DTYPES[:3])}."
+                    f"{type(model).__name__} is not loaded in 8 or 4 bits on its own; choose a dtype of "
+                    f"{list(DTYPES[:3])}."
                 )
             self.quantized = {
                 f"{name}.weight"
@@ -225,7 +227,7 @@ def image_positions(config: PretrainedConfig, tiles: int) -> int:
 
 
 def cache_bytes_per_layer(text_config: PretrainedConfig, batch: int, length: int, element_size: int) -> int:
-    """Keys and values of one layer: 2 x rows x positions x key/value heads x head width. Sliding windows are not deducted."""
+    """Bytes of a layer's keys and values: 2 x rows x positions x heads x head width. Sliding windows do not count."""
     heads = text_config.num_attention_heads
     kv_heads = getattr(text_config, "num_key_value_heads", None) or heads
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
@@ -237,8 +239,8 @@ def vision_activation_bytes(
 ) -> int:
     """The most memory the vision tower takes beside its weights while it encodes `tiles`, without gradients.
 
-    Measured on the meta device with `tiles_at_once` (None: all), in a tower of two blocks, after which a third takes no
-    more; all pixels in fp32 come on top. What a kernel allocates for itself differs by processor and is not counted;
+    Measured on the meta device with `tiles_at_once` of them (None: all), in a tower of two blocks: further ones take
+    no more. All pixels in fp32 come on top. What a kernel allocates for itself differs by processor and does not count;
     flash attention takes no more than sdpa.
     """
     shallow = deepcopy(config)
@@ -285,8 +287,8 @@ def parse_max_memory(text: str) -> dict[int | str, int]:
         device = re.fullmatch(r"(?i)(?:(?:cuda|xpu|npu):)?([0-9]+)|(cpu|mps|disk)", name)
         if not separator or device is None:
             raise ValueError(
-                "`--max-memory` takes DEVICE=SIZE pairs such as `0=24GiB,1=24GiB,cpu=64GiB`, where DEVICE is the number of a "
-                f"card (`0` or `cuda:0`), `cpu`, `mps` or `disk`; got {entry.strip()!r}."
+                "`--max-memory` takes DEVICE=SIZE pairs such as `0=24GiB,1=24GiB,cpu=64GiB`, where DEVICE is the "
+                f"number of a card (`0` or `cuda:0`), `cpu`, `mps` or `disk`; got {entry.strip()!r}."
             )
         if not re.fullmatch(r"(?i)[0-9]+(\.[0-9]+)?\s*[kmg]i?b", size):
             raise ValueError(f"`--max-memory` sizes look like `24GiB` or `24GB`, got {size!r} for device {name}.")
@@ -354,7 +356,7 @@ class Report:
 
     @property
     def fits(self) -> bool | None:
-        """Whether every device has what it would hold and nothing is left for the disk; None where no device was named."""
+        """Whether every device holds its part and nothing is left for the disk; None where no device was named."""
         if self.devices is None:
             return None
         return all(plan.fits and not (plan.budget is None and plan.total) for plan in self.devices)
@@ -398,7 +400,8 @@ def inspect_model(
         dtype: One of `DTYPES`.
         tiles: Of each image.
         batch: Rows.
-        length: Positions of a row in the key-value cache, pictures included; None takes those of the tiles and 512 of text.
+        length: Positions of a row in the key-value cache, images included; None takes those of the tiles and 512 of
+            text.
         max_memory: Bytes per device, as accelerate takes them; None places nothing.
         device_map: One of `DEVICE_MAPS`.
         images: Of one row.
@@ -455,7 +458,7 @@ def _fill_devices(
     cache_per_layer: int,
     activations: int,
 ) -> list[DevicePlan]:
-    """Sums what each device holds. What is offloaded runs on the first device, so its cache and activations are there."""
+    """Sum what each device holds. What is offloaded runs on the first device, with its cache and activations."""
     order = get_max_memory(dict(max_memory))
     plans = {device: DevicePlan(str(device), None if device == "disk" else size) for device, size in order.items()}
     plans.setdefault("disk", DevicePlan("disk", None))
@@ -542,8 +545,8 @@ def _verdict(report: Report) -> str:
         return f"It does not fit: {_amount(plans['disk'].weights)} of weights would be read from disk in every step."
     short = ", ".join(plan.device for plan in plans.values() if not plan.fits)
     return (
-        f"The weights fit, but not with cache and activations, on device {short}: give it less in `max_memory`, take fewer "
-        "tiles, rows or positions, or a smaller dtype."
+        f"The weights fit, but not with cache and activations, on device {short}: give it less in `max_memory`, take "
+        "fewer tiles, rows or positions, or a smaller dtype."
     )
 
 

@@ -126,10 +126,10 @@ def test_a_share_is_that_of_the_rate_of_the_matrix_product(monkeypatch):
     assert row.is_met
 
 
-def test_calls_take_turns_and_the_one_that_goes_first_changes():
+def test_calls_interleave_and_the_one_that_goes_first_changes():
     order = []
     calls = {name: lambda name=name: order.append(name) for name in ("a", "b")}
-    seconds = harness.take_turns(calls, Options(rounds=2), warmups=1)
+    seconds = harness.interleave(calls, Options(rounds=2), warmups=1)
     assert "".join(order) == "baabba"  # the first round is not counted
     assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
 

@@ -1,4 +1,4 @@
-"""`python -m internvl.planning memory` says what loading and running really take, without loading or running anything."""
+"""`python -m internvl.planning memory` computes what loading and running really take, without doing either."""
 
 import json
 
@@ -199,7 +199,7 @@ def test_wider_numbers_and_written_out_scores_take_more():
 
 @torch.no_grad()
 def test_sixteen_pairs_take_what_is_said(only_config):
-    """InternVL-14B at a thirty-second of its widths: the vision tower at work is the most that images, texts and both heads take."""
+    """InternVL-14B at a thirty-second of its widths: the vision tower takes more than texts and both heads do."""
     vision = {"hidden_size": 100, "intermediate_size": 400, "num_attention_heads": 25, "num_hidden_layers": 2}
     qllama = {
         "hidden_size": 128,
