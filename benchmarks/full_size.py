@@ -24,7 +24,7 @@ from internvl import (
     InternVLModel,
 )
 
-from .harness import Options, Row, flops_of, matrix_product, no_compiler, row_of, share_row, interleave
+from .harness import Options, Row, flops_of, interleave, matrix_product, no_compiler, row_of, share_row
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What every benchmark shares: two calls timed in turns, peak memory, and rows with a target.
+"""What every benchmark shares: two interleaved calls, peak memory, and rows with a target.
 
 The machine may be noisy, so seconds mean little alone: two calls are interleaved in one process, the one that goes
 first changing every round, and a row holds the median and the interquartile range of the ratios of the single rounds.
@@ -121,7 +121,7 @@ def row_of(
     is_lower_better: bool = False,
     **details: Any,
 ) -> Row:
-    """A row of two of the calls that took turns: `scale` times the time of the one named `peer` over that of the one
+    """A row of two of the interleaved calls: `scale` times the time of the one named `peer` over that of the one
     named `ours`.
     """
     ratios = [scale * b / a for a, b in zip(seconds[ours], seconds[peer], strict=True)]
@@ -139,7 +139,7 @@ def row_of(
 def share_row(
     name: str, seconds: dict[str, list[float]], call: str, flops: int, target: float | None = None, **details: Any
 ) -> Row:
-    """Which share of the matrix rate a call reached; `matrix_product` took its turns as "product"."""
+    """Which share of the matrix rate a call reached; `matrix_product` is interleaved as "product"."""
     scale = flops / product_flops(details["device"])
     return row_of(name, seconds, call, "product", target, scale, flops=flops, **details)
 

@@ -19,9 +19,9 @@ from .harness import (
     Options,
     Row,
     in_fresh_process,
+    interleave,
     memory_growth,
     row_of,
-    interleave,
 )
 from .native import build_chat
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 
-from .harness import Options, Row, row_of, interleave
+from .harness import Options, Row, interleave, row_of
 
 
 CALLS = {

@@ -19,6 +19,7 @@ from .harness import (
     Row,
     flops_of,
     in_fresh_process,
+    interleave,
     matrix_product,
     memory_growth,
     no_compiler,
@@ -26,7 +27,6 @@ from .harness import (
     row_of,
     share_row,
     speed_row,
-    interleave,
 )
 from .native import build_pair
 

@@ -240,8 +240,8 @@ def vision_activation_bytes(
     """The most memory the vision tower takes beside its weights while it encodes `tiles`, without gradients.
 
     Measured on the meta device with `tiles_at_once` of them (None: all), in a tower of two blocks: further ones take
-    no more. All pixels in fp32 come on top. What a kernel allocates for itself differs by processor and does not count;
-    flash attention takes no more than sdpa.
+    no more. All pixels in fp32 come on top. What a kernel allocates for itself differs by processor: it does not
+    count; flash attention takes no more than sdpa.
     """
     shallow = deepcopy(config)
     shallow.num_hidden_layers = min(2, config.num_hidden_layers)
