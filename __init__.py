@@ -8,7 +8,7 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .moved import install
+from .moved import DOORS, install
 
 
 if TYPE_CHECKING:
@@ -34,10 +34,7 @@ if TYPE_CHECKING:
 
 # Registering imports torch and transformers, which takes seconds. These commands parse their arguments first, and call
 # `register` after that.
-COMMANDS = (
-    *("chat", "conversion", "demo", "evaluation", "planning", "publishing", "training"),
-    *(f"evaluation.{task}" for task in ("captioning", "dialogue", "linear_probe", "retrieval", "zero_shot")),
-)
+COMMANDS = ("chat", "conversion", "demo", "evaluation", "planning", "publishing", "reproduction", "training")
 
 
 def register() -> None:
@@ -46,8 +43,8 @@ def register() -> None:
 
 
 def starts_a_command() -> bool:
-    """Whether `python -m` is starting one of `COMMANDS`: `sys.argv[0]` is "-m" while Python looks for the module."""
-    return sys.argv[:1] == ["-m"] and any(f"{__name__}.{command}" in sys.orig_argv for command in COMMANDS)
+    """Whether `python -m` is starting a command: `sys.argv[0]` is "-m" while Python looks for the module."""
+    return sys.argv[:1] == ["-m"] and any(f"{__name__}.{name}" in sys.orig_argv for name in (*COMMANDS, *DOORS))
 
 
 install()

@@ -106,9 +106,12 @@ DOORS: dict[str, tuple[str, ...]] = {
     "evaluation.captioning": ("evaluation", "captioning"),
     "evaluation.dialogue": ("evaluation", "dialogue"),
     "evaluation.linear_probe": ("evaluation", "linear_probe"),
+    "evaluation.results": ("reproduction", "report"),
     "evaluation.retrieval": ("evaluation", "retrieval"),
     "evaluation.zero_shot": ("evaluation", "zero_shot"),
     "memory": ("planning", "memory"),
+    "training.ablation": ("reproduction", "ablation"),
+    "training.default_run": ("reproduction", "run"),
 }
 # Old names of packages; their modules warn.
 PACKAGES = ("conversion.layouts", "conversion.output", "conversion.sources")

@@ -84,10 +84,5 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run_task(task: str) -> None:
-    """Runs a task with the arguments of the process, for `python -m internvl.evaluation.TASK`."""
-    sys.exit(main([task, *sys.argv[1:]]))
-
-
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,11 +4,6 @@ Captions are scored by CIDEr; those of generated scenes also by facts: the objec
 only with its kind, value, colour, size and place.
 """
 
-if __name__ == "__main__":  # reads the arguments before torch is imported
-    from .__main__ import run_task
-
-    run_task("captioning")
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

@@ -5,11 +5,6 @@ questions about small text are about large images only, and are asked twice: wit
 tile.
 """
 
-if __name__ == "__main__":  # reads the arguments before torch is imported
-    from .__main__ import run_task
-
-    run_task("dialogue")
-
 from collections.abc import Iterable
 from typing import Any
 

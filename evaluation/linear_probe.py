@@ -4,11 +4,6 @@ scikit-learn's logistic regression is fitted on the class token and the mean of 
 `vision_model` will do, and `InternVisionModel` itself.
 """
 
-if __name__ == "__main__":  # reads the arguments before torch is imported
-    from .__main__ import run_task
-
-    run_task("linear_probe")
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

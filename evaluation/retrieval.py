@@ -3,11 +3,6 @@
 InternVL-C and, where the model has queries, InternVL-G are measured, by R@1, R@5 and R@10.
 """
 
-if __name__ == "__main__":  # reads the arguments before torch is imported
-    from .__main__ import run_task
-
-    run_task("retrieval")
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

@@ -3,11 +3,6 @@
 A class is the mean of the embeddings of all its prompts (an ensemble, as in CLIP).
 """
 
-if __name__ == "__main__":  # reads the arguments before torch is imported
-    from .__main__ import run_task
-
-    run_task("zero_shot")
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

@@ -1,25 +1,55 @@
-"""Command line: `python -m internvl.reproduction run|report|ablation ...`; each command is a module."""
+"""Command line: `python -m internvl.reproduction run|report|ablation`."""
 
-import runpy
+import argparse
 import sys
+from importlib import import_module
+from pathlib import Path
+
+from .. import register
 
 
-COMMANDS = ("run", "report", "ablation")
-
-
-def main() -> None:
-    """Run one command with the arguments that follow it."""
-    command = sys.argv[1] if len(sys.argv) > 1 else ""
-    if command not in COMMANDS:
-        is_help = command in ("-h", "--help")
-        print(
-            f"usage: python -m internvl.reproduction {{{','.join(COMMANDS)}}} ...",
-            file=sys.stdout if is_help else sys.stderr,
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m internvl.reproduction", description="The bundled checkpoint from nothing, and its results."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    run, report, ablation = (
+        commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
+        for name, summary in (
+            ("run", "trains all stages of the bundled checkpoint and evaluates them"),
+            ("report", "evaluates a run and writes its page of results"),
+            ("ablation", "trains without one stage or another, at a small scale"),
         )
-        raise SystemExit(0 if is_help else 2)
-    del sys.argv[1]
-    runpy.run_module(f"{__package__}.{command}", run_name="__main__")
+    )
+    for command in (run, ablation):
+        command.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the run")
+        command.add_argument("--resume", action="store_true", help="resume from the last saved step in the folder")
+        command.add_argument("--seed", type=int, default=0, help="of data and weights (default: 0)")
+        command.add_argument("--fp32", action="store_true", help="for CPUs without fast bfloat16")
+    report.add_argument("run", type=Path, metavar="RUN", help="folder that the command `run` wrote")
+    report.add_argument("--output", type=Path, metavar="DIR", help="folder of the results (default: RUN/results)")
+    report.add_argument("--ablation", type=Path, metavar="FILE", help="report of the command `ablation`")
+    report.add_argument("--resume", action="store_true", help="keep finished evaluations")
+    ablation.add_argument("--scale", type=float, default=0.1, help="share of the run's steps (default: 0.1)")
+    ablation.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="number of seeds, from --seed (default: 3)"
+    )
+    for name in ("questions", "pairs"):
+        ablation.add_argument(f"--{name}", type=int, default=500, metavar="N", help="of the evaluation (default: 500)")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns its exit code, 2 where it is refused."""
+    options = _parser().parse_args(arguments)
+    register()
+    try:
+        import_module(f".{options.command}", __package__).run(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,5 +1,4 @@
-"""What each stage is worth: `python -m internvl.reproduction ablation --output DIR [--scale 0.1] [--seeds 3]
-[--resume]`.
+"""What each stage is worth: `python -m internvl.reproduction ablation --output DIR [--resume]`.
 
 At a share of the bundled run's steps, the full chat model is trained three times per seed: after all stages, without
 stage 1 (stage 2 starts from an untrained vision tower and LLaMA) and without stage 2 (stage 3 starts from stage 1's
@@ -8,6 +7,7 @@ held-out pairs. `ablation.json` holds the reports by variant and seed; `python -
 them.
 """
 
+import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from typing import Any
 
 from ..training.stages import run_stage1, run_stage2, run_stage3
 from .report import evaluate_chat, mean_recalls
-from .run import BundledRun, bundled_run, command_line, scaled, scaled_recipe, stage_in
+from .run import BundledRun, bundled_run, scaled, scaled_recipe, stage_in
 
 
 REPORT_FILE = "ablation.json"
@@ -104,21 +104,10 @@ def ablate(
     return report
 
 
-def main() -> None:
-    """Run the ablation from the command line; `--seed` is the first of the seeds."""
-    parser = command_line("ablation", "Train the bundled checkpoint without one stage or another, at a small scale.")
-    parser.add_argument("--scale", type=float, default=0.1, help="share of the bundled run's steps")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, from --seed on (default: 3)")
-    parser.add_argument("--questions", type=int, default=500, help="of the dialogue evaluation (default: 500)")
-    parser.add_argument("--pairs", type=int, default=500, help="of the retrieval evaluation (default: 500)")
-    arguments = parser.parse_args()
+def run(options: argparse.Namespace) -> None:
+    """Runs the ablation, as the command line says; `--seed` is the first of the seeds."""
 
     def make_run(number: int) -> BundledRun:
-        return scaled(bundled_run(arguments.seed + number), arguments.scale).replaced(use_bf16=not arguments.fp32)
+        return scaled(bundled_run(options.seed + number), options.scale).replaced(use_bf16=not options.fp32)
 
-    sizes = (arguments.seeds, arguments.questions, arguments.pairs)
-    ablate(make_run, arguments.output, *sizes, arguments.resume)
-
-
-if __name__ == "__main__":
-    main()
+    ablate(make_run, options.output, options.seeds, options.questions, options.pairs, options.resume)

@@ -1,7 +1,7 @@
-"""The results page of a default run: `python -m internvl.reproduction.report RUN_DIR [--output DIR] [--ablation FILE] [--resume]`.
+"""The results page of a bundled run: `python -m internvl.reproduction report RUN`.
 
-RUN_DIR is what `python -m internvl.reproduction.run` wrote. Every evaluation is run on the stages it is about and leaves
-`parts/PART.json`; of these are made `results.json`, `results.md` (tables) and the plots. Stages that are not there are left out.
+RUN is what `python -m internvl.reproduction run` wrote. Each evaluation writes `parts/EVALUATION_STAGE.json`; from
+these come `results.json`, `results.md` (tables) and the plots. Missing stages are left out.
 """
 
 import argparse
@@ -22,32 +22,34 @@ from ..evaluation.metrics import CUTS
 from ..evaluation.retrieval import evaluate_retrieval
 from ..evaluation.zero_shot import evaluate_zero_shot
 from ..modeling_internvl import MODES
+from ..renaming_internvl import renamed_arguments
 from ..synthetic.captions import LANGUAGES
 from ..synthetic.scenes import QUESTION_KINDS
 from .plots import mean_and_deviation, plot_all
 
 
+@renamed_arguments(probe_pictures="probe_images", pictures="images")
 @dataclass(frozen=True)
 class Sizes:
     """How much is measured.
 
     Args:
-        probe_pictures: Pictures of each kind that the linear probe is fitted on.
-        pictures: Held-out pictures of each kind, for the probe and for zero-shot classification.
+        probe_images: Images of each kind that the linear probe is fitted on.
+        images: Held-out images of each kind, for the probe and for zero-shot classification.
         pairs: Held-out pairs of retrieval.
-        captions: Held-out pictures to describe.
+        captions: Held-out images to caption.
         questions: Held-out questions.
     """
 
-    probe_pictures: int = 1500
-    pictures: int = 500
+    probe_images: int = 1500
+    images: int = 500
     pairs: int = 500
     captions: int = 200
     questions: int = 500
 
 
 def evaluate_tiles(model: PreTrainedModel, processor: ProcessorMixin, questions: int) -> dict[str, Any]:
-    """The same held-out questions "with_tiles" and with each picture as "one_tile", as from `evaluate_questions`."""
+    """Asks the same held-out questions "with_tiles" and with each image as "one_tile", see `evaluate_questions`."""
     asked = held_out_questions(questions)
     return {
         "with_tiles": evaluate_questions(model, processor, asked),
@@ -56,13 +58,13 @@ def evaluate_tiles(model: PreTrainedModel, processor: ProcessorMixin, questions:
 
 
 def evaluate_chat(folder: Path, questions: int) -> dict[str, Any]:
-    """Held-out questions with tiles, put to the chat model in a folder; as from `evaluate_questions`."""
+    """Asks the chat model in a folder held-out questions, with tiles, see `evaluate_questions`."""
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     return evaluate_questions(model, AutoProcessor.from_pretrained(folder), held_out_questions(questions))
 
 
 def mean_recalls(folder: Path, pairs: int) -> dict[str, float]:
-    """R@1 of the `InternVLModel` in a folder by mode, the mean of all languages and both ways."""
+    """Measures R@1 of the `InternVLModel` in a folder by mode, the mean of all languages and both ways."""
     model = AutoModel.from_pretrained(folder).eval()
     recall = evaluate_retrieval(model, AutoProcessor.from_pretrained(folder), pairs)["recall"]
     return {
@@ -72,77 +74,64 @@ def mean_recalls(folder: Path, pairs: int) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Part:
-    """An evaluation of one stage.
+class StageEvaluation:
+    """An evaluation of some stages.
 
     Args:
-        name: Of the evaluation.
-        stage: Folder in the run.
-        evaluate: Takes model, processor and sizes.
+        stages: Their folders in the run.
+        measure: Takes model, processor and sizes, and returns the report.
     """
 
-    name: str
-    stage: str
-    evaluate: Callable[[PreTrainedModel, ProcessorMixin, Sizes], dict[str, Any]]
-
-
-def _probe(model: PreTrainedModel, processor: ProcessorMixin, sizes: Sizes) -> dict[str, Any]:
-    return evaluate_linear_probe(model, processor, sizes.probe_pictures, sizes.pictures)
-
-
-def _zero_shot(model: PreTrainedModel, processor: ProcessorMixin, sizes: Sizes) -> dict[str, Any]:
-    return evaluate_zero_shot(model, processor, sizes.pictures)
-
-
-def _retrieval(model: PreTrainedModel, processor: ProcessorMixin, sizes: Sizes) -> dict[str, Any]:
-    return evaluate_retrieval(model, processor, sizes.pairs)
-
-
-def _captioning(model: PreTrainedModel, processor: ProcessorMixin, sizes: Sizes) -> dict[str, Any]:
-    return evaluate_captioning(model, processor, sizes.captions)
-
-
-def _dialogue(model: PreTrainedModel, processor: ProcessorMixin, sizes: Sizes) -> dict[str, Any]:
-    return evaluate_tiles(model, processor, sizes.questions)
+    stages: tuple[str, ...]
+    measure: Callable[[PreTrainedModel, ProcessorMixin, Sizes], dict[str, Any]]
 
 
 CHATS = ("full", "simple")
-PARTS = (
-    *(Part("linear_probe", stage, _probe) for stage in ("stage1", *CHATS)),  # stage 2 leaves the tower as it is
-    *(
-        Part(name, stage, run)
-        for name, run in (("zero_shot", _zero_shot), ("retrieval", _retrieval))
-        for stage in ("stage1", "stage2")
+EVALUATIONS = {
+    "linear_probe": StageEvaluation(
+        ("stage1", *CHATS),  # stage 2 does not change the tower
+        lambda model, processor, sizes: evaluate_linear_probe(model, processor, sizes.probe_images, sizes.images),
     ),
-    Part("captioning", "stage2", _captioning),
-    *(Part("dialogue", stage, _dialogue) for stage in CHATS),
-)
+    "zero_shot": StageEvaluation(
+        ("stage1", "stage2"), lambda model, processor, sizes: evaluate_zero_shot(model, processor, sizes.images)
+    ),
+    "retrieval": StageEvaluation(
+        ("stage1", "stage2"), lambda model, processor, sizes: evaluate_retrieval(model, processor, sizes.pairs)
+    ),
+    "captioning": StageEvaluation(
+        ("stage2",), lambda model, processor, sizes: evaluate_captioning(model, processor, sizes.captions)
+    ),
+    "dialogue": StageEvaluation(
+        CHATS, lambda model, processor, sizes: evaluate_tiles(model, processor, sizes.questions)
+    ),
+}
 
 
 def evaluate_run(
     run: Path, output: Path, sizes: Sizes | None = None, resume: bool = False, ablation: Path | None = None
 ) -> dict[str, Any]:
-    """Evaluates every stage of a run that is there and writes the page.
+    """Evaluates every stage that the run has and writes the page.
 
     Args:
-        run: Its folder.
-        output: Of the results.
+        run: Folder of the run.
+        output: Folder of the results.
         sizes: How much is measured.
-        resume: Keep evaluations that are done.
-        ablation: Report of `training.ablation`.
+        resume: Keep finished evaluations.
+        ablation: Report of `python -m internvl.reproduction ablation`.
 
     Returns:
         The reports by evaluation and stage, and under "ablation" that of the ablation.
     """
     (output / "parts").mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {}
-    for part in PARTS:
-        if not (run / part.stage / "config.json").exists():
-            continue
-        file = output / "parts" / f"{part.name}_{part.stage}.json"
-        if not (resume and file.exists()):
-            _write(file, _evaluate(part, run / part.stage, sizes or Sizes()))
-        results.setdefault(part.name, {})[part.stage] = json.loads(file.read_text(encoding="utf-8"))
+    for name, evaluation in EVALUATIONS.items():
+        for stage in evaluation.stages:
+            if not (run / stage / "config.json").exists():
+                continue
+            file = output / "parts" / f"{name}_{stage}.json"
+            if not (resume and file.exists()):
+                _write(file, _evaluate(name, run / stage, sizes or Sizes()))
+            results.setdefault(name, {})[stage] = json.loads(file.read_text(encoding="utf-8"))
     if ablation is not None:
         results["ablation"] = json.loads(ablation.read_text(encoding="utf-8"))
     _write(output / "results.json", results)
@@ -151,28 +140,29 @@ def evaluate_run(
     return results
 
 
-def _evaluate(part: Part, folder: Path, sizes: Sizes) -> dict[str, Any]:
-    auto_class: Any = AutoModelForImageTextToText if part.stage in CHATS else AutoModel
-    return part.evaluate(auto_class.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder), sizes)
+def _evaluate(name: str, folder: Path, sizes: Sizes) -> dict[str, Any]:
+    auto_class: Any = AutoModelForImageTextToText if folder.name in CHATS else AutoModel
+    model = auto_class.from_pretrained(folder).eval()
+    return EVALUATIONS[name].measure(model, AutoProcessor.from_pretrained(folder), sizes)
 
 
 def _write(file: Path, report: dict[str, Any]) -> None:
     file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-# ----------------------------------------------------------------------------------------------------------- the tables
+# ---------------------------------------------------------------------------------------------------------- the tables
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table under its title."""
+def markdown_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the lines of a Markdown table under its title."""
     lines = [list(head), ["---"] * len(head), *map(list, rows)]
     return [f"**{title}**", "", *(f"| {' | '.join(cells)} |" for cells in lines), ""]
 
 
 def tables(results: dict[str, Any]) -> list[str]:
-    """Lines of the page, one table for each evaluation that there is."""
+    """Returns the lines of the page, one table for each evaluation."""
     lines: list[str] = []
     for name, make in _TABLES.items():
         if name in results:
@@ -186,11 +176,11 @@ def _probe_table(report: dict[str, Any]) -> list[str]:
         [f"tower of {stage}", *(_percent(part["accuracy"][kind]) for kind in CLASSES)]
         for stage, part in report.items()
     ]
-    return table("Linear probe of frozen InternViT features", ["", *CLASSES], rows)
+    return markdown_table("Linear probe of frozen InternViT features", ["", *CLASSES], rows)
 
 
 def _by_language(languages: dict[str, list[float]]) -> Iterator[tuple[str, list[float]]]:
-    """The values of each language, and of their mean first."""
+    """Yields the mean of all languages, then the values of each."""
     yield "mean", [mean(values) for values in zip(*languages.values(), strict=True)]
     yield from languages.items()
 
@@ -206,7 +196,7 @@ def _zero_shot_table(report: dict[str, Any]) -> list[str]:
     ]
     chance = next(iter(report.values()))["chance"]
     rows.insert(0, ["chance", "", *(_percent(chance[kind]) for kind in CLASSES)])
-    return table("Zero-shot classification", ["", "prompts", *CLASSES], rows)
+    return markdown_table("Zero-shot classification", ["", "prompts", *CLASSES], rows)
 
 
 _WAYS = ("image_to_text", "text_to_image")
@@ -226,7 +216,7 @@ def _retrieval_table(report: dict[str, Any]) -> list[str]:
     ]
     head = [f"{way.replace('_', ' ')} R@{cut}" for way in _WAYS for cut in CUTS]
     pairs = next(iter(report.values()))["pairs"]
-    return table(f"Retrieval among {pairs} pairs", ["", "captions", *head], rows)
+    return markdown_table(f"Retrieval among {pairs} pairs", ["", "captions", *head], rows)
 
 
 def _captioning_table(report: dict[str, Any]) -> list[str]:
@@ -246,7 +236,7 @@ def _captioning_table(report: dict[str, Any]) -> list[str]:
         "facts that are said",
         "all facts and no other",
     ]
-    return table(f"Captions of {part['images']} images", head, rows)
+    return markdown_table(f"Captions of {part['images']} images", head, rows)
 
 
 def _dialogue_table(report: dict[str, Any]) -> list[str]:
@@ -260,7 +250,9 @@ def _dialogue_table(report: dict[str, Any]) -> list[str]:
         ["always the commonest answer", *(_percent(kind["most_common_answer"]) for kind in kinds.values()), ""]
     )
     asked = next(iter(report.values()))["with_tiles"]["questions"]
-    return table(f"Dialogue, {asked} questions", ["", *(kind.replace("_", " ") for kind in kinds), "all"], rows)
+    return markdown_table(
+        f"Dialogue, {asked} questions", ["", *(kind.replace("_", " ") for kind in kinds), "all"], rows
+    )
 
 
 def _accuracies(report: dict[str, Any]) -> list[str]:
@@ -282,7 +274,9 @@ def _ablation_table(report: dict[str, Any]) -> list[str]:
         )
     seeds_used = len(next(iter(report.values())))
     head = ["", *(kind.replace("_", " ") for kind in kinds), "all", *(f"R@1 of {mode}" for mode in MODES)]
-    return table(f"Ablation: dialogue and retrieval, {seeds_used} seeds (mean and standard deviation)", head, rows)
+    return markdown_table(
+        f"Ablation: dialogue and retrieval, {seeds_used} seeds (mean and standard deviation)", head, rows
+    )
 
 
 _TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
@@ -295,19 +289,7 @@ _TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 }
 
 
-def main() -> None:
-    """Evaluate a run from the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m internvl.reproduction.report", description="The results page of a default run."
-    )
-    parser.add_argument("run", type=Path, help="folder that `python -m internvl.reproduction.run` wrote")
-    parser.add_argument("--output", type=Path, help="folder of the results (default: RUN/results)")
-    parser.add_argument("--ablation", type=Path, help="report of `python -m internvl.reproduction.ablation`")
-    parser.add_argument("--resume", action="store_true", help="keep evaluations that are done")
-    arguments = parser.parse_args()
-    output = arguments.output or arguments.run / "results"
-    evaluate_run(arguments.run, output, resume=arguments.resume, ablation=arguments.ablation)
-
-
-if __name__ == "__main__":
-    main()
+def run(options: argparse.Namespace) -> None:
+    """Evaluates a run, as the command line says."""
+    output = options.output or options.run / "results"
+    evaluate_run(options.run, output, resume=options.resume, ablation=options.ablation)

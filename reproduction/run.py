@@ -30,7 +30,7 @@ from ..training.recipes import (
 )
 from ..training.stages import run_stage1, run_stage2, run_stage3
 from ..training.trainer import Run
-from .report import Sizes, evaluate_run
+from .report import evaluate_run
 
 
 CONNECTORS = {"simple": "patches", "full": "queries_and_patches"}
@@ -123,25 +123,9 @@ def assemble(run: Path, output: Path) -> None:
         shutil.copytree(run / "results", results, ignore=shutil.ignore_patterns("parts"), dirs_exist_ok=True)
 
 
-def command_line(module: str, description: str) -> argparse.ArgumentParser:
-    """Return the command line that the run and the ablation share."""
-    parser = argparse.ArgumentParser(prog=f"python -m internvl.reproduction {module}", description=description)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--resume", action="store_true", help="go on from the last saved step in the folder")
-    parser.add_argument("--seed", type=int, default=0, help="of data and weights (default: 0)")
-    parser.add_argument("--fp32", action="store_true", help="for CPUs without fast bfloat16")
-    return parser
-
-
-def main() -> None:
-    """Train, evaluate and assemble from the command line."""
-    parser = command_line("run", "Train all stages of the bundled checkpoint from nothing and evaluate them.")
-    arguments = parser.parse_args()
-    run = bundled_run(arguments.seed).replaced(use_bf16=not arguments.fp32)
-    train_all_stages(run, arguments.output, arguments.resume)
-    evaluate_run(arguments.output, arguments.output / "results", Sizes(), arguments.resume)
-    assemble(arguments.output, arguments.output / "checkpoint")
-
-
-if __name__ == "__main__":
-    main()
+def run(options: argparse.Namespace) -> None:
+    """Trains, evaluates and assembles, as the command line says."""
+    recipes = bundled_run(options.seed).replaced(use_bf16=not options.fp32)
+    train_all_stages(recipes, options.output, options.resume)
+    evaluate_run(options.output, options.output / "results", resume=options.resume)
+    assemble(options.output, options.output / "checkpoint")

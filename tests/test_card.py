@@ -102,7 +102,6 @@ def test_commands_that_the_documents_show_exist(monkeypatch, capsys):
     folders = [path for path in ROOT.glob("*/README.md") if path.parent.name != "tests"]
     commands = commands_in([document for document in DOCUMENTS if document.name != "CHANGELOG.md"] + folders)
     assert len(commands) > 8
-    commands = {key: options for key, options in commands.items() if key[0] != "internvl.reproduction"}
     for (name, command), options in commands.items():
         monkeypatch.setattr(sys, "argv", [name, *([command] if command else []), "--help"])
         with pytest.raises(SystemExit) as stopped:

@@ -10,13 +10,23 @@ from PIL import Image
 
 from internvl.evaluation import captioning, generated
 from internvl.modeling_internvl import MODES
+from internvl.reproduction import ablation, run
 from internvl.reproduction import report as results
-from internvl.reproduction.plots import mean_and_deviation, plot_ablation, plot_all, plot_stage1, series
+from internvl.reproduction.__main__ import main as reproduce
+from internvl.reproduction.plots import (
+    mean_and_deviation,
+    plot_ablation,
+    plot_all,
+    plot_stage1,
+    plot_stage2,
+    plot_stage3,
+    series,
+)
 from internvl.reproduction.report import Sizes, evaluate_run, mean_recalls, tables
 from internvl.synthetic import captions
 
 
-TINY = Sizes(probe_pictures=20, pictures=5, pairs=4, captions=2, questions=7)
+TINY = Sizes(probe_images=8, images=3, pairs=4, captions=2, questions=7)
 
 
 def dialogue(share: float) -> dict:
@@ -67,11 +77,11 @@ def test_recalls_of_the_ablation_are_means_of_all_languages_and_both_ways(page, 
         assert found[mode] == pytest.approx(sum(values) / len(values))
 
 
-def test_every_figure_is_a_picture_with_something_on_it(page):
+def test_every_figure_has_something_on_it(page):
     for name in ("stage1", "stage2", "stage3", "dialogue", "ablation"):
-        with Image.open(page / f"{name}.png") as picture:
-            assert min(picture.size) > 300
-            assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
+        with Image.open(page / f"{name}.png") as image:
+            assert min(image.size) > 300
+            assert len(image.convert("RGB").getcolors(1 << 24)) > 20
 
 
 def test_the_tables_hold_what_was_measured(page):
@@ -85,20 +95,44 @@ def test_the_tables_hold_what_was_measured(page):
     assert len(rows) == 6 * 2 + 4 + (1 + 3 * 6) + 3 * 6 + 5 + 5 + 2
 
 
+def test_the_tables_of_the_bundled_results_are_those_of_the_page(root):
+    folder = root / "reproduction" / "results"
+    report = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert "\n".join(tables(report)) + "\n" == (folder / "results.md").read_text(encoding="utf-8")
+
+
+def test_the_bundled_logs_hold_every_curve(root):
+    logs = {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (root / "reproduction/logs").glob("*.json")
+    }
+    losses, zero_shot = plot_stage1(logs["stage1"]).axes
+    assert [len(axes.lines) for axes in (losses, zero_shot)] == [1 + 2, 3 + 2 + 1]  # and a line for each later phase
+    losses, recall = plot_stage2(logs["stage2"]).axes
+    assert [len(axes.lines) for axes in (losses, recall)] == [4 + 1, 2 + 1]
+    drawn = [*zero_shot.lines[:3], *losses.lines[:4], *recall.lines[:2]]
+    drawn += [
+        line for axes in plot_stage3({name: logs[name] for name in ("full", "simple")}).axes for line in axes.lines
+    ]
+    assert len(drawn) == 3 + 4 + 2 + 4
+    assert all(len(line.get_xdata()) > 10 for line in drawn)
+
+
 def test_what_is_done_is_kept_on_resume_and_measured_again_otherwise(
     page, finished_default_run, tmp_path, monkeypatch
 ):
     shutil.copytree(page, tmp_path / "page")
     measured = []
-    monkeypatch.setattr(results, "_evaluate", lambda part, folder, sizes: measured.append(part) or {"new": True})
+    monkeypatch.setattr(
+        results, "_evaluate", lambda name, folder, sizes: measured.append((name, folder.name)) or {"new": True}
+    )
     monkeypatch.setattr(results, "plot_all", lambda *args: [])
     (tmp_path / "page" / "parts" / "captioning_stage2.json").unlink()
     monkeypatch.setattr(results, "tables", lambda report: [])
     report = evaluate_run(finished_default_run, tmp_path / "page", TINY, resume=True)
-    assert [(part.name, part.stage) for part in measured] == [("captioning", "stage2")]
+    assert measured == [("captioning", "stage2")]
     assert report["captioning"]["stage2"] == {"new": True}
     evaluate_run(finished_default_run, tmp_path / "page", TINY)
-    assert len(measured) == 1 + len(results.PARTS)
+    assert len(measured) == 1 + sum(len(evaluation.stages) for evaluation in results.EVALUATIONS.values())
 
 
 def test_a_run_of_stage_1_alone_has_a_page_of_its_own(tmp_path):
@@ -107,6 +141,26 @@ def test_a_run_of_stage_1_alone_has_a_page_of_its_own(tmp_path):
     (tmp_path / "stage1" / "training_log.json").write_text(json.dumps(log))
     assert evaluate_run(tmp_path, tmp_path / "page", TINY) == {}
     assert [path.name for path in plot_all({}, tmp_path, tmp_path / "page")] == ["stage1.png"]
+
+
+def test_the_command_line_reaches_every_command(tmp_path, monkeypatch, capsys):
+    assert reproduce(["report", str(tmp_path), "--output", str(tmp_path / "page")]) == 0
+    assert json.loads((tmp_path / "page" / "results.json").read_text()) == {}
+    calls = []
+    for module, name in ((run, "train_all_stages"), (run, "evaluate_run"), (run, "assemble"), (ablation, "ablate")):
+        monkeypatch.setattr(module, name, lambda *args, name=name, **how: calls.append((name, args, how)))
+    assert reproduce(["run", "--output", str(tmp_path), "--seed", "3", "--fp32", "--resume"]) == 0
+    assert [name for name, _, _ in calls] == ["train_all_stages", "evaluate_run", "assemble"]
+    recipes, folder, resume = calls[0][1]
+    assert (recipes.stage1.seed, recipes.stage1.use_bf16, folder, resume) == (3, False, tmp_path, True)
+    assert reproduce(["ablation", "--output", str(tmp_path), "--seed", "2", "--scale", "0.5", "--seeds", "4"]) == 0
+    make_run, folder, *sizes = calls[-1][1]
+    assert (folder, sizes) == (tmp_path, [4, 500, 500, False])
+    assert make_run(1).stage2.seed == 3
+    assert make_run(0).stage1.phases[0].steps == round(0.5 * run.bundled_run().stage1.phases[0].steps)
+    monkeypatch.undo()
+    assert reproduce(["ablation", "--output", str(tmp_path)]) == 2
+    assert "error: `output` must be an empty folder" in capsys.readouterr().err
 
 
 def test_a_curve_goes_on_over_the_phases():
