@@ -3,9 +3,10 @@ files.
 
     python -m internvl.benchmarks.conversion [--layers 48] [--rounds 3] [--folder DIR] [--max-shard-size 5GB]
 
-Does: makes a bf16 checkpoint in the published layout (48 blocks: 12 GB, random numbers), then converts and copies it,
-interleaved, so that a change in the speed of the disk meets both; the files of a round are removed before the next.
-Needs three times the checkpoint on disk. Both end with their data on the disk (fsync). Does not: other layouts, downloads.
+Does: makes a bf16 checkpoint in the published layout (48 blocks: 12 GB, random numbers), then converts and copies
+it, interleaved, so that a change in the speed of the disk meets both; the files of a round are removed before the
+next. Needs three times the checkpoint on disk. Both end with their data on the disk (fsync). Does not: other
+layouts, downloads.
 
 Memory is the growth of the process's peak (Linux, `VmHWM`) over what it held before; pages of memory-mapped input
 count, though the system could take them back at any time. Speed is the time of a copy over that of a conversion: 1

@@ -382,6 +382,16 @@ def _check_counts(**arguments: tuple[int | None, int]) -> None:
             raise ValueError(f"`{name}` must be at least {least}, got {value}.")
 
 
+def _vision_work(model: PreTrainedModel, tiles: int, dtype: torch.dtype) -> tuple[int, int]:
+    """How many tiles the model encodes at a time, and the most memory the vision tower takes then."""
+    vision = vision_config_of(model.config)
+    if vision is None or not tiles:
+        return tiles, 0
+    side = getattr(model.config, "force_image_size", None) or vision.image_size
+    at_once = min(tiles, model.vision_batch_size) if isinstance(model, InternVLChatBaseModel) else tiles
+    return at_once, vision_activation_bytes(vision, tiles, side, dtype, at_once)
+
+
 def inspect_model(
     model: str | Path,
     dtype: str = "bfloat16",
@@ -418,16 +428,10 @@ def inspect_model(
     config = meta_model.config
     sizes = WeightSizes(meta_model, dtype)
     length = image_positions(config, images * tiles) + TEXT_LENGTH if length is None else length
-    vision, text = vision_config_of(config), cached_text_config(config)
+    text = cached_text_config(config)
     per_layer = 0 if text is None else cache_bytes_per_layer(text, batch, length, COMPUTE_DTYPES[dtype].itemsize)
     layers = 0 if text is None else text.num_hidden_layers
-    activations, all_tiles = 0, batch * images * tiles
-    at_once = all_tiles
-    if vision is not None and all_tiles:
-        side = getattr(config, "force_image_size", None) or vision.image_size
-        if isinstance(meta_model, InternVLChatBaseModel):
-            at_once = min(at_once, meta_model.vision_batch_size)
-        activations = vision_activation_bytes(vision, all_tiles, side, COMPUTE_DTYPES[dtype], at_once)
+    at_once, activations = _vision_work(meta_model, batch * images * tiles, COMPUTE_DTYPES[dtype])
     report = Report(
         model=str(model),
         model_class=type(meta_model).__name__,
