@@ -112,6 +112,9 @@ DOORS: dict[str, tuple[str, ...]] = {
     "memory": ("planning", "memory"),
     "training.ablation": ("reproduction", "ablation"),
     "training.default_run": ("reproduction", "run"),
+    "training.stage1_default": ("training", "stage1", "--scale", "bundled"),
+    "training.stage2_default": ("training", "stage2", "--scale", "bundled"),
+    "training.stage3_default": ("training", "stage3", "--scale", "bundled"),
 }
 # Old names of packages; their modules warn.
 PACKAGES = ("conversion.layouts", "conversion.output", "conversion.sources")

@@ -291,5 +291,7 @@ _TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 
 def run(options: argparse.Namespace) -> None:
     """Evaluates a run, as the command line says."""
+    if not options.run.is_dir():
+        raise FileNotFoundError(f"There is no folder `{options.run}`.")
     output = options.output or options.run / "results"
     evaluate_run(options.run, output, resume=options.resume, ablation=options.ablation)

@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 import tarfile
@@ -105,7 +106,7 @@ def test_every_old_command_has_a_new_one(old, monkeypatch):
         spec = MovedModules.find_spec(f"internvl.{old}")
     assert spec.loader.get_code(spec.name)
     with pytest.raises(SystemExit) as stopped:
-        importlib.import_module(spec.name).main(sys.argv[1:])
+        runpy.run_module(spec.name, run_name="__main__", alter_sys=True)
     assert stopped.value.code == 0
 
 

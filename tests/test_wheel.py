@@ -18,7 +18,17 @@ PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 NOT_SOURCES = shutil.ignore_patterns(
     ".*", "tests", "build", "*.egg-info", "*.safetensors", "__pycache__", "runs_output"
 )
-COMMANDS = ("chat", "demo", "conversion", "training", "evaluation", "planning", "publishing", "benchmarks")
+COMMANDS = (
+    "chat",
+    "demo",
+    "conversion",
+    "training",
+    "evaluation",
+    "planning",
+    "publishing",
+    "reproduction",
+    "benchmarks",
+)
 QUESTION = "What colour is the star?"
 ZERO_SHOT = ("evaluation", "zero_shot", str(ROOT), "--subfolder", "internvl_g", "--images", "2", "--batch-size", "2")
 # Arguments: exit status, and a part of what is printed.
@@ -31,6 +41,7 @@ CALLS = {
     ("training", "validate", "rows.jsonl"): (1, "no list"),
     ZERO_SHOT: (0, '"images": 2'),
     ("planning", "memory", "internvl-14b"): (0, "13,834,975,747"),
+    ("reproduction", "report", "no_run"): (2, "no_run"),
 }
 # Runs commands one after the other in one process, which imports torch once, and prints status and output as JSON.
 RUN = """

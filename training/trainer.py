@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModel, PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
+from ..extras import extra
 from ..processing_internvl import InternVLProcessor
 from .callbacks import EvaluateEvery, KeepFrozenPartsWithoutGradient, SeedRanksDifferently
 from .checkpoints import LOG_FILE, WholeCheckpointTrainer, check_same_recipe, record_recipe
@@ -375,7 +376,8 @@ def _add_adapters(model: PreTrainedModel, run: Run) -> Any:
     """
     if not run.lora_rank:
         return None
-    from peft import LoraConfig, get_peft_model  # the extra `train`
+    with extra("train"):
+        from peft import LoraConfig, get_peft_model
 
     targets = lora_targets(model, run.lora_parts)
     return get_peft_model(model, LoraConfig(r=run.lora_rank, lora_alpha=2 * run.lora_rank, target_modules=targets))
