@@ -33,7 +33,7 @@ TOPICS = (
 )
 
 
-def measure(topic: str, options: Options) -> list[Row]:
+def measure_topic(topic: str, options: Options) -> list[Row]:
     """The rows of a topic, written to its file as well."""
     rows = importlib.import_module(f".{topic}", __package__).rows(options)
     calibration = matrix_rate(options)
@@ -45,7 +45,7 @@ def measure(topic: str, options: Options) -> list[Row]:
     return found
 
 
-def table(rows: Iterable[Row]) -> str:
+def format_table(rows: Iterable[Row]) -> str:
     """The rows as a table in Markdown."""
     lines = ["| row | ratio | interquartile range | target | reached |", "|---|---|---|---|---|"]
     for row in rows:
@@ -71,8 +71,8 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.disable_progress_bar()  # of loading and saving; that of the rows stays
     options = Options(arguments.device, arguments.rounds)
-    found = [row for topic in arguments.topics or TOPICS for row in measure(topic, options)]
-    print(table(found))
+    found = [row for topic in arguments.topics or TOPICS for row in measure_topic(topic, options)]
+    print(format_table(found))
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def step(loss: Callable[[], torch.Tensor], parameters: list[torch.Tensor]) -> to
     return value.detach()
 
 
-def largest_difference(
+def difference_of_losses(
     ours: Callable[[], torch.Tensor], theirs: Callable[[], torch.Tensor], parameters: list
 ) -> float:
     """Differences of losses, and of gradients relative to the largest: some, as of key biases, are only rounding."""
@@ -187,7 +187,7 @@ def loss_rows(options: Options, theirs: ModuleType) -> Iterator[Row]:
         for who, rows_at_a_time in ways(ROWS_AT_A_TIME)[1:]:
             inputs = features(batch, options.device)
             ours, peer = (partial(function, *inputs) for function in losses(rows_at_a_time, theirs)[objective])
-            difference = largest_difference(ours, peer, inputs)
+            difference = difference_of_losses(ours, peer, inputs)
             manner = "whole" if rows_at_a_time is None else f"{rows_at_a_time} rows at a time"
             name = f"{objective} loss, {batch} x {WIDTH}, {manner}, against open_clip"
             calls = (partial(step, function, inputs) for function in (ours, peer))
@@ -201,7 +201,7 @@ def model_rows(options: Options, theirs: ModuleType) -> Iterator[Row]:
         model = model_of(rows_at_a_time, options.device)
         parameters = list(model.parameters())
         ours, peer = model_losses(model, batch_of(MODEL_BATCH, options.device), theirs)
-        difference = largest_difference(ours, peer, parameters)
+        difference = difference_of_losses(ours, peer, parameters)
         manner = "whole" if rows_at_a_time is None else f"gradient caching by {rows_at_a_time}"
         name = f"stage 1 small, {MODEL_BATCH} pairs, {manner}, against open_clip's loss"
         calls = (partial(step, function, parameters) for function in (ours, peer))

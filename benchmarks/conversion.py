@@ -76,7 +76,7 @@ def time_and_memory(call: Callable[[], Any], target: Path) -> tuple[float, int]:
     return time.perf_counter() - start, growth
 
 
-def measure(folder: Path, num_layers: int, rounds: int, max_shard_size: str) -> dict[str, Any]:
+def measure_conversion(folder: Path, num_layers: int, rounds: int, max_shard_size: str) -> dict[str, Any]:
     """Both interleaved, the one that goes first changing every round; a first round, while memory still fills, is not
     counted.
     """
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--folder", help="where to work; a folder in it is made and removed (default: the system's)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        result = measure(Path(folder), arguments.layers, arguments.rounds, arguments.max_shard_size)
+        result = measure_conversion(Path(folder), arguments.layers, arguments.rounds, arguments.max_shard_size)
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / "conversion.json"
     path.write_text(json.dumps(result, indent=2) + "\n")

@@ -28,7 +28,7 @@ from .harness import Options, Row, flops_of, interleave, matrix_product, no_comp
 
 
 @dataclass(frozen=True)
-class Sizes:
+class FullSizes:
     """What is measured; the defaults are the released sizes, 13 B of InternVL-Chat in its decoder alone.
 
     Args:
@@ -58,7 +58,7 @@ class Sizes:
     copied_bytes: int = 4 * 2**30
 
 
-def build(model_class: type[PreTrainedModel], config: PretrainedConfig, options: Options) -> Any:
+def build_random(model_class: type[PreTrainedModel], config: PretrainedConfig, options: Options) -> Any:
     """A model that is made on the device in its type, since the host may not hold it."""
     torch.manual_seed(0)
     with torch.device(options.device):
@@ -71,7 +71,7 @@ def shapes_of(model_class: type[PreTrainedModel], config: PretrainedConfig) -> A
         return model_class(config).eval().requires_grad_(False)  # else the counter tracks gradients
 
 
-def name_size(model: nn.Module) -> str:
+def size_name(model: nn.Module) -> str:
     """Parameters, in words."""
     return f"{sum(p.numel() for p in model.parameters()) / 1e9:.2g} B"
 
@@ -88,10 +88,10 @@ def copy_of(num_bytes: int, options: Options) -> Callable[[], Any]:
     return partial(torch.empty_like(source).copy_, source)
 
 
-def vision_rows(options: Options, sizes: Sizes) -> Iterator[Row]:
+def vision_rows(options: Options, sizes: FullSizes) -> Iterator[Row]:
     """InternViT, plain and compiled."""
     config = InternViTConfig(**sizes.vision)
-    model, side = build(InternVisionModel, config, options), config.image_size
+    model, side = build_random(InternVisionModel, config, options), config.image_size
     tiles = torch.randn(sizes.tiles, 3, side, side, device=options.device, dtype=options.dtype)
     flops = flops_of(partial(shapes_of(InternVisionModel, config), tiles.to("meta", torch.float32)))
     calls = {"eager": partial(model, tiles), "product": matrix_product(options)}
@@ -100,23 +100,23 @@ def vision_rows(options: Options, sizes: Sizes) -> Iterator[Row]:
         calls["compiled"] = partial(torch.compile(model, fullgraph=True, dynamic=False), tiles)
     seconds = interleave(calls, options)
     for call, target in (("eager", 0.6), ("compiled", None)):
-        name = f"InternViT {name_size(model)}, {side} px, {sizes.tiles} tiles: {call}, share of the matrix rate"
+        name = f"InternViT {size_name(model)}, {side} px, {sizes.tiles} tiles: {call}, share of the matrix rate"
         if call not in calls:
             yield Row(name, skipped=missing)
         else:
             yield share_row(name, seconds, call, flops, target, device=options.device)
 
 
-def qllama_rows(options: Options, sizes: Sizes) -> Iterator[Row]:
+def qllama_rows(options: Options, sizes: FullSizes) -> Iterator[Row]:
     """InternVL-G: features of images, and the tokens of a caption."""
     config = InternVLConfig(vision_config={**sizes.vision, "image_size": 224}, qllama_config=sizes.qllama)
-    model = build(InternVLModel, config, options)
+    model = build_random(InternVLModel, config, options)
     images = torch.randn(sizes.tiles, 3, 224, 224, device=options.device, dtype=options.dtype)
     features = partial(model.get_image_features, images, mode="InternVL-G")
     shapes = shapes_of(InternVLModel, config)
     flops = flops_of(partial(shapes.get_image_features, images.to("meta", torch.float32), mode="InternVL-G"))
     seconds = interleave({"features": features, "product": matrix_product(options)}, options)
-    name = f"InternVL-G {name_size(model)}, features of {sizes.tiles} images: share of the matrix rate"
+    name = f"InternVL-G {size_name(model)}, features of {sizes.tiles} images: share of the matrix rate"
     yield share_row(name, seconds, "features", flops, device=options.device)
 
     def caption(tokens: int) -> torch.Tensor:
@@ -130,16 +130,16 @@ def qllama_rows(options: Options, sizes: Sizes) -> Iterator[Row]:
     }
     seconds = interleave(calls, options)
     seconds["decoding"] = [b - a for a, b in zip(seconds.pop("short"), seconds.pop("long"), strict=True)]
-    name = f"caption by QLLaMA {name_size(model.qllama)}, eager: share of the bandwidth in decoding"
+    name = f"caption by QLLaMA {size_name(model.qllama)}, eager: share of the bandwidth in decoding"
     num_bytes = sizes.tokens * weight_bytes(model.qllama, model.qllama.get_input_embeddings())
     yield bandwidth_row(name, seconds, num_bytes, sizes)
 
 
-def decoder_rows(options: Options, sizes: Sizes) -> Iterator[Row]:
+def decoder_rows(options: Options, sizes: FullSizes) -> Iterator[Row]:
     """Decoding of a chat model for one stream, with a static cache, compiled and plain."""
     text = {"model_type": "llama", "tie_word_embeddings": False, **sizes.decoder}
     tower = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
-    model = build(
+    model = build_random(
         InternVLChatForConditionalGeneration, InternVLChatConfig(vision_config=tower, text_config=text), options
     )
     steps = {"eager": model}
@@ -148,12 +148,12 @@ def decoder_rows(options: Options, sizes: Sizes) -> Iterator[Row]:
         steps["compiled"] = torch.compile(model, mode="reduce-overhead", fullgraph=True, dynamic=False)
     warmups = 2
     length = sizes.prompt + (warmups + options.rounds) * sizes.tokens
-    calls = {call: decoding(model, step, length, sizes) for call, step in steps.items()}
+    calls = {call: decoding_steps(model, step, length, sizes) for call, step in steps.items()}
     seconds = interleave({"copy": copy_of(sizes.copied_bytes, options), **calls}, options, warmups)
     num_bytes = sizes.tokens * weight_bytes(model.language_model, model.get_input_embeddings())
     for call, target in (("compiled", 0.7), ("eager", None)):
         name = (
-            f"decoding of a {name_size(model.language_model)} chat model, one stream, {call}: share of the bandwidth"
+            f"decoding of a {size_name(model.language_model)} chat model, one stream, {call}: share of the bandwidth"
         )
         if call not in calls:
             yield Row(name, skipped=missing)
@@ -162,7 +162,7 @@ def decoder_rows(options: Options, sizes: Sizes) -> Iterator[Row]:
             yield bandwidth_row(name, seconds, num_bytes, sizes, target)
 
 
-def decoding(model: nn.Module, step: Callable, length: int, sizes: Sizes) -> Callable[[], torch.Tensor]:
+def decoding_steps(model: nn.Module, step: Callable, length: int, sizes: FullSizes) -> Callable[[], torch.Tensor]:
     """A call that decodes `sizes.tokens` more tokens after a prompt, greedily."""
     device, cache = model.device, StaticCache(config=model.config.text_config, max_cache_len=length)
     prompt = torch.arange(sizes.prompt, device=device)[None] % model.config.text_config.vocab_size
@@ -180,7 +180,7 @@ def decoding(model: nn.Module, step: Callable, length: int, sizes: Sizes) -> Cal
 
 
 def bandwidth_row(
-    name: str, seconds: dict[str, list[float]], num_bytes: int, sizes: Sizes, target: float | None = None
+    name: str, seconds: dict[str, list[float]], num_bytes: int, sizes: FullSizes, target: float | None = None
 ) -> Row:
     """Bytes that "decoding" must read, per second, over those that "copy" reads and writes."""
     scale = num_bytes / (2 * sizes.copied_bytes)
@@ -195,10 +195,10 @@ PARTS = {
 
 
 @torch.no_grad()
-def rows(options: Options, sizes: Sizes | None = None) -> Iterator[Row]:
+def rows(options: Options, sizes: FullSizes | None = None) -> Iterator[Row]:
     """One model after the other; without `sizes`, the released ones, for which a CPU is too slow."""
     for name, part in PARTS.items():
         if sizes is None and options.device == "cpu":
             yield Row(name, skipped="needs an accelerator with 80 GB: `python -m internvl.benchmarks --device cuda`")
         else:
-            yield from part(options, sizes or Sizes())
+            yield from part(options, sizes or FullSizes())

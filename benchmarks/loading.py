@@ -30,7 +30,7 @@ PAGE = 4096  # bytes
 SHARD = "300MB"
 
 
-def load(folder: Path | str, device: str) -> InternVLChatForConditionalGeneration:
+def load_model(folder: Path | str, device: str) -> InternVLChatForConditionalGeneration:
     """The model, all of its weights in memory."""
     model = InternVLChatForConditionalGeneration.from_pretrained(folder, dtype="auto", device_map=device)
     for parameter in model.parameters():
@@ -49,14 +49,14 @@ def rows(options: Options) -> Iterator[Row]:
     model = build_chat(VISION, TEXT, Options()).to(torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, max_shard_size=SHARD)
-        found = load(folder, options.device)
+        found = load_model(folder, options.device)
         for name, parameter in model.named_parameters():
             if not torch.equal(found.get_parameter(name).cpu(), parameter):
                 raise SystemExit(f"`{name}` was not loaded as it was saved: nothing to compare.")
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         del model, found
         name = f"from_pretrained of {size / 1e9:.1f} GB in bf16"
-        calls = {"load": partial(load, folder, options.device), "read": partial(read, Path(folder))}
+        calls = {"load": partial(load_model, folder, options.device), "read": partial(read, Path(folder))}
         title = f"{name}: time against reading the files"
         yield row_of(title, interleave(calls, options), "read", "load", target=1.5, is_lower_better=True)
         growth = int(in_fresh_process(__name__, folder, options.device))
@@ -69,11 +69,11 @@ def rows(options: Options) -> Iterator[Row]:
     )
 
 
-def host_memory(folder: str, device: str) -> int:
+def _host_memory(folder: str, device: str) -> int:
     """Bytes by which loading lets this process grow at its most."""
     if device != "cpu":
         torch.zeros(1, device=device)  # its libraries are no weights
-    return memory_growth(partial(load, folder, device))
+    return memory_growth(partial(load_model, folder, device))
 
 
 if __name__ == "__main__":
@@ -81,4 +81,4 @@ if __name__ == "__main__":
     parser.add_argument("folder")
     parser.add_argument("device")
     arguments = parser.parse_args()
-    print(host_memory(arguments.folder, arguments.device))
+    print(_host_memory(arguments.folder, arguments.device))

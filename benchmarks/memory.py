@@ -25,7 +25,7 @@ DTYPES = ("float32", "bfloat16")
 IMAGES = ((1, 1), (1, 7), (1, 13), (4, 13))  # rows, and tiles of each
 
 
-def build(dtype: str, device: str) -> InternVLChatForConditionalGeneration:
+def build_chat_of(dtype: str, device: str) -> InternVLChatForConditionalGeneration:
     """The model, with random weights."""
     return build_chat(VISION, TEXT, Options(device)).to(getattr(torch, dtype))
 
@@ -33,7 +33,7 @@ def build(dtype: str, device: str) -> InternVLChatForConditionalGeneration:
 @torch.no_grad()
 def taken_bytes(dtype: str, tiles: int, device: str) -> int:
     """What encoding so many tiles takes, the pixels included."""
-    model, size = build(dtype, device), VISION["image_size"]
+    model, size = build_chat_of(dtype, device), VISION["image_size"]
 
     def encode(tiles: int) -> torch.Tensor:
         return model.extract_feature(torch.randn(tiles, 3, size, size, device=device))
@@ -45,7 +45,7 @@ def taken_bytes(dtype: str, tiles: int, device: str) -> int:
 def rows(options: Options) -> Iterator[Row]:
     """One row for each dtype and number of tiles."""
     for dtype in DTYPES:
-        config = build(dtype, "meta").config
+        config = build_chat_of(dtype, "meta").config
         for batch, tiles in IMAGES:
             with tempfile.TemporaryDirectory() as folder:
                 config.save_pretrained(folder)

@@ -43,7 +43,7 @@ QLLAMA = {
 }
 
 
-def build(model_class: type, device: str) -> nn.Module:
+def build_pretraining(model_class: type, device: str) -> nn.Module:
     """A model of either class with the same random weights, in which every part has a say."""
     torch.manual_seed(0)
     model = model_class(InternVLConfig(vision_config=VISION, qllama_config=QLLAMA, attn_pool_num_heads=8))
@@ -109,7 +109,7 @@ def gradients_of(step: partial, model: nn.Module) -> dict[str, torch.Tensor]:
     return found | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def largest_difference(ours: dict[str, torch.Tensor], peer: dict[str, torch.Tensor]) -> float:
+def difference_of_gradients(ours: dict[str, torch.Tensor], peer: dict[str, torch.Tensor]) -> float:
     """Between tensors of the same names, relative to the peer's largest element, or to a thousandth of that of all
     tensors.
     """
@@ -122,11 +122,11 @@ def largest_difference(ours: dict[str, torch.Tensor], peer: dict[str, torch.Tens
 
 def training_row(options: Options) -> Row:
     """Forward and backward of stage 2 with the parts frozen that its recipe freezes."""
-    model = build(InternVLForGenerativeTraining, options.device)
+    model = build_pretraining(InternVLForGenerativeTraining, options.device)
     train_parts(model, stage2().phases[0].rates)
     batch = stage2_batch(options.device)
     ours, peer = partial(joint_step, model.train(), batch), partial(separate_step, model, batch)
-    difference = largest_difference(gradients_of(ours, model), gradients_of(peer, model))
+    difference = difference_of_gradients(gradients_of(ours, model), gradients_of(peer, model))
     if difference > 1e-3:
         raise SystemExit(f"The losses or gradients of the two steps differ by {difference}: nothing to compare.")
     name = f"stage-2 step, {BATCH} pairs, against three separate passes"
@@ -142,7 +142,7 @@ class CopiesImages(QLlamaForCausalLM):
 @torch.no_grad()
 def caption_rows(options: Options) -> Iterator[Row]:
     """Captions of a few images, of which tower and queries are most of the work."""
-    ours, peer = (build(InternVLModel, options.device).eval() for _ in range(2))  # same seed, same weights
+    ours, peer = (build_pretraining(InternVLModel, options.device).eval() for _ in range(2))  # same seed, same weights
     peer.qllama.__class__ = CopiesImages
     images = stage2_batch(options.device)["pixel_values"][:2]
     length = {"do_sample": False, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}

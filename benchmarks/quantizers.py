@@ -69,7 +69,7 @@ def _tensor_bytes(tensor: torch.Tensor) -> int:
     return own + sum(_tensor_bytes(scale) for scale in scales if scale is not None)
 
 
-def load(folder: Path, kind: str | None, device: str) -> PreTrainedModel:
+def load_quantized(folder: Path, kind: str | None, device: str) -> PreTrainedModel:
     """The checkpoint in fp32, or as `kind` holds it."""
     settings = {"dtype": torch.float32} if kind is None else {"dtype": torch.bfloat16, **KINDS[kind][1]()}
     return InternVLChatForConditionalGeneration.from_pretrained(folder, device_map={"": device}, **settings).eval()
@@ -79,14 +79,14 @@ def accuracy_rows(options: Options) -> Iterator[Row]:
     """Right answers to the same held-out questions, and the bytes of the weights, of the bundled checkpoint."""
     processor = AutoProcessor.from_pretrained(BUNDLED)
     questions = held_out_questions(NUM_QUESTIONS)
-    model = load(BUNDLED, None, options.device)
+    model = load_quantized(BUNDLED, None, options.device)
     exact, exact_bytes = evaluate_questions(model, processor, questions), held_bytes(model)
     for kind in KINDS:
         name = f"bundled checkpoint, {kind}"
         if (missing := _missing(kind)) is not None:
             yield Row(name, skipped=missing)
             continue
-        model = load(BUNDLED, kind, options.device)
+        model = load_quantized(BUNDLED, kind, options.device)
         report = evaluate_questions(model, processor, questions)
         details = {"accuracy": report["accuracy"], "accuracy_fp32": exact["accuracy"], "questions": len(questions)}
         yield Row(f"{name}: right answers, against fp32", report["accuracy"] / exact["accuracy"], details=details)
@@ -107,14 +107,14 @@ def decode_rows(options: Options) -> Iterator[Row]:
     """Memory and decode speed of the decoder-heavy model."""
     with tempfile.TemporaryDirectory() as folder:
         write_decoder_heavy_model(folder)
-        exact = load(Path(folder), None, options.device)
+        exact = load_quantized(Path(folder), None, options.device)
         for kind in KINDS:
             name = f"0.3 B decoder, {kind}"
             if (missing := _missing(kind)) is not None:
                 yield Row(name, skipped=missing)
                 continue
             yield from _compare(
-                name, load(Path(folder), kind, options.device), exact, options, is_16_bit=kind == "bf16"
+                name, load_quantized(Path(folder), kind, options.device), exact, options, is_16_bit=kind == "bf16"
             )
 
 

@@ -168,7 +168,7 @@ def feature_rows(options: Options) -> Iterator[Row]:
 
 
 @torch.no_grad()
-def host_memory(way: str) -> int:
+def _host_memory(way: str) -> int:
     """Bytes by which a call lets this process grow at its most, in its first forward but one: libraries have then made
     their buffers.
     """
@@ -189,4 +189,4 @@ def rows(options: Options) -> Iterator[Row]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Activation memory of one way to get features, in bytes.")
     parser.add_argument("way", choices=WAYS)
-    print(host_memory(parser.parse_args().way))
+    print(_host_memory(parser.parse_args().way))

@@ -54,7 +54,8 @@ def few_scenes_and_one_thread() -> Iterator[None]:
 
 @contextmanager
 def stopped_at(name: str, step: int) -> Iterator[None]:
-    """Training in this context must stop where the scenes of a phase's step are drawn, which is a little ahead of it."""
+    """Training in this context must stop where the scenes of a phase's step are drawn, which is a little ahead of
+    it."""
     original = SceneBatches.scenes
 
     def stop(self: SceneBatches, index: int):

@@ -49,7 +49,7 @@ TINY = {
     "loading": {"VISION": VISION, "TEXT": TEXT, "SHARD": "50KB"},
     "memory": {"VISION": VISION, "TEXT": TEXT},
 }
-FULL_SIZE = full_size.Sizes(
+FULL_SIZE = full_size.FullSizes(
     vision=VISION,
     qllama={**tiny.QLLAMA, "hidden_size": 32},  # a multiple of the heads of the pooling
     decoder={key: value for key, value in TEXT.items() if key != "num_key_value_heads"},
@@ -189,7 +189,7 @@ def test_the_table_names_the_target_and_whether_it_is_reached():
         Row("short", ratio=0.00879, target=0.1, is_lower_better=True, spread=(0.0087, 0.0091)),
         Row("absent", skipped="no device"),
     ]
-    assert command.table(rows).splitlines()[2:] == [
+    assert command.format_table(rows).splitlines()[2:] == [
         "| fast | 2 | 1.75 to 2.25 | >= 1.5 | yes |",
         "| large | 2 | - | <= 1.5 | no |",
         "| reported | 0.123 | - | - | reported |",
@@ -201,7 +201,7 @@ def test_the_table_names_the_target_and_whether_it_is_reached():
 def test_a_topic_is_written_with_its_calibration_and_its_rows(monkeypatch, tmp_path, small):
     small("full_size")
     monkeypatch.setattr(command, "RESULTS", tmp_path)
-    rows = command.measure("full_size", Options(rounds=2))
+    rows = command.measure_topic("full_size", Options(rounds=2))
     content = json.loads((tmp_path / "full_size-cpu.json").read_text())
     assert content["calibration"]["flops_per_second"] > 0
     assert len(content["calibration"]["interquartile_range"]) == 2
@@ -245,7 +245,7 @@ def test_the_chat_rows_run(small):
 def test_the_vision_rows_run_and_compiled_ones_are_skipped_without_a_compiler(small, monkeypatch):
     module = small("vision")
     # The fresh process would have the usual sizes: both ways are measured here.
-    monkeypatch.setattr(module, "in_fresh_process", lambda name, way: str(1 + abs(module.host_memory(way))))
+    monkeypatch.setattr(module, "in_fresh_process", lambda name, way: str(1 + abs(module._host_memory(way))))
     rows = list(module.rows(Options(rounds=2)))
     assert len(rows) == 12
     check_rows(rows, skipped=6)
@@ -295,7 +295,9 @@ def test_decoding_for_the_bandwidth_gives_the_tokens_of_generation(small):
     model = tiny.chat_model("llama")
     tokens = torch.arange(5)[None] % 99
     expected = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=4, do_sample=False)
-    assert torch.equal(module.decoding(model, model, 16, dataclasses.replace(FULL_SIZE, tokens=3))(), expected[:, -1:])
+    assert torch.equal(
+        module.decoding_steps(model, model, 16, dataclasses.replace(FULL_SIZE, tokens=3))(), expected[:, -1:]
+    )
 
 
 def test_without_an_accelerator_the_released_sizes_are_skipped():

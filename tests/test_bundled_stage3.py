@@ -1,4 +1,5 @@
-"""Stage 3 of the bundled recipe: where both configurations start, what each phase trains, and the run of all stages."""
+"""Stage 3 of the bundled recipe: where both configurations start, what each phase trains, and the run of all
+stages."""
 
 import shutil
 from dataclasses import replace

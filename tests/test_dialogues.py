@@ -1,4 +1,5 @@
-"""Dialogue data: every form of a row gives the same tensors, only answers are learned, nothing cuts an image, packing."""
+"""Dialogue data: every form of a row gives the same tensors, only answers are learned, nothing cuts an image,
+packing."""
 
 import base64
 import io

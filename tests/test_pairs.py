@@ -1,4 +1,5 @@
-"""Streams of image-text pairs: each pair once over ranks and workers, exact resumption, broken samples, flat memory."""
+"""Streams of image-text pairs: each pair once over ranks and workers, exact resumption, broken samples, flat
+memory."""
 
 import copy
 import io

@@ -98,7 +98,7 @@ def make_components(load_class: Callable[[str], Any]) -> dict:
 
 
 NOT_RUN = {
-    "test_model_base_model_prefix": "the parts have their published names, so the class with the head holds no headless one",
+    "test_model_base_model_prefix": "the parts have their published names: the class with the head holds no other",
 }
 SKIPS = {
     **MACHINE,
@@ -115,6 +115,6 @@ SKIPS = {
     "Processor doesn't accept videos at input": "videos are given as frames",
     "test requires librosa": "no sound",
     "test requires Torchcodec": "videos are given as frames",
-    "No validation found for `preprocess` method": "settings are validated, but by neither mechanism that it looks for",
+    "No validation found for `preprocess` method": "settings are validated, but not as it looks for",
     "*does not have dict size or list image_mean*": "sizes are immutable, so no instance can change another's",
 }
