@@ -33,6 +33,3 @@ class Cluster:
             raise ValueError(f"`utilization` must be in (0, 1], got {self.utilization}.")
         if self.sharding not in SHARDINGS:
             raise ValueError(f"`sharding` must be one of {list(SHARDINGS)}, got {self.sharding!r}.")
-
-
-__all__ = ["DECODERS", "SHARDINGS", "Cluster"]

@@ -91,6 +91,3 @@ def add_costs(commands: Any) -> None:
     parser.add_argument("--decoder", choices=DECODERS, default="13b", help="of stage 3 (default: %(default)s)")
     parser.add_argument("--text-length", metavar="N", type=int, help="tokens of text in a dialogue")
     parser.set_defaults(module=".costs")
-
-
-__all__ = ["ATTENTIONS", "DEVICE_MAPS", "DTYPES", "planning_parser"]

@@ -415,6 +415,3 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     for assumption in ASSUMPTIONS:
         print_fn(f"- {assumption.format(**facts)}")
     return 0
-
-
-__all__ = ["PhaseCost", "StepCost", "cost_of", "costs", "count_step", "full_models", "state_bytes", "traffic_bytes"]

@@ -104,6 +104,3 @@ def counted_step() -> Iterator[OperationCounter]:
             yield counter
     finally:
         ALL_ATTENTION_FUNCTIONS["sdpa"] = kernel
-
-
-__all__ = ["OperationCounter", "counted_step"]

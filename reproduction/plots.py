@@ -193,16 +193,3 @@ def plot_all(results: Mapping[str, Any], run: Path, output: Path) -> list[Path]:
             written.append(output / f"{name}.png")
             draw(source).savefig(written[-1], dpi=110)
     return written
-
-
-__all__ = [
-    "mean_and_deviation",
-    "phases_of",
-    "plot_ablation",
-    "plot_all",
-    "plot_dialogue",
-    "plot_stage1",
-    "plot_stage2",
-    "plot_stage3",
-    "series",
-]

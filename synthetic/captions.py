@@ -271,6 +271,3 @@ def prompts(language: str, kind: str, value: str) -> list[str]:
     else:
         raise ValueError(f"`kind` must be 'shape', 'digit' or 'colour', got {kind!r}.")
     return list(dict.fromkeys(frame.format(things=name) for frame in words.frames for name in names))
-
-
-__all__ = ["CAPTION_PROMPTS", "LANGUAGES", "PAIR_LAYOUTS", "Language", "caption", "language_of", "prompts"]

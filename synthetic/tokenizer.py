@@ -84,13 +84,3 @@ def train_tokenizer(corpus: Iterable[str], vocabulary_size: int = VOCABULARY_SIZ
         clean_up_tokenization_spaces=False,
         model_max_length=4096,
     )
-
-
-__all__ = [
-    "SPECIAL_TOKENS",
-    "caption_corpus",
-    "caption_tokenizer",
-    "question_corpus",
-    "question_tokenizer",
-    "train_tokenizer",
-]

@@ -48,6 +48,3 @@ class EvaluateEvery(TrainerCallback):
         if state.global_step % self.steps == 0 or state.global_step == state.max_steps:
             control.should_evaluate = True
         return control
-
-
-__all__ = ["EvaluateEvery", "KeepFrozenPartsWithoutGradient", "SeedRanksDifferently"]

@@ -162,6 +162,3 @@ def _differences(name: str, was: Any, is_now: Any) -> list[str]:
         pairs = zip(was, is_now, strict=True)
         return [line for number, pair in enumerate(pairs) for line in _differences(f"{name}[{number}]", *pair)]
     return [] if was == is_now else [f"`{name}` was {was!r:.80}, is {is_now!r:.80}"]
-
-
-__all__ = ["LOG_FILE", "WholeCheckpointTrainer", "check_same_recipe", "record_recipe", "recorded"]

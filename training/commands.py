@@ -127,6 +127,3 @@ def _add_stage(commands: Any, name: str, what: str, data: str) -> argparse.Argum
         parser.add_argument("--funnel", type=int, choices=FUNNEL_STAGES, help="leave out pairs by this stage's rules")
     parser.set_defaults(module=".stage_command", stage=name, funnel=None)
     return parser
-
-
-__all__ = ["training_parser"]

@@ -56,6 +56,3 @@ class RetrievalCurve:
             f"recall_at_1_{mode}": sum(part["R@1"] for part in captions["en"].values()) / len(captions["en"])
             for mode, captions in found.items()
         }
-
-
-__all__ = ["RetrievalCurve", "ZeroShotCurve"]

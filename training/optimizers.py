@@ -93,6 +93,3 @@ class MuonWithAdamW(torch.optim.Optimizer):
         count = state["step"].item()
         deviation = (state["square"] / (1 - beta2**count)).sqrt_().add_(1e-8)
         return state["mean"] / (1 - beta1**count) / deviation
-
-
-__all__ = ["MuonWithAdamW", "orthogonalize"]

@@ -62,6 +62,3 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     if is_first_process():
         print_fn(f"The model is in {options.output}.")
     return 0
-
-
-__all__ = ["run"]

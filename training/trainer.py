@@ -432,15 +432,3 @@ def _mark_begun(recipe: Recipe, run: Run) -> None:
         shutil.rmtree(run.output / "trainer", ignore_errors=True)
         (run.output / LOG_FILE).unlink(missing_ok=True)
     record_recipe(run.output, recipe, **run.settings())
-
-
-__all__ = [
-    "Run",
-    "StageTrainer",
-    "check_has_pairs",
-    "finished_model",
-    "is_first_process",
-    "train",
-    "training_arguments",
-    "with_lora",
-]

@@ -90,5 +90,3 @@ def _kind_of(reason: str) -> str:
 
 
 __getattr__ = renamed_names(globals(), BrokenRows="BadRows", TooManyBrokenRowsError="TooManyBadRowsError")
-
-__all__ = ["BadRows", "TooManyBadRowsError", "UnusableRowError"]

@@ -134,5 +134,3 @@ class RetrievalCollator(GenerativeCollator):
 
 
 __getattr__ = renamed_names(globals(), picture_number="image_number")
-
-__all__ = ["GenerativeCollator", "RetrievalCollator", "image_number"]

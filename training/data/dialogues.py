@@ -442,6 +442,3 @@ class DialogueCollator:
         texts = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
         # With a cache, decoders take the positions for those of one row: transformers then looks for no packing.
         return {**DataCollatorWithFlattening(return_tensors="pt")(texts), "use_cache": False}
-
-
-__all__ = ["DialogueCollator", "DialogueDataset", "DialogueEncoder", "read_dialogue"]

@@ -394,15 +394,3 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
 
 
 __getattr__ = renamed_names(globals(), RULES="FILTERS", Rule="Filter", read_rules="read_filters")
-
-__all__ = [
-    "COLUMNS",
-    "FILTERS",
-    "Filter",
-    "Funnel",
-    "MissingColumnError",
-    "metadata_rows",
-    "plot_report",
-    "read_filters",
-    "with_optional",
-]

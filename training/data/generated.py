@@ -147,17 +147,3 @@ def dialogue_batches(recipe: DialogueRecipe, phase: Phase, processor: InternVLPr
     if phase.dense_supervision:
         return scene_batches(recipe, phase, partial(encode_token_labels, processor))
     return scene_batches(recipe, phase, partial(encode_conversations, processor, recipe.num_turns))
-
-
-__all__ = [
-    "SceneBatches",
-    "captioned_pair",
-    "conversation_about",
-    "dialogue_batches",
-    "encode_captions",
-    "encode_conversations",
-    "encode_pairs",
-    "encode_token_labels",
-    "only_item",
-    "scene_batches",
-]

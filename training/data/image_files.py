@@ -41,6 +41,3 @@ def image_file(source: str | Path, folder: str | Path | None) -> Path:
 @lru_cache(maxsize=64)
 def _resolved(folder: str) -> Path:
     return Path(folder).resolve()
-
-
-__all__ = ["image_file", "is_path"]

@@ -190,6 +190,3 @@ def _faults_at_end(text: mmap.mmap, end: int) -> Iterator[tuple[int, int, str]]:
         yield end, len(text), "`}` closes the array, expected `]`"
     elif rest is not None:
         yield rest.start(), len(text), "something follows the end of the array"
-
-
-__all__ = ["JsonRows", "Row"]

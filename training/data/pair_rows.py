@@ -126,6 +126,3 @@ def _first_of(row: Row, columns: Sequence[str]) -> Any:
         has = ", ".join(column for column in row if not column.startswith("__"))
         raise ValueError(f"A column is missing: the row needs one of {', '.join(columns)}, and has {has}.")
     return value
-
-
-__all__ = ["IMAGE_COLUMNS", "TEXT_COLUMNS", "add_size", "caption_in", "image_source", "metadata_of"]

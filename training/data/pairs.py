@@ -337,6 +337,3 @@ def stream_loader(stream: PairStream, collator: PairCollator, arguments: Trainin
         persistent_workers=arguments.dataloader_persistent_workers,
         drop_last=True,
     )
-
-
-__all__ = ["PairCollator", "PairStream", "stream_loader"]

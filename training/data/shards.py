@@ -179,6 +179,3 @@ def _rows_of(batch: Any) -> list[Row]:
         if len(batch) == 1:
             return [{FAULT_COLUMN: f"The row cannot be read: {error}"}]
         return [row for number in range(len(batch)) for row in _rows_of(batch.slice(number, 1))]
-
-
-__all__ = ["FAULT_COLUMN", "Row", "find_shards", "read_shard", "read_shards"]

@@ -22,6 +22,3 @@ def check_text(text: str, name: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(f"{name} holds a lone surrogate at character {error.start}, which is no text.") from error
-
-
-__all__ = ["check_text", "printable"]

@@ -106,5 +106,3 @@ def _encoder(options: argparse.Namespace) -> DialogueEncoder | None:
 
 
 __getattr__ = renamed_names(globals(), Fault="InvalidRow", find_faults="find_invalid_rows")
-
-__all__ = ["InvalidRow", "find_invalid_rows"]

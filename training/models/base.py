@@ -211,6 +211,3 @@ class InternVLTrainingModel(SavedAsInternVLModel):
                 "folder with "
                 "`from_pretrained(folder, num_query_token=96)`."
             )
-
-
-__all__ = ["InternVLTrainingModel", "Texts", "drop_patches", "is_frozen", "patch_contrast"]

@@ -378,17 +378,3 @@ def _fill_chat(
     for module, start, name in parts:
         module.to(next(start.parameters()).dtype)
         _copy_weights(module, start.state_dict(), name)
-
-
-__all__ = [
-    "build_chat_model",
-    "build_chat_processor",
-    "build_contrastive_model",
-    "build_generative_model",
-    "build_pair_processor",
-    "build_retrieval_model",
-    "fit_image_sizes",
-    "in_dtypes_of",
-    "load_pair_processor",
-    "load_tokenizer",
-]

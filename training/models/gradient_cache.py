@@ -45,6 +45,3 @@ def in_chunks(function: Callable[..., Any], chunk_size: int | None, *inputs: Any
     if isinstance(outputs[0], torch.Tensor):
         return torch.cat(outputs)
     return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
-
-
-__all__ = ["in_chunks"]

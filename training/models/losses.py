@@ -276,19 +276,3 @@ def generation_loss(
 
 
 __getattr__ = renamed_names(globals(), IGNORED="IGNORE_INDEX", own_rows="local_rows", unit="l2_normalize")
-
-__all__ = [
-    "Gather",
-    "capped_scale",
-    "current_gather",
-    "draw_hard_negatives",
-    "generation_loss",
-    "info_nce_loss",
-    "l2_normalize",
-    "local_rows",
-    "matching_loss",
-    "retrieval_loss",
-    "rows_of_all_processes",
-    "scaled_similarities",
-    "sigmoid_loss",
-]

@@ -178,18 +178,3 @@ def lora_targets(model: PreTrainedModel, parts: Collection[str] = LORA_PARTS) ->
     if not names:
         raise ValueError(f"This model has no linear layer in {', '.join(parts) or 'no part'}.")
     return names
-
-
-__all__ = [
-    "LORA_PARTS",
-    "PARTS",
-    "decays",
-    "freeze_idle",
-    "hidden_matrices",
-    "idle_modules",
-    "lora_targets",
-    "parameter_groups",
-    "part_of",
-    "train_parts",
-    "vision_depth",
-]

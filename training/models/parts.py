@@ -40,6 +40,3 @@ def part_of(name: str) -> str:
 def plain_name(name: str) -> str:
     """A parameter's name as it is without wrappers."""
     return _WRAPPERS.sub("", name)
-
-
-__all__ = ["PARTS", "part_of", "plain_name"]

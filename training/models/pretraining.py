@@ -443,12 +443,3 @@ class InternVLForCaptionTraining(InternVLTrainingModel):
         """Return the rows' share of the loss (1,)."""
         ((_, text),) = self._read(self._vision_tokens(pixel_values), ("generation", caption))
         return generation_loss(text, labels, self.qllama.lm_head, num_labels)[None]
-
-
-__all__ = [
-    "InternVLForCaptionTraining",
-    "InternVLForContrastiveTraining",
-    "InternVLForGenerativeTraining",
-    "InternVLForRetrievalTraining",
-    "TrainingOutput",
-]

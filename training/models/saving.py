@@ -71,6 +71,3 @@ class SavedAsInternVLModel(InternVLModel):
             if prefix + name in state_dict:
                 state_dict[prefix + name] = state_dict[prefix + name].reshape(1)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-__all__ = ["SCALARS", "SavedAsInternVLModel"]

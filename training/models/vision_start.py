@@ -30,6 +30,3 @@ def init_embeddings_for_scenes(model: PreTrainedModel) -> None:
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, width / 2)
     rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
     embeddings.position_embedding[0, 1:] = 0.7 * torch.cat([rows, columns], dim=-1).flatten(0, 1)
-
-
-__all__ = ["init_embeddings_for_scenes"]

@@ -199,14 +199,3 @@ def _is_whole_safetensors(path: Path) -> bool:
             return size == 8 + length + max(ends, default=0)
         except _OF_OTHER_CONTENT:
             return False
-
-
-__all__ = [
-    "checkpoints_in",
-    "fault_of",
-    "newest_whole",
-    "recovered",
-    "step_of",
-    "write_text_whole",
-    "written_whole",
-]

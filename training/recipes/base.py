@@ -228,17 +228,3 @@ def with_steps(recipe: RecipeType, steps: int) -> RecipeType:
         replace(phase, steps=steps, warmup_steps=min(phase.warmup_steps, steps // 10)) for phase in recipe.phases
     ]
     return replace(recipe, phases=tuple(phases))
-
-
-__all__ = [
-    "Batch",
-    "ContrastiveRecipe",
-    "DialogueRecipe",
-    "GenerativeRecipe",
-    "Phase",
-    "Recipe",
-    "RecipeType",
-    "RetrievalRecipe",
-    "phase_named",
-    "with_steps",
-]

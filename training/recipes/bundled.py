@@ -175,6 +175,3 @@ def stage3_bundled(connector: str = "patches", freeze_language: bool = False) ->
         generation_config={"max_new_tokens": 64},
         **_SETTINGS,
     )
-
-
-__all__ = ["PATCH_SIZE", "VISION_CONFIG", "stage1_bundled", "stage2_bundled", "stage3_bundled"]

@@ -90,6 +90,3 @@ def stage3(connector: str = "patches", freeze_language: bool = False) -> Dialogu
     return DialogueRecipe(
         phases=(mlp, whole), weight_decay=0.0, betas=(0.9, 0.999), grad_cache_chunk_size=4, connector=connector
     )
-
-
-__all__ = ["retrieval", "stage1", "stage2", "stage3"]

@@ -104,6 +104,3 @@ def stage3_small(connector: str = "patches", freeze_language: bool = False) -> D
         save_steps=200,
         max_length=512,
     )
-
-
-__all__ = ["retrieval_small", "stage1_small", "stage2_small", "stage3_small"]
