@@ -381,9 +381,9 @@ import sys, torch, transformers
 torch.set_grad_enabled(False)
 for case in torch.load("cases.pt", weights_only=True):
     door, folder = getattr(transformers, case["door"]), case["name"] + ".moved"
-    if case["door"] == "AutoBackbone":  # its `from_pretrained` asks the Hub whether there is such a repository, also
-        for a folder config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True) door =
-        type(door.from_config(config, trust_remote_code=True))
+    if case["door"] == "AutoBackbone":  # its `from_pretrained` asks the Hub for such a repository, for a folder too
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        door = type(door.from_config(config, trust_remote_code=True))
     model, info = door.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     assert "transformers_modules" in type(model).__module__ and "internvl" not in sys.modules
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info

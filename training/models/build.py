@@ -298,8 +298,7 @@ def build_chat_model(
     if is_full and not base.config.has_queries:
         raise ValueError(
             f"`connector` {recipe.connector!r} needs the queries of stage 2, but {source} has none. Run stage 2 "
-            "first, or "
-            "take the connector 'patches'."
+            "first, or take the connector 'patches'."
         )
     side, vision_config = recipe.phases[-1].image_size, base.config.vision_config
     if vision_config.image_size != side:
@@ -311,11 +310,10 @@ def build_chat_model(
     model = InternVLChatForConditionalGeneration(_chat_config(recipe, base, language, processor))
     model.skips_unlabelled_logits = True
     _fill_chat(model, base, language, str(source), str(decoder))
-    ends = get_conversation_template(recipe.template).end_token_ids(tokenizer)
-    if decoder is None:
-        ends.append(tokenizer.pad_token_id)
     model.generation_config = GenerationConfig(
-        eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, **recipe.generation_config
+        eos_token_id=get_conversation_template(recipe.template).end_token_ids(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        **recipe.generation_config,
     )
     return in_dtypes_of(recipe, model), processor
 
