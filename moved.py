@@ -1,7 +1,6 @@
 """Old names of modules: importing one gives the module under its new name, with one warning.
 
-`python -m internvl.OLD` runs the new one as well. A module without a successor raises an `ImportError` that says what
-to use.
+`python -m internvl.OLD` runs the new one as well.
 """
 
 import importlib
@@ -118,8 +117,6 @@ DOORS: dict[str, tuple[str, ...]] = {
 }
 # Old names of packages; their modules warn.
 PACKAGES = ("conversion.layouts", "conversion.output", "conversion.sources")
-# Modules without a successor, and what to use instead.
-REMOVED: dict[str, str] = {}
 
 
 class MovedModules:
@@ -142,8 +139,6 @@ class MovedModules:
             sys.argv[1:1] = command
             new = f"{package}.{folder}.__main__"
             return ModuleSpec(new, _Alias(new))
-        if old in REMOVED:
-            raise ModuleNotFoundError(f"{name} is gone: {REMOVED[old]}", name=name)
         if old not in MOVED:
             return None
         new = f"{package}.{MOVED[old]}"
@@ -180,4 +175,4 @@ def install() -> None:
         sys.meta_path.insert(0, MovedModules)
 
 
-__all__ = ["DOORS", "MOVED", "PACKAGES", "REMOVED", "install"]
+__all__ = ["DOORS", "MOVED", "PACKAGES", "install"]

@@ -45,9 +45,8 @@ ADAM = 2 * FULL
 ASSUMPTIONS = (
     "1 FLOP is one multiplication or one addition, counted by torch's formulas: matrix products, convolutions and "
     "attention count, masked places too, and attention computes its scores again in the backward pass; norms, "
-    "softmax, "
-    'activations and the optimizer count nothing. "Executed" adds what gradient caching and activation checkpointing '
-    "compute again.",
+    'softmax, activations and the optimizer count nothing. "Executed" adds what gradient caching and activation '
+    "checkpointing compute again.",
     "Texts have the recipe's full length; a dialogue has one image of one tile and {dialogue} tokens of text, with "
     "logits at all positions.",
     "Days = steps x samples of a GPU x executed FLOPs / (peak x utilization): {gpus} GPUs of {peak:g} TFLOP/s, of "
@@ -71,7 +70,7 @@ TRAFFIC_WORDS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------- one step, counte
+# --------------------------------------------------------------------------------------------------- one step, counted
 @dataclass(frozen=True)
 class StepCost:
     """What a step of one GPU does.
@@ -238,7 +237,7 @@ def count_step(
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- state
+# -------------------------------------------------------------------------------------------------------------- states
 def unit_sizes(model: PreTrainedModel) -> tuple[int, int]:
     """Parameters of the largest unit that FSDP gathers at a time, and of all that is in no unit and stays gathered."""
     sizes = [sum(p.numel() for p in module.parameters()) for module in sharded_units(model)]
@@ -276,7 +275,7 @@ def traffic_bytes(model: PreTrainedModel, phase: Phase, cluster: Cluster, step: 
     return states * (cluster.gpus - 1) / cluster.gpus + step.features
 
 
-# ----------------------------------------------------------------------------------------------------- the full recipe
+# ---------------------------------------------------------------------------------------------------- the full recipes
 def full_models(decoder: str) -> dict[str, tuple[PreTrainedModel, Recipe]]:
     """Every full recipe with its model of the released size, on the meta device in bfloat16.
 
@@ -360,7 +359,7 @@ def costs(cluster: Cluster, decoder: str = "13b", text_length: int = TEXT_LENGTH
             yield cost_of(name, model, recipe, phase, cluster, text_length)
 
 
-# ----------------------------------------------------------------------------------------------------- the command lin
+# ---------------------------------------------------------------------------------------------------- the command line
 def cost_row(cost: PhaseCost, cluster: Cluster) -> str:
     """A row of the table in Markdown."""
     spare = cluster.gpu_memory * GIGABYTE - cost.total

@@ -77,7 +77,7 @@ def small(monkeypatch):
     return use
 
 
-# ---------------------------------------------------------------------------------------------------------------- a
+# --------------------------------------------------------------------------------------------------------------- a row
 # row
 @pytest.mark.parametrize(
     ("ratio", "target", "is_lower_better", "is_met"),
@@ -179,7 +179,7 @@ def test_memory_grows_by_what_a_call_held_though_it_gave_it_back_and_not_by_what
     assert harness.memory_growth(lambda: None) < 32 * 2**20
 
 
-# ------------------------------------------------------------------------------------------------------------ the
+# ----------------------------------------------------------------------------------------------------------- the table
 # table
 def test_the_table_names_the_target_and_whether_it_is_reached():
     rows = [
@@ -210,7 +210,7 @@ def test_a_topic_is_written_with_its_calibration_and_its_rows(monkeypatch, tmp_p
     assert all(row["skipped"] and row["met"] is None for row in content["rows"])
 
 
-# ----------------------------------------------------------------------------------------------------------- the
+# ---------------------------------------------------------------------------------------------------------- the topics
 # topics
 @pytest.mark.parametrize("topic", command.TOPICS)
 def test_every_topic_has_rows(topic):

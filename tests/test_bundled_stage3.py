@@ -114,7 +114,7 @@ def test_the_written_folder_loads_and_answers_about_tiled_images(finished_defaul
     assert model.generation_config.eos_token_id == [processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id]
 
 
-# ------------------------------------------------------------------------------------------------------------- its
+# ------------------------------------------------------------------------------------------------------------ its data
 # data
 def test_the_data_of_a_step_depends_on_the_seed_and_the_step_alone(tokenizer):
     recipe = RECIPES["simple"]
@@ -148,7 +148,7 @@ def test_the_tokenizer_encodes_any_text_and_splits_numbers_into_digits(tokenizer
         assert tokenizer.tokenize(token) == [token]
 
 
-# ----------------------------------------------------------------------------------------------------- all stages in
+# -------------------------------------------------------------------------------------------------- all stages in turn
 # turn
 def test_a_resumed_run_trains_only_what_is_not_finished(finished_default_run, tmp_path, monkeypatch):
     folder = tmp_path / "run"

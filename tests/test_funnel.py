@@ -140,7 +140,7 @@ def test_the_plot_is_a_image(tmp_path):
         assert (tmp_path / name).stat().st_size > 5000
 
 
-# ------------------------------------------------------------------------------------------------------ missing
+# ----------------------------------------------------------------------------------------------------- missing columns
 # columns
 def test_a_missing_column_is_an_error_that_names_it():
     row = {key: value for key, value in GOOD.items() if key != "pwatermark"}

@@ -179,7 +179,7 @@ def test_conversation_goes_on_without_encoding_the_image_again(root, questions):
     assert answers[-1] == afresh.ask(rows[-1]["question"])
 
 
-# ---------------------------------------------------------------------------------------------- sub-folders of the
+# ----------------------------------------------------------------------------------------- sub-folders of the same run
 # same run
 @pytest.fixture(scope="module")
 def pair_model(root):

@@ -93,7 +93,7 @@ def stopped_after(data: Path, output: Path, steps: int, monkeypatch) -> Path:
     return output
 
 
-# ------------------------------------------------------------------------------------------------------- going on
+# ------------------------------------------------------------------------------------------------------- resumed again
 # again
 def test_a_finished_stage_that_is_resumed_says_so_and_changes_nothing(data, unbroken, caplog):
     before = digests(unbroken)
@@ -295,7 +295,7 @@ def test_numbers_that_cannot_be_are_told_at_once_by_the_name_of_the_option(optio
     assert not (tmp_path / "out").exists()
 
 
-# --------------------------------------------------------------------------------------------------- nothing to train
+# ------------------------------------------------------------------------------------------------- nothing to train on
 # on
 @pytest.mark.parametrize("is_there", [True, False], ids=["into a folder", "without a folder"])
 def test_a_shard_without_samples_is_one_line_and_no_folder(is_there, data, tmp_path, capsys):

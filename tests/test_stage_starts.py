@@ -129,7 +129,7 @@ def test_all_is_float32_unless_the_recipe_computes_under_autocast():
         assert {parameter.dtype for parameter in model.parameters()} == wanted
 
 
-# ------------------------------------------------------------------------------------------------------- what never
+# ----------------------------------------------------------------------------------------------- blocks that never run
 # runs
 @pytest.mark.parametrize(
     ("select_layer", "connector", "idle"),

@@ -87,7 +87,7 @@ def test_sub_folders_load_by_their_path_with_the_package_imported(root):
     assert len(features(str(root / "examples" / "star.png"))[0]) > 1
 
 
-# --------------------------------------------------------------------------------------------------------- TRL's
+# ------------------------------------------------------------------------------------------------------- TRL's batches
 # batches
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> list[dict]:

@@ -262,7 +262,7 @@ def test_one_prompt_serves_several_images_and_other_numbers_are_refused():
         model.generate(images[:1], tiny.text_ids(2, 4), **settings)
 
 
-# ----------------------------------------------------------------------------------------------------- losses,
+# -------------------------------------------------------------------------------------------------- losses, evaluation
 # evaluation
 @each_connector
 @pytest.mark.parametrize("train", [False, True])
@@ -473,7 +473,7 @@ def test_keywords_of_the_decoder_reach_it():
     model(**tiny.chat_inputs(model), logits_to_keep=1, cache_position=None)
 
 
-# ------------------------------------------------------------------------------- configurations, tokenizers, other
+# ----------------------------------------------------------------------------- configurations, tokenizers, other kinds
 # kinds
 def test_a_configuration_is_not_changed_by_models_that_share_it(tmp_path):
     vision, qllama = tiny.vision_config(), QLlamaConfig(**{**tiny.QLLAMA, "vision_hidden_size": 77})

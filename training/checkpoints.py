@@ -117,8 +117,7 @@ def check_same_recipe(folder: Path, recipe: Any, **settings: Any) -> None:
     if differing:
         raise ValueError(
             f"{folder} holds a run of another recipe: {'; '.join(differing)}. Resume with the recipe it was begun "
-            "with, or "
-            "take another folder."
+            "with, or take another folder."
         )
 
 

@@ -177,8 +177,7 @@ def training_arguments(
     if rest or not rows or share % rows:
         raise ValueError(
             f"A batch of {phase.batch_size} cannot be shared out evenly to {num_processes()} processes with {rows} "
-            "rows at "
-            "a time. Change `batch_size` or `grad_cache_chunk_size` of the recipe."
+            "rows at a time. Change `batch_size` or `grad_cache_chunk_size` of the recipe."
         )
     settings: dict[str, Any] = {"lr_scheduler_type": "cosine"}
     if phase.cooldown_fraction is not None:

@@ -68,8 +68,7 @@ class BadRows:
             raise TooManyBadRowsError(
                 f"{self.broken} of {self.seen} rows are broken, more than the {self.max_rate:.2%} of "
                 f"`max_rate` (of at least {self.grace} rows): {faults}. The last one: {place}: {reason} Mend the "
-                "data, "
-                "or raise the limit."
+                "data, or raise the limit."
             )
         if self.broken & (self.broken - 1) == 0:  # 1, 2, 4, 8... keeps the log short
             logger.warning(f"{self.broken} of {self.seen} rows left out so far. The last one: {place}: {reason}")

@@ -163,8 +163,7 @@ def _check_order(roles: list[str]) -> None:
         if role != expected:
             raise ValueError(
                 f"Message {first + index + 1} is from `{role}`, expected `{expected}`: after a system message, if "
-                "any, "
-                "user and assistant take turns."
+                "any, user and assistant take turns."
             )
     if len(roles) == first or roles[-1] != "assistant":
         raise ValueError("The last message must be an answer of the assistant, from which to learn.")

@@ -259,8 +259,7 @@ class Funnel:
                 return None
             raise MissingColumnError(
                 f"The rule `{rule.name}` finds no {error}; the data has {', '.join(map(str, row))}. Rename the "
-                "column, "
-                "or make the rule optional."
+                "column, or make the rule optional."
             ) from error
 
 

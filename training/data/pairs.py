@@ -171,8 +171,7 @@ class PairStream(torch.utils.data.IterableDataset):
         if state["readers"] != self._readers():
             raise ValueError(
                 f"The saved position belongs to {state['readers']}, this stream has {self._readers()}. Resume with "
-                "the "
-                "same data on as many processes and workers."
+                "the same data on as many processes and workers."
             )
         self._position, self._is_over = _Position(**state["position"]), False
         self.bad_rows.load_state_dict(state["broken_rows"])

@@ -208,6 +208,5 @@ class InternVLTrainingModel(SavedAsInternVLModel):
         if not self.config.has_queries:
             raise ValueError(
                 f"{name} needs the queries of QLLaMA, but `num_query_token` is 0. To go on from stage 1, load its "
-                "folder with "
-                "`from_pretrained(folder, num_query_token=96)`."
+                "folder with `from_pretrained(folder, num_query_token=96)`."
             )

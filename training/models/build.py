@@ -81,13 +81,12 @@ def fit_image_sizes(recipe: RecipeType, source: Folder | None = None) -> RecipeT
         if phase != given:
             logger.warning(
                 f"Phase {phase.name} has images of {phase.image_size} px instead of {given.image_size}, which {unit} "
-                "px "
-                "do not divide."
+                "px do not divide."
             )
     return replace(recipe, phases=tuple(phases))
 
 
-# -------------------------------------------------------------------------------------------------------- the
+# ------------------------------------------------------------------------------------------------------- the processor
 # processor
 def load_tokenizer(recipe: ContrastiveRecipe, folder: Folder | None) -> PreTrainedTokenizerBase:
     """The tokenizer of stage 1: one in a folder, or for generated scenes one of their captions.
@@ -269,7 +268,7 @@ def build_retrieval_model(recipe: RetrievalRecipe, source: Folder) -> InternVLFo
     return in_dtypes_of(recipe, model)
 
 
-# -------------------------------------------------------------------------------------------------------------- stage
+# ------------------------------------------------------------------------------------------------------------- stage 3
 # 3
 def build_chat_model(
     recipe: DialogueRecipe, source: Folder, decoder: Folder | None = None

@@ -14,8 +14,7 @@ Stage 3: dialogue, in both configurations. The decoder starts from nothing, so i
 which the paper trains alone first. Phases:
 
 - seeing: the vision tower and the projector of the patches learn to name what each image token shows. Captions say
-little
-  about small text, and a tower this small needs very many answers before it begins to read;
+  little about small text, and a tower this small needs very many answers before it begins to read;
 - connecting: the projectors and the decoder learn to answer;
 - answering: they go on, in the full configuration together with QLLaMA and its queries.
 """
