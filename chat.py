@@ -11,6 +11,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from .console import exit_status
 from .kinds import KIND_NAMES, MODEL_TYPES, check_kind, wrong_kind
 
 
@@ -196,16 +197,17 @@ def talk(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     options = _parse_arguments(arguments)
-    try:
+
+    def converse() -> None:
         check_model(options.model)
         check_images(options.images)
         talk(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+    try:
+        return exit_status(converse)
     except (EOFError, KeyboardInterrupt):
         print()
-    return 0
+        return 0
 
 
 if __name__ == "__main__":

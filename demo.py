@@ -6,6 +6,7 @@ Prints the questions about each image with the model's answers, and draws how ea
 
 import argparse
 import json
+import sys
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from . import register
 from .chat import DEFAULT_CHECKPOINT, Conversation, check_model
+from .console import exit_status
 from .renaming_internvl import RenamedOption, renamed_arguments
 
 
@@ -67,8 +69,8 @@ def stack(panels: list[Image.Image]) -> Image.Image:
     return sheet
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line: answers every question and draws how the images were tiled."""
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line: answers every question and draws how the images were tiled; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m internvl.demo", description="Show the bundled checkpoint at work."
     )
@@ -92,21 +94,18 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     register()
-    import torch
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
-        check_model(options.model)
-        with torch.inference_mode():
-            show(options)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
+    return exit_status(lambda: show(options))
 
 
 def show(options: argparse.Namespace) -> None:
     """Prints the answers and saves the drawing."""
+    from .evaluation.metrics import is_correct
+
+    check_model(options.model)
     conversation = Conversation(options.model, max_new_tokens=16)
     rows = json.loads((options.images / "questions.json").read_text(encoding="utf-8"))
     panels, num_correct = [], 0
@@ -116,9 +115,9 @@ def show(options: argparse.Namespace) -> None:
         for row in questions:
             conversation.restart()
             answer = conversation.ask(row["question"], [str(path)])
-            is_correct = answer.lower() == row["answer"].lower()
-            num_correct += is_correct
-            print(f"  {row['question']}\n    {answer}" + ("" if is_correct else f"   (correct: {row['answer']})"))
+            hint = "" if is_correct(answer, row["answer"]) else f"   (correct: {row['answer']})"
+            num_correct += not hint
+            print(f"  {row['question']}\n    {answer}{hint}")
         image_processor = conversation.processor.image_processor
         panels.append(draw_tiling(image_processor.fetch_images(path), file, image_processor))
     options.output.mkdir(parents=True, exist_ok=True)
@@ -127,4 +126,4 @@ def show(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import fields
 
 from .. import register
+from ..console import exit_status
 
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -107,36 +108,35 @@ def main(arguments: list[str] | None = None) -> int:
     if options.out is None and not options.dry_run:
         parser.error("OUT is missing: name a folder to write, or look only with --dry-run")
     register()
+    # What torch finds odd in a broken file is said in the one line about it.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\b")
+    return exit_status(lambda: _convert(options))
+
+
+def _convert(options: argparse.Namespace) -> None:
     from .convert import convert
     from .plan import ConversionOptions, plan_conversion
     from .repository.publish import create_repository, upload
 
     choices = {field.name: getattr(options, field.name) for field in fields(ConversionOptions)}
-    # What torch finds odd in a broken file is said in the one line about it.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\b")
-    try:
-        if options.dry_run:
-            for line in plan_conversion(options.source, ConversionOptions(**choices)).describe():
-                print(line)
-            return 0
-        if options.push_to_hub:
-            create_repository(options.push_to_hub, options.private)
-        out = convert(
-            options.source,
-            options.out,
-            **choices,
-            max_shard_size=options.max_shard_size,
-            overwrite=options.overwrite,
-            report=print,
-            verify=options.verify is not None,
-            recorded=options.verify or None,
-        )
-        if options.push_to_hub:
-            print(f"Uploaded: {upload(out, options.push_to_hub)}")
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    if options.dry_run:
+        for line in plan_conversion(options.source, ConversionOptions(**choices)).describe():
+            print(line)
+        return
+    if options.push_to_hub:
+        create_repository(options.push_to_hub, options.private)
+    out = convert(
+        options.source,
+        options.out,
+        **choices,
+        max_shard_size=options.max_shard_size,
+        overwrite=options.overwrite,
+        report=print,
+        verify=options.verify is not None,
+        recorded=options.verify or None,
+    )
+    if options.push_to_hub:
+        print(f"Uploaded: {upload(out, options.push_to_hub)}")
 
 
 if __name__ == "__main__":

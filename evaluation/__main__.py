@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from .. import register
+from ..console import exit_status
 from ..kinds import check_kind
 from ..renaming_internvl import RenamedOption
 
@@ -65,23 +66,21 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns its exit code, 2 where the checkpoint is refused."""
     options = vars(_parser().parse_args(arguments))
-    task, model, subfolder, output = (options.pop(name) for name in ("task", "model", "subfolder", "output"))
     register()
+    return exit_status(lambda: _evaluate(**options))
+
+
+def _evaluate(task: str, model: str, subfolder: str, output: Path | None, **numbers: int) -> None:
     from transformers import AutoModel, AutoProcessor
 
     where = {"pretrained_model_name_or_path": model, "subfolder": subfolder}
-    try:
-        check_kind(model, *TASKS[task].kinds, door="this evaluation", subfolder=subfolder)
-        evaluate = getattr(import_module(f".{task}", __package__), f"evaluate_{task}")
-        report = evaluate(AutoModel.from_pretrained(**where).eval(), AutoProcessor.from_pretrained(**where), **options)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    check_kind(model, *TASKS[task].kinds, door="this evaluation", subfolder=subfolder)
+    evaluate = getattr(import_module(f".{task}", __package__), f"evaluate_{task}")
+    report = evaluate(AutoModel.from_pretrained(**where).eval(), AutoProcessor.from_pretrained(**where), **numbers)
     text = json.dumps(report, indent=2)
     if output:
         output.write_text(f"{text}\n", encoding="utf-8")
     print(text)
-    return 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import sys
 from importlib import import_module
 
 from .. import register
+from ..console import exit_status
 from .commands import planning_parser
 
 
@@ -18,11 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = planning_parser().parse_args(arguments)
     register()
-    try:
-        return import_module(options.module, __package__).run(options, print)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: import_module(options.module, __package__).run(options, print))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from .. import register
+from ..console import exit_status
 
 
 def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -36,14 +37,14 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = _parse_arguments(arguments)
     register()
+    return exit_status(lambda: _print_code(options.folder, options.repo, options.revision))
+
+
+def _print_code(folder: Path, repo: str | None, revision: str | None) -> int:
     from .code import list_code, pinned_snippet
 
-    try:
-        listing = list_code(options.folder)
-        snippet = pinned_snippet(options.folder, options.repo, options.revision)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    listing = list_code(folder)
+    snippet = pinned_snippet(folder, repo, revision)
     for line in listing.describe():
         print(line)
     print()

@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 from .. import register
+from ..console import exit_status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,12 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit code, 2 where it is refused."""
     options = _parser().parse_args(arguments)
     register()
-    try:
-        import_module(f".{options.command}", __package__).run(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: import_module(f".{options.command}", __package__).run(options))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ import sys
 from importlib import import_module
 
 from .. import register
+from ..console import exit_status
 from .commands import training_parser
-from .data.texts import printable
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,11 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     options = training_parser().parse_args(arguments)
     register()
-    try:
-        return import_module(options.module, __package__).run(options, print)
-    except (ValueError, OSError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: import_module(options.module, __package__).run(options, print))
 
 
 if __name__ == "__main__":

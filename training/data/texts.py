@@ -1,11 +1,4 @@
-"""Texts of rows, which may hold anything: what can be shown, and what can be read."""
-
-
-def printable(text: str) -> str:
-    """A text on one line, without what a terminal or a file cannot take: line breaks, control characters, lone
-    surrogates.
-    """
-    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in " ".join(text.split()))
+"""Texts of rows, which may hold anything."""
 
 
 def check_text(text: str, name: str) -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import AutoProcessor
 
+from ...console import printable
 from ...image_loading_internvl import read_image
 from ...image_processing_internvl import InternVLImageProcessor
 from ...kinds import check_kind
 from ...renaming_internvl import renamed_names
 from .dialogues import DialogueEncoder, read_dialogue
 from .json_rows import JsonRows, Row
-from .texts import printable
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,18 @@
+"""What command lines share: an error is one line that a terminal can take, and exit status 2."""
+
+import sys
+from collections.abc import Callable
+
+
+def printable(text: str) -> str:
+    """Returns a text on one line, with escapes for control characters and lone surrogates."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in " ".join(text.split()))
+
+
+def exit_status(command: Callable[[], int | None]) -> int:
+    """Runs a command and returns its exit status: 2 where it raises a `ValueError` or `OSError`, which is printed."""
+    try:
+        return command() or 0
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {printable(str(error))}\n")
+        return 2
