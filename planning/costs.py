@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from ..configuration_internvl import InternVLChatConfig, InternVLConfig
 from ..modeling_internvl_chat import InternVLChatForConditionalGeneration
 from ..training.models import pretraining
+from ..training.models.build import set_up_phase
 from ..training.models.parameter_groups import part_of, train_parts
 from ..training.recipes import (
     DialogueRecipe,
@@ -184,9 +185,7 @@ def prepare(model: PreTrainedModel, recipe: Recipe, phase: Phase) -> None:
     """
     train_parts(model, phase.learning_rates)
     model.train()
-    for name in ("patch_drop_rate", "objective"):
-        if hasattr(model, name):
-            setattr(model, name, getattr(phase, name, None) or getattr(recipe, name, 0.0))
+    set_up_phase(model, recipe, phase)
     if recipe.gradient_checkpointing:
         # `gradient_checkpointing_enable` is its name in transformers 5.19.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

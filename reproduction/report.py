@@ -86,6 +86,7 @@ class StageEvaluation:
     measure: Callable[[PreTrainedModel, ProcessorMixin, Sizes], dict[str, Any]]
 
 
+RENAMED_KEYS = {"pictures": "images", "train_pictures": "train_images"}
 CHATS = ("full", "simple")
 EVALUATIONS = {
     "linear_probe": StageEvaluation(
@@ -131,7 +132,8 @@ def evaluate_run(
             file = output / "parts" / f"{name}_{stage}.json"
             if not (resume and file.exists()):
                 _write(file, _evaluate(name, run / stage, sizes or Sizes()))
-            results.setdefault(name, {})[stage] = json.loads(file.read_text(encoding="utf-8"))
+            text = file.read_text(encoding="utf-8")
+            results.setdefault(name, {})[stage] = json.loads(text, object_hook=_with_new_keys)
     if ablation is not None:
         results["ablation"] = json.loads(ablation.read_text(encoding="utf-8"))
     _write(output / "results.json", results)
@@ -144,6 +146,11 @@ def _evaluate(name: str, folder: Path, sizes: Sizes) -> dict[str, Any]:
     auto_class: Any = AutoModelForImageTextToText if folder.name in CHATS else AutoModel
     model = auto_class.from_pretrained(folder).eval()
     return EVALUATIONS[name].measure(model, AutoProcessor.from_pretrained(folder), sizes)
+
+
+def _with_new_keys(report: dict[str, Any]) -> dict[str, Any]:
+    """Renames the keys of reports that version 1.0 wrote."""
+    return {RENAMED_KEYS.get(key, key): value for key, value in report.items()}
 
 
 def _write(file: Path, report: dict[str, Any]) -> None:

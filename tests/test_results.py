@@ -126,11 +126,15 @@ def test_what_is_done_is_kept_on_resume_and_measured_again_otherwise(
         results, "_evaluate", lambda name, folder, sizes: measured.append((name, folder.name)) or {"new": True}
     )
     monkeypatch.setattr(results, "plot_all", lambda *args: [])
-    (tmp_path / "page" / "parts" / "captioning_stage2.json").unlink()
+    parts = tmp_path / "page" / "parts"
+    (parts / "captioning_stage2.json").unlink()
+    old = parts / "zero_shot_stage1.json"  # as version 1.0 wrote it
+    old.write_text(old.read_text().replace('"images"', '"pictures"'))
     monkeypatch.setattr(results, "tables", lambda report: [])
     report = evaluate_run(finished_default_run, tmp_path / "page", TINY, resume=True)
     assert measured == [("captioning", "stage2")]
     assert report["captioning"]["stage2"] == {"new": True}
+    assert report["zero_shot"]["stage1"]["images"] == TINY.images
     evaluate_run(finished_default_run, tmp_path / "page", TINY)
     assert len(measured) == 1 + sum(len(evaluation.stages) for evaluation in results.EVALUATIONS.values())
 

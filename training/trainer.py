@@ -31,11 +31,12 @@ from .callbacks import EvaluateEvery, KeepFrozenPartsWithoutGradient, SeedRanksD
 from .checkpoints import LOG_FILE, WholeCheckpointTrainer, check_same_recipe, record_recipe
 from .data import generated
 from .data.pairs import PairStream, stream_loader
+from .models.build import set_up_phase
 from .models.dense_supervision import TokenReader
 from .models.parameter_groups import lora_targets, parameter_groups, train_parts
 from .models.whole_folders import checkpoints_in, recovered, written_whole
 from .optimizers import MuonWithAdamW
-from .recipes import ContrastiveRecipe, GenerativeRecipe, Phase, Recipe, RecipeType
+from .recipes import Phase, Recipe, RecipeType
 
 
 logger = logging.get_logger(__name__)
@@ -137,11 +138,13 @@ class StageTrainer(WholeCheckpointTrainer):
             self._loss_parts.clear()
         super().log(logs, *arguments, **settings)
 
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Measure a point of the learning curve."""
+    def evaluate(self, *arguments: Any, **settings: Any) -> dict[str, float]:
+        """Measure a point of the learning curve; as in `Trainer` where there is none."""
+        if self.curve is None:
+            return super().evaluate(*arguments, **settings)
         model: Any = self.model
         model.eval()
-        metrics = {} if self.curve is None else self.curve(model)
+        metrics = self.curve(model)
         model.train()
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -296,10 +299,7 @@ def _phase_trainer(
     curve: Curve | None,
 ) -> StageTrainer:
     phase = recipe.phases[number]
-    if isinstance(recipe, ContrastiveRecipe):
-        model.patch_drop_rate = phase.patch_drop_rate
-    if isinstance(recipe, GenerativeRecipe):
-        model.itc_on_vision_tower = phase.itc_on_vision_tower
+    set_up_phase(model, recipe, phase)
     trained = TokenReader(model) if phase.dense_supervision else model
     idle = train_parts(trained, phase.learning_rates, run.lora_parts if run.lora_rank else ())
     if idle:

@@ -34,7 +34,7 @@ from ...modeling_internvl import InternVLModel
 from ...modeling_internvl_chat import InternVLChatForConditionalGeneration
 from ...processing_internvl import InternVLProcessor
 from ...synthetic.tokenizer import caption_tokenizer, question_tokenizer
-from ..recipes import ContrastiveRecipe, DialogueRecipe, GenerativeRecipe, Recipe, RecipeType, RetrievalRecipe
+from ..recipes import ContrastiveRecipe, DialogueRecipe, GenerativeRecipe, Phase, Recipe, RecipeType, RetrievalRecipe
 from .parameter_groups import part_of
 from .pretraining import (
     InternVLForContrastiveTraining,
@@ -84,6 +84,14 @@ def fit_image_sizes(recipe: RecipeType, source: Folder | None = None) -> RecipeT
                 "px do not divide."
             )
     return replace(recipe, phases=tuple(phases))
+
+
+def set_up_phase(model: PreTrainedModel, recipe: Recipe, phase: Phase) -> None:
+    """Sets what the phases of a stage change in its model, besides which parts are trained."""
+    if isinstance(recipe, ContrastiveRecipe):
+        model.patch_drop_rate = phase.patch_drop_rate
+    if isinstance(recipe, GenerativeRecipe):
+        model.itc_on_vision_tower = phase.itc_on_vision_tower
 
 
 # ------------------------------------------------------------------------------------------------------- the processor
