@@ -3,8 +3,9 @@
 1. Tensors are the same bit by bit, also those that were stored twice.
 2. config.json is the same in every key and value, and changes made since are in it.
 3. Without a record of the source (a folder that `save_pretrained` wrote), config.json still says what the published
-code reads. 4. Tokenizer, generation and preprocessor files are the old ones, unless they were changed since. 5. What
-the published layouts cannot express is refused with all reasons.
+   code reads.
+4. Tokenizer, generation and preprocessor files are the old ones, unless they were changed since.
+5. What the published layouts cannot express is refused with all reasons.
 """
 
 import shutil
@@ -126,7 +127,9 @@ def test_merged_adapters_are_none_in_the_configuration(tmp_path):
 
 @pytest.mark.parametrize("case", ["internvl_14b_lora_peft04", "internvl_14b_lora_peft08"])
 def test_the_published_format_of_a_tower_whose_positions_were_stretched_loads(case, tmp_path):
-    run(published(case, tmp_path), tmp_path / "out", to="published", verify=True)
+    out = run(published(case, tmp_path), tmp_path / "out", to="published", verify=True)  # it loads and compares
+    config = json_of(out)
+    assert config["vision_config"]["image_size"] == config["force_image_size"] == 84
 
 
 # ------------------------------------------------------------------------------------------------------- changes since
