@@ -78,7 +78,6 @@ def small(monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------------------- a row
-# row
 @pytest.mark.parametrize(
     ("ratio", "target", "is_lower_better", "is_met"),
     [
@@ -180,7 +179,6 @@ def test_memory_grows_by_what_a_call_held_though_it_gave_it_back_and_not_by_what
 
 
 # ----------------------------------------------------------------------------------------------------------- the table
-# table
 def test_the_table_names_the_target_and_whether_it_is_reached():
     rows = [
         Row("fast", ratio=2.0, target=1.5, spread=(1.75, 2.25)),
@@ -211,7 +209,6 @@ def test_a_topic_is_written_with_its_calibration_and_its_rows(monkeypatch, tmp_p
 
 
 # ---------------------------------------------------------------------------------------------------------- the topics
-# topics
 @pytest.mark.parametrize("topic", command.TOPICS)
 def test_every_topic_has_rows(topic):
     module = importlib.import_module(f"internvl.benchmarks.{topic}")

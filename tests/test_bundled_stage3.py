@@ -115,7 +115,6 @@ def test_the_written_folder_loads_and_answers_about_tiled_images(finished_defaul
 
 
 # ------------------------------------------------------------------------------------------------------------ its data
-# data
 def test_the_data_of_a_step_depends_on_the_seed_and_the_step_alone(tokenizer):
     recipe = RECIPES["simple"]
     processor = build_chat_processor(recipe, tokenizer, patch_size=28)
@@ -149,7 +148,6 @@ def test_the_tokenizer_encodes_any_text_and_splits_numbers_into_digits(tokenizer
 
 
 # -------------------------------------------------------------------------------------------------- all stages in turn
-# turn
 def test_a_resumed_run_trains_only_what_is_not_finished(finished_default_run, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(finished_default_run, folder)

@@ -292,8 +292,7 @@ def test_a_batch_without_images_has_no_pixels(encoder):
     assert "pixel_values" not in DialogueCollator(encoder)([mixed_rows()[1]])
 
 
-# --------------------------------------------------------------------------------------------------------------
-# packing
+# ------------------------------------------------------------------------------------------------------------- packing
 @cache
 def chat_model(decoder: str = "llama") -> InternVLChatForConditionalGeneration:
     tokenizer = make_processor().tokenizer
@@ -367,8 +366,7 @@ def test_trainer_takes_the_files(tmp_path, encoder, images, pack):
     assert losses[-1] < losses[0] - 0.3
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# files
+# --------------------------------------------------------------------------------------------------------------- files
 def write_rows(path: Path, rows: list[dict]) -> Path:
     path.write_text(json.dumps(rows, indent=1) if path.suffix == ".json" else "\n".join(map(json.dumps, rows)))
     return path

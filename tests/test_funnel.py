@@ -141,7 +141,6 @@ def test_the_plot_is_a_image(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------- missing columns
-# columns
 def test_a_missing_column_is_an_error_that_names_it():
     row = {key: value for key, value in GOOD.items() if key != "pwatermark"}
     with pytest.raises(

@@ -302,7 +302,6 @@ def test_a_row_of_parquet_that_cannot_be_read_hides_no_other(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------- command line
-# line
 def test_a_rule_that_was_skipped_is_shown_as_skipped(tmp_path, capsys):
     shard = write_tar(tmp_path / "pairs.tar", [sample(30), sample(31, json=b'{"width": 4, "height": 4}')])
     rules = [

@@ -180,7 +180,6 @@ def test_conversation_goes_on_without_encoding_the_image_again(root, questions):
 
 
 # ----------------------------------------------------------------------------------------- sub-folders of the same run
-# same run
 @pytest.fixture(scope="module")
 def pair_model(root):
     return AutoModel.from_pretrained(root, subfolder="internvl_g").eval()

@@ -94,7 +94,6 @@ def stopped_after(data: Path, output: Path, steps: int, monkeypatch) -> Path:
 
 
 # ------------------------------------------------------------------------------------------------------- resumed again
-# again
 def test_a_finished_stage_that_is_resumed_says_so_and_changes_nothing(data, unbroken, caplog):
     before = digests(unbroken)
     model = run(data, unbroken, resume=True)
@@ -296,7 +295,6 @@ def test_numbers_that_cannot_be_are_told_at_once_by_the_name_of_the_option(optio
 
 
 # ------------------------------------------------------------------------------------------------- nothing to train on
-# on
 @pytest.mark.parametrize("is_there", [True, False], ids=["into a folder", "without a folder"])
 def test_a_shard_without_samples_is_one_line_and_no_folder(is_there, data, tmp_path, capsys):
     write_tar(tmp_path / "empty.tar", [])

@@ -130,7 +130,6 @@ def test_all_is_float32_unless_the_recipe_computes_under_autocast():
 
 
 # ----------------------------------------------------------------------------------------------- blocks that never run
-# runs
 @pytest.mark.parametrize(
     ("select_layer", "connector", "idle"),
     [(-1, "patches", 0), (-2, "patches", 1), (1, "patches", None), (-2, "queries_and_patches", 0)],

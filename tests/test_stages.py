@@ -281,7 +281,6 @@ def test_stage_2_keeps_frozen_parts_in_the_dtype_they_are_stored_in(first, shard
 
 
 # ---------------------------------------------------------------------------------------------- parts that are trained
-# trained
 def test_the_rates_of_the_parts_rise_and_fall_in_the_optimizer(shards, language, tmp_path, monkeypatch):
     rates = {"vision": 1e-3, "pooling": 2e-3, "qllama": 3e-4, "text_projection": 4e-4, "temperature": 5e-4}
     phase = replace(STAGE1.phases[0], learning_rates=rates, steps=8, warmup_steps=2)

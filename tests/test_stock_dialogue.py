@@ -88,7 +88,6 @@ def test_sub_folders_load_by_their_path_with_the_package_imported(root):
 
 
 # ------------------------------------------------------------------------------------------------------- TRL's batches
-# batches
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> list[dict]:
     """Images of one tile, of four, both, and none."""

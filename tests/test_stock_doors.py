@@ -33,8 +33,7 @@ CONNECTORS = ["patches", "queries_and_patches"]
 each_connector = pytest.mark.parametrize("connector", CONNECTORS)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# generation
+# ---------------------------------------------------------------------------------------------------------- generation
 def new_tokens(model, inputs: dict, **settings) -> torch.Tensor:
     return model.generate(**inputs, **{**GREEDY, **settings})[:, inputs["input_ids"].shape[1] :]
 
@@ -232,8 +231,7 @@ def test_streamed_captions_hold_words_alone():
         assert streamed == (expected if skip_prompt else "English caption:" + expected)
 
 
-# -------------------------------------------------------------------------------------------------------------
-# captions
+# ------------------------------------------------------------------------------------------------------------ captions
 def test_lengths_of_captions_count_text_alone():
     model = tiny.internvl_model()
     images, prompt = tiny.pixels(2), tiny.text_ids(2, 4)
@@ -263,7 +261,6 @@ def test_one_prompt_serves_several_images_and_other_numbers_are_refused():
 
 
 # -------------------------------------------------------------------------------------------------- losses, evaluation
-# evaluation
 @each_connector
 @pytest.mark.parametrize("train", [False, True])
 def test_logits_have_the_shape_that_was_asked_for(connector, train):
@@ -474,7 +471,6 @@ def test_keywords_of_the_decoder_reach_it():
 
 
 # ----------------------------------------------------------------------------- configurations, tokenizers, other kinds
-# kinds
 def test_a_configuration_is_not_changed_by_models_that_share_it(tmp_path):
     vision, qllama = tiny.vision_config(), QLlamaConfig(**{**tiny.QLLAMA, "vision_hidden_size": 77})
     before = (vision.to_dict(), qllama.to_dict())

@@ -95,7 +95,6 @@ def set_up_phase(model: PreTrainedModel, recipe: Recipe, phase: Phase) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- the processor
-# processor
 def load_tokenizer(recipe: ContrastiveRecipe, folder: Folder | None) -> PreTrainedTokenizerBase:
     """The tokenizer of stage 1: one in a folder, or for generated scenes one of their captions.
 
@@ -277,7 +276,6 @@ def build_retrieval_model(recipe: RetrievalRecipe, source: Folder) -> InternVLFo
 
 
 # ------------------------------------------------------------------------------------------------------------- stage 3
-# 3
 def build_chat_model(
     recipe: DialogueRecipe, source: Folder, decoder: Folder | None = None
 ) -> tuple[InternVLChatForConditionalGeneration, InternVLProcessor]:

@@ -27,7 +27,7 @@ def stage1() -> ContrastiveRecipe:
     short = Phase(
         "half_patches", 172_119, learning_rates, 196, warmup_steps=5000, batch_size=163_840, patch_drop_rate=0.5
     )
-    # The learning_rates have come down by then; a tenth of them (own) does not undo it.
+    # The learning rates have come down by then; a tenth of them (own) does not undo it.
     last_rates = {part: rate / 10 for part, rate in learning_rates.items()}
     whole = Phase("all_patches", 3_052, last_rates, 224, warmup_steps=100, batch_size=163_840)
     return ContrastiveRecipe(
