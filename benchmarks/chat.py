@@ -7,44 +7,25 @@ parts take the same shares of the time.
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from transformers import DynamicCache, InternVLForConditionalGeneration
 
 from internvl import InternVLChatForConditionalGeneration
 
-from .harness import Options, Row, require_equal, speed_row
+from .harness import Options, Row, require_equal, sizes_of, speed_row
 from .native import IMAGE_TOKEN_ID, build_pair
 
 
-VISION = {
-    "hidden_size": 256,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 448,
-    "patch_size": 14,
-}
-TEXT = {
-    "vocab_size": 32768,
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-}
+VISION = sizes_of(256, 1024, 2, 4, image_size=448, patch_size=14)
+TEXT = sizes_of(896, 4864, 24, 14, vocab_size=32768, num_key_value_heads=2)
 PROMPT = 64  # tokens of text
 NEW_TOKENS = 16
 TURNS = 5
 QUESTION = 24  # tokens
 TILES = (6, 6)
-CONVERSATION_VISION = {
-    **VISION,
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 16,
-}
+CONVERSATION_VISION = sizes_of(1024, 4096, 3, 16, image_size=448, patch_size=14)
 CONVERSATION_TEXT = {**TEXT, "vocab_size": 18992, "num_hidden_layers": 3}
 
 Chat = InternVLChatForConditionalGeneration | InternVLForConditionalGeneration
@@ -69,14 +50,9 @@ def pixels_for(model: Chat, tiles: int) -> torch.Tensor:
     return torch.randn(tiles, 3, size, size, generator=generator).to(model.device, model.dtype)
 
 
-def first_token(model: Chat, ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Logits of the last position, after a image and a prompt were read into a cache."""
-    return model(input_ids=ids, pixel_values=pixel_values, use_cache=True, logits_to_keep=1).logits
-
-
-def read_prompt(model: Chat, ids: torch.Tensor, pixel_values: torch.Tensor) -> DynamicCache:
-    """What a decoding step starts from."""
-    return model(input_ids=ids, pixel_values=pixel_values, use_cache=True, logits_to_keep=1).past_key_values
+def read_prompt(model: Chat, ids: torch.Tensor, pixel_values: torch.Tensor) -> Any:
+    """Reads an image and a prompt into a cache; with it come the logits of the last position."""
+    return model(input_ids=ids, pixel_values=pixel_values, use_cache=True, logits_to_keep=1)
 
 
 def decode(model: Chat, cache: DynamicCache, tokens: torch.Tensor) -> torch.Tensor:
@@ -90,17 +66,18 @@ def decode(model: Chat, cache: DynamicCache, tokens: torch.Tensor) -> torch.Tens
 def token_rows(options: Options) -> Iterator[Row]:
     """The first token, those after, and both as `generate` gives them."""
     ours, native = build_pair(VISION, TEXT, options)
+    models = {"ours": ours, "peer": native}
     ids, pixel_values = prompt_of(1, PROMPT, ours, ours.num_image_token), pixels_for(ours, 1)
-    calls = {way: partial(first_token, model, ids, pixel_values) for way, model in (("ours", ours), ("peer", native))}
-    difference = require_equal(calls["ours"](), calls["peer"]())
+    calls = {way: partial(read_prompt, model, ids, pixel_values) for way, model in models.items()}
+    difference = require_equal(calls["ours"]().logits, calls["peer"]().logits)
     decoder = f"{sum(p.numel() for p in ours.language_model.parameters()) / 1e9:.1f} B decoder"
     name = f"prefill of one tile and {PROMPT} tokens, {decoder}, against native"
     yield speed_row(name, **calls, options=options, target=1.0, warmups=1, largest_difference=difference)
 
     tokens = random_ids(NEW_TOKENS, TEXT["vocab_size"], 3, options.device)
     calls = {
-        way: partial(decode, model, read_prompt(model, ids, pixel_values), tokens)
-        for way, model in (("ours", ours), ("peer", native))
+        way: partial(decode, model, read_prompt(model, ids, pixel_values).past_key_values, tokens)
+        for way, model in models.items()
     }
     difference = require_equal(calls["ours"](), calls["peer"]())
     name = f"decode of {NEW_TOKENS} tokens, {decoder}, against native"
@@ -108,7 +85,7 @@ def token_rows(options: Options) -> Iterator[Row]:
 
     calls = {
         way: partial(model.generate, ids, pixel_values=pixel_values, max_new_tokens=NEW_TOKENS, do_sample=False)
-        for way, model in (("ours", ours), ("peer", native))
+        for way, model in models.items()
     }
     if not torch.equal(calls["ours"](), calls["peer"]()):
         raise SystemExit("The two models generate different tokens: nothing to compare.")
@@ -123,16 +100,10 @@ def converse(model: Chat, pixel_values: torch.Tensor, opening: torch.Tensor, kee
     for turn in range(TURNS):
         if turn:
             ids = torch.cat([ids, random_ids(QUESTION, vocab_size, 10 + turn, ids.device)], dim=1)
-        images = {} if keeps_cache and turn else {"pixel_values": pixel_values}
-        settings = {"past_key_values": cache} if keeps_cache else {}
-        ids = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            **images,
-            **settings,
-        )
+        given = {} if keeps_cache and turn else {"pixel_values": pixel_values}
+        given |= {"past_key_values": cache} if keeps_cache else {}
+        mask = torch.ones_like(ids)
+        ids = model.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, **given)
     return ids
 
 

@@ -4,13 +4,9 @@ Ours are InfoNCE and the sigmoid loss of `internvl.training.models.losses`, whol
 `ClipLoss` and `SigLipLoss` as one process has them. Losses and gradients are compared first. The model is that of the
 recipe `stage1_small`; with gradient caching it keeps the activations of a few pairs only, which open_clip's loss
 cannot do without a training loop of its own.
-
-`python -m internvl.benchmarks.contrastive CASE BATCH DEVICE` prints the bytes that one step adds to a process that did
-nothing else.
 """
 
 import importlib.util
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -61,9 +57,7 @@ def losses(rows_at_a_time: int | None, theirs: ModuleType) -> dict[str, tuple[Lo
 
 
 def features(batch: int, device: str) -> list[torch.Tensor]:
-    """Image and text embeddings of unit length, in pairs that are a little alike, a factor and a bias: all with
-    gradients.
-    """
+    """Image and text embeddings of unit length, in pairs a little alike, a factor and a bias: all with gradients."""
     torch.manual_seed(0)
     images = torch.randn(batch, WIDTH)
     texts = images + 3 * torch.randn(batch, WIDTH)
@@ -164,19 +158,15 @@ def ways(rows_at_a_time: int) -> tuple[tuple[str, int | None], ...]:
 
 
 def added_memory(case: str, batch: int, device: str) -> int:
-    """Bytes that one step of a case needs at its most, beside weights and inputs. Runs a tiny step first, for what
-    libraries load.
-    """
+    """Bytes that one step of a case needs at its most, beside weights and inputs."""
     theirs = open_clip_losses()
-    cases(device)[case](8, theirs)()
+    cases(device)[case](8, theirs)()  # for what libraries load
     return memory_growth(cases(device)[case](batch, theirs), device)
 
 
 def memory_row(name: str, case: str, peer: str, batch: int, options: Options) -> Row:
     """Ours over theirs, each in a process of its own."""
-    found = {
-        key: int(in_fresh_process("benchmarks.contrastive", key, str(batch), options.device)) for key in (case, peer)
-    }
+    found = {key: in_fresh_process(added_memory, key, batch, options.device) for key in (case, peer)}
     details = {"bytes": {"ours": found[case], "peer": found[peer]}}
     return Row(name, ratio=found[case] / found[peer], is_lower_better=True, details=details)
 
@@ -217,7 +207,3 @@ def rows(options: Options) -> Iterator[Row]:
         return
     yield from loss_rows(options, theirs)
     yield from model_rows(options, theirs)
-
-
-if __name__ == "__main__":
-    print(added_memory(sys.argv[1], int(sys.argv[2]), sys.argv[3]))

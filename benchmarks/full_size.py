@@ -24,7 +24,7 @@ from internvl import (
     InternVLModel,
 )
 
-from .harness import Options, Row, flops_of, interleave, matrix_product, no_compiler, row_of, share_row
+from .harness import Options, Row, flops_of, interleave, matrix_product, no_compiler, row_of, share_row, sizes_of
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,7 @@ class FullSizes:
 
     vision: dict[str, Any] = field(default_factory=lambda: {"image_size": 448})
     qllama: dict[str, Any] = field(default_factory=dict)
-    decoder: dict[str, Any] = field(
-        default_factory=lambda: {
-            "vocab_size": 32000,
-            "hidden_size": 5120,
-            "intermediate_size": 13824,
-            "num_hidden_layers": 40,
-            "num_attention_heads": 40,
-        }
-    )
+    decoder: dict[str, Any] = field(default_factory=lambda: sizes_of(5120, 13824, 40, 40, vocab_size=32000))
     tiles: int = 8
     prompt: int = 128
     tokens: int = 32
@@ -138,10 +130,8 @@ def qllama_rows(options: Options, sizes: FullSizes) -> Iterator[Row]:
 def decoder_rows(options: Options, sizes: FullSizes) -> Iterator[Row]:
     """Decoding of a chat model for one stream, with a static cache, compiled and plain."""
     text = {"model_type": "llama", "tie_word_embeddings": False, **sizes.decoder}
-    tower = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
-    model = build_random(
-        InternVLChatForConditionalGeneration, InternVLChatConfig(vision_config=tower, text_config=text), options
-    )
+    config = InternVLChatConfig(vision_config=sizes_of(64, 64, 1, 1), text_config=text)
+    model = build_random(InternVLChatForConditionalGeneration, config, options)
     steps = {"eager": model}
     missing = no_compiler(options.device)
     if not missing:
@@ -151,10 +141,9 @@ def decoder_rows(options: Options, sizes: FullSizes) -> Iterator[Row]:
     calls = {call: decoding_steps(model, step, length, sizes) for call, step in steps.items()}
     seconds = interleave({"copy": copy_of(sizes.copied_bytes, options), **calls}, options, warmups)
     num_bytes = sizes.tokens * weight_bytes(model.language_model, model.get_input_embeddings())
+    size = size_name(model.language_model)
     for call, target in (("compiled", 0.7), ("eager", None)):
-        name = (
-            f"decoding of a {size_name(model.language_model)} chat model, one stream, {call}: share of the bandwidth"
-        )
+        name = f"decoding of a {size} chat model, one stream, {call}: share of the bandwidth"
         if call not in calls:
             yield Row(name, skipped=missing)
         else:

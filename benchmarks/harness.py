@@ -24,6 +24,12 @@ from torch.utils.flop_counter import FlopCounterMode
 PRODUCT_SIZES = {"cpu": 2048, "cuda": 8192}
 
 
+def sizes_of(width: int, mlp_width: int, depth: int, heads: int, **others: Any) -> dict[str, Any]:
+    """The settings that a tower or decoder of these sizes has in its configuration."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return {**dict(zip(names, (width, mlp_width, depth, heads), strict=True)), **others}
+
+
 @dataclass(frozen=True)
 class Options:
     """How the rows are measured.
@@ -121,9 +127,7 @@ def row_of(
     is_lower_better: bool = False,
     **details: Any,
 ) -> Row:
-    """A row of two of the interleaved calls: `scale` times the time of the one named `peer` over that of the one
-    named `ours`.
-    """
+    """A row of two of the interleaved calls: `scale` times the time of `peer` over that of `ours`."""
     ratios = [scale * b / a for a, b in zip(seconds[ours], seconds[peer], strict=True)]
     medians = {call: statistics.median(seconds[call]) for call in (ours, peer)}
     return Row(
@@ -165,9 +169,7 @@ def product_flops(device: str) -> int:
 
 
 def matrix_rate(options: Options) -> dict[str, Any]:
-    """The calibration of a run: FLOP/s of `matrix_product`, as median and interquartile range; a wide spread means a
-    noisy machine.
-    """
+    """FLOP/s of `matrix_product`, the calibration of a run: a wide interquartile range means a noisy machine."""
     seconds = interleave({"product": matrix_product(options)}, options.at_most(10))["product"]
     rates = [product_flops(options.device) / elapsed for elapsed in seconds]
     return {
@@ -178,9 +180,7 @@ def matrix_rate(options: Options) -> dict[str, Any]:
 
 
 def flops_of(call: Callable[[], Any]) -> int:
-    """FLOPs of the products, convolutions and attention in a call, from shapes alone: with model and inputs on the
-    meta device.
-    """
+    """FLOPs of the products, convolutions and attention in a call with model and inputs on the meta device."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         call()
     return counter.get_total_flops()
@@ -200,25 +200,23 @@ def require_equal(ours: torch.Tensor, peer: torch.Tensor) -> float:
 def no_compiler(device: str) -> str | None:
     """Why `torch.compile` cannot work here; None where it can."""
     names = ("g++", "clang++", "c++") if device == "cpu" else ("gcc", "clang", "cc")
-    return (
-        None
-        if any(map(shutil.which, names))
-        else f"torch.compile needs a compiler: none of {', '.join(names)} is here"
-    )
+    is_here = any(map(shutil.which, names))
+    return None if is_here else f"torch.compile needs a compiler: none of {', '.join(names)} is here"
 
 
-def in_fresh_process(module: str, *arguments: str) -> str:
-    """The standard output of `python -m module arguments`: peak memory of a process can only be read in one that did
-    nothing else.
+def in_fresh_process(call: Callable[..., int], *arguments: str | int) -> int:
+    """What a public function of a module returns in a process that did nothing else: only there can peak memory be
+    read.
 
     Every tensor has a mapping of its own there (glibc), so that resident memory is what tensors hold and not what the
     allocator kept.
     """
-    command, settings = [sys.executable, "-m", module, *arguments], {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
+    code = f"from {call.__module__} import {call.__name__} as call; print(call(*{arguments!r}))"
+    settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"`python -m {module}` failed:\n{done.stderr}")
-    return done.stdout
+        raise RuntimeError(f"`{call.__module__}.{call.__name__}` failed:\n{done.stderr}")
+    return int(done.stdout)
 
 
 def memory_growth(call: Callable[[], Any], device: str = "cpu") -> int:

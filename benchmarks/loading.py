@@ -4,7 +4,6 @@ A chat model with random weights in bf16 (0.8 GB in three files), in the page ca
 are then read only when a weight is used: so every page of every weight is touched, in the time and in the memory.
 """
 
-import argparse
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -15,14 +14,7 @@ import torch
 from internvl import InternVLChatForConditionalGeneration
 
 from .chat import TEXT, VISION
-from .harness import (
-    Options,
-    Row,
-    in_fresh_process,
-    interleave,
-    memory_growth,
-    row_of,
-)
+from .harness import Options, Row, in_fresh_process, interleave, memory_growth, row_of
 from .native import build_chat
 
 
@@ -59,7 +51,7 @@ def rows(options: Options) -> Iterator[Row]:
         calls = {"load": partial(load_model, folder, options.device), "read": partial(read, Path(folder))}
         title = f"{name}: time against reading the files"
         yield row_of(title, interleave(calls, options), "read", "load", target=1.5, is_lower_better=True)
-        growth = int(in_fresh_process(__name__, folder, options.device))
+        growth = in_fresh_process(loading_memory, folder, options.device)
     yield Row(
         f"{name}: peak memory of the host against the weights",
         ratio=growth / size,
@@ -69,16 +61,8 @@ def rows(options: Options) -> Iterator[Row]:
     )
 
 
-def _host_memory(folder: str, device: str) -> int:
+def loading_memory(folder: str, device: str) -> int:
     """Bytes by which loading lets this process grow at its most."""
     if device != "cpu":
         torch.zeros(1, device=device)  # its libraries are no weights
     return memory_growth(partial(load_model, folder, device))
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Growth of memory while a checkpoint is loaded, in bytes.")
-    parser.add_argument("folder")
-    parser.add_argument("device")
-    arguments = parser.parse_args()
-    print(_host_memory(arguments.folder, arguments.device))

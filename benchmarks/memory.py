@@ -5,7 +5,6 @@ The width of InternViT-300M at 448 px with few blocks: without gradients, blocks
 other.
 """
 
-import argparse
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -50,19 +49,10 @@ def rows(options: Options) -> Iterator[Row]:
             with tempfile.TemporaryDirectory() as folder:
                 config.save_pretrained(folder)
                 said = inspect_model(folder, dtype, tiles, batch).vision_activations
-            taken = int(in_fresh_process(__name__, dtype, str(batch * tiles), options.device))
+            taken = in_fresh_process(taken_bytes, dtype, batch * tiles, options.device)
             yield Row(
                 f"{batch} x {tiles} tile(s) of 448 px, 300M width, {dtype}: peak memory against what is said",
                 ratio=taken / said,
                 is_lower_better=True,
                 details={"bytes": taken, "said": said},
             )
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Memory that encoding tiles takes, in bytes.")
-    parser.add_argument("dtype", choices=DTYPES)
-    parser.add_argument("tiles", type=int)
-    parser.add_argument("device")
-    arguments = parser.parse_args()
-    print(taken_bytes(arguments.dtype, arguments.tiles, arguments.device))

@@ -39,15 +39,15 @@ def build_chat(
     return model
 
 
-def load_pair(
-    model: InternVLChatForConditionalGeneration,
+def build_pair(
+    vision: dict[str, Any], text: dict[str, Any], options: Options
 ) -> tuple[InternVLChatForConditionalGeneration, InternVLForConditionalGeneration]:
-    """The model and transformers' own with the same weights, type and device, both as users have them: loaded from
-    files.
+    """Ours and transformers' own with the same weights, type and device, both as users have them: loaded from files.
 
     Memory that a file is mapped into is read at another speed than memory that was allocated, and one mapping at
     another than the next: the decoders, of one class, share their weights.
     """
+    model = build_chat(vision, text, options)
     how = {"dtype": model.dtype, "device_map": model.device}
     with tempfile.TemporaryDirectory() as folder:
         own, native = Path(folder) / "own", Path(folder) / "native"
@@ -60,10 +60,3 @@ def load_pair(
     for loaded in pair:
         loaded.generation_config = model.generation_config
     return pair[0].eval(), pair[1].eval()
-
-
-def build_pair(
-    vision: dict[str, Any], text: dict[str, Any], options: Options
-) -> tuple[InternVLChatForConditionalGeneration, InternVLForConditionalGeneration]:
-    """Ours and transformers' own."""
-    return load_pair(build_chat(vision, text, options))

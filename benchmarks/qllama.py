@@ -19,28 +19,15 @@ from internvl.training.models.parameter_groups import train_parts
 from internvl.training.models.pretraining import InternVLForGenerativeTraining
 from internvl.training.recipes import stage2
 
-from .harness import Options, Row, speed_row
+from .harness import Options, Row, sizes_of, speed_row
 
 
 BATCH = 8
 TEXT_LENGTH = 32
 NEW_TOKENS = 20
 BEAMS = 5
-VISION = {
-    "hidden_size": 640,
-    "intermediate_size": 2560,
-    "num_hidden_layers": 9,
-    "num_attention_heads": 10,
-    "image_size": 224,
-    "patch_size": 14,
-}
-QLLAMA = {
-    "vocab_size": 4096,
-    "hidden_size": 768,
-    "intermediate_size": 2064,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 12,
-}
+VISION = sizes_of(640, 2560, 9, 10, image_size=224, patch_size=14)
+QLLAMA = sizes_of(768, 2064, 6, 12, vocab_size=4096)
 
 
 def build_pretraining(model_class: type, device: str) -> nn.Module:
@@ -110,9 +97,7 @@ def gradients_of(step: partial, model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def difference_of_gradients(ours: dict[str, torch.Tensor], peer: dict[str, torch.Tensor]) -> float:
-    """Between tensors of the same names, relative to the peer's largest element, or to a thousandth of that of all
-    tensors.
-    """
+    """Relative to the largest element of the peer's tensor, or to a thousandth of that of all its tensors."""
     if ours.keys() != peer.keys():
         raise SystemExit(f"Only one of the two steps gives {sorted(ours.keys() ^ peer.keys())}: nothing to compare.")
     sizes = {name: value.abs().max().item() for name, value in peer.items()}
@@ -123,7 +108,7 @@ def difference_of_gradients(ours: dict[str, torch.Tensor], peer: dict[str, torch
 def training_row(options: Options) -> Row:
     """Forward and backward of stage 2 with the parts frozen that its recipe freezes."""
     model = build_pretraining(InternVLForGenerativeTraining, options.device)
-    train_parts(model, stage2().phases[0].rates)
+    train_parts(model, stage2().phases[0].learning_rates)
     batch = stage2_batch(options.device)
     ours, peer = partial(joint_step, model.train(), batch), partial(separate_step, model, batch)
     difference = difference_of_gradients(gradients_of(ours, model), gradients_of(peer, model))

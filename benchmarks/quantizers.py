@@ -20,21 +20,15 @@ from internvl import InternVLChatConfig, InternVLChatForConditionalGeneration
 from internvl.evaluation.dialogue import evaluate_questions
 from internvl.evaluation.generated import held_out_questions
 
-from .harness import Options, Row, speed_row
+from .harness import Options, Row, sizes_of, speed_row
 
 
 BUNDLED = Path(__file__).resolve().parents[1]
 NUM_QUESTIONS = 210
 MEMORY_TARGET = 0.4
 NEW_TOKENS = 8
-DECODER = {
-    "model_type": "llama", "vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24,
-    "num_attention_heads": 16, "num_key_value_heads": 16, "pad_token_id": 0,
-}  # fmt: skip
-VISION = {
-    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 56,
-    "patch_size": 14,
-}  # fmt: skip
+DECODER = sizes_of(1024, 2816, 24, 16, model_type="llama", vocab_size=4096, num_key_value_heads=16, pad_token_id=0)
+VISION = sizes_of(256, 512, 2, 4, image_size=56, patch_size=14)
 
 
 def torchao_settings() -> dict[str, Any]:
@@ -61,10 +55,8 @@ def held_bytes(model: PreTrainedModel) -> int:
 def _tensor_bytes(tensor: torch.Tensor) -> int:
     if hasattr(tensor, "tensor_data_names"):  # torchao's
         return sum(_tensor_bytes(getattr(tensor, name)) for name in tensor.tensor_data_names)
-    scales = [
-        getattr(tensor, "SCB", None),
-        getattr(getattr(tensor, "quant_state", None), "absmax", None),
-    ]  # bitsandbytes'
+    # bitsandbytes'
+    scales = getattr(tensor, "SCB", None), getattr(getattr(tensor, "quant_state", None), "absmax", None)
     own = tensor.numel() * tensor.element_size()
     return own + sum(_tensor_bytes(scale) for scale in scales if scale is not None)
 

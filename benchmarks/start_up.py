@@ -1,6 +1,4 @@
-"""Starting, in fresh interleaved processes: `import internvl` against the import of transformers' base class
-alone.
-"""
+"""Starting, in fresh interleaved processes: `import internvl` against importing transformers' base class alone."""
 
 import subprocess
 import sys
@@ -26,19 +24,6 @@ def rows(options: Options) -> Iterator[Row]:
     """The import, then a command that has nothing to do."""
     seconds = interleave({name: partial(start, call) for name, call in CALLS.items()}, options.at_most(7), warmups=1)
     peer = "from transformers import PreTrainedModel"
-    yield row_of(
-        f"time of `import internvl` against `{peer}`",
-        seconds,
-        "transformers",
-        "internvl",
-        target=1.1,
-        is_lower_better=True,
-    )
-    yield row_of(
-        f"time of `python -m internvl.chat --help` against `{peer}`",
-        seconds,
-        "transformers",
-        "help",
-        target=0.1,
-        is_lower_better=True,
-    )
+    for name, call, target in (("import internvl", "internvl", 1.1), ("python -m internvl.chat --help", "help", 0.1)):
+        title = f"time of `{name}` against `{peer}`"
+        yield row_of(title, seconds, "transformers", call, target, is_lower_better=True)

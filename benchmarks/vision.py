@@ -5,7 +5,6 @@ The width of InternViT-300M (1024, LayerNorm) at 448 px with few blocks, so that
 narrow tower that has as many blocks as that one.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -26,6 +25,7 @@ from .harness import (
     require_equal,
     row_of,
     share_row,
+    sizes_of,
     speed_row,
 )
 from .native import build_pair
@@ -35,31 +35,10 @@ BATCHES = {1: 15, 8: 5}  # tiles, and the most rounds
 TILE_BY_TILE = "compiled, tile by tile"
 # Against native eager, and as a share of the matrix rate.
 TARGETS = {"eager": (1.0, 0.75), "compiled": (1.1, 0.85), TILE_BY_TILE: (1.1, 0.85)}
-SIZES = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 16,
-    "image_size": 448,
-    "patch_size": 14,
-}
+SIZES = sizes_of(1024, 4096, 4, 16, image_size=448, patch_size=14)
 # Of the decoder, which has no part in this.
-TEXT = {
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-}
-FEATURE_SIZES = {
-    "hidden_size": 384,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 6,
-    "image_size": 448,
-    "patch_size": 14,
-}
+TEXT = sizes_of(64, 64, 1, 1, vocab_size=64, num_key_value_heads=1)
+FEATURE_SIZES = sizes_of(384, 1536, 24, 6, image_size=448, patch_size=14)
 FEATURE_LAYER = -4
 FEATURE_TILES = 8
 
@@ -155,7 +134,7 @@ def feature_rows(options: Options) -> Iterator[Row]:
         f"{name}: speed", calls["ours"], calls["peer"], options, target=depth / (depth + 1 + FEATURE_LAYER)
     )
     if options.device == "cpu":
-        memory = {way: int(in_fresh_process(__name__, way)) for way in WAYS}
+        memory = {way: in_fresh_process(feature_memory, way) for way in WAYS}
     else:
         memory = {way: memory_growth(call, options.device) for way, call in calls.items()}
     yield Row(
@@ -168,10 +147,8 @@ def feature_rows(options: Options) -> Iterator[Row]:
 
 
 @torch.no_grad()
-def _host_memory(way: str) -> int:
-    """Bytes by which a call lets this process grow at its most, in its first forward but one: libraries have then made
-    their buffers.
-    """
+def feature_memory(way: str) -> int:
+    """Bytes that getting features takes at its most; libraries have made their buffers in a forward before."""
     options = Options()
     tower, size = feature_tower(options), FEATURE_SIZES["image_size"]
     tower(pixels(1, size, options), num_layers=1)
@@ -184,9 +161,3 @@ def rows(options: Options) -> Iterator[Row]:
     """The forward, then features."""
     yield from forward_rows(options)
     yield from feature_rows(options)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Activation memory of one way to get features, in bytes.")
-    parser.add_argument("way", choices=WAYS)
-    print(_host_memory(parser.parse_args().way))
