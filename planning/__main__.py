@@ -9,14 +9,7 @@ from .commands import planning_parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        arguments: Of the command line; None takes the process's own.
-
-    Returns:
-        Exit code of the command, or 2 where it was refused.
-    """
+    """Runs one command; returns its exit code, 2 where it is refused."""
     options = planning_parser().parse_args(arguments)
     register()
     return exit_status(lambda: import_module(options.module, __package__).run(options, print))

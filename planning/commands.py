@@ -21,8 +21,8 @@ def planning_parser() -> argparse.ArgumentParser:
         description="Computes what a model needs and what a run costs, before anything is downloaded.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_memory, add_costs):
-        add(commands)
+    add_memory(commands)
+    add_costs(commands)
     return parser
 
 
@@ -34,11 +34,8 @@ def add_memory(commands: Any) -> None:
         description="Computes what a model needs and where it would go, from its configuration alone. "
         "Exit code 1 where the model does not fit.",
     )
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="folder, config.json or Hub name of a checkpoint, or a size such as internvl-14b",
-    )
+    what = "folder, config.json or Hub name of a checkpoint, or a size such as internvl-14b"
+    parser.add_argument("model", metavar="MODEL", help=what)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default: bfloat16)")
     parser.add_argument(
         "--attention", choices=ATTENTIONS, default=ATTENTIONS[0], help=f"its kernel (default: {ATTENTIONS[0]})"
@@ -46,17 +43,10 @@ def add_memory(commands: Any) -> None:
     parser.add_argument("--images", type=int, default=1, metavar="N", help="images of a row (default: 1)")
     parser.add_argument("--tiles", type=int, default=1, metavar="N", help="tiles of each image (default: 1)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="rows (default: 1)")
-    parser.add_argument(
-        "--length",
-        type=int,
-        metavar="N",
-        help="positions of a row, images included (default: those, and 512 of text)",
-    )
-    parser.add_argument(
-        "--max-memory",
-        metavar="DEVICE=SIZE,...",
-        help="what each device has, e.g. cuda:0=24GiB,cuda:1=24GiB,cpu=64GiB",
-    )
+    what = "positions of a row, images included (default: those, and 512 of text)"
+    parser.add_argument("--length", type=int, metavar="N", help=what)
+    what = "what each device has, e.g. cuda:0=24GiB,cuda:1=24GiB,cpu=64GiB"
+    parser.add_argument("--max-memory", metavar="DEVICE=SIZE,...", help=what)
     parser.add_argument(
         "--device-map", choices=DEVICE_MAPS, default="auto", help="how to fill the devices (default: auto)"
     )
@@ -67,27 +57,17 @@ def add_memory(commands: Any) -> None:
 def add_costs(commands: Any) -> None:
     """Add `costs` to the sub-commands."""
     parser: argparse.ArgumentParser = commands.add_parser("costs", help="memory and days of the full recipes")
-    parser.add_argument("--gpus", metavar="N", type=int, default=Cluster.gpus, help="default: %(default)s")
-    parser.add_argument(
-        "--gpu-memory", metavar="GB", type=float, default=Cluster.gpu_memory, help="of each (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--peak-tflops",
-        metavar="N",
-        type=float,
-        default=Cluster.peak_tflops,
-        help="of each, dense bfloat16 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--utilization",
-        metavar="SHARE",
-        type=float,
-        default=Cluster.utilization,
-        help="of the peak, recomputed operations counted (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--sharding", choices=SHARDINGS, default=Cluster.sharding, help="of states (default: %(default)s)"
-    )
-    parser.add_argument("--decoder", choices=DECODERS, default="13b", help="of stage 3 (default: %(default)s)")
+    for name, metavar, what in (
+        ("gpus", "N", ""),
+        ("gpu_memory", "GB", "of each "),
+        ("peak_tflops", "N", "of each, dense bfloat16 "),
+        ("utilization", "SHARE", "of the peak, recomputed operations counted "),
+    ):
+        default = getattr(Cluster, name)
+        option, number = f"--{name.replace('_', '-')}", type(default)
+        parser.add_argument(option, metavar=metavar, type=number, default=default, help=f"{what}(default: {default})")
+    sharding = Cluster.sharding
+    parser.add_argument("--sharding", choices=SHARDINGS, default=sharding, help=f"of states (default: {sharding})")
+    parser.add_argument("--decoder", choices=DECODERS, default="13b", help="of stage 3 (default: 13b)")
     parser.add_argument("--text-length", metavar="N", type=int, help="tokens of text in a dialogue")
     parser.set_defaults(module=".costs")

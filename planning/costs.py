@@ -92,15 +92,7 @@ class StepCost:
 
 
 def step_inputs(model: PreTrainedModel, recipe: Recipe, phase: Phase, rows: int, text_length: int) -> dict[str, Any]:
-    """A batch on the meta device, its texts of full length.
-
-    Args:
-        model: The model that the recipe trains.
-        recipe: The recipe.
-        phase: Its phase.
-        rows: Samples.
-        text_length: Tokens of text in a dialogue.
-    """
+    """A batch of `rows` on the meta device, its texts of full length; `text_length` tokens of text in a dialogue."""
     pixel_values = torch.empty(rows, 3, phase.image_size, phase.image_size, device="meta")
     if isinstance(recipe, DialogueRecipe):
         length = text_length + image_positions(model.config, 1)
@@ -116,9 +108,10 @@ def step_inputs(model: PreTrainedModel, recipe: Recipe, phase: Phase, rows: int,
     return {**inputs, "labels": ids.clone(), "use_cache": False} if isinstance(recipe, DialogueRecipe) else inputs
 
 
-@contextmanager
-def _features_of_all(num_rows: int) -> Iterator[list[int]]:
-    """Gather features as if `num_rows` were those of all processes; yields the bytes that come from the others."""
+def _count_features(model: PreTrainedModel, num_rows: int) -> list[int]:
+    """Lets a model gather features as if `num_rows` were those of all processes; the bytes that others send go into
+    the list.
+    """
     received: list[int] = []
 
     def gather(features: torch.Tensor) -> torch.Tensor:
@@ -127,12 +120,8 @@ def _features_of_all(num_rows: int) -> Iterator[list[int]]:
         received.append((gathered.nbytes - features.nbytes) * (2 if features.requires_grad else 1))
         return gathered
 
-    current = pretraining.current_gather
-    pretraining.current_gather = lambda: (gather, 0)
-    try:
-        yield received
-    finally:
-        pretraining.current_gather = current
+    model.current_gather = lambda: (gather, 0)
+    return received
 
 
 def sharded_units(model: PreTrainedModel) -> list[nn.Module]:
@@ -176,13 +165,7 @@ def _run(
 
 
 def prepare(model: PreTrainedModel, recipe: Recipe, phase: Phase) -> None:
-    """Set a model up for a phase as its trainer does, with gradients that exist already.
-
-    Args:
-        model: On the meta device.
-        recipe: The recipe.
-        phase: Its phase.
-    """
+    """Sets a model on the meta device up for a phase as its trainer does, with gradients that exist already."""
     train_parts(model, phase.learning_rates)
     model.train()
     set_up_phase(model, recipe, phase)
@@ -204,9 +187,9 @@ def count_step(
     is the same, and what they keep is what the third one keeps once it has been forward.
 
     Args:
-        model: The model that the recipe trains, on the meta device in the dtype it computes in.
-        recipe: The recipe.
-        phase: Its phase.
+        model: On the meta device, in the dtype it computes in.
+        recipe: Of its training.
+        phase: Of the recipe.
         share: Samples of a step on one GPU.
         num_rows: Samples of a step on all.
         text_length: Tokens of text in a dialogue.
@@ -220,12 +203,12 @@ def count_step(
     def count(rows: int, with_backward: bool = True) -> tuple[OperationCounter, int, int]:
         return _run(model, lambda: step_inputs(model, recipe, phase, rows, text_length), is_cached, with_backward)
 
-    with _features_of_all(num_rows) as features:
-        counter, alive, gathered = count(rows)
-        num_features, kept_by_others = sum(features), 0.0
-        if is_cached and rows < share:
-            third = alive - count(2 * chunk, with_backward=False)[1]
-            kept_by_others = third * (share - rows) / chunk
+    features = _count_features(model, num_rows)
+    counter, alive, gathered = count(rows)
+    num_features, kept_by_others = sum(features), 0.0
+    if is_cached and rows < share:
+        third = alive - count(2 * chunk, with_backward=False)[1]
+        kept_by_others = third * (share - rows) / chunk
     chunks = math.ceil(share / chunk)
     return StepCost(
         flops=(counter.flops - counter.repeated_flops) / rows,
@@ -278,8 +261,7 @@ def traffic_bytes(model: PreTrainedModel, phase: Phase, cluster: Cluster, step: 
 def full_models(decoder: str) -> dict[str, tuple[PreTrainedModel, Recipe]]:
     """Every full recipe with its model of the released size, on the meta device in bfloat16.
 
-    Args:
-        decoder: A key of `DECODERS`.
+    `decoder` is a key of `DECODERS`.
     """
     first, second, tuned = stage1(), stage2(), retrieval()
     config = InternVLConfig(num_query_token=0, **first.model_config)
@@ -386,15 +368,7 @@ COLUMNS = (
 
 
 def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
-    """Print the table and what it assumes.
-
-    Args:
-        options: Arguments of the command line.
-        print_fn: Takes the lines to show.
-
-    Returns:
-        Exit code 0.
-    """
+    """Prints the table and what it assumes; returns exit code 0."""
     cluster = Cluster(options.gpus, options.gpu_memory, options.peak_tflops, options.utilization, options.sharding)
     text_length = TEXT_LENGTH if options.text_length is None else options.text_length
     print_fn(f"| {COLUMNS} |")

@@ -192,7 +192,8 @@ def _part_of(name: str, embeddings: tuple[str, ...], config: PretrainedConfig) -
 def count_parts(model: PreTrainedModel, sizes: WeightSizes) -> list[PartSize]:
     """The parts that a model has, in the order of `PARTS`."""
     names = {id(module): name for name, module in model.named_modules()}
-    word_layers = () if _vision_is_all(model) else (model.get_input_embeddings(), model.get_output_embeddings())
+    has_words = not isinstance(model.config, InternViTConfig)
+    word_layers = (model.get_input_embeddings(), model.get_output_embeddings()) if has_words else ()
     embeddings = tuple(f"{names[id(layer)]}." for layer in word_layers if layer is not None)
     parts = {part: PartSize(part, 0, 0) for part in PARTS}
     for name, tensor in _own_tensors(model):
@@ -202,18 +203,14 @@ def count_parts(model: PreTrainedModel, sizes: WeightSizes) -> list[PartSize]:
     return [part for part in parts.values() if part.bytes]
 
 
-def _vision_is_all(model: PreTrainedModel) -> bool:
-    return model.config.model_type == InternViTConfig.model_type
-
-
 def vision_config_of(config: PretrainedConfig) -> InternViTConfig | None:
     """The vision tower's configuration, or None where a model has no tower."""
-    return config if config.model_type == InternViTConfig.model_type else getattr(config, "vision_config", None)
+    return config if isinstance(config, InternViTConfig) else getattr(config, "vision_config", None)
 
 
 def cached_text_config(config: PretrainedConfig) -> PretrainedConfig | None:
     """Configuration of the language model that generates, or None where a model generates no text."""
-    if config.model_type == InternViTConfig.model_type:
+    if isinstance(config, InternViTConfig):
         return None
     text_config = config.get_text_config(decoder=True)
     return None if getattr(text_config, "num_query_token", None) == 0 else text_config
@@ -555,15 +552,7 @@ def _verdict(report: Report) -> str:
 
 
 def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
-    """Print the report.
-
-    Args:
-        options: Arguments of the command line.
-        print_fn: Takes the text to show.
-
-    Returns:
-        Exit code: 1 where the model does not fit the devices.
-    """
+    """Prints the report; returns exit code 1 where the model does not fit the devices."""
     transformers_logging.set_verbosity_error()
     # It would warn that the devices to plan for are not in this machine.
     logging.getLogger("accelerate.utils.modeling").setLevel(logging.ERROR)

@@ -16,7 +16,7 @@ from ...configuration_internvl import InternVLConfig
 from ...modeling_internvl import last_token_states
 from ...renaming_internvl import renamed_arguments
 from .gradient_cache import in_chunks
-from .losses import capped_scale, draw_hard_negatives, l2_normalize, scaled_similarities
+from .losses import capped_scale, current_gather, draw_hard_negatives, l2_normalize, scaled_similarities
 from .saving import SavedAsInternVLModel
 
 
@@ -107,6 +107,8 @@ class InternVLTrainingModel(SavedAsInternVLModel):
     # A contrastive loss is no sum over samples: `Trainer` averages it over accumulation steps and processes.
     accepts_loss_kwargs = False
     completes_texts = False  # the collators do
+    # How features of all processes are gathered, and the rank; planning/costs.py puts one there that counts bytes.
+    current_gather = staticmethod(current_gather)
 
     def __init__(
         self, config: InternVLConfig, grad_cache_chunk_size: int | None = None, max_logit_scale: float = 100.0
@@ -116,8 +118,7 @@ class InternVLTrainingModel(SavedAsInternVLModel):
         self.max_logit_scale = max_logit_scale
 
     def train(self, mode: bool = True) -> "InternVLTrainingModel":
-        """As in torch; a frozen vision tower stays in evaluation mode, or stochastic depth would only add noise to "
-        "it."""
+        """As in torch; a frozen vision tower stays in evaluation mode: stochastic depth would only add noise to it."""
         super().train(mode)
         if mode and is_frozen(self.vision_model):
             self.vision_model.eval()

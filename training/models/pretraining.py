@@ -30,7 +30,6 @@ from ...renaming_internvl import renamed_arguments
 from .base import InternVLTrainingModel, Texts
 from .gradient_cache import in_chunks
 from .losses import (
-    current_gather,
     generation_loss,
     info_nce_loss,
     l2_normalize,
@@ -175,7 +174,7 @@ class InternVLForContrastiveTraining(InternVLTrainingModel):
         return l2_normalize(torch.cat(embeds)[by_length.argsort()])
 
     def _loss(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-        gather, rank = current_gather()
+        gather, rank = self.current_gather()
         features = (image_embeds, text_embeds, self._scale())
         if self.objective == "sigmoid":
             return sigmoid_loss(*features, self.logit_bias, gather, rank, chunk_size=self.grad_cache_chunk_size)
@@ -278,7 +277,7 @@ class InternVLForGenerativeTraining(InternVLTrainingModel):
             image_embeds,
             text_embeds,
             self._scale(),
-            *current_gather(),
+            *self.current_gather(),
             label_smoothing=self.config.label_smoothing,
             is_ignored=texts.is_empty(self.summarize_prefix_length),
             chunk_size=self.grad_cache_chunk_size,
@@ -369,7 +368,7 @@ class InternVLForRetrievalTraining(InternVLTrainingModel):
         inputs = (tokens, text_embeds, negative, positive, summarize)
         embeds = in_chunks(self._encode, self.grad_cache_chunk_size, *inputs)
         *negative_and_positive, image_embeds, pooled_embeds, text_embeds = embeds
-        gather, _ = current_gather()
+        gather, _ = self.current_gather()
         scale, chunk = self._scale(), self.grad_cache_chunk_size
         itc = retrieval_loss(image_embeds, text_embeds, scale, image_ids, gather, chunk)
         itc = itc + retrieval_loss(pooled_embeds, text_embeds, scale, image_ids, gather, chunk)
