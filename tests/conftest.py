@@ -3,10 +3,12 @@ device.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,19 +20,36 @@ def root() -> Path:
     return ROOT
 
 
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """The folder that `make` fills, once for all workers of pytest-xdist; not to be written to."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with FileLock(shared / f"{name}.lock"):
+        if not (shared / name).exists():
+            unfinished = tmp_path_factory.mktemp(f"unfinished_{name}")
+            make(unfinished)
+            unfinished.rename(shared / name)
+    return shared / name
+
+
 @pytest.fixture(scope="session")
 def finished_default_run(tmp_path_factory) -> Path:
-    """The folders of all stages of the bundled run, at the size of `fixtures_bundled_run.tiny_run`; not to be written
-    to.
-    """
+    """The folders of all stages of the bundled run, at the size of `fixtures_bundled_run.tiny_run`."""
     from internvl.reproduction.run import train_all_stages
 
     from .fixtures_bundled_run import few_scenes_and_one_thread, tiny_run
 
-    folder = tmp_path_factory.mktemp("default_run")
     with few_scenes_and_one_thread():
-        train_all_stages(tiny_run(), folder)
-    return folder
+        return made_once(tmp_path_factory, "default_run", lambda folder: train_all_stages(tiny_run(), folder))
+
+
+@pytest.fixture(scope="session")
+def on_two(tmp_path_factory) -> list[dict]:
+    """What each job of `two_processes.JOBS` found on either rank."""
+    from . import two_processes
+
+    folder = made_once(tmp_path_factory, "on_two", lambda folder: two_processes.run("every_job", folder))
+    return two_processes.results(folder)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -32,30 +32,39 @@ def shortened(recipe: Recipe, batches: tuple[Batch, ...], *steps: int, **changes
 
 def tiny_run() -> BundledRun:
     run = bundled_run()
-    stage1 = replace(run.stage1, phases=run.stage1.phases[:1])
+    stage1 = replace(run.stage1, phases=(run.stage1.phases[0], run.stage1.phases[2]))
     return BundledRun(
-        shortened(stage1, PAIRS, 2, eval_steps=1, eval_samples=4),
+        shortened(stage1, PAIRS, 3, 1, eval_steps=2, eval_samples=4),
         shortened(run.stage2, PAIRS, 2, 3, eval_steps=2, eval_samples=4, num_query_token=4),
         {name: shortened(recipe, DIALOGUES, 1, 1, 3, num_turns=2) for name, recipe in run.chats.items()},
     )
 
 
 @contextmanager
-def few_scenes_and_one_thread() -> Iterator[None]:
-    """Tokenizers of few scenes, which are soon trained, and one thread, so that sums come out the same twice."""
+def one_thread() -> Iterator[None]:
+    """So that sums come out the same twice."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "caption_tokenizer", partial(caption_tokenizer, 20))
-        patch.setattr(build, "question_tokenizer", partial(question_tokenizer, 20))
-        yield
+    yield
     torch.set_num_threads(threads)
 
 
 @contextmanager
+def few_scenes_and_one_thread(starts_workers_anew: bool = False) -> Iterator[None]:
+    """Tokenizers of few scenes, which are soon trained, and workers that need not import everything first."""
+    with pytest.MonkeyPatch.context() as patch, one_thread():
+        patch.setattr(build, "caption_tokenizer", partial(caption_tokenizer, 20))
+        patch.setattr(build, "question_tokenizer", partial(question_tokenizer, 20))
+        if not starts_workers_anew:
+            patch.setattr(generated, "START_METHOD", "fork")
+        yield
+
+
+@contextmanager
 def stopped_at(name: str, step: int) -> Iterator[None]:
-    """Training in this context must stop where the scenes of a phase's step are drawn, which is a little ahead of
-    it."""
+    """Training in this context must stop where the scenes of a phase's step are drawn, a little ahead of it. Workers
+    must be forked: one that is started anew would not know.
+    """
     original = SceneBatches.scenes
 
     def stop(self: SceneBatches, index: int):
@@ -65,6 +74,5 @@ def stopped_at(name: str, step: int) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SceneBatches, "scenes", stop)
-        patch.setattr(generated, "START_METHOD", "fork")  # a worker that is started anew would not know
         with pytest.raises(OSError, match="stopped"):
             yield

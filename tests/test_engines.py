@@ -17,6 +17,7 @@ from internvl.training.models.pretraining import InternVLForContrastiveTraining
 
 from . import engine_jobs, tiny, two_processes
 from .engine_jobs import CONNECTORS, PAIR_STAGES, PARITY, STAGES, STEPS
+from .fixtures_bundled_run import one_thread
 from .training_models import notes, tensors, tiny_model
 
 
@@ -100,18 +101,13 @@ def test_fsdp2_trains_as_one_process(model, fsdp2, one_process):
         assert_as_one_process(rank[model], one_process[model], model, is_first=number == 0)
 
 
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
-    return two_processes.run("sharded", tmp_path_factory.mktemp("sharded"))
-
-
 @pytest.mark.parametrize("grad_cache_chunk_size", [None, 2], ids=["plain", "gradient caching"])
 @pytest.mark.parametrize("tag", ["stage2", "retrieval"])
-def test_fsdp2_has_the_losses_and_gradients_of_the_published_code(tag, grad_cache_chunk_size, sharded):
+def test_fsdp2_has_the_losses_and_gradients_of_the_published_code(tag, grad_cache_chunk_size, on_two):
     recorded, limits = tensors("internvl_14b_training_ws2"), notes("internvl_14b_training_ws2")["tolerance"]
     losses, gradients = (f"{tag}.rank{{}}.out.", f"{tag}.out.mean_")
-    for number, rank in enumerate(sharded):
-        found = rank["goldens"][tag, grad_cache_chunk_size]
+    for number, rank in enumerate(on_two):
+        found = rank["sharded"]["goldens"][tag, grad_cache_chunk_size]
         for kind, prefix in (("loss", losses.format(number)), ("grad", gradients)):
             wanted = {key.removeprefix(prefix): recorded[key] for key in recorded if key.startswith(prefix + kind)}
             assert len(wanted) > 2
@@ -120,13 +116,13 @@ def test_fsdp2_has_the_losses_and_gradients_of_the_published_code(tag, grad_cach
 
 
 @pytest.mark.parametrize("objective", ["softmax", "sigmoid"])
-def test_fsdp2_has_the_gradients_of_the_whole_batch_with_caching(objective, sharded):
+def test_fsdp2_has_the_gradients_of_the_whole_batch_with_caching(objective, on_two):
     model = tiny_model(InternVLForContrastiveTraining, objective=objective)
     outputs = model(pixel_values=tiny.pixels(6), input_ids=tiny.text_ids(6))
     outputs.loss.backward()
     wanted = two_processes.gradients(model)
     assert {"grad.logit_scale", "grad.vision_model.embeddings.class_embedding"} <= wanted.keys()
-    ranks = [rank["contrastive"][objective] for rank in sharded]
+    ranks = [rank["sharded"]["contrastive"][objective] for rank in on_two]
     torch.testing.assert_close((ranks[0]["loss"] + ranks[1]["loss"]) / 2, outputs.loss.detach())
     for key, value in wanted.items():
         torch.testing.assert_close(ranks[0][key], value, atol=1e-5, rtol=1e-5, msg=key)
@@ -190,8 +186,8 @@ def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     engine_jobs.write_data(folder)
     engine_jobs.launch(None, "killed", folder, dies=True)
-    # Bits depend on the number of threads, so this runs as the killed process did.
-    return engine_jobs.launch(None, "resumed", folder)[0]
+    with one_thread():  # as in the killed process: bits depend on the number
+        return engine_jobs.resumed(folder)
 
 
 @pytest.mark.parametrize("stage", STAGES)

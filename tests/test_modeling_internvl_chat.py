@@ -18,7 +18,7 @@ from internvl.modeling_internvl_chat import (
     InternVLChatForConditionalGeneration,
 )
 
-from . import reference, tiny, two_processes
+from . import reference, tiny
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
@@ -202,9 +202,9 @@ def test_a_training_step_without_images_runs_the_tower_once_and_changes_nothing(
     assert ran == [1]
 
 
-def test_a_process_without_images_does_not_keep_the_others_waiting(tmp_path):
-    for rank, found in enumerate(two_processes.run("text_only_rank", tmp_path)):
-        for (connector, engine), loss in found.items():
+def test_a_process_without_images_does_not_keep_the_others_waiting(on_two):
+    for rank, found in enumerate(on_two):
+        for (connector, engine), loss in found["text_only_rank"].items():
             model = tiny.chat_model(connector=connector).train()
             inputs = tiny.chat_inputs(model, tiles=[[1], [2]] if rank == 0 else [[], []])
             torch.testing.assert_close(

@@ -44,15 +44,10 @@ def test_losses_and_gradients_are_those_of_the_published_code(tag):
     assert_recorded("internvl_14b_training", f"{tag}.out.", losses | two_processes.gradients(model))
 
 
-@pytest.fixture(scope="module")
-def on_two(tmp_path_factory):
-    return two_processes.run("goldens", tmp_path_factory.mktemp("two"))
-
-
 @pytest.mark.parametrize("grad_cache_chunk_size", [None, 2], ids=["plain", "gradient caching"])
 @pytest.mark.parametrize("tag", ["stage2", "retrieval"])
 def test_two_processes_have_the_losses_and_gradients_of_the_published_code(tag, grad_cache_chunk_size, on_two):
-    case, found = "internvl_14b_training_ws2", [rank[tag, grad_cache_chunk_size] for rank in on_two]
+    case, found = "internvl_14b_training_ws2", [rank["goldens"][tag, grad_cache_chunk_size] for rank in on_two]
     for rank in range(2):
         assert_recorded(case, f"{tag}.rank{rank}.out.", found[rank])
     means = {f"mean_{key}": (found[0][key] + found[1][key]) / 2 for key in found[0] if key.startswith("grad.")}

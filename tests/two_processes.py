@@ -25,6 +25,10 @@ def run(job: str, folder: Path) -> list[dict]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+    return results(folder)
+
+
+def results(folder: Path) -> list[dict]:
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
@@ -98,6 +102,14 @@ def text_only_rank(rank: int, folder: Path) -> dict:
             loss.backward()
             found[connector, engine] = loss.detach()
     return found
+
+
+JOBS = (goldens, contrastive, sharded, text_only_rank)
+
+
+def every_job(rank: int, folder: Path) -> dict:
+    """All that needs nothing from the tests, in one pair of processes: starting them takes longer than the jobs."""
+    return {job.__name__: job(rank, folder) for job in JOBS}
 
 
 def tensor_parallel(rank: int, folder: Path) -> dict:
