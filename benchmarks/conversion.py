@@ -28,8 +28,7 @@ import torch
 
 from internvl import InternVisionModel, InternViTConfig
 from internvl.conversion import convert
-from internvl.conversion.readers.opening import open_file
-from internvl.conversion.readers.tensors import LazyTensor, TensorReader
+from internvl.conversion.readers.tensors import LazyTensor
 from internvl.conversion.repository.shards import write_shards
 
 from .harness import memory_growth
@@ -55,8 +54,7 @@ def write_checkpoint(folder: Path, num_layers: int) -> None:
     folder.mkdir(parents=True)
     settings = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
     (folder / "config.json").write_text(json.dumps(settings))
-    with TensorReader(open_file) as reader:
-        write_shards(folder, {name: tensor(shape) for name, shape in shapes.items()}, reader, "5GB")
+    write_shards(folder, {name: tensor(shape) for name, shape in shapes.items()}, "5GB")
 
 
 def flush(folder: Path) -> None:

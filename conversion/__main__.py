@@ -95,14 +95,7 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one conversion.
-
-    Args:
-        arguments: Arguments of the command line; None takes those of the process.
-
-    Returns:
-        Exit code: 0, or 2 where the conversion was refused.
-    """
+    """Runs one conversion, with the arguments of the process or these; returns 0, or 2 where it was refused."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.out is None and not options.dry_run:

@@ -13,8 +13,6 @@ from .formats.image_token import add_to_tokenizer
 from .formats.own_format import OwnFormat
 from .plan import ConversionOptions, Plan, name_dtypes, name_size, plan_conversion
 from .readers.damages import describing
-from .readers.opening import open_file
-from .readers.tensors import TensorReader
 from .repository.card import write_card
 from .repository.code import write_json
 from .repository.records import MANIFEST_FILE, hashes_of, manifest_of
@@ -70,8 +68,7 @@ def convert(
         _check_space(folder, plan.num_bytes)
         with describing(plan.source.folder):
             _write_all_but_weights(folder, plan, report)
-        with TensorReader(open_file) as reader:
-            hashes = write_shards(folder, plan.written, reader, max_shard_size, show_progress)
+        hashes = write_shards(folder, plan.written, max_shard_size, show_progress)
         write_json(folder / MANIFEST_FILE, _manifest(folder, plan, hashes))
         if verify:
             for line in _verification(folder, plan, recorded).describe():

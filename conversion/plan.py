@@ -27,9 +27,9 @@ from .readers.adapters import merge_adapters
 from .readers.damages import describing
 from .readers.hub import find_source
 from .readers.links import check_links
-from .readers.opening import open_file, open_source
+from .readers.opening import open_source
 from .readers.source import Source
-from .readers.tensors import LazyTensor, TensorReader, Tensors, in_order_of_files
+from .readers.tensors import TensorReader, Tensors, in_order_of_files, is_equal
 from .repository.records import Record, new_record, read_records
 from .repository.result import stored_state
 from .repository.shards import cast
@@ -329,9 +329,8 @@ def _resolve_tied_heads(
     """
     tied = dict(model.all_tied_weights_keys)
     both = [name for name in tied if name in tensors and tied[name] in tensors]
-    with TensorReader(open_file) as reader:
-        different = [name for name in both if not _is_equal(reader, tensors[name], tensors[tied[name]])]
-    if different:
+    reader = TensorReader()
+    if not all(is_equal(reader, tensors[name], tensors[tied[name]]) for name in both):
         # The published loader would lose them.
         settings["tie_word_embeddings"] = False
         for part in ("text_config", "qllama_config"):
@@ -339,10 +338,6 @@ def _resolve_tied_heads(
                 settings[part]["tie_word_embeddings"] = False
         return set(), {}
     return set(tied), {name: tied[name] for name in both}
-
-
-def _is_equal(reader: TensorReader, left: LazyTensor, right: LazyTensor) -> bool:
-    return left.shape == right.shape and torch.equal(left.load(reader), right.load(reader))
 
 
 def _is_derived(name: str) -> bool:

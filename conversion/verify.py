@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from ..configuration_internvl import InternVLConfig
-from .readers.opening import open_file
 from .readers.tensors import TensorReader, Tensors
 from .repository.result import stored_state
 
@@ -66,9 +65,6 @@ def compare_with_source(
             `out.g.logits_per_image`...
         spelling: The name of a tensor in the written files, from the one under which transformers would store it.
 
-    Returns:
-        What was compared.
-
     Raises:
         OSError: `recorded` cannot be read.
         ValueError: Something differs, or nothing of `recorded` could be compared.
@@ -84,11 +80,10 @@ def _compare_tensors(model: PreTrainedModel, tensors: Tensors, spelling: Callabl
     state = {spelling(name): tensor for name, tensor in stored_state(model).items()}
     missing = [name for name in tensors if name not in state]
     additional = [name for name in state if name not in tensors and name not in model.all_tied_weights_keys]
-    different = []
-    with TensorReader(open_file) as reader:
-        for name, tensor in tensors.items():
-            if name in state and not torch.equal(state[name], tensor.load(reader)):
-                different.append(name)
+    reader = TensorReader()
+    different = [
+        name for name, tensor in tensors.items() if name in state and not torch.equal(state[name], tensor.load(reader))
+    ]
     problems = {"not loaded": missing, "not of the source": additional, "different": different}
     found = [f"{len(names)} {problem}: {', '.join(names)}" for problem, names in problems.items() if names]
     if found:

@@ -317,10 +317,7 @@ def test_without_config_json_everything_but_the_heads_follows_from_shapes(tmp_pa
 
 def fake_tower(prefix: str = "", **shapes: tuple[int, ...]) -> Source:
     """A source of shapes alone, whose tensors cannot be read."""
-    tensors = {
-        name: LazyTensor(shape, torch.float32, Path("raw.pth"), lambda reader: reader["never"])
-        for name, shape in shapes.items()
-    }
+    tensors = {name: LazyTensor(shape, torch.float32, Path("raw.pth"), None) for name, shape in shapes.items()}
     return Source(Path("nowhere"), {}, [Path("raw.pth")], {prefix + name: tensor for name, tensor in tensors.items()})
 
 

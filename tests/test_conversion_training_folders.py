@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from transformers import AutoModel
 
 from internvl.conversion.__main__ import main
-from internvl.conversion.readers.opening import open_file, open_source
+from internvl.conversion.readers.opening import open_source
 from internvl.conversion.readers.tensors import TensorReader
 
 from .fixtures_conversions import assert_same, run
@@ -38,8 +38,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def tensors_of(source: Path) -> dict[str, torch.Tensor]:
     """All that a source holds, read."""
     tensors = open_source(source).tensors
-    with TensorReader(open_file) as reader:
-        loaded = {name: tensor.load(reader).clone() for name, tensor in tensors.items()}
+    reader = TensorReader()
+    loaded = {name: tensor.load(reader).clone() for name, tensor in tensors.items()}
     assert {name: (tuple(t.shape), t.dtype) for name, t in loaded.items()} == {
         name: (t.shape, t.dtype) for name, t in tensors.items()
     }

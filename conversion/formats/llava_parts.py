@@ -5,13 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..readers.adapters import LLAVA_TOWER_PREFIX, merge_adapters
 from ..readers.checkpoint_files import read_json
-from ..readers.opening import open_file, open_source
+from ..readers.opening import open_source
 from ..readers.source import Source
-from ..readers.tensors import TensorReader, Tensors
+from ..readers.tensors import TensorReader, Tensors, is_equal
 from .key_tables import DERIVED_BUFFERS, LLAVA_UNUSED_TOWER_PARTS, RAW_TOWER
 from .llava_formats import TOWER_CONFIG
 from .raw_towers import tower_settings
@@ -69,13 +67,8 @@ def _with_projector(source: Source) -> Source:
         return source
     added = open_source(file).tensors
     both = [name for name in added if name in source.tensors]
-    with TensorReader(open_file) as reader:
-        different = [
-            name
-            for name in both
-            if added[name].shape != source.tensors[name].shape
-            or not torch.equal(added[name].load(reader), source.tensors[name].load(reader))
-        ]
+    reader = TensorReader()
+    different = [name for name in both if not is_equal(reader, added[name], source.tensors[name])]
     if different:
         raise ValueError(
             f"`{file}` and {source.files[0].name} do not agree in {', '.join(different)}. Take away the file that is "

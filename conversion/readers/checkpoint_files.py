@@ -221,18 +221,12 @@ def unpickle(file: Path, known: Iterable[str] = ()) -> Any:
         return _load(file, file, mmap=is_archive)
 
 
-def unpickle_stream(stream: BinaryIO, file: Path) -> Any:
-    """The same, of a part of a file.
-
-    Args:
-        stream: The part.
-        file: The file, for messages.
-
-    Raises:
-        OSError: If the part cannot be read.
-        ValueError: If it holds anything but tensors and plain containers; such content is not run.
-    """
-    return _load(stream, file, mmap=False)
+def unpickle_section(file: Path, start: int, length: int) -> Any:
+    """The same, of a part of a file that is a PyTorch file itself, by its place in bytes."""
+    with naming(file, "complete PyTorch file"), file.open("rb") as stream:
+        stream.seek(start)
+        section = io.BytesIO(stream.read(length))
+    return _load(section, file, mmap=False)
 
 
 def _load(readable: Path | BinaryIO, file: Path, mmap: bool) -> Any:

@@ -4,16 +4,15 @@
 PyTorch file of its own. Chunks may cut a tensor along any dimensions.
 """
 
-import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from .checkpoint_files import WRAPPERS, Inert, Weights, is_plain, unpickle_stream
+from .checkpoint_files import WRAPPERS, Inert, Weights, is_plain, unpickle_section
 from .distributed_metadata import METADATA_FILE, attribute, class_name, read_metadata
 from .tensors import LazyTensor, TensorReader, stored
 
@@ -39,16 +38,9 @@ class Chunk:
         return tuple(offset + size for offset, size in zip(self.offsets, self.data.shape, strict=True))
 
 
-class DistributedFile:
-    """An open file of a rank as a mapping from `START:LENGTH`, in bytes, to the tensor there."""
-
-    def __init__(self, file: Path, stream: IO[bytes]) -> None:
-        self.file = file
-        self.stream = stream
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        start, length = map(int, name.split(":"))
-        return unpickle_stream(io.BufferedReader(_Section(self.stream, start, length)), self.file)
+def _open_file_of_rank(file: Path) -> Callable[[str], torch.Tensor]:
+    """Reads what lies at `START:LENGTH`, in bytes."""
+    return lambda section: unpickle_section(file, *map(int, section.split(":")))
 
 
 def find_distributed_folder(path: Path) -> Path | None:
@@ -185,7 +177,8 @@ def _chunks(
             raise ValueError(f"`{folder / METADATA_FILE}` does not say where `{key}` lies from {offsets} on.")
         info = places[key, offsets]
         section = f"{attribute(info, 'offset')}:{attribute(info, 'length')}"
-        yield Chunk(stored(folder / attribute(info, "relative_path"), section, sizes, dtype), offsets)
+        file = folder / attribute(info, "relative_path")
+        yield Chunk(stored(_open_file_of_rank, file, section, sizes, dtype), offsets)
 
 
 def _is_covered(shape: tuple[int, ...], chunks: list[Chunk]) -> bool:
@@ -206,30 +199,3 @@ def _load(key: str, data: LazyTensor, reader: TensorReader) -> torch.Tensor:
         found = f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, torch.Tensor) else class_name(tensor)
         raise ValueError(f"`{data.file}` must hold {data.shape} {data.dtype} for `{key}`, got {found}.")
     return tensor
-
-
-class _Section(io.RawIOBase):
-    """A part of a file as a file, without a copy of it."""
-
-    def __init__(self, stream: IO[bytes], start: int, length: int) -> None:
-        self.stream = stream
-        self.start = start
-        self.length = length
-        self.place = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.length}[whence]
-        return self.place
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer)[: max(0, self.length - self.place)]
-        self.stream.seek(self.start + self.place)
-        count = self.stream.readinto(view)  # type: ignore[attr-defined]
-        self.place += count
-        return count

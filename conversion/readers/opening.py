@@ -5,7 +5,7 @@ Files are memory-mapped. Nothing in SOURCE is run or written to.
 
 import json
 import struct
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -16,14 +16,12 @@ from safetensors import safe_open
 
 from .checkpoint_files import SAFETENSORS_DTYPES, WEIGHT_SUFFIXES, is_plain, load_pytorch_file, read_json
 from .damages import naming
-from .distributed_checkpoints import CHUNK_SUFFIX, DistributedFile
 from .foreign_settings import only_data
 from .links import check_links
 from .quantised import dequantised
 from .source import Source
 from .tensors import LazyTensor, stored
 from .training_folders import only_checkpoint, open_training_folder
-from .zero_files import FILE_SUFFIXES, open_zero_file
 
 
 # In the order in which transformers looks for them.
@@ -46,27 +44,6 @@ STATE_OF_TRAINING = (
     "sampler*",
     "dl_state_dict*",
 )
-
-
-def open_file(file: Path, stack: ExitStack) -> Any:
-    """Content of a file by name of tensor, from a memory map; closed with the stack."""
-    if file.suffix == ".safetensors":
-        return SafetensorsContent(stack.enter_context(safe_open(file, framework="pt")))
-    if file.suffix == CHUNK_SUFFIX:
-        return DistributedFile(file, stack.enter_context(file.open("rb")))
-    tensors = open_zero_file(file) if file.name.endswith(FILE_SUFFIXES) else load_pytorch_file(file).tensors
-    stack.callback(tensors.clear)
-    return tensors
-
-
-class SafetensorsContent:
-    """An open safetensors file as a mapping."""
-
-    def __init__(self, opened: Any) -> None:
-        self.opened = opened
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.opened.get_tensor(name)
 
 
 def open_source(path: str | Path) -> Source:
@@ -94,7 +71,7 @@ def open_source(path: str | Path) -> Source:
     found = _open(path)
     if not found.folder.resolve().is_relative_to(path.resolve()):
         check_links(found.folder, depth=0)
-    return dequantised(found, open_file)
+    return dequantised(found)
 
 
 def _open(path: Path) -> Source:
@@ -222,7 +199,8 @@ def _list_tensors(file: Path) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
     if file.suffix != ".safetensors":
         content = load_pytorch_file(file)
         return {
-            name: stored(file, name, tuple(value.shape), value.dtype) for name, value in content.tensors.items()
+            name: stored(_open_pytorch, file, name, value.shape, value.dtype)
+            for name, value in content.tensors.items()
         }, content.others
     with naming(file, "complete safetensors file"), safe_open(file, framework="pt") as opened:
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
@@ -232,9 +210,17 @@ def _list_tensors(file: Path) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
     if unknown:
         raise ValueError(f"`{file}` holds tensors of type {', '.join(unknown)}: quantised weights are not converted.")
     return {
-        name: stored(file, name, shape, SAFETENSORS_DTYPES[dtype], starts[name])
+        name: stored(_open_safetensors, file, name, shape, SAFETENSORS_DTYPES[dtype], starts[name])
         for name, (shape, dtype) in shapes.items()
     }, ()
+
+
+def _open_safetensors(file: Path) -> Callable[[str], torch.Tensor]:
+    return safe_open(file, framework="pt").get_tensor
+
+
+def _open_pytorch(file: Path) -> Callable[[str], torch.Tensor]:
+    return load_pytorch_file(file).tensors.__getitem__
 
 
 def _data_starts(file: Path) -> dict[str, int]:

@@ -37,15 +37,8 @@ PARTS_OF_FOUR_BITS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map"
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def dequantised(source: Source, open_file: Any) -> Source:
-    """A source with plain weights.
-
-    Args:
-        source: An opened source.
-        open_file: See `TensorReader`.
-
-    Returns:
-        The same where nothing is quantised.
+def dequantised(source: Source) -> Source:
+    """A source with plain weights: the same where nothing is quantised.
 
     Raises:
         ValueError: The quantisation is another one, or its parts do not fit together.
@@ -59,8 +52,8 @@ def dequantised(source: Source, open_file: Any) -> Source:
     states = {match["weight"]: match[0] for match in map(STATE.fullmatch, source.tensors) if match}
     scales = [name for name in source.tensors if name.endswith(".SCB")]
     if states:
-        source = _from_four_bits(source, states, open_file)
-    return _from_eight_bits(source, scales, open_file) if scales else source
+        source = _from_four_bits(source, states)
+    return _from_eight_bits(source, scales) if scales else source
 
 
 def _method(source: Source) -> str | None:
@@ -75,22 +68,20 @@ def _method(source: Source) -> str | None:
 
 
 # -------------------------------------------------------------------------------------------------------------- 8 bits
-def _from_eight_bits(source: Source, scales: list[str], open_file: Any) -> Source:
+def _from_eight_bits(source: Source, scales: list[str]) -> Source:
     tensors = dict(source.tensors)
-    with TensorReader(open_file) as reader:
-        for name in scales:
-            module = name.removesuffix(".SCB")
-            scale, weight = tensors.pop(name), tensors.get(f"{module}.weight")
-            order = tensors.pop(f"{module}.weight_format", None)
-            if weight is None or weight.dtype != torch.int8 or scale.shape != weight.shape[:1]:
-                raise ValueError(
-                    f"`{scale.file}` holds `{name}` {scale.shape} without the int8 weight that it belongs to."
-                )
-            if order is not None and int(order.load(reader)) != 0:
-                raise ValueError(
-                    f"`{scale.file}` holds `{module}.weight` in an order of one kind of GPU, not row by row."
-                )
-            tensors[f"{module}.weight"] = computed(_times_scale, weight, scale)
+    reader = TensorReader()
+    for name in scales:
+        module = name.removesuffix(".SCB")
+        scale, weight = tensors.pop(name), tensors.get(f"{module}.weight")
+        order = tensors.pop(f"{module}.weight_format", None)
+        if weight is None or weight.dtype != torch.int8 or scale.shape != weight.shape[:1]:
+            raise ValueError(
+                f"`{scale.file}` holds `{name}` {scale.shape} without the int8 weight that it belongs to."
+            )
+        if order is not None and int(order.load(reader)) != 0:
+            raise ValueError(f"`{scale.file}` holds `{module}.weight` in an order of one kind of GPU, not row by row.")
+        tensors[f"{module}.weight"] = computed(_times_scale, weight, scale)
     widened = {name: _widened(tensor) for name, tensor in tensors.items()}
     note = f"Dequantised {len(scales)} layers of 8 bits (bitsandbytes) to the float32 numbers that they stand for."
     return replace(source, tensors=widened, notes=[*source.notes, note], dtype=None)
@@ -107,15 +98,15 @@ def _widened(tensor: LazyTensor) -> LazyTensor:
 
 
 # -------------------------------------------------------------------------------------------------------------- 4 bits
-def _from_four_bits(source: Source, states: dict[str, str], open_file: Any) -> Source:
+def _from_four_bits(source: Source, states: dict[str, str]) -> Source:
     tensors = dict(source.tensors)
-    with TensorReader(open_file) as reader:
-        for name, state_name in states.items():
-            state = tensors.pop(state_name)
-            parts = {part: tensors.pop(f"{name}.{part}", None) for part in PARTS_OF_FOUR_BITS}
-            with naming(state.file, f"checkpoint of 4 bits: `{name}` does not fit its `quant_state`", ValueError):
-                settings = json.loads(bytes(state.load(reader).tolist()))
-                tensors[name] = _four_bit_tensor(tensors[name], parts, settings)
+    reader = TensorReader()
+    for name, state_name in states.items():
+        state = tensors.pop(state_name)
+        parts = {part: tensors.pop(f"{name}.{part}", None) for part in PARTS_OF_FOUR_BITS}
+        with naming(state.file, f"checkpoint of 4 bits: `{name}` does not fit its `quant_state`", ValueError):
+            settings = json.loads(bytes(state.load(reader).tolist()))
+            tensors[name] = _four_bit_tensor(tensors[name], parts, settings)
     note = f"Dequantised {len(states)} layers of 4 bits (bitsandbytes) to the numbers that they compute with."
     return replace(source, tensors=tensors, notes=[*source.notes, note])
 

@@ -4,43 +4,32 @@ A conversion is a chain of steps (merge adapters, rename, split, resize, cast), 
 tensors to another. Nothing is read until the result is written, and then one tensor at a time.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 
+# Opens a file, and gives what reads a tensor of it by its name.
+Opener = Callable[[Path], Callable[[str], torch.Tensor]]
+
+
 class TensorReader:
-    """Reads stored tensors; files stay open until `close`.
+    """Reads stored tensors; files stay open until `close`, or as long as the reader."""
 
-    Args:
-        open_file: Opens a file on an exit stack and returns its tensors by name.
-    """
+    def __init__(self) -> None:
+        self.opened: dict[Path, Callable[[str], torch.Tensor]] = {}
 
-    def __init__(self, open_file: Callable[[Path, ExitStack], Any]) -> None:
-        self.open_file = open_file
-        self.stack = ExitStack()
-        self.contents: dict[Path, Any] = {}
-
-    def __getitem__(self, place: tuple[Path, str]) -> torch.Tensor:
-        file, name = place
-        if file not in self.contents:
-            self.contents[file] = self.open_file(file, self.stack)
-        return self.contents[file][name]
-
-    def __enter__(self) -> "TensorReader":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def read(self, open_file: Opener, file: Path, name: str) -> torch.Tensor:
+        """Reads a tensor of a file."""
+        if file not in self.opened:
+            self.opened[file] = open_file(file)
+        return self.opened[file](name)
 
     def close(self) -> None:
         """Closes the memory maps and frees the pages that were read; the next look-up opens its file again."""
-        self.contents.clear()
-        self.stack.close()
+        self.opened.clear()
 
 
 @dataclass(frozen=True)
@@ -74,9 +63,11 @@ class LazyTensor:
 Tensors = dict[str, LazyTensor]
 
 
-def stored(file: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype, start: int | None = None) -> LazyTensor:
+def stored(
+    open_file: Opener, file: Path, name: str, shape: Sequence[int], dtype: torch.dtype, start: int | None = None
+) -> LazyTensor:
     """A tensor of a file, under its name there; `start` as in `LazyTensor`."""
-    return LazyTensor(tuple(shape), dtype, file, lambda reader: reader[file, name], start)
+    return LazyTensor(tuple(shape), dtype, file, lambda reader: reader.read(open_file, file, name), start)
 
 
 def computed(function: Callable[..., torch.Tensor], *inputs: LazyTensor) -> LazyTensor:
@@ -93,6 +84,11 @@ def computed(function: Callable[..., torch.Tensor], *inputs: LazyTensor) -> Lazy
         inputs[0].file,
         lambda reader: function(*(part.load(reader) for part in inputs)),
     )
+
+
+def is_equal(reader: TensorReader, left: LazyTensor, right: LazyTensor) -> bool:
+    """Whether two tensors hold the same numbers."""
+    return left.shape == right.shape and torch.equal(left.load(reader), right.load(reader))
 
 
 def in_order_of_files(tensors: dict[str, LazyTensor], files: list[Path]) -> dict[str, LazyTensor]:

@@ -53,7 +53,7 @@ def _whole_tensors(zero: Zero, skipped: Container[str]) -> dict[str, LazyTensor]
     weights = {name: value for name, value in items_of(zero.model, "module") if name not in skipped}
     buffers = _buffers(zero)
     return {
-        name: buffers.get(name) or stored(zero.model_files[0], f"module.{name}", tuple(value.shape), value.dtype)
+        name: buffers.get(name) or _stored(zero.model_files[0], f"module.{name}", value)
         for name, value in weights.items()
         if isinstance(value, torch.Tensor)
     }
@@ -63,10 +63,14 @@ def _buffers(zero: Zero) -> dict[str, LazyTensor]:
     module, file = dict(items_of(zero.model, "module")), zero.model_files[0]
     found = {name: module.get(name) for name in zero.model.get("buffer_names") or ()}
     return {
-        name: computed(_widen, stored(file, f"module.{name}", tuple(value.shape), value.dtype))
+        name: computed(_widen, _stored(file, f"module.{name}", value))
         for name, value in found.items()
         if isinstance(value, torch.Tensor)
     }
+
+
+def _stored(file: Path, name: str, value: torch.Tensor) -> LazyTensor:
+    return stored(lambda file: open_zero_file(file).__getitem__, file, name, value.shape, value.dtype)
 
 
 def _widen(tensor: torch.Tensor) -> torch.Tensor:
@@ -87,7 +91,7 @@ def _shapes(zero: Zero) -> list[dict[str, torch.Size]]:
 def _partitions(zero: Zero, key: str) -> list[list[LazyTensor]]:
     """For each rank its flat weights, group by group."""
     return [
-        [stored(file, f"{key}.{group}", tuple(value.shape), value.dtype) for group, value in items_of(optimizer, key)]
+        [_stored(file, f"{key}.{group}", value) for group, value in items_of(optimizer, key)]
         for file, optimizer in zip(zero.optimizer_files, zero.optimizers, strict=True)
     ]
 
@@ -136,10 +140,7 @@ def _frozen_by_part(zero: Zero) -> Iterator[tuple[str, LazyTensor]]:
             raise ValueError(
                 f"The model states of rank {', '.join(missing)} in `{zero.folder}` lack their part of `{name}`."
             )
-        parts = [
-            stored(file, key, tuple(content[key].shape), content[key].dtype)
-            for file, content in zip(zero.model_files, contents, strict=True)
-        ]
+        parts = [_stored(file, key, content[key]) for file, content in zip(zero.model_files, contents, strict=True)]
         length = math.ceil(math.prod(shape) / len(parts))
         yield name, _cut(zero, name, [([part], 0) for part in parts], length, shape)
 

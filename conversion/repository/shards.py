@@ -31,7 +31,6 @@ DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 def write_shards(
     folder: Path,
     tensors: dict[str, LazyTensor],
-    reader: TensorReader,
     max_shard_size: int | str,
     show_progress: bool = True,
 ) -> dict[str, str]:
@@ -40,7 +39,6 @@ def write_shards(
     Args:
         folder: Folder to write to.
         tensors: Name to tensor.
-        reader: Gives their data.
         max_shard_size: Largest size of a file, e.g. "5GB".
         show_progress: Whether to draw a bar.
 
@@ -52,7 +50,7 @@ def write_shards(
     """
     sizes = {name: tensor.on_meta() for name, tensor in tensors.items()}
     split = split_torch_state_dict_into_shards(sizes, filename_pattern=FILE_PATTERN, max_shard_size=max_shard_size)
-    hashes = {}
+    hashes, reader = {}, TensorReader()
     with tqdm(total=len(tensors), unit="tensor", desc="Writing weights", disable=not show_progress) as progress:
         for name, members in split.filename_to_tensors.items():
             part = {member: tensors[member] for member in members}
