@@ -27,14 +27,7 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        arguments: Arguments of the command line; None takes those of the process.
-
-    Returns:
-        Exit status: 0 if all code is this package's, 1 if some is not, 2 if the folder could not be read.
-    """
+    """Run one command; return 0 if all code is this package's, 1 if some is not, 2 if the folder could not be read."""
     options = _parse_arguments(arguments)
     register()
     return exit_status(lambda: _print_code(options.folder, options.repo, options.revision))

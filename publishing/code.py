@@ -134,10 +134,7 @@ def list_code(folder: Path) -> Listing:
 def pinned_snippet(folder: Path, repository: str | None = None, revision: str | None = None) -> str:
     """Return Python code that loads a repository by its commit, so that the files that were read are those that run.
 
-    Args:
-        folder: Folder of the repository. If it lies in the Hub's cache, its path holds name and commit.
-        repository: Name on the Hub.
-        revision: Commit on the Hub.
+    If the folder lies in the Hub's cache, its path holds name and commit.
     """
     config = read_json(folder / "config.json")
     auto_map = config.get("auto_map") if isinstance(config.get("auto_map"), dict) else {}

@@ -21,14 +21,13 @@ KEPT_DEFAULTS = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embed
 
 
 def without_old_defaults(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Drops what old releases of transformers wrote into every configuration.
+    """Drops what old releases of transformers wrote into every configuration, and settings of `generate`.
+
+    Kinds of rotary positions get today's spelling.
 
     Args:
         config: The published configuration.
         defaults: Keys that mean nothing where they hold this value.
-
-    Returns:
-        The remaining settings, with kinds of rotary positions in today's spelling and without settings of `generate`.
     """
     return {
         key: _todays_rotary(value) if key in ROTARY_KEYS else value
@@ -52,11 +51,7 @@ def _todays_rotary(value: Any) -> Any:
 
 
 def spelled_out(config: PretrainedConfig) -> dict[str, Any]:
-    """Lists all settings of a configuration, defaults of its class included, without those common to all classes.
-
-    Args:
-        config: The configuration; nested ones are left out.
-    """
+    """Lists settings of a configuration, defaults included, without nested ones and those common to all classes."""
     common = PretrainedConfig().to_dict()
     return {
         key: value
@@ -79,14 +74,9 @@ def map_vision(source: Source) -> dict[str, Any]:
 
 
 def with_stored_size(settings: dict[str, Any], positions: LazyTensor | None, side: int | None) -> dict[str, Any]:
-    """Sets `image_size` of an InternViT configuration to the size that its positions were stored for.
+    """Sets `image_size` of a tower to `side`, the `force_image_size` around it, where its positions have that size.
 
     The published code may stretch the positions before training, and leaves the old size in the tower's configuration.
-
-    Args:
-        settings: The tower's configuration.
-        positions: The tower's position embedding.
-        side: `force_image_size` of the configuration around it; used where it is the size of the positions.
     """
     patch_size = settings.get("patch_size", InternViTConfig.patch_size)
     if side and positions is not None and positions.shape[1:2] == ((side // patch_size) ** 2 + 1,):

@@ -24,11 +24,7 @@ EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm
 
 
 def add_to_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Gives a tokenizer the image token, unless it has one.
-
-    Returns:
-        The token's id.
-    """
+    """Gives a tokenizer the image token, unless it has one; returns its id."""
     tokenizer.add_tokens([AddedToken(IMAGE_CONTEXT_TOKEN, special=True, normalized=False)], special_tokens=True)
     return tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT_TOKEN)
 
@@ -36,15 +32,9 @@ def add_to_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
 def adding_image_token(
     tokenizer_folder: Path | None, image_token_id: int | None, build_config: Callable[[dict[str, Any]], Any]
 ) -> Edit:
-    """Builds the edit that adds an image token to a model.
+    """Builds the edit that adds an image token to a model, with the id that a tokenizer or else the user says.
 
-    Args:
-        tokenizer_folder: Folder of its tokenizer, or None.
-        image_token_id: What the user said.
-        build_config: Builds a configuration from settings.
-
-    Returns:
-        The edit; it raises ValueError if the tokenizer contradicts the user, or does not belong to the model.
+    The edit raises ValueError if the tokenizer contradicts the user, or does not belong to the model.
     """
 
     def edit(draft: Draft) -> None:

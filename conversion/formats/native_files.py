@@ -40,11 +40,7 @@ def write_native_files(
 ) -> None:
     """Writes settings of the native processors, and names the image tokens in those of the tokenizer.
 
-    Args:
-        folder: Folder of the result.
-        config: This package's configuration of the model.
-        image_processor: This package's image processor.
-        tokenizer: The tokenizer, written before, or None: then no processor is written.
+    Without a tokenizer, which is written before, no processor is written.
     """
     common = {
         "do_convert_rgb": True,

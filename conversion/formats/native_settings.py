@@ -84,9 +84,6 @@ def _swapped(settings: dict[str, Any], config: Any, keys: dict[str, str]) -> dic
 def map_native(source: Source) -> dict[str, Any]:
     """Configuration of a chat model, from a native checkpoint.
 
-    Returns:
-        config.json of the result.
-
     Raises:
         ValueError: If the checkpoint uses what the chat models here have not; the message has all of it.
     """

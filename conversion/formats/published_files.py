@@ -86,12 +86,7 @@ def _published_name(own: str, published: str) -> str:
 
 
 def write_published_template(folder: Path, config: InternVLChatConfig) -> None:
-    """Writes the chat template. It marks images as the published code and engines do, with `<image>`.
-
-    Args:
-        folder: Folder of the result.
-        config: The model's configuration; without `template` nothing is written.
-    """
+    """Writes the chat template, if any. It marks images as the published code and engines do, with `<image>`."""
     if config.template is not None:
         text = get_conversation_template(config.template).to_jinja().replace(IMAGE_CONTEXT_TOKEN, IMAGE_PLACEHOLDER)
         (folder / "chat_template.jinja").write_text(text, encoding="utf-8")

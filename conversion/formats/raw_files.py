@@ -79,15 +79,7 @@ def _is_collection(source: Source) -> bool:
 # ---------------------------------------------------------------------------------------------------- what lies around
 @dataclass(frozen=True)
 class _Collection:
-    """Files by what they hold.
-
-    Args:
-        folder: Their folder.
-        config: config.json of the folder.
-        models: Name to complete model.
-        heads: Name to classification head.
-        others: Names of what is neither.
-    """
+    """Files by what they hold, each by its name; `models` are complete, `others` neither models nor heads."""
 
     folder: Path
     config: dict[str, Any]

@@ -36,14 +36,10 @@ def recognise(source: Source) -> Format:
 
 
 def find_target(to: str, result: Result) -> OwnFormat:
-    """Finds the format in which a kind of model is written.
-
-    Args:
-        to: One of `TARGETS`.
-        result: The kind of model.
+    """Finds the format in which `to`, one of `TARGETS`, writes a kind of model.
 
     Raises:
-        ValueError: If that format has no place for such a model.
+        ValueError: If it has no place for such a model.
     """
     candidates = TARGETS[to]
     for candidate in candidates:

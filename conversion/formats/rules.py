@@ -68,14 +68,9 @@ def within(prefix_left: str, prefix_right: str, rules: Iterable[TensorRule]) -> 
 
 
 def names_before(name: str, rules: Iterable[TensorRule]) -> tuple[str, ...]:
-    """What a tensor of the right side is called on the left: several names where it is made of several tensors.
+    """What a tensor of the right side is called on the left, by the first rule that knows it; empty where none does.
 
-    Args:
-        name: A name on the right.
-        rules: The first that knows it is used.
-
-    Returns:
-        The names; none where no rule knows it.
+    There are several names where it is made of several tensors.
     """
     for rule in rules:
         for pattern in rule.right:
@@ -105,12 +100,9 @@ class Translation:
 
 
 def translate(tensors: Tensors, rules: Sequence[TensorRule], settings: dict[str, Any] | None = None) -> Translation:
-    """Gives tensors the names and shapes of another format.
+    """Gives tensors of the left side the names and shapes of the right.
 
-    Args:
-        tensors: Tensors of the left side.
-        rules: The first that knows a name is used.
-        settings: Handed to functions of rules.
+    The first rule that knows a name is used; functions of rules are given `settings`.
     """
     groups, unknown = _group(tensors, rules)
     done = Translation({}, {}, unknown, [], [])

@@ -26,11 +26,7 @@ WHOLE = {
 
 
 def write_sentence_files(folder: Path) -> None:
-    """Writes modules.json, sentence_bert_config.json and config_sentence_transformers.json.
-
-    Args:
-        folder: Folder of an InternVL-C or InternVL-G with its processor.
-    """
+    """Writes modules.json, sentence_bert_config.json and config_sentence_transformers.json beside a processor."""
     write_json(folder / "modules.json", MODULES)
     write_json(folder / "sentence_bert_config.json", TRANSFORMER)
     write_json(folder / "config_sentence_transformers.json", WHOLE)

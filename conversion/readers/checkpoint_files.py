@@ -151,12 +151,6 @@ def load_pytorch_file(file: Path) -> PyTorchContent:
 
     Training code wraps the weights in a dictionary (`{"module": {...}, "optimizer": ...}`); the wrapper is taken off.
 
-    Args:
-        file: A .bin, .pth or .pt.
-
-    Returns:
-        The state dictionary, and the keys beside it.
-
     Raises:
         OSError: If the file cannot be read.
         ValueError: If it holds anything but tensors and plain containers; such content is not run.
@@ -176,16 +170,7 @@ def load_pytorch_file(file: Path) -> PyTorchContent:
 
 
 def check_tensor(file: Path, name: Any, tensor: torch.Tensor) -> None:
-    """Refuses anything that is no tensor, or that no safetensors file can hold.
-
-    Args:
-        file: File that holds it.
-        name: Its name there.
-        tensor: The tensor.
-
-    Raises:
-        ValueError: If it is no such tensor; the message has its name and the reason.
-    """
+    """Raises ValueError, with name and reason, for anything that no safetensors file can hold as a tensor."""
     wrong = ""
     if not isinstance(name, str) or SURROGATE_CHARACTER.search(name):
         wrong = "names are texts in a file of weights"

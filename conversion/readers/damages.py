@@ -59,9 +59,7 @@ def naming(
 def describing(folder: Path, name: str = "config.json") -> Iterator[None]:
     """Gives the errors of settings that no model can have the name of their file; what names itself already passes.
 
-    Args:
-        folder: Folder of the checkpoint, or a file in it.
-        name: Name of the file with the settings.
+    `folder` is that of the checkpoint, or a file in it.
     """
     try:
         yield

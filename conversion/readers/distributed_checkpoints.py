@@ -22,12 +22,7 @@ CHUNK_SUFFIX = ".distcp"
 
 @dataclass(frozen=True)
 class Chunk:
-    """A block of a tensor.
-
-    Args:
-        data: Its numbers.
-        offsets: Its first index in the tensor, in every dimension.
-    """
+    """A block of a tensor, and its first index there, in every dimension."""
 
     data: LazyTensor
     offsets: tuple[int, ...]

@@ -59,10 +59,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: Path) -> Inert:
-    """The description of a checkpoint.
-
-    Returns:
-        A record, whose attributes are read with `attribute`.
+    """The description of a checkpoint: a record, whose attributes are read with `attribute`.
 
     Raises:
         OSError: If it cannot be read.

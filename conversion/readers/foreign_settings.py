@@ -133,15 +133,9 @@ FILES = {
 
 
 def only_data(name: str, content: dict[str, Any], refused: list[str] | None = None) -> dict[str, Any]:
-    """What may be taken over from a file of a source.
+    """What may be taken over from a file of a source: its content without what names code, or what nobody knows.
 
-    Args:
-        name: Name of the file.
-        content: Content of the file.
-        refused: Takes the keys of what is left out.
-
-    Returns:
-        The content without what names code, or what nobody knows.
+    `refused` takes the keys of what is left out.
     """
     allowed = FILES.get(name)
     return content if allowed is None else _data(content, allowed, [] if refused is None else refused, "")

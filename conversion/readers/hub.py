@@ -30,18 +30,11 @@ IGNORED = ["*/*", "optimizer*", "scheduler*", "training_args.bin", "rng_state*"]
 
 
 def find_source(source: str | Path, revision: str | None = None) -> Path:
-    """Where a source lies; one that is named as on the Hub is downloaded first.
-
-    Args:
-        source: A path, or `user/name` where there is no such path.
-        revision: Branch, tag or commit of a repository on the Hub.
-
-    Returns:
-        The path.
+    """Where a source lies; one that is named as on the Hub (`user/name`, and no such path) is downloaded first.
 
     Raises:
         OSError: The Hub has no such repository or revision, does not give it, or cannot be reached.
-        ValueError: `revision` has no effect.
+        ValueError: `revision`, a branch, tag or commit of it, has no effect.
     """
     path = Path(source)
     if path.exists() or not NAME.fullmatch(str(source)):

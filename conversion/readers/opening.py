@@ -52,9 +52,6 @@ def open_source(path: str | Path) -> Source:
     Args:
         path: Folder of a checkpoint, or a single file with weights and a config.json beside it.
 
-    Returns:
-        The source.
-
     Raises:
         OSError: If there is nothing, a file is missing or cannot be read.
         ValueError: If a file holds other things than tensors, or an index points outside the folder.
@@ -114,11 +111,7 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def open_files(folder: Path, files: list[Path]) -> Source:
-    """Opens certain files of a checkpoint.
-
-    Args:
-        folder: Folder of config.json and the other files of the checkpoint.
-        files: Files with weights.
+    """Opens these files with weights of a checkpoint, whose other files lie in `folder`.
 
     Raises:
         OSError: A file cannot be read.

@@ -37,8 +37,6 @@ class LazyTensor:
     """A tensor that is read when it is needed.
 
     Args:
-        shape: Its shape.
-        dtype: Its type.
         file: File with its data, or with the first part of it.
         load: Reads it.
         start: Offset in bytes, if the file holds the tensor contiguously; else None.
@@ -71,11 +69,9 @@ def stored(
 
 
 def computed(function: Callable[..., torch.Tensor], *inputs: LazyTensor) -> LazyTensor:
-    """Applies a function when the tensor is read. Shape and type come from one call on the meta device.
+    """Applies a function to tensors, at least one, when the result is read; all are in memory while it runs.
 
-    Args:
-        function: Takes as many tensors as there are inputs.
-        inputs: At least one; all are in memory while `function` runs.
+    Shape and type come from one call on the meta device.
     """
     result = function(*(part.on_meta() for part in inputs))
     return LazyTensor(

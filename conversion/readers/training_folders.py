@@ -21,10 +21,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def open_training_folder(path: Path) -> tuple[Path, Weights] | None:
-    """Weights that a training framework wrote in parts.
-
-    Returns:
-        The folder with the rest of the checkpoint, and the weights; None where there are none of this kind.
+    """Weights that a training framework wrote in parts, if any, and the folder with the rest of the checkpoint.
 
     Raises:
         OSError: If a file is missing or cannot be read.
@@ -38,10 +35,7 @@ def open_training_folder(path: Path) -> tuple[Path, Weights] | None:
 
 
 def only_checkpoint(folder: Path) -> Path | None:
-    """The `checkpoint-N` of a Trainer's output folder.
-
-    Returns:
-        The checkpoint; None where there is none.
+    """The `checkpoint-N` of a Trainer's output folder, if there is any.
 
     Raises:
         ValueError: If there are several: which is wanted is the user's to say.

@@ -148,14 +148,9 @@ def _frozen_by_part(zero: Zero) -> Iterator[tuple[str, LazyTensor]]:
 def _cut(
     zero: Zero, name: str, places: list[tuple[list[LazyTensor], int]], length: int, shape: Sequence[int]
 ) -> LazyTensor:
-    """One tensor, out of equally long parts of vectors.
+    """One tensor, out of equally long parts of vectors; numbers of the parts beyond its shape are padding.
 
-    Args:
-        zero: The checkpoint, for messages.
-        name: Name of the tensor, for messages.
-        places: Vectors, each a list of flat tensors that continue each other, and where in each the part begins.
-        length: Length of each part.
-        shape: Shape of the result; numbers of the parts beyond it are padding.
+    A place is a vector, as a list of flat tensors that continue each other, and where in it the part begins.
     """
     found = [piece for vector, start in places for piece in _pieces(vector, start, start + length)]
     if sum(stop - start for _, start, stop in found) != length * len(places):

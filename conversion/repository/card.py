@@ -155,11 +155,13 @@ def hub_id(folder: Path) -> str | None:
 def write_card(target: Path, name: str, result: Result, source_folder: Path, facts: dict[str, Any], to: str) -> None:
     """Writes README.md.
 
+    The source's card names the licence, its place in the Hub's cache the repository.
+
     Args:
         target: Folder of the result.
         name: Name of the source's format.
         result: What is written.
-        source_folder: Folder of the source. Its card names the licence, its place in the Hub's cache the repository.
+        source_folder: Folder of the source.
         facts: Label to value, for the list in the card.
         to: Value of `--to` of the result's format.
     """

@@ -21,11 +21,7 @@ def write_json(path: Path, content: dict[str, Any] | list[dict[str, Any]]) -> No
 
 
 def code_files(modules: Iterable[str]) -> list[Path]:
-    """Lists the files of modules and of all that they import from the same folder, as the remote loader does.
-
-    Returns:
-        Their files, sorted.
-    """
+    """Files of modules and of all that they import from the same folder, as the remote loader does, sorted."""
     entries = [PACKAGE / f"{module}.py" for module in modules]
     imported = [Path(file) for entry in entries for file in get_relative_import_files(entry)]
     return sorted({*entries, *imported})

@@ -57,12 +57,7 @@ def write_generation_config(
 ) -> None:
     """Writes generation_config.json: the source's settings, with the end and padding tokens of the result.
 
-    Args:
-        target: Folder of the result.
-        result: What is written; a vision tower generates nothing.
-        config: The result's configuration.
-        source: The source.
-        tokenizer: Tokenizer of the result, or None: then only the decoder's end token is known.
+    A vision tower generates nothing; without a tokenizer only the decoder's end token is known.
     """
     if result.kind == "vision":
         return

@@ -31,19 +31,9 @@ def image_processor_for(
     """Builds the image processor of a checkpoint.
 
     Mean, standard deviation and resampling are those of the source's preprocessor_config.json. For chat models the
-    mode follows the configuration (tiles, padding to a square, plain resize): the file describes CLIP's class, to
-    which published user code passes finished tiles. For others it follows the file's resize and crop, which published
-    user code runs.
-
-    Args:
-        result: What the source becomes.
-        resize_mode: Resize mode of a chat model whose configuration asks for neither tiles nor padding.
-        config: The result's configuration.
-        source: The source.
-        image_size: Size of images, where it is not that of the source.
-
-    Returns:
-        The image processor.
+    mode follows the configuration (tiles, padding to a square, or plainly `resize_mode`): the file describes CLIP's
+    class, to which published user code passes finished tiles. For others it follows the file's resize and crop, which
+    published user code runs. `image_size` is given where it is not that of the source.
     """
     published = source.read_json("preprocessor_config.json")
     if image_size is not None:
@@ -111,8 +101,7 @@ def write_processor(
 ) -> list[dict[str, str]]:
     """Writes preprocessor_config.json and, with a tokenizer, processor_config.json and the chat template.
 
-    Returns:
-        Every `auto_map` written.
+    Returns every `auto_map` written.
     """
     image_settings = json.loads(image_processor.to_json_string())
     nested = {**image_settings, "auto_map": IMAGE_PROCESSOR_AUTO_MAP}

@@ -7,14 +7,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 
 
 def create_repository(repo_id: str, private: bool) -> None:
-    """Creates a repository, which proves the right to write before the work begins.
-
-    Args:
-        repo_id: `user/name` or `organisation/name`; may exist.
-        private: Whether a new one is private.
+    """Creates a repository, which may exist, and so proves the right to write before the work begins.
 
     Raises:
-        ValueError: `repo_id` is no such name.
+        ValueError: `repo_id` is no `user/name` or `organisation/name`.
         OSError: The Hub refuses, or nobody is logged in.
     """
     try:
@@ -28,14 +24,7 @@ def create_repository(repo_id: str, private: bool) -> None:
 
 
 def upload(folder: Path, repo_id: str) -> str:
-    """Uploads a finished folder; the folder itself stays as it is.
-
-    Args:
-        folder: A complete repository.
-        repo_id: An existing repository.
-
-    Returns:
-        Address of the commit.
+    """Uploads a complete folder, which stays as it is, to an existing repository; returns the address of the commit.
 
     Raises:
         OSError: The Hub refuses; run the command again to go on, since stored files are not sent twice.

@@ -51,13 +51,7 @@ class Record:
 
 
 def new_record(source: Source, dtype: str, stored_twice: dict[str, str]) -> Record:
-    """Records a source.
-
-    Args:
-        source: An opened source.
-        dtype: Type of most of its weights.
-        stored_twice: Names of tensors that it holds twice, to their other names.
-    """
+    """Records a source, as `Record` describes it."""
     files = {name: source.read_json(name) for name in RECORDED_FILES}
     template = source.folder / TEMPLATE_FILE
     if template.is_file():
@@ -113,13 +107,7 @@ def overlaid(kept: dict[str, Any], then: dict[str, Any], now: dict[str, Any]) ->
 
 
 def restore_files(folder: Path, record: Record, with_tokenizer: bool) -> None:
-    """Writes the files of a record again.
-
-    Args:
-        folder: Folder of the result.
-        record: The record of its format.
-        with_tokenizer: Whether the tokenizer is the one that it had.
-    """
+    """Writes the files of a record again; those of the tokenizer only with the tokenizer that it had."""
     files = record.files
     tokenizer_settings = files.get("tokenizer_config.json", {})
     # Code that a tokenizer names is not carried along; what the conversion made of it needs none.

@@ -44,9 +44,6 @@ class SentencePieceModel:
 def read_model(path: Path) -> SentencePieceModel:
     """Reads a tokenizer.model.
 
-    Returns:
-        Its content.
-
     Raises:
         ValueError: If it is no sentencepiece model.
     """
@@ -66,15 +63,12 @@ def read_model(path: Path) -> SentencePieceModel:
 
 
 def tokenizer_from_sentencepiece(path: Path, added_tokens: dict[int, dict[str, Any]], is_legacy: bool) -> Tokenizer:
-    """Builds a tokenizer of the tokenizers library.
+    """Builds a tokenizer of the tokenizers library, without begin and end tokens.
 
     Args:
         path: A tokenizer.model.
         added_tokens: Id to content and properties of tokens outside the model, or in the place of its pieces.
         is_legacy: Whether a space is put before the text behind each added token, as in LLaMA's first slow tokenizer.
-
-    Returns:
-        The tokenizer, without begin and end tokens.
 
     Raises:
         ValueError: If the model is of another kind, or the added tokens leave ids free.

@@ -34,16 +34,7 @@ def write_shards(
     max_shard_size: int | str,
     show_progress: bool = True,
 ) -> dict[str, str]:
-    """Writes all weights.
-
-    Args:
-        folder: Folder to write to.
-        tensors: Name to tensor.
-        max_shard_size: Largest size of a file, e.g. "5GB".
-        show_progress: Whether to draw a bar.
-
-    Returns:
-        SHA-256 of every file written.
+    """Writes all weights, in files of at most `max_shard_size`, e.g. "5GB"; returns the SHA-256 of each.
 
     Raises:
         ValueError: If a number does not survive the conversion to the wanted type.
@@ -97,16 +88,7 @@ def _write(file: BinaryIO, tensor: LazyTensor, data: memoryview) -> None:
 
 
 def cast(name: str, tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
-    """Casts a tensor.
-
-    Args:
-        name: Name of the tensor, for messages.
-        tensor: The tensor.
-        dtype: The type; a tensor that has it already is returned.
-
-    Returns:
-        The tensor in that type; reading it raises ValueError where a number becomes infinite.
-    """
+    """Casts a tensor, whose name is for messages; reading it raises ValueError where a number becomes infinite."""
     return tensor if tensor.dtype == dtype else computed(lambda value: _cast(name, value, dtype), tensor)
 
 

@@ -26,15 +26,12 @@ RENAME_EXCHANGE, AT_FDCWD = 2, -100  # of Linux's renameat2
 
 
 def place_of(out: Path, overwrite: bool, inputs: list[Path]) -> Path:
-    """Where a result is written.
+    """Where a result is written: OUT without links, the folder that it leads to where it is one.
 
     Args:
-        out: The path that the user gave. Where it is a link, the folder it leads to is written.
+        out: The path that the user gave.
         overwrite: Whether what is there may be replaced.
         inputs: Files and folders that are read.
-
-    Returns:
-        The place without links.
 
     Raises:
         OSError: Something is there that may not be replaced.
@@ -63,13 +60,7 @@ def place_of(out: Path, overwrite: bool, inputs: list[Path]) -> Path:
 
 
 def check_free(out: Path, place: Path, overwrite: bool) -> None:
-    """Refuses a place where something is that may not be replaced.
-
-    Args:
-        out: The path that the user gave.
-        place: Without links.
-        overwrite: Whether a folder may be replaced.
-    """
+    """Refuses a place where something is that may not be replaced; `out` is the path that the user gave."""
     if place.is_dir():
         if any(place.iterdir()) and not overwrite:
             raise FileExistsError(
@@ -82,11 +73,6 @@ def check_free(out: Path, place: Path, overwrite: bool) -> None:
 @contextmanager
 def complete_or_nothing(out: Path, place: Path, overwrite: bool) -> Iterator[Path]:
     """A folder beside the place that takes its name when all went well, and else vanishes.
-
-    Args:
-        out: The path that the user gave, for messages.
-        place: The path of the result.
-        overwrite: Whether what is there may be replaced.
 
     Raises:
         OSError: Another run writes to this place, or something came there meanwhile.

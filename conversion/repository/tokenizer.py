@@ -62,16 +62,9 @@ def has_tokenizer(folder: Path) -> bool:
 def copy_tokenizer(
     source: Path, target: Path, config: PretrainedConfig, is_for_retrieval: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Writes the tokenizer of one folder to another and loads it from there.
+    """Writes the tokenizer of one folder to another and loads it from there; no code in it is run.
 
-    Args:
-        source: Folder of the tokenizer; no code in it is run.
-        target: Folder of the result.
-        config: Configuration of the result.
-        is_for_retrieval: Whether it will be loaded with `add_eos_token=True`, as published for InternVL-14B.
-
-    Returns:
-        The tokenizer.
+    `is_for_retrieval`: it will be loaded with `add_eos_token=True`, as published for InternVL-14B.
 
     Raises:
         OSError: If `source` has none.
@@ -125,16 +118,7 @@ def needed_image_tokens(config: Any) -> tuple[str, ...]:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int, needed_tokens: Sequence[str]) -> None:
-    """Compares a tokenizer with the model that is to use it.
-
-    Args:
-        tokenizer: Tokenizer of the result.
-        vocabulary_size: Rows of the model's embedding.
-        needed_tokens: Tokens that must be in its vocabulary.
-
-    Raises:
-        ValueError: If it has ids that the model has not, or lacks tokens that mark images.
-    """
+    """Raises ValueError if a tokenizer has ids that the model has no embedding for, or lacks needed tokens."""
     vocabulary = tokenizer.get_vocab()
     largest = max(vocabulary.values())
     if largest >= vocabulary_size:
