@@ -108,12 +108,7 @@ def _image_token_id(
 ) -> int | None:
     given, vocabulary_size = config.image_token_id, config.text_config.vocab_size
     if tokenizer is not None:
-        found = image_token_id_of(tokenizer)
-        if given not in (None, found):
-            raise ValueError(
-                f"`image_token_id` is {given}, the tokenizer has {found} for `<IMG_CONTEXT>`. Leave it out."
-            )
-        return found
+        return image_token_id_of(tokenizer, given)
     if given is None:
         report("The id of `<IMG_CONTEXT>` is not known: images cannot be placed until `--image-token-id N` names it.")
     elif not 0 <= given < vocabulary_size:

@@ -16,17 +16,16 @@ from transformers import AddedToken, PreTrainedTokenizerBase
 
 from ...conversation_internvl import IMAGE_CONTEXT_TOKEN
 from ..readers.tensors import LazyTensor, computed
-from ..repository.tokenizer import copy_tokenizer
+from ..repository.tokenizer import copy_tokenizer, image_token_id_of
 from .edits import Draft, Edit
 
 
 EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 
 
-def add_to_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Gives a tokenizer the image token, unless it has one; returns its id."""
+def add_to_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives a tokenizer the image token, unless it has one."""
     tokenizer.add_tokens([AddedToken(IMAGE_CONTEXT_TOKEN, special=True, normalized=False)], special_tokens=True)
-    return tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT_TOKEN)
 
 
 def adding_image_token(
@@ -58,13 +57,8 @@ def _id_in_tokenizer(folder: Path, config: Any, image_token_id: int | None) -> t
     with TemporaryDirectory() as temporary:
         tokenizer = copy_tokenizer(folder, Path(temporary), config)
         is_free = IMAGE_CONTEXT_TOKEN not in tokenizer.get_vocab()
-        token_id = add_to_tokenizer(tokenizer)
-    if image_token_id not in (None, token_id):
-        raise ValueError(
-            f"`image_token_id` is {image_token_id}, the tokenizer has {token_id} for `{IMAGE_CONTEXT_TOKEN}`. Leave "
-            "it out."
-        )
-    return token_id, is_free
+        add_to_tokenizer(tokenizer)
+    return image_token_id_of(tokenizer, image_token_id), is_free
 
 
 def _add_rows(draft: Draft, token_id: int, num_rows: int) -> None:

@@ -26,6 +26,7 @@ class OwnFormat(Format):
     Args:
         is_published: Whether a published layout has the same names and keys, so that only `auto_map` distinguishes
             them.
+        find_obstacles: Reasons why a model with this configuration cannot be written.
     """
 
     to: ClassVar[str] = "internvl"
@@ -34,6 +35,7 @@ class OwnFormat(Format):
     brings_code: ClassVar[bool] = True
 
     is_published: bool = False
+    find_obstacles: Callable[[Any], list[str]] = lambda config: []
 
     def matches(self, source: Source) -> bool:
         """Whether a source has this format."""
@@ -50,7 +52,7 @@ class OwnFormat(Format):
 
     def obstacles(self, content: Content) -> list[str]:
         """Reasons why a model cannot be written in this format."""
-        return []
+        return self.find_obstacles(content.config)
 
     def notes(self, content: Content) -> list[str]:
         """Remarks for the user on a model in this format."""
@@ -119,17 +121,7 @@ class OwnFormat(Format):
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignFormat(OwnFormat):
-    """A format that others define. A model that came from it is written as it was.
-
-    Args:
-        find_obstacles: Reasons why a model with this configuration cannot be written.
-    """
-
-    find_obstacles: Callable[[Any], list[str]]
-
-    def obstacles(self, content: Content) -> list[str]:
-        """Reasons why a model cannot be written in this format."""
-        return self.find_obstacles(content.config)
+    """A format that others define. A model that came from it is written as it was."""
 
     def named_tensors(self, content: Content) -> Tensors:
         """Tensors under the same names; what the source held twice is there twice again."""

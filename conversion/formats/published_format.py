@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ..readers.adapters import LORA_RANK_KEYS
 from ..repository.generation import write_generation_config
 from ..repository.records import Record
 from ..repository.result import CHAT
@@ -19,14 +20,10 @@ from .published_files import write_clip_settings, write_published_code, write_pu
 from .published_settings import (
     chat_obstacles,
     contrastive_obstacles,
-    no_obstacles,
     published_chat,
     published_contrastive,
     published_vision,
 )
-
-
-LORA_KEYS = ("use_backbone_lora", "use_llm_lora", "use_qllama_lora")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +43,9 @@ class PublishedFormat(ForeignFormat):
         return self.published_config(content.config)
 
     def _with_facts(self, content: Content, config: dict[str, Any], record: Record | None) -> dict[str, Any]:
-        facts: dict[str, Any] = {key: 0 for key in LORA_KEYS if key in config}  # Conversion merges adapters.
+        facts: dict[str, Any] = {
+            key: 0 for key in LORA_RANK_KEYS.values() if key in config
+        }  # Conversion merges adapters.
         facts["auto_map"] = config.get("auto_map") or self._write_config(content)["auto_map"]
         if record is None or record.dtype != content.settings["dtype"]:
             facts["torch_dtype"] = content.settings["dtype"]
@@ -81,6 +80,5 @@ PUBLISHED_FORMATS = (
         name="InternViT, published Hub layout",
         **VISION_MARKS,
         published_config=published_vision,
-        find_obstacles=no_obstacles,
     ),
 )

@@ -54,8 +54,6 @@ _OWN_VISION_KEYS = (
     "semantic_loss_ignore_index stage_names"
 ).split()
 _OWN_CHAT_KEYS = "connector image_token_id mask_image_token_logit projector_type use_image_start_end".split()
-# Adapters are merged by any conversion.
-LORA_KEYS = ("use_backbone_lora", "use_llm_lora", "use_qllama_lora")
 
 
 def published_vision(config: InternViTConfig) -> dict[str, Any]:
@@ -116,11 +114,6 @@ def published_chat(config: InternVLChatConfig) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------------------- reasons
-def no_obstacles(config: Any) -> list[str]:
-    """A tower without a head can always be written."""
-    return []
-
-
 def contrastive_obstacles(config: InternVLConfig) -> list[str]:
     """Reasons why a model is no published InternVL-14B."""
     if config.qllama_config.num_query_token:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..readers.damages import DAMAGES
 from ..readers.foreign_settings import only_data
 from ..readers.source import Source
 from .code import write_json
@@ -69,7 +70,8 @@ def read_records(source: Source) -> dict[str, Record]:
     changed = {name for name in hashes if not isinstance(written, dict) or written.get(name) != hashes[name]}
     if changed & _TEXT_FILES:
         changed |= _TEXT_FILES
-    return {name: _read(record, changed) for name, record in found.items() if _is_record(record)}
+    records = {name: _read(record, changed) for name, record in found.items()}
+    return {name: record for name, record in records.items() if record is not None}
 
 
 def manifest_of(records: dict[str, Record]) -> dict[str, Any]:
@@ -131,18 +133,12 @@ def _with_key(content: Any, old: str, new: str) -> Any:
     return {new if key == old else key: _with_key(value, old, new) for key, value in content.items()}
 
 
-def _is_record(content: Any) -> bool:
-    if not isinstance(content, dict) or not isinstance(content.get("dtype"), str):
-        return False
-    config, twice, files = (content.get(key) for key in ("config", "stored_twice", "files"))
-    if not (isinstance(config, dict) and isinstance(twice, dict) and isinstance(files, dict)):
-        return False
-    return all(isinstance(name, str) for name in twice.values()) and all(isinstance(p, dict) for p in files.values())
-
-
-def _read(content: dict[str, Any], changed: set[str]) -> Record:
-    """The data of a record in conversion.json."""
+def _read(content: Any, changed: set[str]) -> Record | None:
+    """The data of a record in conversion.json; None where it is none."""
     names = {*RECORDED_FILES, TEMPLATE_FILE} - changed
-    files = {name: only_data(name, file) for name, file in content["files"].items() if name in names}
-    config = only_data("config.json", content["config"])
-    return Record(config, content["dtype"], content["stored_twice"], files)
+    try:
+        files = {name: only_data(name, dict(file)) for name, file in content["files"].items() if name in names}
+        twice = {name: str(other) for name, other in content["stored_twice"].items()}
+        return Record(only_data("config.json", dict(content["config"])), content["dtype"], twice, files)
+    except DAMAGES:
+        return None

@@ -134,9 +134,14 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int, ne
         )
 
 
-def image_token_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id of the image token."""
-    return tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT_TOKEN)
+def image_token_id_of(tokenizer: PreTrainedTokenizerBase, given: int | None) -> int:
+    """Id of the image token; ValueError if the user gave another one."""
+    found = tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT_TOKEN)
+    if given not in (None, found):
+        raise ValueError(
+            f"`image_token_id` is {given}, the tokenizer has {found} for `{IMAGE_CONTEXT_TOKEN}`. Leave it out."
+        )
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------- copied files
