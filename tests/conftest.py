@@ -52,6 +52,14 @@ def on_two(tmp_path_factory) -> list[dict]:
     return two_processes.results(folder)
 
 
+@pytest.fixture
+def vit(tmp_path) -> Path:
+    """A published InternViT, which the test may change."""
+    from .fixtures_published import published
+
+    return published("intern_vit_6b", tmp_path)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Workers of pytest-xdist share the cores, which torch would otherwise take in each of them and in the processes
     they start.

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from internvl.conversion import convert
+from internvl.conversion.__main__ import main
+
+from .fixtures_text import make_image
 
 
 def run(source: Path, out: Path, **options: Any) -> Path:
     return convert(source, out, show_progress=False, **options)
+
+
+def told(source: Path, out: Path, **options: Any) -> tuple[Path, str]:
+    """Runs a conversion; returns the result and what was said."""
+    lines: list[str] = []
+    return run(source, out, report=lines.append, **options), "\n".join(lines)
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -27,6 +38,33 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
     for name, tensor in wanted.items():
         assert found[name].dtype == tensor.dtype, name
         assert torch.equal(found[name], tensor), name
+
+
+def refused(capsys, source: Path, out: Path, *options: str) -> str:
+    """The one line with which the command answers a source; nothing was written."""
+    before = sorted(os.listdir(out.parent))
+    assert main([str(source), str(out), *options]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    assert sorted(os.listdir(out.parent)) == before
+    return lines[-1]
+
+
+def ask(processor, size: tuple[int, int] = (90, 60), question: str = "What is shown?"):
+    """Inputs of a model for a question about an image."""
+    content = [{"type": "image", "image": make_image(*size)}, {"type": "text", "text": question}]
+    settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    return processor.apply_chat_template([{"role": "user", "content": content}], **settings)
+
+
+class BoobyTrap:
+    """What a hostile file would hold: code that runs, and makes a folder, when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
 
 
 def assert_same_weights(found: Path, wanted: Path) -> None:
@@ -43,9 +81,11 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
 
 
-def edit_weights(source: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+@contextmanager
+def edited_weights(source: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """Tensors of a source, written again after the block."""
     tensors = load_file(source / "model.safetensors")
-    change(tensors)
+    yield tensors
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -13,9 +13,8 @@ from internvl.conversion.formats.edits import Draft, drop_blocks_above
 from internvl.conversion.plan import ConversionOptions, plan_conversion
 from internvl.image_processing_internvl import InternVLImageProcessor
 
-from .fixtures_conversions import json_of, run, weights_of
+from .fixtures_conversions import assert_same, json_of, run, weights_of
 from .fixtures_published import published
-from .tiny import VISION, chat_model, pixels
 
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -43,8 +42,7 @@ def test_image_size_resizes_the_positions_of_every_tower_and_nothing_else(case, 
     grid = F.interpolate(grid, size=(8, 8), mode="bicubic", align_corners=False)
     wanted = torch.cat([plain[name][:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
     torch.testing.assert_close(resized[name], wanted, rtol=0, atol=1e-6)
-    assert resized.keys() == plain.keys()
-    assert all(torch.equal(resized[key], plain[key]) for key in plain if key != name)
+    assert_same(resized, {**plain, name: resized[name]})
 
 
 @pytest.mark.parametrize("case", ["intern_vit_6b", "intern_vit_300m"])
@@ -134,19 +132,10 @@ def test_select_layer_minus_4_and_minus_1_of_the_tower_cut_behind_it_agree_bit_b
     first, second = (model.extract_feature(tiles) for model in models)
     assert torch.equal(first, second)
     left, right = weights_of(whole), weights_of(cut)
-    gone = {name for name in left if name not in right}
     above = tuple(f"vision_model.encoder.layers.{index}." for index in range(depth - 3, depth))
-    assert gone == {name for name in left if name.startswith(above)}
-    assert all(torch.equal(right[name], left[name]) for name in right)
-    assert gone <= json.loads((cut / "conversion.json").read_text())["left_out"].keys()
-
-
-def test_a_tower_of_12_blocks_read_at_minus_4_becomes_one_of_9_with_the_same_features(tmp_path):
-    model = chat_model(vision_config={**VISION, "num_hidden_layers": 12}, select_layer=-4)
-    model.save_pretrained(tmp_path / "whole")
-    cut = AutoModel.from_pretrained(run(tmp_path / "whole", tmp_path / "cut", drop_unused_blocks=True)).eval()
-    assert len(cut.vision_model.encoder.layers) == 9
-    assert torch.equal(cut.extract_feature(pixels()), model.extract_feature(pixels()))
+    gone = {name for name in left if name.startswith(above)}
+    assert_same(right, {name: tensor for name, tensor in left.items() if name not in gone})
+    assert gone <= json_of(cut, "conversion.json")["left_out"].keys()
 
 
 def test_of_a_tower_that_is_used_whole_nothing_is_dropped(tmp_path):
@@ -164,12 +153,6 @@ def test_the_blocks_that_stay_keep_their_drop_path_rates():
     draft = Draft({"model_type": "internvl_chat_model", "select_layer": -3, "vision_config": vision}, {})
     drop_blocks_above(draft)
     assert vision == {"num_hidden_layers": 3, "drop_path_rate": pytest.approx(0.2)}
-
-
-@pytest.mark.parametrize("case", ["intern_vit_6b", "internvl_14b"])
-def test_towers_that_are_used_whole_by_their_kind_are_refused(case, tmp_path):
-    with pytest.raises(ValueError, match="`drop_unused_blocks` has no effect: only a chat model"):
-        run(GOLDEN / case, tmp_path / "out", drop_unused_blocks=True)
 
 
 @pytest.mark.parametrize(

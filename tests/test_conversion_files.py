@@ -12,19 +12,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from internvl.conversion.__main__ import main
 from internvl.conversion.readers.opening import open_source
 
-from .fixtures_conversions import edit_json, edit_weights, json_of, run, state_of, weights_of
-from .fixtures_published import (
-    published,
-    published_chat,
+from .fixtures_conversions import (
+    BoobyTrap,
+    assert_same,
+    assert_same_weights,
+    edit_json,
+    edited_weights,
+    json_of,
+    refused,
+    run,
+    state_of,
+    told,
+    weights_of,
 )
-
-
-@pytest.fixture
-def vit(tmp_path):
-    return published("intern_vit_6b", tmp_path)
+from .fixtures_published import GOLDEN, published, published_chat
 
 
 # ---------------------------------------------------------------------------------------------------- kinds of sources
@@ -66,15 +69,12 @@ def test_every_kind_of_file_gives_the_same_weights_and_is_left_alone(change, vit
     wanted = load_file(vit / "model.safetensors")
     change(vit)
     before = state_of(vit)
-    found = weights_of(run(vit, tmp_path / "out"))
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert_same(weights_of(run(vit, tmp_path / "out")), wanted)
     assert state_of(vit) == before
 
 
 def test_a_single_file_may_be_named(vit, tmp_path):
-    out = run(vit / "model.safetensors", tmp_path / "out")
-    assert weights_of(out).keys() == load_file(vit / "model.safetensors").keys()
+    assert_same_weights(run(vit / "model.safetensors", tmp_path / "out"), vit)
 
 
 def as_in_the_hubs_cache(source: Path, cache: Path) -> Path:
@@ -92,9 +92,7 @@ def as_in_the_hubs_cache(source: Path, cache: Path) -> Path:
 def test_links_as_in_the_hubs_cache_are_followed(vit, tmp_path):
     wanted = load_file(vit / "model.safetensors")
     snapshot = as_in_the_hubs_cache(vit, tmp_path)
-    found = weights_of(run(snapshot, tmp_path / "out"))
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert_same(weights_of(run(snapshot, tmp_path / "out")), wanted)
     # Also through a link to the snapshot itself, and one of its files.
     (tmp_path / "link").symlink_to(snapshot)
     run(tmp_path / "link", tmp_path / "out2")
@@ -118,16 +116,6 @@ def test_a_missing_shard_is_named(vit, tmp_path):
         run(vit, tmp_path / "out")
 
 
-class BoobyTrap:
-    """What a hostile file would hold: code that runs when it is unpickled."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.target),)
-
-
 @pytest.mark.parametrize("form", ["zip", "plain-pickle"])
 def test_a_booby_trapped_file_is_refused_by_name_and_not_run(form, vit, tmp_path, capsys):
     (vit / "model.safetensors").unlink()
@@ -136,12 +124,8 @@ def test_a_booby_trapped_file_is_refused_by_name_and_not_run(form, vit, tmp_path
         torch.save(content, vit / "pytorch_model.bin")
     else:
         (vit / "pytorch_model.bin").write_bytes(pickle.dumps(content))
-    assert main([str(vit), str(tmp_path / "out")]) == 2
-    message = capsys.readouterr().err
-    assert "pytorch_model.bin` was refused" in message
-    assert message.count("\n") == 1
+    assert "pytorch_model.bin` was refused" in refused(capsys, vit, tmp_path / "out")
     assert not (tmp_path / "sprung").exists()
-    assert not (tmp_path / "out").exists()
 
 
 def test_no_code_of_the_source_is_run(tmp_path):
@@ -177,12 +161,10 @@ def test_headers_are_read_without_their_weights(vit):
 
 # ----------------------------------------------------------------------------------------------------- what is refused
 def test_everything_that_does_not_fit_is_listed_at_once(vit, tmp_path):
-    def change(tensors):
+    with edited_weights(vit) as tensors:
         del tensors["encoder.layers.0.ls1"], tensors["encoder.layers.2.norm1.weight"]
         tensors["encoder.layers.1.ls2"] = torch.zeros(7)
         tensors["head.weight"] = torch.zeros(2)
-
-    edit_weights(vit, change)
     with pytest.raises(ValueError, match="do not fit InternViT") as caught:
         run(vit, tmp_path / "out")
     message = str(caught.value)
@@ -206,34 +188,37 @@ def test_a_tensor_in_two_files_is_listed(vit, tmp_path):
 def test_rotary_buffers_are_dropped_by_name_and_nothing_else_is(tmp_path):
     source = published("chat_llama_v1", tmp_path)
     name = "language_model.model.layers.0.self_attn.rotary_emb.inv_freq"
-    edit_weights(source, lambda tensors: tensors.update({name: torch.zeros(8)}))
-    messages = []
-    out = run(source, tmp_path / "out", image_token_id=500, report=messages.append)
+    with edited_weights(source) as tensors:
+        tensors.update({name: torch.zeros(8)})
+    out, messages = told(source, tmp_path / "out", image_token_id=500)
     assert name not in weights_of(out)
-    assert any(name in message for message in messages)
-    edit_weights(source, lambda tensors: tensors.update({name.replace("inv_freq", "freq"): torch.zeros(8)}))
+    assert name in messages
+    with edited_weights(source) as tensors:
+        tensors.update({name.replace("inv_freq", "freq"): torch.zeros(8)})
     with pytest.raises(ValueError, match=r"1 unknown: .*rotary_emb.freq"):
         run(source, tmp_path / "other", image_token_id=500)
 
 
-def test_an_unknown_layout_is_answered_with_what_is_supported(tmp_path):
-    source = tmp_path / "bert"
+@pytest.mark.parametrize(
+    ("tensor", "config"),
+    [
+        ("bert.embeddings.weight", {"model_type": "bert"}),
+        # transformers' own InternVL has the `model_type` of the published 14B.
+        (
+            "model.vision_tower.embeddings.cls_token",
+            {"model_type": "internvl", "text_config": {}, "vision_config": {}},
+        ),
+    ],
+)
+def test_an_unknown_layout_is_answered_with_what_is_supported(tensor, config, tmp_path):
+    source = tmp_path / "source"
     source.mkdir()
-    save_file({"bert.embeddings.weight": torch.zeros(2)}, source / "model.safetensors")
-    edit_json(source / "config.json", model_type="bert")
-    with pytest.raises(ValueError, match=r"unknown.*'bert'") as caught:
+    save_file({tensor: torch.zeros(2)}, source / "model.safetensors")
+    edit_json(source / "config.json", **config)
+    with pytest.raises(ValueError, match=rf"layout of .* is unknown.*'{config['model_type']}'") as caught:
         run(source, tmp_path / "out")
     for layout in ("InternViT", "InternVL-14B", "InternVL-Chat"):
         assert layout in str(caught.value)
-
-
-def test_transformers_own_internvl_is_not_taken_for_14b(tmp_path):
-    source = tmp_path / "native"
-    source.mkdir()
-    save_file({"model.vision_tower.embeddings.cls_token": torch.zeros(2)}, source / "model.safetensors")
-    edit_json(source / "config.json", model_type="internvl", text_config={}, vision_config={})
-    with pytest.raises(ValueError, match=r"layout of .* is unknown"):
-        run(source, tmp_path / "out")
 
 
 def test_a_folder_without_weights_and_a_missing_one_are_named(tmp_path):
@@ -244,10 +229,24 @@ def test_a_folder_without_weights_and_a_missing_one_are_named(tmp_path):
         run(tmp_path / "empty", tmp_path / "out")
 
 
-@pytest.mark.parametrize("settings", [{"tokenizer": "x"}, {"image_token_id": 3}])
-def test_settings_without_effect_are_refused(settings, vit, tmp_path):
-    with pytest.raises(ValueError, match=f"`{next(iter(settings))}` has no effect"):
-        run(vit, tmp_path / "out", **settings)
+@pytest.mark.parametrize(
+    ("case", "setting", "reason"),
+    [
+        ("intern_vit_6b", {"tokenizer": "x"}, "reads no text"),
+        ("intern_vit_6b", {"image_token_id": 3}, "no image stands in a text"),
+        ("intern_vit_6b", {"num_heads": 4}, "says how many there are"),
+        ("intern_vit_6b", {"drop_unused_blocks": True}, "only a chat model"),
+        ("internvl_14b", {"drop_unused_blocks": True}, "only a chat model"),
+        ("chat_llama_v1", {"lora_alpha": 8}, "no adapters in"),
+        ("chat_llama_v1", {"base": "x"}, "no folder of an adapter"),
+        ("chat_llama_v1", {"vision_tower": "x"}, "no checkpoint of the LLaVA code base"),
+        ("chat_llama_v1", {"vision_config": "x"}, "no checkpoint of the LLaVA code base"),
+        ("chat_qwen2_v2", {"llama_decoder": True}, "no InternLM2 decoder"),
+    ],
+)
+def test_settings_without_effect_are_refused(case, setting, reason, tmp_path):
+    with pytest.raises(ValueError, match=f"`{next(iter(setting))}` has no effect: .*{reason}"):
+        run(GOLDEN / case, tmp_path / "out", **setting)
 
 
 # ---------------------------------------------------------------------------------------------------- types and shards
@@ -255,14 +254,14 @@ def test_settings_without_effect_are_refused(settings, vit, tmp_path):
 def test_weights_take_the_wanted_type(dtype, vit, tmp_path):
     out = run(vit, tmp_path / "out", dtype=dtype)
     wanted = getattr(torch, dtype)
-    stored = load_file(vit / "model.safetensors")
     assert json_of(out)["dtype"] == dtype
-    assert all(torch.equal(tensor, stored[name].to(wanted)) for name, tensor in weights_of(out).items())
+    assert_same(weights_of(out), {name: tensor.to(wanted) for name, tensor in weights_of(vit).items()})
     assert AutoModel.from_pretrained(out).dtype == wanted
 
 
 def test_numbers_too_large_for_half_precision_are_named(vit, tmp_path):
-    edit_weights(vit, lambda tensors: tensors["encoder.layers.1.ls1"].fill_(1e5))
+    with edited_weights(vit) as tensors:
+        tensors["encoder.layers.1.ls1"].fill_(1e5)
     with pytest.raises(ValueError, match=r"`encoder\.layers\.1\.ls1` holds 100000, which float16 cannot hold"):
         run(vit, tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()
@@ -275,21 +274,14 @@ def test_shards_have_the_wanted_size_and_load_as_one(vit, tmp_path):
     assert all(shard.stat().st_size < 210_000 for shard in shards)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {shard.name for shard in shards}
-    wanted = load_file(vit / "model.safetensors")
-    assert all(
-        torch.equal(tensor, wanted[name]) for name, tensor in AutoModel.from_pretrained(out).state_dict().items()
-    )
+    assert_same(AutoModel.from_pretrained(out).state_dict(), load_file(vit / "model.safetensors"))
 
 
 def test_mixed_types_stay_aligned_and_whole(vit, tmp_path):
-    def change(tensors):
+    with edited_weights(vit) as tensors:
         for name in list(tensors)[::3]:
             tensors[name] = tensors[name].to(torch.bfloat16)
-
-    edit_weights(vit, change)
-    wanted = load_file(vit / "model.safetensors")
-    found = weights_of(run(vit, tmp_path / "out"))
-    assert all(found[name].dtype == wanted[name].dtype and torch.equal(found[name], wanted[name]) for name in wanted)
+    assert_same_weights(run(vit, tmp_path / "out"), vit)
 
 
 def test_one_tensor_is_read_at_a_time(vit, tmp_path, monkeypatch):

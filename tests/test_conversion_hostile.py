@@ -17,23 +17,8 @@ from safetensors.torch import load_file, save_file
 from internvl.conversion.__main__ import main
 from internvl.conversion.readers.foreign_settings import OWN_MODULES
 
-from .fixtures_conversions import edit_json, run
+from .fixtures_conversions import edit_json, json_of, refused, run, told
 from .fixtures_published import published, published_14b, published_chat
-
-
-def refused(capsys, source, out, *options: str) -> str:
-    """The one line with which a source is answered; nothing was written."""
-    before = sorted(os.listdir(out.parent))
-    assert main([str(source), str(out), *options]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ")
-    assert sorted(os.listdir(out.parent)) == before
-    return error
-
-
-@pytest.fixture
-def vit(tmp_path):
-    return published("intern_vit_6b", tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- what a source names
@@ -70,7 +55,7 @@ def poisoned(source: Path, auto_map: dict[str, str]) -> None:
         "a_key_of_tomorrow": {"auto_map": auto_map, "module": "evil.Evil"},
         "another": ["evil.Evil"],
     }
-    config = json.loads((source / "config.json").read_text())
+    config = json_of(source)
     parts = {key: {**value, **bad} for key, value in config.items() if key.endswith("_config")}
     for part in parts.values():
         if part.get("model_type") == "qwen2":
@@ -88,7 +73,7 @@ def poisoned(source: Path, auto_map: dict[str, str]) -> None:
     for name in ("processor_config.json", "video_preprocessor_config.json", "feature_extractor_config.json"):
         edit_json(source / name, **bad, image_processor=bad)
     if (source / "tokenizer_config.json").exists():
-        settings = json.loads((source / "tokenizer_config.json").read_text())
+        settings = json_of(source, "tokenizer_config.json")
         for token in settings.get("added_tokens_decoder", {}).values():
             token.update(auto_map=auto_map, use_kernels=True, module="evil.Evil")
         edit_json(source / "tokenizer_config.json", **{**settings, **bad}, another_token={"content": "<s>", **bad})
@@ -138,14 +123,13 @@ def test_nothing_that_a_source_names_is_run_or_passed_on_in_any_format(kind, evi
     source = MAKERS[kind](tmp_path)
     poisoned(source, references(folder))
     shutil.copyfile(folder / "evil.py", source / "evil.py")
-    said = []
-    own = run(source, tmp_path / "own", verify=True, report=said.append)
-    assert any("Not taken over from config.json" in line and "custom_pipelines" in line for line in said)
+    own, said = told(source, tmp_path / "own", verify=True)
+    assert "custom_pipelines" in said.partition("Not taken over from config.json")[2].partition("\n")[0]
     results = [own, run(source, tmp_path / "published", to="published", verify=True)]
     results.append(run(own, tmp_path / "back", to="published", verify=True))
     # The records of a result are foreign as well.
     remembering = shutil.copytree(own, tmp_path / "remembering")
-    manifest = json.loads((own / "conversion.json").read_text())
+    manifest = json_of(own, "conversion.json")
     for record in manifest["forms"].values():
         record["config"] = {**record["config"], "auto_map": references(folder), "custom_pipelines": {"evil": {}}}
         record["files"]["preprocessor_config.json"] = {"auto_map": references(folder), "size": 56}
@@ -173,7 +157,7 @@ def test_the_native_format_names_no_code(evil, tmp_path):
 def test_only_modules_of_this_package_may_be_named(place, vit, tmp_path):
     edit_json(vit / "config.json", auto_map={"AutoConfig": place})
     for to in ("internvl", "published"):
-        config = json.loads((run(vit, tmp_path / to, to=to) / "config.json").read_text())
+        config = json_of(run(vit, tmp_path / to, to=to))
         assert {reference.partition(".")[0] for reference in config["auto_map"].values()} <= OWN_MODULES
 
 
@@ -189,7 +173,7 @@ def test_an_adapter_names_no_code_of_its_base(evil, tmp_path):
         adapter / "adapter_model.safetensors",
     )
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": str(base)}
-    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "auto_mapping": {"parent_library": "evil"}}))
+    edit_json(adapter / "adapter_config.json", **settings, auto_mapping={"parent_library": "evil"})
     poisoned(base, references(folder))
     assert_clean(run(adapter, tmp_path / "out", base=base))
     assert not mark.exists()
@@ -203,20 +187,19 @@ def secret(tmp_path: Path, text: str = "key") -> Path:
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "way"),
     [
-        "merges.txt",
-        "tokenizer.model",
-        "config.json",
-        "README.md",
-        "vocab.json",
-        "chat_template.jinja",
-        "x.safetensors",
+        ("merges.txt", "absolute"),
+        ("tokenizer.model", "relative"),
+        ("config.json", "link-to-link"),
+        ("README.md", "to-nothing"),
+        ("vocab.json", "absolute"),
+        ("chat_template.jinja", "relative"),
+        ("x.safetensors", "link-to-link"),
     ],
 )
-@pytest.mark.parametrize("way", ["absolute", "relative", "link-to-link", "to-nothing"])
-def test_links_that_leave_the_source_are_refused(way, name, tmp_path, capsys):
-    source, target = published_chat(tmp_path), secret(tmp_path)
+def test_links_that_leave_the_source_are_refused(name, way, vit, tmp_path, capsys):
+    source, target = vit, secret(tmp_path)
     (source / name).unlink(missing_ok=True)
     if way == "link-to-link":
         (source / "inner").symlink_to(target)
@@ -282,15 +265,14 @@ def test_a_snapshot_of_the_hubs_cache_may_link_to_its_own_blobs_alone(target, vi
     assert "merges.txt" in refused(capsys, snapshot, tmp_path / "out")
 
 
-@pytest.mark.parametrize("option", ["--tokenizer", "--vision-config", "--head", "--base", "--vision-tower"])
-def test_folders_given_as_options_are_looked_at_in_the_same_way(option, tmp_path, capsys):
+def test_folders_given_as_options_are_looked_at_in_the_same_way(tmp_path, capsys):
     source, target = published_chat(tmp_path), secret(tmp_path)
-    other = tmp_path / "other"
-    shutil.copytree(source, other)
+    other = shutil.copytree(source, tmp_path / "other")
     (other / "merges.txt").unlink(missing_ok=True)
     (other / "merges.txt").symlink_to(target)
-    error = refused(capsys, source, tmp_path / "out", option, str(other))
-    assert "holds links that leave it" in error or "has no effect" in error
+    for option in ("--tokenizer", "--vision-config", "--head", "--base", "--vision-tower"):
+        error = refused(capsys, source, tmp_path / "out", option, str(other))
+        assert "holds links that leave it" in error or "has no effect" in error
 
 
 def test_a_pipe_is_no_file_of_a_checkpoint(vit, tmp_path, capsys):
@@ -326,15 +308,15 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("ending", [".bin", ".pth", ".pt"])
 @pytest.mark.parametrize("kind", FILES)
-def test_what_is_no_file_of_weights_is_called_what_it_is(kind, ending, tmp_path, capsys):
+def test_what_is_no_file_of_weights_is_called_what_it_is(kind, tmp_path, capsys):
     content, said = FILES[kind]
-    file = tmp_path / f"weights{ending}"
-    file.write_bytes(content)
-    error = refused(capsys, file, tmp_path / "out")
-    assert f"weights{ending}" in error
-    assert said in error
+    for ending in (".bin", ".pth", ".pt"):
+        file = tmp_path / f"weights{ending}"
+        file.write_bytes(content)
+        error = refused(capsys, file, tmp_path / "out")
+        assert file.name in error
+        assert said in error
 
 
 @pytest.mark.parametrize("name", ["note.txt", "weights", "config.json", "photo.png"])
@@ -434,14 +416,8 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
         del changed[start : start + rng.randrange(1, 200)]
     for _ in range(rng.choice((1, 4, 32))):
         # The first and the last kilobyte say what the rest is.
-        place = rng.choice(
-            (
-                rng.randrange(len(changed)),
-                rng.randrange(min(1000, len(changed))),
-                -1 - rng.randrange(min(1000, len(changed))),
-            )
-        )
-        changed[place] = rng.randrange(256)
+        end = rng.randrange(min(1000, len(changed)))
+        changed[rng.choice((rng.randrange(len(changed)), end, -1 - end))] = rng.randrange(256)
     return bytes(changed)
 
 
@@ -457,12 +433,8 @@ def test_mutated_files_are_answered_or_converted_and_never_a_traceback(kind, tmp
     whole = file.read_bytes()
     for number in range(12 if kind.startswith("tokenizer") else 40):
         file.write_bytes(mutated(whole, rng))
-        arguments = (
-            [str(source), str(tmp_path / "out"), "--overwrite"]
-            if kind.startswith("tokenizer")
-            else [str(source), "--dry-run"]
-        )
-        assert main(arguments) in (0, 2), number
+        option = "--overwrite" if kind.startswith("tokenizer") else "--dry-run"
+        assert main([str(source), str(tmp_path / "out"), option]) in (0, 2), number
         error = capsys.readouterr().err
         assert "Traceback" not in error
         said = [line for line in error.splitlines() if line.startswith("error: ")]
@@ -495,13 +467,11 @@ VALUES = (0, -1, 10**30, 1.5, "48", None, [], {}, True, [48], {"a": 1}, "\U0001f
 
 @pytest.mark.parametrize(
     "key",
-    (
-        "hidden_size num_hidden_layers num_attention_heads patch_size image_size intermediate_size norm_type "
-        "num_channels"
-    ).split(),
+    "hidden_size num_hidden_layers num_attention_heads patch_size image_size intermediate_size norm_type "
+    "num_channels".split(),
 )
 def test_settings_of_wrong_type_or_size_are_refused_by_name(key, vit, tmp_path, capsys):
-    right = json.loads((vit / "config.json").read_text())[key]
+    right = json_of(vit)[key]
     for value in VALUES:
         edit_json(vit / "config.json", **{key: value})
         code = main([str(vit), "--dry-run"])
@@ -516,25 +486,22 @@ def test_settings_of_wrong_type_or_size_are_refused_by_name(key, vit, tmp_path, 
 
 
 @pytest.mark.parametrize("part", ["vision_config", "llm_config"])
-@pytest.mark.parametrize(
-    "value",
-    [None, [], "x", 5, {}, {"model_type": 5}, {"model_type": "evil"}, {"hidden_size": "x"}, {"vocab_size": -1}],
-)
-def test_parts_of_a_configuration_that_are_none_are_refused(part, value, tmp_path, capsys):
+def test_parts_of_a_configuration_that_are_none_are_refused(part, tmp_path, capsys):
     source = published_chat(tmp_path)
-    edit_json(source / "config.json", **{part: value})
-    assert main([str(source), "--dry-run"]) == 2
-    assert "error: " in capsys.readouterr().err
+    wrong = (None, [], "x", 5, {}, {"model_type": 5}, {"model_type": "evil"}, {"hidden_size": "x"}, {"vocab_size": -1})
+    for value in wrong:
+        edit_json(source / "config.json", **{part: value})
+        assert refused(capsys, source, tmp_path / "out", "--dry-run"), value
 
 
 @pytest.mark.parametrize(
     "name", ["preprocessor_config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"]
 )
-@pytest.mark.parametrize("kind", ["list", "deep", "surrogate", "cut"])
-def test_the_other_files_are_named_too(kind, name, tmp_path, capsys):
+def test_the_other_files_are_named_too(name, tmp_path, capsys):
     source = published_chat(tmp_path)
-    (source / name).write_text(TEXTS[kind])
-    assert name in refused(capsys, source, tmp_path / "out")
+    for kind in ("list", "deep", "surrogate", "cut"):
+        (source / name).write_text(TEXTS[kind])
+        assert name in refused(capsys, source, tmp_path / "out"), kind
 
 
 @pytest.mark.parametrize("name", ["", " ", "a\0b"])
@@ -563,12 +530,12 @@ def test_means_and_deviations_that_no_image_has_are_refused(key, kind, tmp_path,
 @pytest.mark.parametrize("value", [False, 5, "evil.Evil", "int8", ["float32"], {"": "float32"}])
 def test_a_type_of_weights_that_is_none_is_not_passed_on(value, vit, tmp_path):
     edit_json(vit / "config.json", torch_dtype=value, dtype=value)
-    config = json.loads((run(vit, tmp_path / "out", to="published", verify=True) / "config.json").read_text())
+    config = json_of(run(vit, tmp_path / "out", to="published", verify=True))
     assert "dtype" not in config
     assert config.get("torch_dtype") in (None, "float32")
 
 
-@pytest.mark.parametrize("way", ["relative", "upwards", "number", "downloaded"])
+@pytest.mark.parametrize("way", ["relative", "upwards", "number", "on-the-hub", "downloaded"])
 def test_a_base_is_read_only_where_training_on_this_machine_wrote_it(way, tmp_path, monkeypatch, capsys):
     base = published_chat(tmp_path / "private")
     monkeypatch.chdir(tmp_path)
@@ -581,13 +548,9 @@ def test_a_base_is_read_only_where_training_on_this_machine_wrote_it(way, tmp_pa
         "relative": base.relative_to(tmp_path),
         "upwards": tmp_path / "adapter" / ".." / base.relative_to(tmp_path),
         "number": 5,
+        "on-the-hub": "OpenGVLab/InternVL2-1B",
     }
     name = names.get(way, base)
-    settings = {
-        "peft_type": "LORA",
-        "r": 2,
-        "lora_alpha": 2,
-        "base_model_name_or_path": name if way == "number" else str(name),
-    }
-    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    named = name if way == "number" else str(name)
+    edit_json(adapter / "adapter_config.json", peft_type="LORA", r=2, lora_alpha=2, base_model_name_or_path=named)
     assert "--base DIR" in refused(capsys, adapter, tmp_path / "out")

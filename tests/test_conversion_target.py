@@ -8,14 +8,12 @@ import pytest
 
 from internvl.conversion.__main__ import main
 from internvl.conversion.repository import target
+from internvl.conversion.repository.shards import write_shards
 
 from .fixtures_conversions import edit_json, run, state_of
-from .fixtures_published import published
 
 
-@pytest.fixture
-def vit(tmp_path):
-    return published("intern_vit_6b", tmp_path)
+CONVERT = importlib.import_module("internvl.conversion.convert")  # not the function of that name
 
 
 # ---------------------------------------------------------------------------------------------- complete or not at all
@@ -52,7 +50,7 @@ def test_a_failed_run_leaves_nothing_and_keeps_what_was_there(vit, tmp_path, mon
     def full(*arguments, **settings):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(importlib.import_module("internvl.conversion.convert"), "write_shards", full)
+    monkeypatch.setattr(CONVERT, "write_shards", full)
     with pytest.raises(OSError, match="No space left"):
         run(vit, out, overwrite=True)
     assert state_of(out) == before
@@ -111,13 +109,12 @@ def test_a_folder_of_the_users_own_is_left_alone_whatever_its_name(name, vit, tm
 
 def test_a_second_run_to_one_place_is_refused_and_the_first_is_whole(vit, tmp_path, capsys, monkeypatch):
     codes = []
-    write = importlib.import_module("internvl.conversion.convert").write_shards
 
     def meanwhile(*arguments, **settings):
         codes.append(main([str(vit), str(tmp_path / "out"), "--overwrite"]))
-        return write(*arguments, **settings)
+        return write_shards(*arguments, **settings)
 
-    monkeypatch.setattr(importlib.import_module("internvl.conversion.convert"), "write_shards", meanwhile)
+    monkeypatch.setattr(CONVERT, "write_shards", meanwhile)
     out = run(vit, tmp_path / "out")
     assert codes == [2]
     assert "Another conversion is writing OUT" in capsys.readouterr().err
@@ -126,14 +123,12 @@ def test_a_second_run_to_one_place_is_refused_and_the_first_is_whole(vit, tmp_pa
 
 
 def test_what_came_to_the_place_meanwhile_is_kept(vit, tmp_path, monkeypatch):
-    write = importlib.import_module("internvl.conversion.convert").write_shards
-
     def meanwhile(*arguments, **settings):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "precious.txt").write_text("mine")
-        return write(*arguments, **settings)
+        return write_shards(*arguments, **settings)
 
-    monkeypatch.setattr(importlib.import_module("internvl.conversion.convert"), "write_shards", meanwhile)
+    monkeypatch.setattr(CONVERT, "write_shards", meanwhile)
     with pytest.raises(FileExistsError, match="not empty"):
         run(vit, tmp_path / "out")
     assert state_of(tmp_path / "out").keys() == {"precious.txt"}

@@ -125,28 +125,25 @@ def test_the_tokenizers_own_chat_template_gives_way_to_that_of_the_checkpoint(tm
     assert AutoTokenizer.from_pretrained(out).chat_template == (out / "chat_template.jinja").read_text()
 
 
-def test_a_tokenizer_without_image_tokens_is_refused(tmp_path):
-    make_tokenizer(special_tokens=("<img>",)).save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(ValueError, match="lacks `</img>`, `<IMG_CONTEXT>`"):
-        run(published("chat_qwen2_v2", tmp_path), tmp_path / "out", tokenizer=tmp_path / "tokenizer")
+MARKS = ("<img>", "</img>", "<IMG_CONTEXT>")
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
-    source = published_chat(tmp_path)
-    extra = tuple(f"<extra{index}>" for index in range(300))
-    make_tokenizer(special_tokens=("<img>", "</img>", "<IMG_CONTEXT>", *extra)).save_pretrained(source)
-    with pytest.raises(ValueError, match=r"ids up to \d+, the model has embeddings for 528 tokens"):
-        run(source, tmp_path / "out")
-
-
-def test_an_image_token_that_contradicts_the_tokenizer_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`image_token_id` is 7, the tokenizer has 349"):
-        run(published_chat(tmp_path), tmp_path / "out", image_token_id=7)
-
-
-def test_an_image_token_outside_the_vocabulary_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="must lie in the vocabulary of 528 tokens, got 528"):
-        run(published("chat_qwen2_v2", tmp_path), tmp_path / "out", image_token_id=528)
+@pytest.mark.parametrize(
+    ("tokens", "image_token_id", "message"),
+    [
+        (("<img>",), None, "lacks `</img>`, `<IMG_CONTEXT>`"),
+        ((*MARKS, *(f"<extra{index}>" for index in range(300))), None, r"ids up to \d+, the model has .* 528 tokens"),
+        (MARKS, 7, r"`image_token_id` is 7, the tokenizer has \d+"),
+        (None, 528, "must lie in the vocabulary of 528 tokens, got 528"),
+    ],
+    ids=["no-image-tokens", "too-large", "another-image-token", "outside"],
+)
+def test_tokens_that_are_not_those_of_the_model_are_refused(tokens, image_token_id, message, tmp_path):
+    source = published("chat_qwen2_v2", tmp_path)
+    if tokens:
+        make_tokenizer(special_tokens=tokens).save_pretrained(source)
+    with pytest.raises(ValueError, match=message):
+        run(source, tmp_path / "out", image_token_id=image_token_id)
 
 
 def test_a_tokenizer_that_is_only_remote_code_is_refused(tmp_path):

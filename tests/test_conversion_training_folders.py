@@ -4,11 +4,11 @@ DeepSpeed is needed nowhere: the goldens were written by it, other sizes by `zer
 """
 
 import json
-import os
 import pickle
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,11 +19,10 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from transformers import AutoModel
 
-from internvl.conversion.__main__ import main
 from internvl.conversion.readers.opening import open_source
 from internvl.conversion.readers.tensors import TensorReader
 
-from .fixtures_conversions import assert_same, run
+from .fixtures_conversions import BoobyTrap, assert_same, json_of, run, weights_of
 from .fixtures_published import GOLDEN, published_chat
 from .tiny import vision_model
 from .zero_writer import write_zero
@@ -51,16 +50,6 @@ def random(*shapes: tuple[int, ...], prefix: str = "layer", seed: int = 0) -> di
     return {f"{prefix}.{index}": torch.randn(shape, generator=generator) for index, shape in enumerate(shapes)}
 
 
-class BoobyTrap:
-    """Makes a folder when unpickled."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.target),)
-
-
 # --------------------------------------------------------------------------------------------------- DeepSpeed goldens
 @pytest.fixture(scope="module", params=ZERO_CASES)
 def zero_case(request, tmp_path_factory):
@@ -71,7 +60,7 @@ def zero_case(request, tmp_path_factory):
 
 def test_a_zero_golden_gives_exactly_the_weights_that_deepspeed_consolidates(zero_case):
     case, out = zero_case
-    assert_same(load_file(out / "model.safetensors"), load_file(case / "expected_fp32.safetensors"))
+    assert_same(weights_of(out), load_file(case / "expected_fp32.safetensors"))
 
 
 def test_a_zero_golden_computes_what_was_recorded(zero_case):
@@ -81,13 +70,12 @@ def test_a_zero_golden_computes_what_was_recorded(zero_case):
     model = AutoModel.from_pretrained(out).eval()
     with torch.no_grad():
         outputs = model(recorded["in.pixel_values"], output_hidden_states=True)
-    compared = 0
-    for name in [name for name in recorded if name.startswith("out.")]:
-        kind, _, index = name.removeprefix("out.").partition(".")
+    wanted = {name.removeprefix("out."): tensor for name, tensor in recorded.items() if name.startswith("out.")}
+    assert wanted
+    for name, tensor in wanted.items():
+        kind, _, index = name.partition(".")
         found = outputs[kind][int(index)] if index else outputs[kind]
-        torch.testing.assert_close(found, recorded[name], atol=1e-5, rtol=1e-5)
-        compared += 1
-    assert compared
+        torch.testing.assert_close(found, tensor, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("place", ["latest", "global_step3", "optimizer", "model"])
@@ -96,20 +84,14 @@ def test_any_part_of_a_zero_checkpoint_stands_for_all_of_it(case, place):
     step = GOLDEN / case / "global_step3"
     files = {"optimizer": "*rank_1*_optim_states.pt", "model": "*_model_states.pt"}
     source = next(step.glob(files[place])) if place in files else GOLDEN / case / place
-    assert open_source(source).config == json.loads((GOLDEN / case / "config.json").read_text())
+    assert open_source(source).config == json_of(GOLDEN / case)
     assert_same(tensors_of(source), load_file(GOLDEN / case / "expected_fp32.safetensors"))
-
-
-def test_a_zero_checkpoint_can_be_cast(zero_case, tmp_path):
-    case, _ = zero_case
-    wanted = {name: tensor.bfloat16() for name, tensor in load_file(case / "expected_fp32.safetensors").items()}
-    assert_same(load_file(run(case, tmp_path / "out", dtype="bfloat16") / "model.safetensors"), wanted)
 
 
 def test_the_state_of_the_training_is_named_as_left_out(zero_case):
     _, out = zero_case
-    manifest = json.loads((out / "conversion.json").read_text())
-    assert manifest["left_out"] == {"state of the training in global_step3": "no weights of the model"}
+    left_out = json_of(out, "conversion.json")["left_out"]
+    assert left_out == {"state of the training in global_step3": "no weights of the model"}
 
 
 def test_deepspeed_is_not_imported(zero_case):
@@ -171,7 +153,7 @@ def test_a_checkpoint_folder_of_the_trainer_with_parts_of_deepspeed(tmp_path):
     (checkpoint / "latest").unlink()
     for source in (checkpoint, place, tmp_path):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        assert_same(load_file(run(source, tmp_path / "out") / "model.safetensors"), model.state_dict())
+        assert_same(weights_of(run(source, tmp_path / "out")), model.state_dict())
 
 
 def test_a_chat_model_comes_back_with_its_tokenizer(tmp_path):
@@ -180,7 +162,7 @@ def test_a_chat_model_comes_back_with_its_tokenizer(tmp_path):
     (source / "model.safetensors").unlink()
     write_zero(source, [tensors], 2, 2)
     out = run(source, tmp_path / "out")
-    assert_same(load_file(out / "model.safetensors"), tensors)
+    assert_same(weights_of(out), tensors)
     assert (out / "processor_config.json").is_file()
 
 
@@ -211,18 +193,13 @@ def assert_refused(source: Path, kind: type[Exception], pattern: str) -> None:
         open_source(source)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_missing_rank_is_named(stage, tmp_path):
+@pytest.mark.parametrize(("stage", "ranks"), [(1, [1]), (2, [1]), (3, [1]), (3, [0, 1, 2])])
+def test_missing_ranks_are_named(stage, ranks, tmp_path):
     place = write_zero(tmp_path, GROUPS, stage, 3)
-    optimizer_file(place, 1).unlink()
-    assert_refused(tmp_path, OSError, r"written by 3 processes, and lacks the \*_optim_states.pt of rank 1")
-
-
-def test_all_ranks_missing_in_stage_3_is_an_error(tmp_path):
-    place = write_zero(tmp_path, GROUPS, 3, 2)
-    for rank in range(2):
+    for rank in ranks:
         optimizer_file(place, rank).unlink()
-    assert_refused(tmp_path, OSError, r"lacks the \*_optim_states.pt of rank 0, 1")
+    lacking = ", ".join(map(str, ranks))
+    assert_refused(tmp_path, OSError, rf"written by 3 processes, and lacks the \*_optim_states.pt of rank {lacking}\.")
 
 
 def test_a_missing_model_file_is_named(tmp_path):
@@ -250,21 +227,23 @@ def test_a_file_of_another_world_size_is_an_error(tmp_path):
     assert_refused(tmp_path / "a", ValueError, "number of processes.* rank 0: 2; rank 1: 4")
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_flat_weights_of_another_length_are_an_error(stage, tmp_path):
+SHORTER = [{name: tensor[..., :1] for name, tensor in group.items()} for group in GROUPS]
+
+
+@pytest.mark.parametrize(
+    ("stage", "groups", "pattern"),
+    [
+        (2, SHORTER, "fewer numbers than|do not belong together"),
+        (3, SHORTER, "fewer numbers than|do not belong together"),
+        (2, GROUPS[:2], "3 optimizer groups in the model states, 2, 2 in the optimizer states"),
+    ],
+    ids=["shorter-2", "shorter-3", "fewer-groups"],
+)
+def test_optimizer_states_of_another_model_are_an_error(stage, groups, pattern, tmp_path):
     place = write_zero(tmp_path / "a", GROUPS, stage, 2)
-    shorter = [{name: tensor[..., :1] for name, tensor in group.items()} for group in GROUPS]
-    other = write_zero(tmp_path / "b", shorter, stage, 2)
-    for file in other.glob("*_optim_states.pt"):
+    for file in write_zero(tmp_path / "b", groups, stage, 2).glob("*_optim_states.pt"):
         shutil.copy(file, place)
-    assert_refused(tmp_path / "a", ValueError, "fewer numbers than|do not belong together")
-
-
-def test_another_number_of_optimizer_groups_is_an_error(tmp_path):
-    place = write_zero(tmp_path / "a", GROUPS, 2, 2)
-    for file in write_zero(tmp_path / "b", GROUPS[:2], 2, 2).glob("*_optim_states.pt"):
-        shutil.copy(file, place)
-    assert_refused(tmp_path / "a", ValueError, "3 optimizer groups in the model states, 2, 2 in the optimizer states")
+    assert_refused(tmp_path / "a", ValueError, pattern)
 
 
 @pytest.mark.parametrize("which", ["optimizer", "model"])
@@ -293,15 +272,11 @@ def test_latest_cannot_point_outside(tag, tmp_path):
     assert_refused(tmp_path / "run", ValueError, "points outside its folder")
 
 
-def test_latest_must_name_a_folder_that_is_there(tmp_path):
-    write_zero(tmp_path, GROUPS, 2, 1)
-    (tmp_path / "latest").write_text("global_step8")
-    assert_refused(tmp_path, OSError, "names `global_step8`, which")
-
-
-def test_without_latest_one_of_several_must_be_named(tmp_path):
+def test_latest_names_a_folder_that_is_there_or_one_of_several_must_be_named(tmp_path):
     for step in (7, 14):
         write_zero(tmp_path, GROUPS, 2, 1, tag=f"global_step{step}")
+    (tmp_path / "latest").write_text("global_step8")
+    assert_refused(tmp_path, OSError, "names `global_step8`, which")
     (tmp_path / "latest").unlink()
     assert_refused(tmp_path, ValueError, "holds several checkpoints: global_step14, global_step7. Give one")
     assert_same(tensors_of(tmp_path / "global_step14"), TRAINED)
@@ -380,8 +355,7 @@ def written(tmp_path_factory):
 def test_shards_of_two_processes_make_the_model(kind, written, tmp_path):
     source = written / kind / "checkpoint-7"
     assert len(list(source.rglob("*.distcp"))) == (4 if kind == "fsdp" else 2)
-    out = run(source, tmp_path / "out")
-    assert_same(load_file(out / "model.safetensors"), load_file(written / "model.safetensors"))
+    assert_same(weights_of(run(source, tmp_path / "out")), load_file(written / "model.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -450,10 +424,11 @@ def test_the_full_state_of_fsdp_is_read(tmp_path):
 
 
 # ------------------------------------------------------------------------------- torch.distributed.checkpoint, refused
-def change_metadata(folder: Path, change) -> None:
+@contextmanager
+def changed_metadata(folder: Path, protocol: int | None = None):
     metadata = pickle.loads((folder / ".metadata").read_bytes())
-    change(metadata)
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    yield metadata
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata, protocol=protocol))
 
 
 @pytest.fixture
@@ -463,9 +438,8 @@ def saved(tmp_path):
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_a_booby_trapped_description_is_refused_by_name_and_not_run(protocol, saved, tmp_path):
-    metadata = pickle.loads((saved / ".metadata").read_bytes())
-    metadata.planner_data = BoobyTrap(tmp_path / "sprung")
-    (saved / ".metadata").write_bytes(pickle.dumps(metadata, protocol=protocol))
+    with changed_metadata(saved, protocol) as metadata:
+        metadata.planner_data = BoobyTrap(tmp_path / "sprung")
     assert_refused(saved, ValueError, r"\.metadata` was refused: .*`(posix|nt)\.mkdir`")
     assert not (tmp_path / "sprung").exists()
 
@@ -485,11 +459,9 @@ def test_a_booby_trapped_shard_is_refused_by_name_and_not_run(saved, tmp_path):
     start = file.stat().st_size
     file.write_bytes(file.read_bytes() + trapped.read_bytes())
 
-    def redirect(metadata):
+    with changed_metadata(saved) as metadata:
         info = next(info for index, info in metadata.storage_data.items() if index.fqn == "model.layer.0")
         info.offset, info.length = start, trapped.stat().st_size
-
-    change_metadata(saved, redirect)
     with pytest.raises(ValueError, match=r"__0_0.distcp` was refused: .*\((posix|nt)\.mkdir\)"):
         tensors_of(saved)
     assert not (tmp_path / "sprung").exists()
@@ -499,22 +471,17 @@ def test_a_booby_trapped_shard_is_refused_by_name_and_not_run(saved, tmp_path):
     "path", ["../saved/__0_0.distcp", "/etc/x.distcp", "sub/__0_0.distcp", "..\\x.distcp", "passwords"]
 )
 def test_a_description_cannot_point_outside(path, saved):
-    def redirect(metadata):
+    with changed_metadata(saved) as metadata:
         next(iter(metadata.storage_data.values())).relative_path = path
-
-    change_metadata(saved, redirect)
     assert_refused(saved, ValueError, "points outside its folder")
 
 
-def test_a_missing_file_of_a_rank_is_named(saved):
-    (saved / "__0_0.distcp").unlink()
-    assert_refused(saved, OSError, "lacks files of ranks: __0_0.distcp")
-
-
-def test_a_truncated_file_of_a_rank_is_named(saved):
+def test_a_file_of_a_rank_that_is_truncated_or_missing_is_named(saved):
     file = saved / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:-1])
     assert_refused(saved, OSError, "files that are not complete: __0_0.distcp")
+    file.unlink()
+    assert_refused(saved, OSError, "lacks files of ranks: __0_0.distcp")
 
 
 def test_a_missing_description_is_an_error(saved):
@@ -539,7 +506,7 @@ def test_something_else_under_that_name_is_refused(saved):
 def test_chunks_must_fill_a_tensor_exactly(change, tmp_path):
     source = save({"model": {"matrix": torch.zeros(5, 7).as_subclass(Blocks)}}, tmp_path)
 
-    def damage(metadata):
+    with changed_metadata(source) as metadata:
         entry = metadata.state_dict_metadata["model.matrix"]
         if change == "hole":
             entry.chunks.pop()
@@ -547,20 +514,13 @@ def test_chunks_must_fill_a_tensor_exactly(change, tmp_path):
             entry.chunks[-1] = entry.chunks[0]
         else:
             entry.size = torch.Size([35, 1])
-
-    change_metadata(source, damage)
     assert_refused(source, ValueError, "must describe all of `model.matrix`")
 
 
 def test_a_shard_of_another_shape_is_an_error(saved):
-    def swap(metadata):
+    with changed_metadata(saved) as metadata:
         infos = {index.fqn: info for index, info in metadata.storage_data.items()}
-        infos["model.layer.0"].offset, infos["model.layer.0"].length = (
-            infos["model.layer.1"].offset,
-            infos["model.layer.1"].length,
-        )
-
-    change_metadata(saved, swap)
+        vars(infos["model.layer.0"]).update(vars(infos["model.layer.1"]))
     with pytest.raises(ValueError, match=r"must hold \(5, 3\) torch.float32 for `model.layer.0`, got \(7,\)"):
         tensors_of(saved)
 
@@ -576,19 +536,20 @@ def test_one_of_several_models_must_be_named(tmp_path):
 
 
 def test_compressed_shards_are_refused(saved):
-    def compress(metadata):
+    with changed_metadata(saved) as metadata:
         next(iter(metadata.storage_data.values())).transform_descriptors = ["stream.zstd"]
-
-    change_metadata(saved, compress)
     assert_refused(saved, ValueError, "stream.zstd.*is not read")
 
 
 # --------------------------------------------------------------------------------------------------- Trainer's folders
+STATES = ("optimizer.pt", "rng_state.pth", "rng_state_1.pth", "scaler.pt", "scheduler.pt", "training_args.bin")
+
+
 def write_checkpoint(folder: Path, trap: Path | None = None, **settings) -> dict[str, torch.Tensor]:
     """A `checkpoint-N` as Trainer leaves it; what is no weights would spring a trap."""
     model = vision_model()
     model.save_pretrained(folder, **settings)
-    for name in ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_1.pth", "training_args.bin"):
+    for name in STATES:
         torch.save(BoobyTrap(trap or folder / "sprung"), folder / name)
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": 7}))
     return dict(model.state_dict())
@@ -598,12 +559,9 @@ def write_checkpoint(folder: Path, trap: Path | None = None, **settings) -> dict
 def test_of_a_checkpoint_of_the_trainer_only_the_weights_count(settings, tmp_path):
     tensors = write_checkpoint(tmp_path / "checkpoint-7", tmp_path / "sprung", **settings)
     out = run(tmp_path / "checkpoint-7", tmp_path / "out")
-    assert_same(load_file(out / "model.safetensors"), tensors)
+    assert_same(weights_of(out), tensors)
     assert not (tmp_path / "sprung").exists()
-    left_out = json.loads((out / "conversion.json").read_text())["left_out"]
-    assert left_out.keys() == {
-        "optimizer.pt", "rng_state.pth", "rng_state_1.pth", "scaler.pt", "scheduler.pt", "training_args.bin",
-    }  # fmt: skip
+    assert json_of(out, "conversion.json")["left_out"].keys() == set(STATES)
 
 
 def test_weights_in_a_loose_file_are_found_beside_the_state_of_the_training(tmp_path):
@@ -614,33 +572,22 @@ def test_weights_in_a_loose_file_are_found_beside_the_state_of_the_training(tmp_
     assert not (tmp_path / "sprung").exists()
 
 
-def test_weights_beside_parts_of_a_training_are_what_is_converted(tmp_path):
+@pytest.mark.parametrize("other", ["zero", "checkpoints"])
+def test_weights_come_before_parts_of_a_training_and_checkpoints_beside_them(other, tmp_path):
     tensors = write_checkpoint(tmp_path)
-    write_zero(tmp_path, GROUPS, 2, 1)
+    if other == "zero":
+        write_zero(tmp_path, GROUPS, 2, 1)
+    else:
+        for step in (7, 14):
+            (tmp_path / f"checkpoint-{step}").mkdir()
     assert_same(tensors_of(tmp_path), tensors)
 
 
-def test_the_only_checkpoint_of_an_output_folder_is_taken(tmp_path):
+def test_the_only_checkpoint_of_an_output_folder_is_taken_and_one_of_several_must_be_named(tmp_path):
     tensors = write_checkpoint(tmp_path / "checkpoint-7")
     (tmp_path / "runs").mkdir()
     assert_same(tensors_of(tmp_path), tensors)
-
-
-def test_one_of_several_checkpoints_must_be_named(tmp_path):
-    for step in (7, 70, 14):
-        write_checkpoint(tmp_path / f"checkpoint-{step}")
+    for step in (70, 14):
+        shutil.copytree(tmp_path / "checkpoint-7", tmp_path / f"checkpoint-{step}")
     torch.save({}, tmp_path / "training_args.bin")
     assert_refused(tmp_path, ValueError, "several checkpoints: checkpoint-7, checkpoint-14, checkpoint-70. Give one")
-
-
-def test_the_weights_of_an_output_folder_come_before_its_checkpoints(tmp_path):
-    for step in (7, 14):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    tensors = write_checkpoint(tmp_path)
-    assert_same(tensors_of(tmp_path), tensors)
-
-
-def test_a_folder_without_anything_says_so(tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
-    assert main([str(tmp_path / "empty"), str(tmp_path / "out")]) == 2
-    assert "holds no weights" in capsys.readouterr().err

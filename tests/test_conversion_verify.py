@@ -7,19 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from internvl.conversion.__main__ import main
-from internvl.conversion.convert import convert
 from internvl.conversion.repository import publish
 from internvl.modeling_internvit import InternVisionModel
 
-from .fixtures_published import published, published_14b
-
-
-GOLDEN = Path(__file__).parent / "golden"
-
-
-@pytest.fixture
-def vit(tmp_path):
-    return published("intern_vit_6b", tmp_path)
+from .fixtures_conversions import refused, run, told
+from .fixtures_published import GOLDEN, published_14b
 
 
 def test_every_tensor_and_recorded_output_is_compared(vit, tmp_path, capsys):
@@ -58,7 +50,7 @@ def test_a_tensor_that_changes_on_loading_stops_the_run_and_nothing_appears(vit,
 
     monkeypatch.setattr("transformers.AutoModel.from_pretrained", lambda *a, **k: spoiled(InternVisionModel, a[0]))
     with pytest.raises(ValueError, match=r"is not the source's. Tensors 1 different: encoder.layers.1.ls2"):
-        convert(vit, tmp_path / "out", show_progress=False, verify=True)
+        run(vit, tmp_path / "out", verify=True)
     assert not (tmp_path / "out").exists()
 
 
@@ -67,7 +59,7 @@ def test_outputs_that_differ_are_named_with_the_difference(vit, tmp_path):
     content["out.pooler_output"] = content["out.pooler_output"] + 1.5
     save_file(content, tmp_path / "io.safetensors")
     with pytest.raises(ValueError, match=r"Outputs differ from .*: out\.pooler_output by 1\.5"):
-        convert(vit, tmp_path / "out", show_progress=False, verify=True, recorded=tmp_path / "io.safetensors")
+        run(vit, tmp_path / "out", verify=True, recorded=tmp_path / "io.safetensors")
 
 
 def test_a_record_of_something_else_is_refused(vit, tmp_path):
@@ -75,10 +67,10 @@ def test_a_record_of_something_else_is_refused(vit, tmp_path):
         {"in.pixel_values": torch.zeros(1, 3, 28, 28), "out.logits": torch.zeros(1)}, tmp_path / "io.safetensors"
     )
     with pytest.raises(ValueError, match=r"Nothing in .* could be compared: expected .*last_hidden_state"):
-        convert(vit, tmp_path / "out", show_progress=False, verify=True, recorded=tmp_path / "io.safetensors")
+        run(vit, tmp_path / "out", verify=True, recorded=tmp_path / "io.safetensors")
     (tmp_path / "io.safetensors").write_text("{}")
     with pytest.raises(OSError, match="cannot be read as recorded inputs and outputs"):
-        convert(vit, tmp_path / "out", show_progress=False, verify=True, recorded=tmp_path / "io.safetensors")
+        run(vit, tmp_path / "out", verify=True, recorded=tmp_path / "io.safetensors")
 
 
 def test_inputs_that_the_model_cannot_take_are_named(vit, tmp_path):
@@ -86,16 +78,15 @@ def test_inputs_that_the_model_cannot_take_are_named(vit, tmp_path):
     with pytest.raises(
         ValueError, match=r"cannot be run on the inputs in .*none that it knows.*InternVisionModel.forward"
     ):
-        convert(vit, tmp_path / "out", show_progress=False, verify=True, recorded=tmp_path / "io.safetensors")
+        run(vit, tmp_path / "out", verify=True, recorded=tmp_path / "io.safetensors")
 
 
 def test_published_names_of_arguments_are_understood(vit, tmp_path):
     content = load_file(GOLDEN / "intern_vit_6b" / "io.safetensors")
     record = {"in.image": content["in.pixel_values"], "out.pooler_output": content["out.pooler_output"]}
     save_file(record, tmp_path / "io.safetensors")
-    messages = []
-    convert(vit, tmp_path / "out", verify=True, recorded=tmp_path / "io.safetensors", report=messages.append)
-    assert any("Output out.pooler_output" in message for message in messages)
+    _, messages = told(vit, tmp_path / "out", verify=True, recorded=tmp_path / "io.safetensors")
+    assert "Output out.pooler_output" in messages
 
 
 # ------------------------------------------------------------------------------------------------------------- the Hub
@@ -130,11 +121,9 @@ def test_a_hub_that_refuses_stops_the_run_before_anything_is_written(vit, tmp_pa
     hub = Hub()
     hub.create_repo = refuse
     monkeypatch.setattr(publish, "HfApi", lambda: hub)
-    assert main([str(vit), str(tmp_path / "out"), "--push-to-hub", "me/vit"]) == 2
-    assert "hf auth login" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert "hf auth login" in refused(capsys, vit, tmp_path / "out", "--push-to-hub", "me/vit")
 
 
 def test_a_name_that_is_no_repository_is_refused_offline(vit, tmp_path, capsys):
-    assert main([str(vit), str(tmp_path / "out"), "--push-to-hub", "not//a name"]) == 2
-    assert "is no name of a repository" in capsys.readouterr().err
+    message = refused(capsys, vit, tmp_path / "out", "--push-to-hub", "not//a name")
+    assert "is no name of a repository" in message

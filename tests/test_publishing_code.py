@@ -8,32 +8,24 @@ from pathlib import Path
 import pytest
 from transformers.dynamic_module_utils import HF_MODULES_CACHE, get_cached_module_file
 
-from internvl.conversion import convert
 from internvl.publishing.__main__ import main
 from internvl.publishing.code import list_code
 
-from .fixtures_published import published, published_14b, published_chat
+from .fixtures_conversions import edit_json, run
+from .fixtures_published import published_14b, published_chat
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("code")
     chat = published_chat(folder)
-    found = {
-        form: convert(chat, folder / form, show_progress=False, to=form)
-        for form in ("internvl", "published", "native")
-    }
-    return {**found, "contrastive": convert(published_14b(folder), folder / "contrastive", show_progress=False)}
+    found = {form: run(chat, folder / form, to=form) for form in ("internvl", "published", "native")}
+    return {**found, "contrastive": run(published_14b(folder), folder / "contrastive")}
 
 
 @pytest.fixture
 def folder(results, tmp_path):
     return shutil.copytree(results["internvl"], tmp_path / "folder")
-
-
-def edit_json(path, **changes):
-    content = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**content, **changes}))
 
 
 def said(capsys, folder, *options):
@@ -55,10 +47,9 @@ def test_all_files_that_are_run_are_listed_with_their_hash_and_are_ours(form, re
     assert listed.keys() == {file.name for file in folder.glob("*.py")}
 
 
-def test_it_lists_what_transformers_copies_to_run(tmp_path):
+def test_it_lists_what_transformers_copies_to_run(vit, tmp_path):
     """The remote loader copies what it runs, and what that imports, into its cache of modules."""
-    source = published("intern_vit_6b", tmp_path)
-    folder = convert(source, tmp_path / "copied_to_run", show_progress=False)
+    folder = run(vit, tmp_path / "copied_to_run")
     (folder / "unused.py").write_text("raise SystemExit\n")
     copied = set()
     for module in ("configuration_internvl", "modeling_internvit", "image_processing_internvl"):
@@ -74,22 +65,15 @@ def test_a_form_without_code_needs_no_trust(results, capsys):
     assert "names code: it loads without trust_remote_code" in text
 
 
-def test_a_file_that_was_tampered_with_is_marked(folder, capsys):
-    with (folder / "layers_internvl.py").open("a") as file:
-        file.write("\nimport os\n")
-    code, text = said(capsys, folder)
-    assert code == 1
-    assert [line for line in text.splitlines() if line.endswith("layers_internvl.py  (NOT this package's)")]
-    assert "Not this package's, so read it first: layers_internvl.py." in text
-
-
-def test_a_file_that_a_listed_one_imports_is_listed(folder, capsys):
+def test_a_file_that_was_tampered_with_is_marked_and_what_it_imports_is_listed(folder, capsys):
     (folder / "hidden.py").write_text("raise SystemExit\n")
     with (folder / "layers_internvl.py").open("a") as file:
         file.write("\nfrom .hidden import X\n")
     code, text = said(capsys, folder)
     assert code == 1
-    assert "hidden.py  (NOT this package's)" in text
+    for name in ("hidden.py", "layers_internvl.py"):
+        assert [line for line in text.splitlines() if line.endswith(f"{name}  (NOT this package's)")]
+    assert "Not this package's, so read it first: hidden.py, layers_internvl.py." in text
 
 
 @pytest.mark.parametrize(

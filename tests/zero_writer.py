@@ -20,17 +20,12 @@ Tensors = dict[str, torch.Tensor]
 @contextmanager
 def classes_of_deepspeed():
     """Classes under the names of DeepSpeed's, for as long as something is pickled."""
-    modules = {}
-    for path in CLASSES:
-        parts = path.split(".")
-        for count in range(1, len(parts) + 1):
-            name = ".".join(parts[:count])
-            modules.setdefault(name, types.ModuleType(name))
-    classes = {}
-    for path, names in CLASSES.items():
-        for name in names:
-            classes[name] = type(name, (), {"__module__": path})
-            setattr(modules[path], name, classes[name])
+    paths = [path.split(".") for path in CLASSES]
+    names = {".".join(parts[:count]) for parts in paths for count in range(1, len(parts) + 1)}
+    modules = {name: types.ModuleType(name) for name in names}
+    classes = {name: type(name, (), {"__module__": path}) for path, names in CLASSES.items() for name in names}
+    for made in classes.values():
+        setattr(modules[made.__module__], made.__name__, made)
     sys.modules.update(modules)
     try:
         yield classes
@@ -87,24 +82,11 @@ def write_zero(
     flat_groups: int = 1,
     extra: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes a checkpoint.
+    """Writes `latest` and the files of a checkpoint that `processes` wrote; returns the folder with the files.
 
-    Args:
-        folder: Gets `latest` and a folder with the files.
-        groups: Float32 tensors of every optimizer group.
-        stage: Of ZeRO.
-        processes: How many wrote it.
-        dtype: Of the training.
-        frozen: Tensors that are not trained.
-        buffers: The model's buffers.
-        shared: Second names of parameters.
-        gap: Padding after every parameter (stages 1 and 2).
-        strip: Whether the padding at the end is taken off, as most releases do.
-        flat_groups: In stage 3, into how many flat tensors the parts of a process are stored.
-        extra: More entries of the optimizer's state.
-
-    Returns:
-        The folder with the files.
+    `groups` are the float32 tensors of every optimizer group, `shared` second names of parameters, `gap` the padding
+    after every parameter (stages 1 and 2), `extra` more entries of the optimizer's state. With `strip` the padding at
+    the end is taken off, as most releases do; in stage 3 the parts of a process lie in `flat_groups` flat tensors.
     """
     place = folder / tag
     place.mkdir(parents=True)

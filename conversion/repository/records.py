@@ -135,10 +135,13 @@ def _with_key(content: Any, old: str, new: str) -> Any:
 
 def _read(content: Any, changed: set[str]) -> Record | None:
     """The data of a record in conversion.json; None where it is none."""
-    names = {*RECORDED_FILES, TEMPLATE_FILE} - changed
     try:
-        files = {name: only_data(name, dict(file)) for name, file in content["files"].items() if name in names}
-        twice = {name: str(other) for name, other in content["stored_twice"].items()}
-        return Record(only_data("config.json", dict(content["config"])), content["dtype"], twice, files)
+        files = {name: only_data(name, dict(file)) for name, file in content["files"].items()}
+        config, twice = only_data("config.json", dict(content["config"])), dict(content["stored_twice"])
+        dtype = content["dtype"]
     except DAMAGES:
         return None
+    if not all(isinstance(text, str) for text in (dtype, *twice.values())):
+        return None
+    names = {*RECORDED_FILES, TEMPLATE_FILE} - changed
+    return Record(config, dtype, twice, {name: file for name, file in files.items() if name in names})
