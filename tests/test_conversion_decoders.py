@@ -1,7 +1,7 @@
 """Decoders with configurations older than transformers 5: Phi-3, and rotary positions in every old spelling."""
 
-import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from internvl.configuration_internvl import InternVLChatConfig
 from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
 
 from . import tiny
-from .fixtures_conversions import assert_same_weights, json_of, run
+from .fixtures_conversions import assert_same_weights, edit_json, json_of, run
 
 
 PHI3 = {
@@ -48,22 +48,24 @@ PUBLISHED = {
 }
 
 
+def without_record(model, folder: Path) -> Path:
+    """A model in the published layout, as no conversion.json remembers it."""
+    model.save_pretrained(folder / "model")
+    source = run(folder / "model", folder / "published", to="published")
+    (source / "conversion.json").unlink()
+    return source
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A chat model with a Phi-3 decoder in the published layout, and its weights."""
-    folder = tmp_path_factory.mktemp("phi3")
-    config = InternVLChatConfig(vision_config=tiny.VISION, text_config=PHI3, image_token_id=tiny.IMAGE_TOKEN_ID)
-    tiny.randomize(InternVLChatForConditionalGeneration(config)).save_pretrained(folder / "model")
-    return run(folder / "model", folder / "published", to="published")
+    """A chat model with a Phi-3 decoder."""
+    return without_record(tiny.chat_model(text_config=PHI3), tmp_path_factory.mktemp("phi3"))
 
 
 def published_phi3(saved, folder, rope_scaling):
     source = shutil.copytree(saved, folder / "source")
-    (source / "conversion.json").unlink()
-    config = json_of(source)
-    decoder = {key: value for key, value in config["llm_config"].items() if not key.startswith("rope")}
-    config["llm_config"] = {**decoder, **PUBLISHED, "rope_scaling": rope_scaling}
-    (source / "config.json").write_text(json.dumps(config))
+    decoder = {key: value for key, value in json_of(source)["llm_config"].items() if not key.startswith("rope")}
+    edit_json(source / "config.json", llm_config={**decoder, **PUBLISHED, "rope_scaling": rope_scaling})
     return source
 
 
@@ -100,34 +102,31 @@ def test_the_kind_of_rotary_positions_is_that_of_today_wherever_it_stands(saved,
     assert decoder["rope_scaling"]["type"] == "longrope"
     assert not {"attn_implementation", "_attn_implementation", "auto_map", "torch_dtype"} & decoder.keys()
     # As transformers 5 saves them, with the old name.
-    config = json_of(source)
-    del config["llm_config"]["rope_scaling"], config["llm_config"]["rope_theta"]
-    config["llm_config"]["rope_parameters"] = {"rope_type": "su", "rope_theta": 5000.0, **FACTORS}
-    (source / "config.json").write_text(json.dumps(config))
+    published = {key: value for key, value in json_of(source)["llm_config"].items() if not key.startswith("rope")}
+    published["rope_parameters"] = {"rope_type": "su", "rope_theta": 5000.0, **FACTORS}
+    edit_json(source / "config.json", llm_config=published)
     out = run(source, tmp_path / "out5", image_token_id=tiny.IMAGE_TOKEN_ID)
-    assert InternVLChatConfig.from_pretrained(out).text_config.rope_parameters["rope_type"] == "longrope"
-    assert InternVLChatConfig.from_pretrained(out).text_config.rope_parameters["rope_theta"] == 5000.0
+    found = InternVLChatConfig.from_pretrained(out).text_config.rope_parameters
+    assert (found["rope_type"], found["rope_theta"]) == ("longrope", 5000.0)
 
 
-@pytest.mark.parametrize("decoder", ["llama", "internlm2", "qwen2", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", "internlm2", "qwen2", "qwen3"])
+def released(request, tmp_path_factory):
+    """A decoder, and a chat model with it."""
+    return request.param, without_record(tiny.chat_model(request.param), tmp_path_factory.mktemp("released"))
+
+
 @pytest.mark.parametrize("kind", ["linear", "dynamic"])
 @pytest.mark.parametrize("key", ["type", "rope_type"])
-def test_old_spellings_of_rotary_positions_are_read_for_every_decoder(key, kind, decoder, tmp_path):
-    text = {**tiny.DECODERS[decoder], "rope_theta": 5000.0, "rope_scaling": {key: kind, "factor": 2.0}}
-    config = InternVLChatConfig(vision_config=tiny.VISION, text_config=dict(text), image_token_id=tiny.IMAGE_TOKEN_ID)
-    model = tiny.randomize(InternVLChatForConditionalGeneration(config))
-    model.save_pretrained(tmp_path / "model")
-    source = run(tmp_path / "model", tmp_path / "published", to="published")
-    (source / "conversion.json").unlink()
-    settings = json_of(source)
-    settings["llm_config"] |= {
-        "rope_theta": 5000.0,
-        "rope_scaling": {key: kind, "factor": 2.0},
-        "attn_implementation": "eager",
-    }
-    (source / "config.json").write_text(json.dumps(settings))
+def test_old_spellings_of_rotary_positions_are_read_for_every_decoder(key, kind, released, tmp_path):
+    decoder, folder = released
+    rotary = {"rope_theta": 5000.0, "rope_scaling": {key: kind, "factor": 2.0}}
+    source = shutil.copytree(folder, tmp_path / "source")
+    settings = {**json_of(source)["llm_config"], **rotary, "attn_implementation": "eager"}
+    edit_json(source / "config.json", llm_config=settings)
     out = run(source, tmp_path / "out", image_token_id=tiny.IMAGE_TOKEN_ID)
     found = InternVLChatForConditionalGeneration.from_pretrained(out).eval()
+    model = tiny.chat_model(text_config={**tiny.DECODERS[decoder], **rotary})  # with the same numbers
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():
         torch.testing.assert_close(found(input_ids=ids).logits, model(input_ids=ids).logits)

@@ -1,7 +1,6 @@
 """Changes on request: resized positions and patches, unused blocks left out; and that nothing else changes."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +13,9 @@ from internvl.conversion.plan import ConversionOptions, plan_conversion
 from internvl.image_processing_internvl import InternVLImageProcessor
 
 from .fixtures_conversions import assert_same, json_of, run, weights_of
-from .fixtures_published import published
+from .fixtures_published import GOLDEN, published
 
 
-GOLDEN = Path(__file__).parent / "golden"
 POSITIONS, KERNEL = "embeddings.position_embedding", "embeddings.patch_embedding.weight"
 # Case to the prefix of its tower.
 CASES = {

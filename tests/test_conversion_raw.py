@@ -24,10 +24,10 @@ from internvl.conversion.readers.tensors import LazyTensor
 from internvl.modeling_internvit import InternViTBackbone
 
 from .fixtures_conversions import assert_same, assert_same_weights, json_of, run, told, weights_of
+from .fixtures_published import GOLDEN
 from .tiny import classifier, internvl_model, pyramid_backbone, segmenter, vision_model
 
 
-GOLDEN = Path(__file__).parent / "golden"
 BACKBONE = "intern_vit_6b_224px.pth"
 LINEAR = "linear_intern_vit_6b_504_80k_ade20k_bs16_lr4e-5_frozen.pth"
 HEADS = {
