@@ -30,16 +30,7 @@ def generate_captions(
     batch_size: int = 32,
     max_new_tokens: int = 160,
 ) -> list[str]:
-    """Generates captions greedily, after the language's prompt.
-
-    Args:
-        model: An `InternVLModel` with queries.
-        processor: Its processor.
-        images: The images, each seen as one tile.
-        language: A key of `CAPTION_PROMPTS`.
-        batch_size: Images per call.
-        max_new_tokens: Longest caption.
-    """
+    """Generates captions of images, each seen as one tile, greedily, after a prompt of `CAPTION_PROMPTS`."""
     texts: list[str] = []
     end, pad = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
     for batch in batches(images, batch_size, f"captioning ({language})"):
@@ -65,14 +56,7 @@ def score_facts(texts: Sequence[str], scenes: Sequence[Scene], language: str = "
 def evaluate_captioning(
     model: PreTrainedModel, processor: ProcessorMixin, images: int = 200, seed: int = 0, batch_size: int = 32
 ) -> dict[str, Any]:
-    """Captions held-out generated scenes in every language.
-
-    Args:
-        model: An `InternVLModel` with queries.
-        processor: Its processor.
-        images: Number of scenes.
-        seed: Of the held-out stream.
-        batch_size: Images per call.
+    """Captions so many held-out generated scenes in every language.
 
     Returns:
         "images", and by language "cider" (the mean) and what `score_facts` gives.

@@ -26,17 +26,9 @@ def answer_questions(
     batch_size: int = 8,
     **image_settings: Any,
 ) -> list[str]:
-    """Answers one question about each image, greedily.
+    """Answers one question about each image by a chat model, greedily; the answers have no special tokens.
 
-    Args:
-        model: A chat model.
-        processor: Its processor.
-        items: Images and questions.
-        batch_size: Images per call.
-        **image_settings: Go to the image processor, for instance `max_num=1` for one tile per image.
-
-    Returns:
-        The answers, without special tokens.
+    `image_settings` go to the image processor, for instance `max_num=1` for one tile per image.
     """
     answers: list[str] = []
     for batch in batches(items, batch_size, "answering"):
@@ -62,14 +54,7 @@ def evaluate_questions(
     batch_size: int = 8,
     **image_settings: Any,
 ) -> dict[str, Any]:
-    """Asks questions about images and counts the correct answers.
-
-    Args:
-        model: A chat model.
-        processor: Its processor.
-        asked: The questions, each with its image.
-        batch_size: Images per call.
-        **image_settings: As for `answer_questions`.
+    """Asks a chat model questions about images as `answer_questions` does, and counts the correct answers.
 
     Returns:
         "questions" (how many), "accuracy", and "by_kind" (see `accuracy_by_kind`).
@@ -86,14 +71,7 @@ def evaluate_questions(
 def evaluate_dialogue(
     model: PreTrainedModel, processor: ProcessorMixin, questions: int = 500, seed: int = 0, batch_size: int = 8
 ) -> dict[str, Any]:
-    """Asks questions about held-out generated scenes.
-
-    Args:
-        model: A chat model.
-        processor: Its processor.
-        questions: Number of questions.
-        seed: Of the held-out stream.
-        batch_size: Images per call.
+    """Asks a chat model questions about held-out generated scenes, of the stream with this seed.
 
     Returns:
         What `evaluate_questions` gives, and "small_text_one_tile": the questions about small text again, with every

@@ -48,15 +48,8 @@ def embed_images_by_mode(
 ) -> dict[str, torch.Tensor]:
     """Embeds images, each as one tile, in several modes; every image is read once.
 
-    Args:
-        model: An `InternVLModel`.
-        processor: Its processor.
-        images: The images.
-        modes: Of "InternVL-C" and "InternVL-G".
-        batch_size: Images per call.
-
     Returns:
-        Unit vectors (images, E) by mode.
+        Unit vectors (images, E) by mode, "InternVL-C" or "InternVL-G".
     """
     rows: dict[str, list[torch.Tensor]] = {mode: [] for mode in modes}
     for batch in batches(images, batch_size, "embedding images"):
@@ -82,17 +75,7 @@ def embed_images(
 def embed_texts(
     model: PreTrainedModel, processor: ProcessorMixin, texts: Iterable[str], batch_size: int = 256
 ) -> torch.Tensor:
-    """Embeds texts, to which the processor adds the prefix and the end token.
-
-    Args:
-        model: An `InternVLModel`.
-        processor: Its processor.
-        texts: The texts.
-        batch_size: Texts per call.
-
-    Returns:
-        Unit vectors (texts, E).
-    """
+    """Embeds texts, to which the processor adds prefix and end token; returns unit vectors (texts, E)."""
     rows = []
     for batch in batches(texts, batch_size, "embedding texts"):
         inputs = processor(text=batch, mode="contrastive", padding=True, return_tensors="pt").to(model.device)

@@ -58,14 +58,7 @@ class ImageQuestion:
 
 
 def labelled_images(kind: str, count: int, seed: int = 0, split: Split = "held_out") -> list[LabelledImage]:
-    """Draws images of one object; those of a smaller `count` are the first of a larger one.
-
-    Args:
-        kind: A key of `CLASSES`.
-        count: Number of images.
-        seed: Of the stream.
-        split: "held_out" or "train".
-    """
+    """Draws images of one object, of a kind in `CLASSES`; those of a smaller `count` are the first of a larger one."""
     found = []
     for index in range(count):
         rng = scene_generator(split, seed, index)
@@ -83,12 +76,9 @@ def class_prompts(kind: str, language: str) -> list[list[str]]:
 
 def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
     """Draws scenes, interleaved by layout."""
+    layouts = [PAIR_LAYOUTS[name] for name in LAYOUTS_SEARCHED]
     return [
-        sample_scene(
-            scene_generator("held_out", seed, index),
-            PAIR_LAYOUTS[LAYOUTS_SEARCHED[index % len(LAYOUTS_SEARCHED)]],
-            "held_out",
-        )
+        sample_scene(scene_generator("held_out", seed, index), layouts[index % len(layouts)], "held_out")
         for index in range(count)
     ]
 

@@ -21,14 +21,7 @@ from .generated import CLASSES, labelled_images
 def fit_and_score(
     features: np.ndarray, labels: Sequence[int], held_out_features: np.ndarray, held_out_labels: Sequence[int]
 ) -> float:
-    """Fits a logistic regression on standardised features and returns its accuracy on held-out ones.
-
-    Args:
-        features: (B, F).
-        labels: B class indices.
-        held_out_features: (C, F).
-        held_out_labels: C class indices.
-    """
+    """Fits a logistic regression on standardised features (B, F); returns its accuracy on held-out ones (C, F)."""
     with extra("evaluate"):
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
@@ -63,16 +56,9 @@ def linear_probe(
     labels: Sequence[int],
     batch_size: int = 64,
 ) -> float:
-    """Fits a probe on the features of training images and measures its accuracy on others.
+    """Fits a probe on the features of training images and measures its accuracy on others; labels are class indices.
 
-    Args:
-        model: A model with a vision tower, or the tower.
-        processor: Its processor.
-        train_images: What the probe is fitted on.
-        train_labels: Their class indices.
-        images: What it is measured on.
-        labels: Their class indices.
-        batch_size: Images per call.
+    The model has a vision tower, or is one.
     """
     features, held_out = (vision_features(model, processor, part, batch_size) for part in (train_images, images))
     return fit_and_score(features, train_labels, held_out, labels)
@@ -87,15 +73,7 @@ def evaluate_linear_probe(
     seed: int = 0,
     batch_size: int = 64,
 ) -> dict[str, Any]:
-    """Probes for digits, shapes and colours, with generated images of the training stream and held-out ones.
-
-    Args:
-        model: A model with a vision tower, or the tower.
-        processor: Its processor.
-        train_images: Images of each kind that the probe is fitted on.
-        images: Images of each kind that it is measured on.
-        seed: Of both streams.
-        batch_size: Images per call.
+    """Probes for digits, shapes and colours: `train_images` generated images of each kind fit it, `images` measure it.
 
     Returns:
         "train_images", "images", "chance" and "accuracy", the last two by kind.

@@ -19,13 +19,7 @@ SCALE = 10.0
 
 # ------------------------------------------------------------------------------------------- classification, retrieval
 def accuracy(image_embeds: torch.Tensor, class_embeds: torch.Tensor, labels: Sequence[int]) -> float:
-    """Computes the share of images that are most similar to their own class.
-
-    Args:
-        image_embeds: (B, E).
-        class_embeds: (classes, E).
-        labels: B class indices.
-    """
+    """Computes the share of images (B, E) whose most similar class, of (classes, E), is the one in `labels`."""
     predicted = (image_embeds @ class_embeds.T).argmax(dim=1)
     return (predicted == torch.tensor(labels, device=predicted.device)).float().mean().item()
 
@@ -90,11 +84,7 @@ def is_correct(answer: str, expected: str) -> bool:
 
 
 def accuracy_by_kind(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Counts correct answers.
-
-    Args:
-        questions: What was asked.
-        answers: What was answered, in the same order.
+    """Counts the correct answers to the questions in the same order.
 
     Returns:
         For each kind that was asked: "asked", "right", "accuracy", and "most_common_answer", the accuracy of always

@@ -24,16 +24,10 @@ def retrieve(
     cuts: Sequence[int] = CUTS,
     batch_size: int = 64,
 ) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """Measures recall of captions by images and of images by captions.
+    """Measures recall of captions by images and of images by captions, by InternVL-C, and by -G if there are queries.
 
-    Args:
-        model: An `InternVLModel`; InternVL-C is measured, and InternVL-G too if it has queries.
-        processor: Its processor.
-        images: The images.
-        captions: The captions of every image, one or more, by the name of the set, such as a language. Equal captions
-            match each other's images.
-        cuts: Each k of R@k.
-        batch_size: Images per call.
+    `captions` holds those of every image, one or more, by the name of the set, such as a language. Equal captions
+    match each other's images. `cuts` has each k of R@k.
 
     Returns:
         Recalls by mode and set of captions, as from `recalls_both_ways`.
@@ -55,14 +49,7 @@ def retrieve(
 def evaluate_retrieval(
     model: PreTrainedModel, processor: ProcessorMixin, pairs: int = 500, seed: int = 0, batch_size: int = 64
 ) -> dict[str, Any]:
-    """Searches held-out generated scenes, with one caption each, in every language.
-
-    Args:
-        model: An `InternVLModel`.
-        processor: Its processor.
-        pairs: Number of scenes.
-        seed: Of the held-out stream.
-        batch_size: Images per call.
+    """Searches so many held-out generated scenes, with one caption each, in every language.
 
     Returns:
         "pairs", and "recall": by mode and language, as from `recalls_both_ways`.

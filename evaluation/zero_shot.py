@@ -57,15 +57,9 @@ def classify(
     prompts: Mapping[str, Sequence[Sequence[str]]],
     batch_size: int = 64,
 ) -> dict[str, dict[str, float]]:
-    """Measures zero-shot accuracy.
+    """Measures zero-shot accuracy of InternVL-C, and of InternVL-G too if the model has queries.
 
-    Args:
-        model: An `InternVLModel`; InternVL-C is measured, and InternVL-G too if it has queries.
-        processor: Its processor.
-        images: The images.
-        labels: The class index of each image.
-        prompts: The prompts of every class, by the name of the set, such as a language.
-        batch_size: Images per call.
+    `labels` are class indices; `prompts` holds those of every class by the name of the set, such as a language.
 
     Returns:
         Accuracy by mode and set of prompts.
@@ -82,14 +76,7 @@ def classify(
 def evaluate_zero_shot(
     model: PreTrainedModel, processor: ProcessorMixin, images: int = 500, seed: int = 0, batch_size: int = 64
 ) -> dict[str, Any]:
-    """Classifies held-out generated images by digit, shape and colour, with prompts in every language.
-
-    Args:
-        model: An `InternVLModel`.
-        processor: Its processor.
-        images: Images of each kind.
-        seed: Of the held-out stream.
-        batch_size: Images per call.
+    """Classifies held-out generated images, so many of each kind, with prompts in every language.
 
     Returns:
         "images", "chance" (by kind), and "accuracy": by mode, language and kind.

@@ -39,12 +39,7 @@ VARIANTS = {
 
 def train_variant(run: BundledRun, variant: Variant, output: Path) -> tuple[Path, Path]:
     """Train the stages of a variant where they are not trained yet; a stage left out still writes its untrained
-    weights.
-
-    Args:
-        run: The recipes.
-        variant: Which of them are used.
-        output: Folder of the seed; variants share what they have in common.
+    weights. Variants share what they have in common in `output`, the folder of the seed.
 
     Returns:
         The folders of stage 2 and of the full chat model.
@@ -69,15 +64,7 @@ def ablate(
     pairs: int,
     resume: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Train and evaluate every variant with every seed.
-
-    Args:
-        make_run: Gives the recipes of a seed.
-        output: Folder of all.
-        seeds: How many.
-        questions: Held-out questions.
-        pairs: Held-out pairs of retrieval.
-        resume: Resume what was stopped.
+    """Train and evaluate every variant with every seed, by `questions` questions and `pairs` pairs of retrieval.
 
     Returns:
         By variant and seed the report of `evaluate_chat`, and under "recall_at_1" that of `mean_recalls`;

@@ -28,13 +28,7 @@ def phases_of(log: Log) -> dict[str, list[dict[str, float]]]:
 
 
 def series(log: Log, key: str, phases: Sequence[str] = ()) -> tuple[list[float], list[float]]:
-    """Returns steps and values of a key over the phases of a run, one after the other.
-
-    Args:
-        log: As in `training_log.json`.
-        key: Of the entries of `Trainer`.
-        phases: Names of phases; none means all.
-    """
+    """Returns steps and values of a key of `Trainer`'s entries over some phases, or all, one after the other."""
     steps, values, start = [], [], 0.0
     for name, rows in phases_of(log).items():
         if phases and name not in phases:
@@ -72,8 +66,8 @@ def _draw_curves(axes: Any, log: Log, keys: Mapping[str, str], **labels: Any) ->
     axes.legend(fontsize="small")
 
 
-def _draw_shares(axes: Any) -> None:
-    axes.set(ylim=(0, 1.02), ylabel="share of held-out images")
+def _draw_shares(axes: Any, highest: float = 1.02, label: str = "share of held-out images") -> None:
+    axes.set(ylim=(0, highest), ylabel=label)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 
 
@@ -120,13 +114,10 @@ def _draw_bars(axes: Any, labels: Sequence[str], bars: Mapping[str, Sequence[tup
     width = 0.8 / len(bars)
     for index, (name, values) in enumerate(bars.items()):
         centres = [place - 0.4 + (index + 0.5) * width for place in range(len(labels))]
-        errors = [deviation for _, deviation in values]
-        axes.bar(
-            centres, [value for value, _ in values], width, label=name, yerr=errors if any(errors) else None, capsize=2
-        )
+        heights, errors = zip(*values, strict=True)
+        axes.bar(centres, heights, width, label=name, yerr=errors if any(errors) else None, capsize=2)
     axes.set_xticks(range(len(labels)), [label.replace("_", " ") for label in labels])
-    axes.set(ylim=(0, 1.05), ylabel="right answers")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    _draw_shares(axes, 1.05, "right answers")
     axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(bars))
 
 
@@ -164,12 +155,7 @@ def plot_ablation(report: Mapping[str, Any]) -> Any:
 
 
 def plot_all(results: Mapping[str, Any], run: Path, output: Path) -> list[Path]:
-    """Writes every figure that has data.
-
-    Args:
-        results: As from `report.evaluate_run`.
-        run: Folder with the stages and their logs.
-        output: Folder of the figures.
+    """Writes every figure that has data, of the results of `report.evaluate_run` and the logs in the folder `run`.
 
     Returns:
         The files written.

@@ -75,12 +75,7 @@ def mean_recalls(folder: Path, pairs: int) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class StageEvaluation:
-    """An evaluation of some stages.
-
-    Args:
-        stages: Their folders in the run.
-        measure: Takes model, processor and sizes, and returns the report.
-    """
+    """An evaluation, and the folders of the stages that have it."""
 
     stages: tuple[str, ...]
     measure: Callable[[PreTrainedModel, ProcessorMixin, Sizes], dict[str, Any]]
@@ -111,14 +106,9 @@ EVALUATIONS = {
 def evaluate_run(
     run: Path, output: Path, sizes: Sizes | None = None, resume: bool = False, ablation: Path | None = None
 ) -> dict[str, Any]:
-    """Evaluates every stage that the run has and writes the page.
+    """Evaluates every stage in the folder of a run and writes the page; `resume` keeps finished evaluations.
 
-    Args:
-        run: Folder of the run.
-        output: Folder of the results.
-        sizes: How much is measured.
-        resume: Keep finished evaluations.
-        ablation: Report of `python -m internvl.reproduction ablation`.
+    `ablation` is the report of `python -m internvl.reproduction ablation`.
 
     Returns:
         The reports by evaluation and stage, and under "ablation" that of the ablation.
@@ -186,63 +176,45 @@ def _probe_table(report: dict[str, Any]) -> list[str]:
     return markdown_table("Linear probe of frozen InternViT features", ["", *CLASSES], rows)
 
 
-def _by_language(languages: dict[str, list[float]]) -> Iterator[tuple[str, list[float]]]:
-    """Yields the mean of all languages, then the values of each."""
-    yield "mean", [mean(values) for values in zip(*languages.values(), strict=True)]
-    yield from languages.items()
+def _rows_by_language(
+    report: dict[str, Any], key: str, values_of: Callable[[Any], list[float]]
+) -> Iterator[list[str]]:
+    """Yields for each stage and mode a row of the mean of all languages, then one of each."""
+    for stage, part in report.items():
+        for mode, languages in part[key].items():
+            found = {language: values_of(measured) for language, measured in languages.items()}
+            averages = [mean(values) for values in zip(*found.values(), strict=True)]
+            for language, values in {"mean": averages, **found}.items():
+                yield [f"{mode}, {stage}", language, *map(_percent, values)]
 
 
 def _zero_shot_table(report: dict[str, Any]) -> list[str]:
-    rows = [
-        [f"{mode}, {stage}", language, *map(_percent, values)]
-        for stage, part in report.items()
-        for mode, languages in part["accuracy"].items()
-        for language, values in _by_language(
-            {language: [kinds[kind] for kind in CLASSES] for language, kinds in languages.items()}
-        )
-    ]
+    rows = list(_rows_by_language(report, "accuracy", lambda kinds: [kinds[kind] for kind in CLASSES]))
     chance = next(iter(report.values()))["chance"]
     rows.insert(0, ["chance", "", *(_percent(chance[kind]) for kind in CLASSES)])
     return markdown_table("Zero-shot classification", ["", "prompts", *CLASSES], rows)
 
 
-_WAYS = ("image_to_text", "text_to_image")
-
-
 def _retrieval_table(report: dict[str, Any]) -> list[str]:
-    rows = [
-        [f"{mode}, {stage}", language, *map(_percent, values)]
-        for stage, part in report.items()
-        for mode, languages in part["recall"].items()
-        for language, values in _by_language(
-            {
-                language: [ways[way][f"R@{cut}"] for way in _WAYS for cut in CUTS]
-                for language, ways in languages.items()
-            }
-        )
-    ]
-    head = [f"{way.replace('_', ' ')} R@{cut}" for way in _WAYS for cut in CUTS]
+    columns = [(way, f"R@{cut}") for way in ("image_to_text", "text_to_image") for cut in CUTS]
+    rows = list(_rows_by_language(report, "recall", lambda ways: [ways[way][cut] for way, cut in columns]))
+    head = [f"{way.replace('_', ' ')} {cut}" for way, cut in columns]
     pairs = next(iter(report.values()))["pairs"]
     return markdown_table(f"Retrieval among {pairs} pairs", ["", "captions", *head], rows)
 
 
 def _captioning_table(report: dict[str, Any]) -> list[str]:
     (part,) = report.values()
+    columns = {
+        "precision": "facts said that are right",
+        "recall": "facts that are said",
+        "exact": "all facts and no other",
+    }
     rows = [
-        [
-            language,
-            f"{part[language]['cider']:.2f}",
-            *(_percent(part[language][name]) for name in ("precision", "recall", "exact")),
-        ]
+        [language, f"{part[language]['cider']:.2f}", *(_percent(part[language][name]) for name in columns)]
         for language in LANGUAGES
     ]
-    head = [
-        "captions",
-        "CIDEr (best: 10)",
-        "facts said that are right",
-        "facts that are said",
-        "all facts and no other",
-    ]
+    head = ["captions", "CIDEr (best: 10)", *columns.values()]
     return markdown_table(f"Captions of {part['images']} images", head, rows)
 
 
@@ -253,13 +225,11 @@ def _dialogue_table(report: dict[str, Any]) -> list[str]:
         for stage, part in report.items()
     ]
     kinds = next(iter(report.values()))["with_tiles"]["by_kind"]
-    rows.append(
-        ["always the commonest answer", *(_percent(kind["most_common_answer"]) for kind in kinds.values()), ""]
-    )
+    commonest = (_percent(kind["most_common_answer"]) for kind in kinds.values())
+    rows.append(["always the commonest answer", *commonest, ""])
     asked = next(iter(report.values()))["with_tiles"]["questions"]
-    return markdown_table(
-        f"Dialogue, {asked} questions", ["", *(kind.replace("_", " ") for kind in kinds), "all"], rows
-    )
+    head = ["", *(kind.replace("_", " ") for kind in kinds), "all"]
+    return markdown_table(f"Dialogue, {asked} questions", head, rows)
 
 
 def _accuracies(report: dict[str, Any]) -> list[str]:
@@ -273,17 +243,12 @@ def _ablation_table(report: dict[str, Any]) -> list[str]:
         cells = [[part["by_kind"][kind]["accuracy"] for part in seeds.values()] for kind in kinds]
         cells.append([part["accuracy"] for part in seeds.values()])
         cells += [[part["recall_at_1"][mode] for part in seeds.values()] for mode in MODES]
-        rows.append(
-            [
-                variant,
-                *("{:.1f} \u00b1 {:.1f} %".format(*(100 * x for x in mean_and_deviation(cell))) for cell in cells),
-            ]
-        )
+        percents = ((100 * x for x in mean_and_deviation(cell)) for cell in cells)
+        rows.append([variant, *("{:.1f} \u00b1 {:.1f} %".format(*cell) for cell in percents)])
     seeds_used = len(next(iter(report.values())))
     head = ["", *(kind.replace("_", " ") for kind in kinds), "all", *(f"R@1 of {mode}" for mode in MODES)]
-    return markdown_table(
-        f"Ablation: dialogue and retrieval, {seeds_used} seeds (mean and standard deviation)", head, rows
-    )
+    title = f"Ablation: dialogue and retrieval, {seeds_used} seeds (mean and standard deviation)"
+    return markdown_table(title, head, rows)
 
 
 _TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {

@@ -38,13 +38,7 @@ CONNECTORS = {"simple": "patches", "full": "queries_and_patches"}
 
 @dataclass(frozen=True)
 class BundledRun:
-    """The recipes of all stages.
-
-    Args:
-        stage1: Recipe of stage 1.
-        stage2: Recipe of stage 2.
-        chats: Recipes of stage 3, by the names of their folders.
-    """
+    """The recipes of all stages; those of stage 3 by the names of their folders."""
 
     stage1: ContrastiveRecipe
     stage2: GenerativeRecipe
@@ -78,13 +72,7 @@ def scaled_recipe(recipe: RecipeType, share: float) -> RecipeType:
 
 
 def train_all_stages(run: BundledRun, output: Path, resume: bool = False) -> None:
-    """Train all stages.
-
-    Args:
-        run: The recipes.
-        output: Its folders "stage1", "stage2", and one for each chat model are written.
-        resume: Resume what was stopped.
-    """
+    """Train all stages, in the folders "stage1", "stage2", and one for each chat model of `output`."""
     run_stage1(run.stage1, None, stage_in(output / "stage1", resume))
     run_stage2(run.stage2, None, stage_in(output / "stage2", resume), output / "stage1")
     for name, recipe in run.chats.items():
@@ -98,11 +86,7 @@ def stage_in(folder: Path, resume: bool) -> Run:
 
 def assemble(run: Path, output: Path) -> None:
     """Write what this repository holds of a run: the full chat model; in sub-folders the other models, which load by
-    `subfolder=`; the logs of the stages; the results, if there are any.
-
-    Args:
-        run: Folder of all stages.
-        output: Folder of the checkpoint. To keep it small, the weights in the sub-folders are bfloat16.
+    `subfolder=`, in bfloat16 to keep it small; the logs of the stages; the results, if there are any.
     """
     AutoProcessor.from_pretrained(run / "full").save_pretrained(output)
     InternVLChatForConditionalGeneration.from_pretrained(run / "full").save_pretrained(output)

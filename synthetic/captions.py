@@ -1,8 +1,8 @@
 """Captions of generated scenes in five languages, and prompts of zero-shot classification, from one table of words.
 
 `caption` reads a scene and never the image. A `Language` lists words and patterns; the first of each is the plain
-wording, which `caption` takes without a random generator. Colours agree
-with the gender of the shape, and digits are written as numerals and as words. Rendered words stay English, as drawn.
+wording, which `caption` takes without a random generator. Colours agree with the gender of the shape, and digits are
+written as numerals and as words. Rendered words stay English, as drawn.
 
 Not covered: counting ("three red circles"), since numbers bend nouns differently in each language.
 """
@@ -208,27 +208,17 @@ CAPTION_PROMPTS = {
 
 
 def language_of(code: str) -> Language:
-    """Returns the language of a code such as "en".
-
-    Raises:
-        ValueError: The code is unknown.
-    """
+    """Returns the language of a code such as "en"; raises a ValueError for unknown codes."""
     if code not in LANGUAGES:
         raise ValueError(f"`language` must be one of {list(LANGUAGES)}, got {code!r}.")
     return LANGUAGES[code]
 
 
 def caption(scene: Scene, language: str = "en", rng: Random | None = None) -> str:
-    """Writes one sentence about a scene.
+    """Writes one sentence about a scene in a language, a key of `LANGUAGES`, in a wording that `rng` chooses.
 
-    Args:
-        scene: The scene.
-        language: Its code, see `LANGUAGES`.
-        rng: Chooses the wording. None takes the plain one, which names every object and its place, row by row.
-            A random caption of a single object may omit the place and a shape's colour, as zero-shot prompts do.
-
-    Returns:
-        The caption.
+    Without `rng` it is the plain one, which names every object and its place, row by row. A random caption of a single
+    object may omit the place and a shape's colour, as zero-shot prompts do.
     """
     words = language_of(language)
     if not scene.objects:

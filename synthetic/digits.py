@@ -20,11 +20,7 @@ FIRST_HELD_OUT = 1257
 
 @lru_cache(maxsize=1)
 def load_handwritten_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Load the digits in the file's order.
-
-    Returns:
-        Ink strengths (1797, 8, 8), float32 from 0 (paper) to 1 (ink), and labels (1797,).
-    """
+    """Load the digits in the file's order: ink (1797, 8, 8), float32 from 0 to 1, and labels (1797,)."""
     with extra("evaluate"):
         from sklearn.datasets import load_digits
 

@@ -159,15 +159,9 @@ def scene_generator(split: Split, seed: int, index: int) -> Random:
 
 
 def sample_scene(rng: Random, layout: Layout, split: Split) -> Scene:
-    """Draw a scene's description.
+    """Draw a scene's description; the same state of `rng` gives the same scene.
 
-    Args:
-        rng: The only source of randomness; the same state gives the same scene.
-        layout: Sizes, and numbers of objects.
-        split: Whose digits may appear. Digits are warped in training only.
-
-    Returns:
-        The scene.
+    `split` says whose digits may appear. Digits are warped in training only.
     """
     width, height = rng.choice(layout.sizes)
     num_cells = len(PLACES) * layout.lines
@@ -280,14 +274,7 @@ def _crosses_tiles(centre: tuple[float, float], extent: tuple[int, int]) -> bool
 
 
 def draw_scene(scene: Scene) -> Image.Image:
-    """Render a scene.
-
-    Args:
-        scene: The scene.
-
-    Returns:
-        An RGB image of the scene's size; the same scene gives the same pixels.
-    """
+    """Render a scene as an RGB image of its size; the same scene gives the same pixels."""
     image = Image.new("RGB", (scene.width, scene.height), scene.background)
     for item in scene.objects:
         if item.is_text:
@@ -372,14 +359,9 @@ QUESTION_KINDS = ("colour", "shape", "count", "position", "digit", "text", "smal
 
 
 def questions_about(scene: Scene, rng: Random) -> list[Question]:
-    """Return every question that the scene answers unambiguously.
+    """Return every question that the scene answers unambiguously, grouped by kind in the order of `QUESTION_KINDS`.
 
-    Args:
-        scene: The scene.
-        rng: Chooses the phrasings and nothing else.
-
-    Returns:
-        The questions, grouped by kind in the order of `QUESTION_KINDS`.
+    `rng` chooses the phrasings and nothing else.
     """
     makers: tuple[Callable[[Scene], Iterator[tuple[str, tuple[str, ...], str]]], ...] = (
         _colour_questions,

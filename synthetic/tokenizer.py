@@ -54,15 +54,9 @@ def question_tokenizer(num_scenes: int = 2000) -> PreTrainedTokenizerFast:
 
 
 def train_tokenizer(corpus: Iterable[str], vocabulary_size: int = VOCABULARY_SIZE) -> PreTrainedTokenizerFast:
-    """Train a tokenizer.
+    """Train a fast tokenizer of `vocabulary_size` tokens, at least 262, special ones included.
 
-    Args:
-        corpus: Texts to learn merges from.
-        vocabulary_size: Number of tokens with the special ones; at least 262.
-
-    Returns:
-        A fast tokenizer in which every decimal digit is a token of its own; padding and text end are
-        `<|endoftext|>` and `<|im_end|>`.
+    Every decimal digit is a token; padding and text end are `<|endoftext|>` and `<|im_end|>`.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
