@@ -144,9 +144,6 @@ class ConversationTemplate:
             system_message: System message, if `messages` has none; None selects the default.
             add_generation_prompt: Whether to end with the generation prompt.
 
-        Returns:
-            The prompt.
-
         Raises:
             ValueError: If a role or content is invalid, or the system message is given twice or not first.
         """
@@ -169,21 +166,14 @@ class ConversationTemplate:
         if self.omit_empty_system:
             system = "{%- if body -%}\n" + system + "\n{%- endif -%}"
         strings = {
+            **vars(self),
             "image": IMAGE_CONTEXT_TOKEN + "\n",
             "default_opening": self._opening(self.default_system_message),
-            "system_prefix": self.system_prefix,
             "after_system": self.system_suffix + self._examples(),
-            "user_prefix": self.user_prefix,
-            "user_suffix": self.user_suffix,
-            "generation_prompt": self.generation_prompt,
-            "answer_prefix": self.answer_prefix,
-            "stop": self.stop,
-            "after_stop": self.after_stop,
         }
         text = _JINJA.replace("@system@", system)
-        for slot, value in strings.items():
-            text = text.replace(f"@{slot}@", _jinja_literal(value))
-        return text
+        # Jinja reads JSON's escapes.
+        return re.sub("@([a-z_]+)@", lambda slot: json.dumps(strings[slot[1]], ensure_ascii=False), text)
 
     def _opening(self, system_message: str) -> str:
         if not system_message and self.omit_empty_system:
@@ -218,11 +208,6 @@ def _text_of(message: dict[str, str]) -> str:
             "with images go through the processor's `apply_chat_template`."
         )
     return content
-
-
-def _jinja_literal(text: str) -> str:
-    """Quotes a string for Jinja, which reads JSON's escapes."""
-    return json.dumps(text, ensure_ascii=False)
 
 
 # The assistant introduces itself as InternVL, made by the Shanghai AI Laboratory with SenseTime: as published.

@@ -47,11 +47,16 @@ class HubModelMixin(_PreTrained):
 
     `_auto_class` makes transformers copy the code into a saved folder. `_modules_kept_unquantized` holds full dotted
     paths: quantising the vision tower, the projector, the queries or a head costs more accuracy than it saves memory.
-        It
-    is put into every `quantization_config` that does not say which modules to skip.
+    It is put into every `quantization_config` that does not say which modules to skip.
     """
 
     config: Any
+    # Every model runs on every attention kernel, and with activation checkpointing.
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
     _auto_class: str | None = "AutoModel"
     _modules_kept_unquantized: tuple[str, ...] = ()
     _text_part: str | None = None
@@ -241,9 +246,8 @@ def _readable_by_torchao(quantizer: Any) -> Iterator[None]:
 
 
 def _attention_for(use_flash_attn: bool) -> str:
-    if not use_flash_attn:
-        return "sdpa"
-    if is_flash_attn_2_available():
+    if use_flash_attn and is_flash_attn_2_available():
         return "flash_attention_2"
-    logger.warning_once("`use_flash_attn=True` was given, but flash-attn is not usable here: using 'sdpa'.")
+    if use_flash_attn:
+        logger.warning_once("`use_flash_attn=True` was given, but flash-attn is not usable here: using 'sdpa'.")
     return "sdpa"

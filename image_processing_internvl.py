@@ -73,19 +73,9 @@ def _candidate_grids(min_num: int, max_num: int) -> tuple[tuple[int, int], ...]:
 
 
 def choose_grid(width: int, height: int, min_num: int, max_num: int, tile_size: int) -> tuple[int, int]:
-    """Chooses the grid whose aspect ratio is closest to the image's, as the published code does.
+    """Chooses the grid (columns, rows) whose aspect ratio is closest to the image's, as the published code does.
 
     Among equally close grids, a larger one is taken only if the image has more than half of its pixels.
-
-    Args:
-        width: Width of the image.
-        height: Height of the image.
-        min_num: Smallest number of tiles.
-        max_num: Largest number of tiles.
-        tile_size: Side of a tile in pixels.
-
-    Returns:
-        (columns, rows).
     """
     aspect_ratio, area = width / height, width * height
     best, smallest_gap = (1, 1), float("inf")
@@ -314,13 +304,7 @@ class InternVLImageProcessor(PilBackend):
         return saved
 
     def fetch_images(self, image_url_or_urls: NestedImages) -> NestedImages:
-        """Decodes paths, URLs, base64 text and bytes to PIL images and keeps the nesting.
-
-        Args:
-            image_url_or_urls: One image or nested lists, see the class.
-
-        Returns:
-            The same nesting of PIL images, arrays and tensors.
+        """Decodes paths, URLs, base64 text and bytes, also nested, to PIL images; the rest and the nesting stay.
 
         Raises:
             ValueError: If an image cannot be read; the message names it.
@@ -353,13 +337,7 @@ class InternVLImageProcessor(PilBackend):
         return super().preprocess(images, *args, **canonical_settings(kwargs, self.resize_mode))
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
-        """Counts the tiles of an image of a given size, including the thumbnail.
-
-        Args:
-            height: Height of the upright image.
-            width: Width of the upright image.
-            images_kwargs: Settings of this image.
-        """
+        """Counts the tiles of an upright image of a given size, including the thumbnail."""
         settings = canonical_settings(images_kwargs or {}, self.resize_mode)
         for name in ("resize_mode", "size", "crop_size", "do_resize", *TILE_SETTINGS, "max_image_pixels"):
             settings.setdefault(name, getattr(self, name, None))

@@ -123,17 +123,13 @@ def _prepare_message(message: Any, where: str, names: TemplateNames, is_frame: l
         return {**message, "content": _escape(content)}
     if not _is_list(content) or not content:
         raise ValueError(
-            f"`content` of {_in_sentence(where)} (role `{role}`) must be a string or a list of parts, such as "
+            f"`content` of {where[0].lower()}{where[1:]} (role `{role}`) must be a string or a list of parts, such as "
             f"`{{'type': 'text', 'text': ...}}`, got {_shown(content)}."
         )
     parts: list[Message] = []
     for part in content:
         parts.extend(_prepare_part(part, where, names, is_frame))
     return {**message, "content": _escape_parts(parts)}
-
-
-def _in_sentence(where: str) -> str:
-    return where[0].lower() + where[1:]
 
 
 def _prepare_part(part: Any, where: str, names: TemplateNames, is_frame: list[bool]) -> list[Message]:
@@ -242,26 +238,20 @@ def _is_image(part: Any) -> bool:
 
 def _frames_as_parts(part: Message, where: str, is_frame: list[bool]) -> list[Message]:
     """Converts a video to its published form: one image per frame, each preceded by its number."""
+    source = _only_source(part, where, "a video", _VIDEO_SOURCES)
+    video: Any = None if source is None else part[source]
+    is_array = isinstance(video, (np.ndarray, torch.Tensor)) and video.ndim == 4
+    if not (is_array or isinstance(video, (list, tuple))) or len(video) == 0:
+        raise ValueError(
+            f"{where} has a video part, which must hold its frames: a list of images, or an array (frames, height, "
+            f"width, channels), got {type(video).__name__}. Video files are not read here: decode them with a library "
+            "of your choice and pass the frames."
+        )
     parts: list[Message] = []
-    for number, frame in enumerate(_frames_of(part, where), start=1):
-        parts.append({"type": "text", "text": f"Frame{number}: "})
-        parts.append({"type": "image", "image": frame})
+    for number, frame in enumerate(video, start=1):
+        parts += [{"type": "text", "text": f"Frame{number}: "}, {"type": "image", "image": frame}]
         is_frame.append(True)
     return parts
-
-
-def _frames_of(part: Message, where: str) -> list[Any]:
-    source = _only_source(part, where, "a video", _VIDEO_SOURCES)
-    video = None if source is None else part[source]
-    if isinstance(video, (np.ndarray, torch.Tensor)) and video.ndim == 4 and len(video) > 0:
-        return list(video)
-    if isinstance(video, (list, tuple)) and len(video) > 0:
-        return list(video)
-    raise ValueError(
-        f"{where} has a video part, which must hold its frames: a list of images, or an array (frames, height, width, "
-        f"channels), got {type(video).__name__}. Video files are not read here: decode them with a library of your "
-        "choice and pass the frames."
-    )
 
 
 def _escape(text: str) -> str:

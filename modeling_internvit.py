@@ -61,12 +61,7 @@ class InternViTPreTrainedModel(HubModelMixin, PreTrainedModel):
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    supports_gradient_checkpointing = True
     _no_split_modules = ["InternViTEmbeddings", "InternViTLayer"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
     _can_compile_fullgraph = True
     _modules_kept_unquantized = ("attn_pooling", "clip_projector", "head")
     _input_embed_layer = "patch_embedding"

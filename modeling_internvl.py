@@ -102,12 +102,7 @@ class InternVLPreTrainedModel(HubModelMixin, PreTrainedModel):
     config_class = InternVLConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
     _no_split_modules = ["InternVLAttentionPooling"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
     # Learned and used by the sigmoid loss of stage 1 only.
     _keys_to_ignore_on_load_unexpected = [r"^logit_bias$"]
     _modules_kept_unquantized = (

@@ -116,12 +116,7 @@ class InternVLChatPreTrainedModel(HubModelMixin, PreTrainedModel):
     config_class = InternVLChatConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
     _can_compile_fullgraph = True
     _modules_kept_unquantized = (
         "vision_model",

@@ -3,9 +3,8 @@
 A LLaMA with learned queries in front of the text, which attend to the image through cross-attention.
 
 Does: the five attention modes of attention_masks_qllama in one model, also mixed within a batch or packed in a row;
-    rotary
-positions over queries then text; captioning with a KV cache. Does not: hold the queries (`query_tokens` belongs to the
-model around it); rotary scaling.
+rotary positions over queries then text; captioning with a KV cache. Does not: hold the queries (`query_tokens` belongs
+to the model around it); rotary scaling.
 
 Cross-attention acts on the queries only, in the prefill only: a cached step holds no query. Its keys and values are
 computed once per image, for any number of rows, passes or beams. Rotary angles are computed per call in fp32, so there

@@ -232,15 +232,9 @@ class InternVLProcessor(ProcessorMixin):
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
     ) -> list[str]:
-        """Saves the settings, tokenizer, chat template and code.
+        """Saves the settings, tokenizer, chat template and code; returns the paths of the settings.
 
-        Args:
-            save_directory: Folder to save to; created if it does not exist.
-            push_to_hub: Also upload the folder.
-            **kwargs: Arguments of `push_to_hub`, such as `repo_id`.
-
-        Returns:
-            Paths of the saved settings.
+        With `push_to_hub` the folder is uploaded too; `kwargs` are arguments of that, such as `repo_id`.
         """
         files = super().save_pretrained(save_directory)
         self.tokenizer._set_processor_class(None)  # set by the base class; see `to_dict`

@@ -141,12 +141,9 @@ class ContrastiveTexts:
 
     @classmethod
     def from_folder(cls, folder: str, config: PretrainedConfig, **source: Any) -> "ContrastiveTexts | None":
-        """Loads the tokenizer and processor settings of a checkpoint; returns None if there is no tokenizer.
+        """Loads tokenizer and processor settings of a checkpoint; returns None if there is no tokenizer.
 
-        Args:
-            folder: Folder or repository, as in `from_pretrained`.
-            config: Configuration of the model.
-            **source: `subfolder`, `revision`... as in `from_pretrained`.
+        `folder` and `source` (`subfolder`, `revision`...) are as in `from_pretrained`, `config` is the model's.
         """
         if not any(file_beside(folder, name, **source) for name in TOKENIZER_FILES):
             return None
