@@ -101,15 +101,8 @@ def vllm_serve(python: Path) -> Iterator[Row]:
 
 
 def transformers_serve(python: Path) -> Iterator[Row]:
-    command = [
-        python.with_name("transformers"),
-        "serve",
-        "--trust-remote-code",
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-    ]
+    options = "serve --trust-remote-code --dtype float32 --device cpu".split()
+    command = [python.with_name("transformers"), *options]
     env = variables("transformers_serve")
     (Path(env["HF_HOME"]) / "hub").mkdir(parents=True, exist_ok=True)  # its list of models wants the folder
     yield from over_http(python, command, env)
@@ -183,17 +176,8 @@ def harness(command: list[Any], env: dict[str, str], task: str) -> Row:
     """The answers that a harness gets to the bundled questions are those of this package's own evaluation."""
     expected, out = checkpoints()["root"]["examples"], WORK / task
     shutil.copy(ROOT / "examples" / "questions.json", WORK / "examples.json")  # a data set by a relative path
-    files = [
-        "--tasks",
-        task,
-        "--include_path",
-        HERE / "tasks",
-        "--output_path",
-        out,
-        "--batch_size",
-        "1",
-        "--log_samples",
-    ]
+    files = ["--tasks", task, "--include_path", HERE / "tasks", "--output_path", out]
+    files += ["--batch_size", "1", "--log_samples"]
     said = call([*command, *files], {**env, "INTERNVL_EXAMPLES": str(ROOT / "examples")})
     written = list(out.rglob(f"*samples_{task}*.jsonl"))
     if not written:  # lmms-eval ends with code 0 after an error too

@@ -1,10 +1,5 @@
-"""Kills conversions: OUT is absent, or the whole old or new folder, and the next run succeeds.
+"""Kills conversions: OUT is absent, or the whole old or new folder, and the next run succeeds."""
 
-Each conversion runs in a fork of this process, which has imported everything, so that a kill costs a fraction of a
-second.
-"""
-
-import hashlib
 import logging
 import os
 import random
@@ -13,17 +8,21 @@ import signal
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
+from forks import finished, started
 
 from internvl.conversion import convert
+from tests.fixtures_conversions import state_of
 
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 # Several files with weights, so that a kill may fall between them.
 SETTINGS = {"show_progress": False, "max_shard_size": "150KB", "image_token_id": 520}
+replace = partial(convert, overwrite=True, **SETTINGS)
 
 
 def main(kills: int, seed: int) -> None:
@@ -42,7 +41,7 @@ def main(kills: int, seed: int) -> None:
         source = Path(shutil.copytree(GOLDEN / "chat_qwen2_v2", folder / "source"))
         before = state_of(source)
         convert(source, folder / "whole", **SETTINGS)  # imports what is imported when it is needed
-        took = sorted(finished(source, folder / "whole") for _ in range(5))[2]
+        took = sorted(finished(partial(replace, source, folder / "whole")) for _ in range(5))[2]
         whole = state_of(folder / "whole")
         shutil.rmtree(folder / "whole")
         seen: Counter[tuple[str, str]] = Counter()
@@ -53,14 +52,14 @@ def main(kills: int, seed: int) -> None:
             if is_there:
                 out.mkdir()
                 (out / "old.txt").write_text("old")
-            process = started(source, out)
+            process = started(partial(replace, source, out))
             time.sleep(rng.uniform(0, 1.2 * took))
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
             seen["folder" if is_there else "nothing", found_at(out, whole, is_there)] += 1
             left += len(beside(folder))
             assert state_of(source) == before, f"kill {number} changed the source"
-            finished(source, out)
+            finished(partial(replace, source, out))
             assert state_of(out) == whole, f"the run after kill {number} gave another result"
             assert not beside(folder), f"the run after kill {number} left {beside(folder)}"
             shutil.rmtree(out)
@@ -86,33 +85,6 @@ def found_at(out: Path, whole: dict[str, str], is_there: bool) -> str:
     return "the old folder, whole"
 
 
-def started(source: Path, out: Path) -> int:
-    """A process that converts; its id."""
-    process = os.fork()
-    if process == 0:
-        code = 1
-        try:
-            convert(source, out, overwrite=True, **SETTINGS)
-            code = 0
-        finally:
-            os._exit(code)
-    return process
-
-
-def finished(source: Path, out: Path) -> float:
-    """Converts to the end; seconds."""
-    start = time.monotonic()
-    _, status = os.waitpid(started(source, out), 0)
-    assert status == 0, "a conversion failed"
-    return time.monotonic() - start
-
-
 def beside(folder: Path) -> list[str]:
     """Names of what lies beside source and result."""
     return sorted({path.name for path in folder.iterdir()} - {"source", "whole", "out"})
-
-
-def state_of(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from forks import finished, started
 from transformers import AutoModel, TrainingArguments
 
 from internvl.training.checkpoints import WholeCheckpointTrainer
@@ -123,27 +124,6 @@ class Checkpoints(SavedFolder):
 
     def check(self) -> None:
         assert [path.name for path in self.folder.iterdir()] == ["checkpoint-2"]
-
-
-def started(work) -> int:
-    """A process that does the work; its id."""
-    process = os.fork()
-    if process == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return process
-
-
-def finished(work) -> float:
-    """Does it to the end in a process of its own; seconds."""
-    start = time.monotonic()
-    _, status = os.waitpid(started(work), 0)
-    assert status == 0, "a save failed"
-    return time.monotonic() - start
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
