@@ -4,10 +4,6 @@ tiles.
 Saved folders are loaded by a process of its own, from another place, without this package.
 """
 
-import os
-import subprocess
-import sys
-
 import datasets
 import pytest
 import torch
@@ -20,6 +16,7 @@ from internvl.training.data.dialogues import DialogueCollator, DialogueDataset, 
 
 from . import engine_jobs
 from .engine_jobs import CONNECTORS
+from .fixtures_processes import run_elsewhere
 
 
 NEEDS_TRL = "TRL needs Python 3.11"
@@ -73,7 +70,6 @@ def test_adapters_save_load_and_merge(folder, connector, tmp_path):
 
 
 FROZEN = {
-    "nothing": (),
     "vision tower": ("vision_model",),
     "decoder": ("language_model",),
     "all but the bridge": ("vision_model", "qllama", "language_model"),
@@ -146,10 +142,7 @@ def test_what_trainer_saves_loads_anywhere(folder, tmp_path):
     assert len(inputs["pixel_values"]) == 4
     with torch.no_grad():
         expected = trainer.model.eval()(**inputs).logits
-    command = [sys.executable, "-c", RELOAD, str(moved), str(folder / "b.png")]
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_elsewhere(tmp_path, "-c", RELOAD, moved, folder / "b.png")
     torch.testing.assert_close(torch.load(moved / "logits.pt"), expected)
 
 

@@ -6,10 +6,7 @@ with what the published code computed, within the tolerance in each case.json, a
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from internvl.conversion.__main__ import main
+
+from .fixtures_processes import run_elsewhere
 
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -75,10 +74,7 @@ def results(tmp_path_factory):
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     runner = Path(__file__).with_name("golden_runner.py")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")}
-    command = [sys.executable, str(runner), str(folder / "jobs.json")]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_elsewhere(folder, runner, folder / "jobs.json")
     return {name: load_file(f"{folder / name}.st") for name in CASES}
 
 

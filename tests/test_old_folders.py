@@ -7,7 +7,6 @@ then.
 import dataclasses
 import importlib
 import json
-import os
 import runpy
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import pytest
 
 from internvl.moved import DOORS, MOVED, PACKAGES, MovedModules
 
+from .fixtures_processes import run_elsewhere
 from .old_folders.run_folder import run
 
 
@@ -54,12 +54,7 @@ def test_the_installed_package_takes_precedence_and_gives_the_outputs_of_then(fo
 
 
 def test_a_folder_alone_gives_the_outputs_of_then(folders, tmp_path):
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    env |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-P", OLD / "run_folder.py", folders]
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(run_elsewhere(tmp_path, OLD / "run_folder.py", folders).splitlines()[-1])
     assert all(module.startswith("transformers_modules.") for module in found["code"])
     assert_same(found, folders)
 
@@ -86,11 +81,12 @@ def test_a_moved_module_is_one_module_with_one_warning(old):
     assert not (ROOT / f"{old.replace('.', '/')}.py").exists()
 
 
-def test_an_old_command_runs_the_new_one():
-    command = [sys.executable, "-m", "internvl.memory", "internvit-6b"]
+def test_an_old_command_runs_the_new_one_which_registers_the_classes_once_it_has_read_its_arguments():
+    command = [sys.executable, "-m", "internvl.memory", str(ROOT), "--max-memory", "cuda:0=1GiB"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "5,902,793,600" in done.stdout
+    assert "InternVLChatForConditionalGeneration" in done.stdout
+    assert "It fits." in done.stdout
     assert "internvl.memory is now internvl.planning memory" in done.stderr
 
 

@@ -1,8 +1,8 @@
 """A model that is spread over devices or processes computes what it computes on one device.
 
-Placement by `device_map`: tests/test_models.py splits every class once, by a map made from `_no_split_modules`. Here
-are the names that `device_map` takes, dictionaries at every boundary a user may draw, and offloading to memory and to
-disk. Without an accelerator "cpu" and "disk" are the two devices. Tensor parallelism runs on two processes.
+Every class is split once by a map made from its `_no_split_modules`; some by the other names that `device_map` takes,
+by dictionaries at every boundary a user may draw, and by offloading to memory and to disk. Without an accelerator
+"cpu" and "disk" are the two devices. Tensor parallelism runs on two processes.
 """
 
 import pytest
@@ -68,7 +68,7 @@ each_case = pytest.mark.parametrize("name", list(CASES))
 
 
 def build(name: str):
-    make, make_inputs = SHARED_OUT[name]
+    make, make_inputs = (SHARED_OUT | tiny.MODELS)[name]
     model = make()
     return model, make_inputs(model)
 
@@ -105,8 +105,10 @@ def assert_same(model, inputs, expected: torch.Tensor) -> None:
     torch.testing.assert_close(run(model, inputs), expected, atol=1e-6, rtol=1e-6)
 
 
-@each_case
-@pytest.mark.parametrize("device_map", ["auto", "balanced", "sequential"])
+@pytest.mark.parametrize(
+    ("name", "device_map"),
+    [*((name, "auto") for name in tiny.MODELS), ("chat-full", "balanced"), ("14B-G", "sequential")],
+)
 def test_a_named_device_map_changes_nothing(name, device_map, tmp_path):
     """Memory for two thirds of the model; the rest is read from disk."""
     model, inputs = build(name)

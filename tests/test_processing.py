@@ -1,12 +1,9 @@
 """The processor: prompts with images, settings of a call, retrieval and captions, saving and loading."""
 
 import json
-import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +15,9 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from internvl.configuration_internvl import InternVLChatConfig
 from internvl.image_processing_internvl import InternVLImageProcessor
-from internvl.processing_internvl import InternVLProcessor, InternVLProcessorKwargs
+from internvl.processing_internvl import InternVLProcessor
 
+from .fixtures_processes import run_elsewhere
 from .fixtures_processing import SEQ, SIDE, SQUARE, WIDE, assistant, chat, decoded, make_processor, span, user
 from .fixtures_text import make_tokenizer
 
@@ -355,10 +353,6 @@ def test_pickle_keeps_the_processor(processor):
     assert chat(again, [user(WIDE)])["input_ids"].tolist() == chat(processor, [user(WIDE)])["input_ids"].tolist()
 
 
-def test_kwargs_class_is_the_one_transformers_looks_for():
-    assert InternVLProcessor.valid_processor_kwargs is InternVLProcessorKwargs
-
-
 def test_saved_processor_reloads_equal(tmp_path):
     processor = make_processor("vicuna_v1", mode="retrieval", max_text_length=20, text_prefix="x:", caption_prompt="y")
     processor.save_pretrained(tmp_path)
@@ -402,21 +396,7 @@ print(json.dumps([result, load(second)[1]]))
 
 def reload_elsewhere(folder: Path, second: Path) -> list[Any]:
     """Loads a saved processor, and what it saves to `second`, in a fresh process without the package."""
-    inherited = [
-        entry
-        for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep)
-        if not (Path(entry) / "internvl").exists()
-    ]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(inherited),
-        "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(folder.parent / "cache"),
-    }
-    command = [sys.executable, "-c", RELOAD, str(folder), str(second)]
-    run = subprocess.run(command, env=environment, cwd=folder.parent, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
+    return json.loads(run_elsewhere(folder.parent, "-c", RELOAD, folder, second).splitlines()[-1])
 
 
 def add_config(folder: Path, root: Path) -> Path:

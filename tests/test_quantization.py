@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -36,10 +37,6 @@ def chat(decoder: str = "llama", connector: str = "patches") -> nn.Module:
     return tiny.chat_model(decoder, **chat_settings(decoder, connector))
 
 
-def vision() -> nn.Module:
-    return tiny.classifier("attention_pooling", hidden_size=64, intermediate_size=128)
-
-
 # What makes the model, its inputs, and what its quantised linear layers are called: all that match, nothing else.
 MODELS = {
     "C": (contrastive, tiny.MODELS["InternVLModel-C"][1], r"qllama\.model\.layers\."),
@@ -55,7 +52,14 @@ MODELS = {
         tiny.chat_inputs,
         r"language_model\.layers\.",
     ),
-    "classifier": (vision, lambda model: {"pixel_values": tiny.pixels()}, r"vision_model\.encoder\.layers\."),
+    **{
+        pooling: (
+            partial(tiny.classifier, pooling, hidden_size=64, intermediate_size=128),
+            lambda model: {"pixel_values": tiny.pixels()},
+            r"vision_model\.encoder\.layers\.",
+        )
+        for pooling in ("cls_patch_concat", "attention_pooling", "clip_projector")
+    },
 }
 
 
@@ -156,6 +160,15 @@ def test_a_configuration_without_a_skip_list_gets_that_of_the_model(tmp_path):
         assert quantized_layers(small) == layers
         assert small.language_model.model.layers[0].mlp.up_proj.weight.quant_type == "fp4"
     assert config.llm_int8_skip_modules is None  # the caller's own object stays as it was
+
+
+def test_a_model_in_4_bits_generates_and_one_size_is_chosen(tmp_path):
+    model = chat()
+    model.save_pretrained(tmp_path)
+    small = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16, **with_bitsandbytes(load_in_4bit=True))
+    assert small.generate(**tiny.chat_inputs(small), max_new_tokens=2).shape[0] == 3
+    with pytest.raises(ValueError, match="only one of `load_in_8bit`, `load_in_4bit`"):
+        type(model).from_pretrained(tmp_path, load_in_4bit=True, load_in_8bit=True)
 
 
 OWN = ["vision_model", "language_model.model.layers.0", "language_model.lm_head"]

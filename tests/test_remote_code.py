@@ -8,36 +8,23 @@
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor
+
+import internvl  # noqa: F401
+
+from .fixtures_processes import elsewhere, run_elsewhere
 
 
 HERE = Path(__file__).resolve().parent
 SCENARIO = HERE / "versions" / "scenario.py"
 NUM_PROCESSES = 2
 NAMES = ("chat", "chat_full", "chat_internlm2", "contrastive", "vision")
-
-
-def without_repository(work: Path) -> dict[str, str]:
-    """Environment of a fresh process: no network, none of our paths, an empty code cache, home and configuration."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_HOME")}
-    paths = {"HF_MODULES_CACHE": str(work / "modules"), "HF_HOME": str(work / "home")}
-    return {**kept, **paths, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-
-
-def run(arguments: list, work: Path, env: dict[str, str] | None = None) -> str:
-    # -P: nothing from the folder of the script. The working folder is not the repository either.
-    command = [sys.executable, "-P", *map(str, arguments)]
-    work.mkdir(exist_ok=True)
-    env = without_repository(work) if env is None else env
-    done = subprocess.run(command, env=env, cwd=work, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +40,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def outcomes(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """What `scenario.py` found, by checkpoint."""
     folders = [checkpoints / name for name in NAMES]
-    found = json.loads(run([SCENARIO, *folders], tmp_path_factory.mktemp("elsewhere")).splitlines()[-1])
+    found = json.loads(run_elsewhere(tmp_path_factory.mktemp("elsewhere"), SCENARIO, *folders).splitlines()[-1])
     return dict(zip(NAMES, found, strict=True))
 
 
@@ -76,7 +63,7 @@ def test_processes_that_load_a_fresh_moved_folder_at_once_get_the_same_result(ch
     moved = tmp_path / "another.name with spaces"
     shutil.copytree(checkpoints / "chat", moved)
     options = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command, env = [sys.executable, "-P", SCENARIO, moved], without_repository(tmp_path)
+    command, env = [sys.executable, "-P", SCENARIO, moved], elsewhere(tmp_path)
     processes = [subprocess.Popen(command, env=env, **options) for _ in range(NUM_PROCESSES)]
     for process in processes:
         output, errors = process.communicate()
@@ -103,28 +90,17 @@ def test_a_remote_configuration_reaches_a_spawned_worker(checkpoints, tmp_path):
     """Data loaders and vLLM start workers so; the code cache must be importable there, as transformers documents."""
     script = tmp_path / "script.py"
     script.write_text(PICKLE)
-    env = without_repository(tmp_path)
-    env["PYTHONPATH"] = env["HF_MODULES_CACHE"]
-    assert run([script, checkpoints / "chat"], tmp_path, env).split() == ["internvl_chat_model", "32"]
+    found = run_elsewhere(tmp_path, script, checkpoints / "chat", PYTHONPATH=elsewhere(tmp_path)["HF_MODULES_CACHE"])
+    assert found.split() == ["internvl_chat_model", "32"]
 
 
-INSTALLED = """
-import sys
-import internvl
-from transformers import AutoModel, AutoProcessor
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-for name in ("chat", "contrastive"):
-    folder = f"{sys.argv[1]}/{name}"
-    for door in (AutoModel, AutoProcessor, AutoImageProcessor):
-        print(type(door.from_pretrained(folder)).__module__.split(".")[0])
-print(type(AutoModel.from_pretrained(f"{sys.argv[1]}/vision")).__module__.split(".")[0])
-"""
-
-
-def test_the_installed_package_serves_every_door_without_trust(checkpoints, tmp_path):
+def test_the_installed_package_serves_every_door_without_trust(checkpoints):
     """transformers has classes of its own named `InternVLProcessor` and `InternVLModel`; they must not be taken."""
-    env = {**without_repository(tmp_path), "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
-    assert set(run(["-c", INSTALLED, checkpoints], tmp_path, env).split()) == {"internvl"}
+    doors = [
+        (door, name) for door in (AutoModel, AutoProcessor, AutoImageProcessor) for name in ("chat", "contrastive")
+    ]
+    for door, name in [*doors, (AutoModel, "vision")]:
+        assert type(door.from_pretrained(checkpoints / name)).__module__.startswith("internvl."), (door, name)
 
 
 TWO_RELEASES = """
@@ -146,4 +122,4 @@ def test_two_folders_of_one_name_keep_their_own_modeling_code(checkpoints, tmp_p
     own = "    _has_language_head = True\n"
     assert own in code.read_text()
     code.write_text(code.read_text().replace(own, own + "    release = 2\n"))
-    run(["-c", TWO_RELEASES, *folders], tmp_path / "work")
+    run_elsewhere(tmp_path / "work", "-c", TWO_RELEASES, *folders)

@@ -3,8 +3,6 @@ trust."""
 
 import ast
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -13,6 +11,8 @@ from pathlib import Path
 import pytest
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from .fixtures_processes import run_elsewhere
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -231,11 +231,9 @@ def seen_by(tmp_path_factory):
     (package / "__init__.py").touch()
     for path in FLAT:
         (package / path.name).write_bytes(path.read_bytes())
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-B", "-c", WATCH_IMPORTS, *(path.stem for path in FLAT)]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    names = [path.stem for path in FLAT]
+    printed = run_elsewhere(folder, "-B", "-c", WATCH_IMPORTS, *names, PYTHONPATH=str(folder))
+    return json.loads(printed.splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", [path.stem for path in FLAT])

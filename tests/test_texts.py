@@ -1,8 +1,5 @@
 """Contrastive texts that did not pass the processor: completed or refused; complete ones keep their ids."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from internvl.processing_internvl import InternVLProcessor
 from internvl.texts_internvl import ContrastiveTexts
 
 from . import tiny
+from .fixtures_processes import run_elsewhere
 from .fixtures_published import published_14b
 from .fixtures_text import make_image, make_tokenizer
 
@@ -217,7 +215,4 @@ with torch.no_grad():
 
 
 def test_the_stock_pipeline_completes_texts_without_the_package(converted, tmp_path):
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", ELSEWHERE, str(converted), *LABELS]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_elsewhere(tmp_path, "-c", ELSEWHERE, converted, *LABELS)

@@ -5,10 +5,7 @@ The raw checkpoints are renamed by hand here, so that the models are tested with
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +24,7 @@ from internvl.modeling_internvit import (
 )
 
 from . import tiny
+from .fixtures_processes import run_elsewhere
 
 
 CLASSIFICATION, SEGMENTATION = (
@@ -425,11 +423,7 @@ def test_saved_heads_load_through_their_auto_class_and_as_a_bare_tower(tmp_path)
         model.save_pretrained(tmp_path / name)
         (tmp_path / name).rename(tmp_path / f"{name}.moved")
     torch.save(cases, tmp_path / "cases.pt")
-    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", LOAD_SAVED], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_elsewhere(tmp_path, "-c", LOAD_SAVED)
 
 
 @pytest.mark.parametrize("name", ["attention_pooling", "segmentation", "pyramid"])
@@ -444,14 +438,3 @@ def test_a_head_starts_from_a_bare_tower_and_says_only_what_it_adds(name, tmp_pa
     for key, value in model.state_dict().items():
         if not key.startswith(head):
             assert torch.equal(again.state_dict()[key], value), key
-
-
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_load_in_4bit_keeps_the_classification_head_in_full_precision(pooling, tmp_path):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    model = tiny.classifier(pooling)
-    model.save_pretrained(tmp_path)
-    small = type(model).from_pretrained(tmp_path, load_in_4bit=True, dtype=torch.bfloat16)
-    quantized = {name for name, module in small.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
-    assert quantized
-    assert all(name.startswith("vision_model.encoder.layers.") for name in quantized)
