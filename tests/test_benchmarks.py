@@ -293,7 +293,3 @@ def test_decoding_for_the_bandwidth_gives_the_tokens_of_generation(small):
     assert torch.equal(
         module.decoding_steps(model, model, 16, dataclasses.replace(FULL_SIZE, tokens=3))(), expected[:, -1:]
     )
-
-
-def test_without_an_accelerator_the_released_sizes_are_skipped():
-    check_rows(list(full_size.rows(Options())), skipped=len(full_size.PARTS))

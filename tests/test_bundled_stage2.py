@@ -23,7 +23,7 @@ from internvl.training.recipes import with_steps
 from internvl.training.stages import run_stage2
 from internvl.training.trainer import Run
 
-from .fixtures_bundled_run import few_scenes_and_one_thread, stopped_at, tiny_run
+from .fixtures_bundled_run import tiny_run
 
 
 RECIPE = tiny_run().stage2
@@ -105,17 +105,6 @@ def test_the_first_phase_trains_what_is_new_and_nothing_else(finished_default_ru
 def test_the_whole_run_trains_all_but_the_vision_tower(finished_default_run):
     stage1, stage2 = (weights_of(finished_default_run / name) for name in ("stage1", "stage2"))
     assert changed_parts(stage1, stage2) == ALL_BUT_TOWER
-
-
-def test_a_stopped_run_resumes_to_the_same_weights(finished_default_run, tmp_path):
-    stage1 = finished_default_run / "stage1"
-    with few_scenes_and_one_thread():
-        with stopped_at("stage2/queries_and_llama", 2):
-            run_stage2(RECIPE, None, Run(tmp_path, num_workers=1), stage1)
-        assert list((tmp_path / "trainer" / "queries_and_llama").glob("checkpoint-*"))
-        assert not (tmp_path / "model.safetensors").exists()
-        run_stage2(RECIPE, None, Run(tmp_path, resume=True, num_workers=1), stage1)
-    assert changed_parts(weights_of(finished_default_run / "stage2"), weights_of(tmp_path)) == set()
 
 
 def test_the_folder_is_an_internvl_g_that_describes_images(finished_default_run, batches):

@@ -165,12 +165,6 @@ def test_the_sub_folders_of_the_bundled_checkpoint_are_named(root, capsys):
             Conversation(root / name)
 
 
-def test_an_installed_package_says_where_the_bundled_checkpoint_is(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(chat, "DEFAULT_CHECKPOINT", tmp_path)  # as in site-packages, where only the code lies
-    assert chat.main(["--ask", "Hi."]) == 2
-    assert "a clone of the repository" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("name", ["missing.png", "missing/missing.png"])
 def test_paths_that_lead_nowhere_are_named(tmp_path, monkeypatch, capsys, name):
     monkeypatch.setattr(chat, "talk", None)

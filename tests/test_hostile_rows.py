@@ -6,8 +6,6 @@ import gzip
 import io
 import json
 import os
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -319,15 +317,3 @@ def test_a_rule_that_was_skipped_is_shown_as_skipped(tmp_path, capsys):
     assert second.endswith("skipped: the data has no such column")
     report = json.loads((tmp_path / "r.json").read_text())
     assert [rule["skipped"] for rule in report["rules"]] == [False, True]
-
-
-HEAVY = ("torch", "transformers", "datasets", "peft", "matplotlib", "sklearn", "PIL", "numpy")
-
-
-@pytest.mark.parametrize("command", ["stage1", "stage3", "retrieval", "funnel", "validate"])
-def test_a_wrong_argument_is_told_before_anything_heavy_is_imported(command, root):
-    arguments = ["-X", "importtime", "-m", "internvl.training", command, "--wrong"]
-    done = subprocess.run([sys.executable, *arguments], cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert not [line for line in done.stderr.splitlines() if line.split("|")[-1].strip() in HEAVY]
-    assert "required" in done.stderr or "unrecognized arguments: --wrong" in done.stderr

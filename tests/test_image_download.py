@@ -110,19 +110,6 @@ def public_name(address, monkeypatch, no_proxy) -> str:
     return address.replace("127.0.0.1", "images.test")
 
 
-@pytest.mark.usefixtures("no_proxy")
-@pytest.mark.parametrize(
-    "host", ["127.0.0.1", "localhost", "127.1", "127.0.0.%31", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0"]
-)
-def test_private_hosts_are_refused_before_a_connection_is_made(processor, address, host):
-    Handler.hosts.clear()
-    with pytest.raises(
-        ValueError, match=r"Image 2 of 2 .* which is not public; INTERNVL_ALLOW_PRIVATE_HOSTS=1 allows"
-    ):
-        processor([WIDE, address.replace("127.0.0.1", host) + "/good.png"])
-    assert Handler.hosts == []
-
-
 NOT_PUBLIC = """
 10.0.0.1 172.16.5.4 192.168.1.1 169.254.169.254 100.64.0.1 100.100.100.200 0.0.0.0 0.1.2.3 127.0.0.1
 127.255.255.254 168.63.129.16
@@ -152,7 +139,7 @@ def connected(monkeypatch, no_proxy) -> list[str]:
 def test_what_is_not_public_is_refused_in_an_address_and_behind_a_name(processor, connected, monkeypatch, place):
     host = f"[{place}]" if ":" in place else place
     for scheme in ("http", "https", "HTTP"):
-        with pytest.raises(ValueError, match=r"Image 1 of 1 .* which is not public"):
+        with pytest.raises(ValueError, match=r"Image 1 of 1 .* not public; INTERNVL_ALLOW_PRIVATE_HOSTS=1 allows"):
             processor(f"{scheme}://{host}/image.png")
     family = socket.AF_INET6 if ":" in place else socket.AF_INET
     found = [(socket.AF_INET, 1, 6, "", ("8.8.8.8", 80)), (family, 1, 6, "", (place, 80))]

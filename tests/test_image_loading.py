@@ -365,13 +365,16 @@ def test_the_background_is_saved_where_it_was_set(tmp_path):
     assert (tile[:, 4:] == (1, 2, 3)).all()
 
 
-@pytest.mark.parametrize("background", ["no colour", "#12", (1, 2), (1, 2, 256), (1.5, 2, 3), 7, True])
+NO_COLOURS = ["no colour", "#12", "#ffffff80", "rgb(300, 0, 0)", (1, 2), (1, 2, 256), (1.5, 2, 3), 7, True]
+
+
+@pytest.mark.parametrize("background", [*NO_COLOURS, np.array([1, 2, 3]), torch.tensor([1, 2, 3])])
 def test_what_is_no_colour_is_refused(processor, background):
     for call in (
         lambda: processor(WIDE, background_color=background),
         lambda: InternVLImageProcessor(background_color=background),
     ):
-        with pytest.raises(ValueError, match="`background_color`"):
+        with pytest.raises(ValueError, match=r"`background_color` (must be|names no colour)"):
             call()
 
 
@@ -398,12 +401,6 @@ def test_control_characters_of_a_name_are_escaped(processor):
 def test_an_image_beyond_the_limit_of_pillow_is_told_so(processor):
     with pytest.raises(ValueError, match=r"more pixels than Pillow decodes.*Shrink"):
         processor(b"P6 100000 100000 255\n")
-
-
-@pytest.mark.parametrize("background", ["#ffffff80", "rgb(300, 0, 0)", np.array([1, 2, 3]), torch.tensor([1, 2, 3])])
-def test_a_background_that_cannot_be_painted_is_refused(processor, background):
-    with pytest.raises(ValueError, match="`background_color` must be"):
-        processor(make_image(9, 9), background_color=background)
 
 
 def test_grey_images_stay_grey_over_the_background():

@@ -2,10 +2,7 @@
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +20,7 @@ from transformers import CLIPImageProcessor
 from internvl.image_processing_internvl import InternVLImageProcessor, _fit, choose_grid
 
 from .fixtures_images import TILE, bytes_of_tiles, encoded, one_tile
+from .fixtures_processes import run_elsewhere
 from .fixtures_text import make_image
 
 
@@ -319,16 +317,11 @@ def test_do_convert_rgb_false_keeps_four_channels(processor):
 WIDE = make_image(128, 32)  # 4 x 1
 
 
-def test_max_num_one_gives_one_tile_and_no_thumbnail(processor):
-    output = processor(WIDE, max_num=1, use_thumbnail=True, return_tensors="pt")
-    assert output["num_patches"].tolist() == [1]
-    assert processor.get_number_of_image_patches(32, 128, {"max_num": 1}) == 1
-
-
 @pytest.mark.parametrize(
     ("settings", "tiles"),
     [
         ({}, 5),
+        ({"max_num": 1, "use_thumbnail": True}, 1),
         ({"max_num": 2}, 3),
         ({"max_patches": 2}, 3),
         ({"max_dynamic_patch": 2, "max_num": 2}, 3),
@@ -519,13 +512,5 @@ def test_auto_image_processor_loads_a_copied_folder_in_a_fresh_process(root, tmp
         for code in root.glob("image_*_internvl.py"):
             shutil.copy(code, path.parent)
     folders = [str(tmp_path / name) for name in ("flat", "nested", "saved")]
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", LOAD, *folders]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(run_elsewhere(tmp_path, "-c", LOAD, *folders).splitlines()[-1])
     assert result == {"names": ["InternVLImageProcessor"] * 2, "counts": [4, 3, 3]}
-
-
-def test_the_names_that_serving_engines_keep_are_listed():
-    assert InternVLImageProcessor.model_input_names == ["pixel_values", "num_patches"]

@@ -148,29 +148,6 @@ def test_rows_that_share_an_image_equal_rows_with_a_copy_each_gradients_too(atte
         torch.testing.assert_close(shared, copied, atol=1e-4, rtol=1e-5)
 
 
-@torch.no_grad()
-def test_contrastive_text_does_not_feel_the_image_and_queries_do_not_feel_the_text():
-    model = tiny.qllama_model()
-    queries, image, ids = inputs()
-
-    def run(**changes):
-        arguments = {
-            "input_ids": ids,
-            "query_embeds": queries,
-            "vision_hidden_states": image,
-            "attention_mode": "contrastive",
-        }
-        return model.model(**{**arguments, **changes}).last_hidden_state[0]
-
-    base, other_image, other_text = run(), run(vision_hidden_states=image + 1), run(input_ids=(ids + 1) % 80)
-    torch.testing.assert_close(base[Q:], other_image[Q:])
-    torch.testing.assert_close(base[:Q], other_text[:Q])
-    assert (base[:Q] - other_image[:Q]).abs().max() > 1e-3
-    assert (
-        run(attention_mode="generation")[Q:] - run(attention_mode="generation", vision_hidden_states=image + 1)[Q:]
-    ).abs().max() > 1e-3
-
-
 def captions(model, **kwargs):
     queries, image, ids = inputs(3)
     ids = torch.cat([torch.zeros(3, Q, dtype=torch.long), ids], dim=1)
@@ -199,14 +176,6 @@ def test_padding_between_queries_and_text_changes_no_caption():
         do_sample=False, max_new_tokens=8, min_new_tokens=8,
     )  # fmt: skip
     assert torch.equal(alone[0, -8:], captions(model)[1, -8:])
-
-
-def test_cross_attention_is_computed_in_the_prefill_only():
-    model = tiny.qllama_model()
-    calls = []
-    model.model.layers[0].cross_attn.k_proj.register_forward_hook(lambda *_: calls.append(1))
-    captions(model)
-    assert calls == [1]
 
 
 @pytest.mark.parametrize(

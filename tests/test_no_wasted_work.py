@@ -246,15 +246,6 @@ def test_a_training_step_computes_logits_for_label_positions_alone(decoder, extr
         torch.testing.assert_close(got[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
 
 
-def test_a_training_batch_without_a_label_gives_zero_gradients():
-    model = tiny.chat_model().train()
-    inputs = training_inputs(model)
-    inputs["labels"] = torch.full_like(inputs["labels"], -100)
-    loss = model(**inputs, num_items_in_batch=5).loss
-    assert loss == 0
-    assert all(gradient.count_nonzero() == 0 for gradient in gradients(model, loss).values())
-
-
 @pytest.mark.parametrize("connector", CONNECTORS)
 @torch.no_grad()
 def test_tiles_encoded_in_chunks_have_the_features_of_tiles_encoded_together(connector):

@@ -4,14 +4,12 @@ Reads like those cards. Weights are tiny and random, so the tests assert that th
 give what the cards say they give.
 """
 
-import logging
 from threading import Thread
 
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPImageProcessor, TextIteratorStreamer
-from transformers.utils import is_flash_attn_2_available
 
 from internvl.conversion import convert
 
@@ -332,13 +330,3 @@ def test_chat_attributes_that_others_read(model, tokenizer):
     assert (config.select_layer, config.downsample_ratio, config.ps_version) == (-1, 0.5, "v2")
     assert (config.force_image_size, config.min_dynamic_patch, config.max_dynamic_patch) == (56, 1, 12)
     assert config.use_thumbnail is True
-
-
-def test_flash_attention_falls_back_with_one_warning(chat_path, caplog):
-    if is_flash_attn_2_available():
-        pytest.skip("flash-attn is installed")
-    logging.Logger.warning_once.cache_clear()  # earlier tests may have had the one warning
-    for _ in range(2):
-        model = AutoModel.from_pretrained(chat_path, use_flash_attn=True, trust_remote_code=True)
-        assert model.config._attn_implementation == "sdpa"
-    assert [record.levelname for record in caplog.records if "use_flash_attn" in record.message] == ["WARNING"]

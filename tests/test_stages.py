@@ -405,17 +405,6 @@ def stop_after(monkeypatch, steps: int) -> None:
     monkeypatch.setattr(trainer.StageTrainer, "training_step", stopping)
 
 
-@pytest.mark.parametrize("steps", [6, 17], ids=["in the first phase", "in the second phase"])
-def test_a_stopped_stage_1_resumes_to_the_same_weights(steps, first, shards, language, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_after(patch, steps)
-        with pytest.raises(Stopped):
-            run_stage1(STAGE1, shards, Run(tmp_path), llama=language["llama"])
-    assert not (tmp_path / "model.safetensors").exists()
-    run_stage1(STAGE1, shards, Run(tmp_path, resume=True), llama=language["llama"])
-    assert_same_weights(tmp_path, first)
-
-
 def test_a_stopped_stage_2_resumes_to_the_same_weights(second, first, shards, language, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 6)

@@ -327,6 +327,11 @@ def test_labels_that_a_trainer_has_shifted_give_the_same_loss():
         assert model(**inputs).loss is None
 
 
+def evaluation_in(folder, **settings) -> TrainingArguments:
+    settings |= {"per_device_eval_batch_size": 2, "remove_unused_columns": False, "disable_tqdm": True}
+    return TrainingArguments(str(folder), report_to="none", use_cpu=True, **settings)
+
+
 class Rows(torch.utils.data.Dataset):
     def __init__(self, rows: list[dict]) -> None:
         self.rows = rows
@@ -380,14 +385,7 @@ def test_trainer_hands_metrics_the_logits_alone(name, tmp_path):
     model.config.output_attentions = True
     trainer = Trainer(
         model,
-        TrainingArguments(
-            str(tmp_path),
-            report_to="none",
-            use_cpu=True,
-            per_device_eval_batch_size=2,
-            remove_unused_columns=False,
-            disable_tqdm=True,
-        ),
+        evaluation_in(tmp_path),
         data_collator=stacked,
         eval_dataset=Rows(rows(model)),
         compute_metrics=lambda found: (
@@ -410,15 +408,7 @@ def test_trainer_hands_metrics_the_similarities_alone(tmp_path):
         {"input_ids": ids, "pixel_values": image}
         for ids, image in zip(tiny.summary_ids(4), tiny.pixels(4), strict=True)
     ]
-    arguments = TrainingArguments(
-        str(tmp_path),
-        report_to="none",
-        use_cpu=True,
-        per_device_eval_batch_size=2,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        label_names=[],
-    )
+    arguments = evaluation_in(tmp_path, label_names=[])
     trainer = ContrastiveTrainer(tiny.internvl_model(), arguments, data_collator=stacked, eval_dataset=Rows(rows))
     trainer.can_return_loss = True
     found = trainer.predict(Rows(rows))
@@ -461,13 +451,6 @@ def test_an_unknown_keyword_is_refused_and_what_transformers_hands_over_is_taken
             "attention_instances": {},
         }
         CALLS[name](**taken)
-
-
-def test_keywords_of_the_decoder_reach_it():
-    model = tiny.chat_model("qwen3_moe")
-    outputs = model(**tiny.chat_inputs(model), output_router_logits=True)
-    assert len(outputs.router_logits) == 2
-    model(**tiny.chat_inputs(model), logits_to_keep=1, cache_position=None)
 
 
 # ----------------------------------------------------------------------------- configurations, tokenizers, other kinds

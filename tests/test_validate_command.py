@@ -2,7 +2,6 @@
 
 import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -152,21 +151,6 @@ def test_impossible_arguments_are_refused(folder, capsys):
     assert "`--model` must be given" in errors
     with pytest.raises(SystemExit):
         main([])
-
-
-def test_the_command_line_runs_as_a_module(folder, root, tmp_path):
-    package = tmp_path / "package"
-    package.mkdir()
-    (package / "internvl").symlink_to(root)
-    path = folder / "rows.jsonl"
-    path.write_text(as_lines([llava("a", "")]))
-    command = [sys.executable, "-m", "internvl.training", "validate", str(path)]
-    result = subprocess.run(command, cwd=package, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert result.stdout.splitlines() == [
-        f"{path}:1: The answer in message 2 is empty.",
-        "1 rows in 1 file, 1 bad.",
-    ]
 
 
 # --------------------------------------------------------------------------------------------------- JSON of all kinds
