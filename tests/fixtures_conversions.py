@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -19,6 +20,15 @@ from .fixtures_text import make_image
 
 def run(source: Path, out: Path, **options: Any) -> Path:
     return convert(source, out, show_progress=False, **options)
+
+
+def assert_rejected(
+    source: Path, folder: Path, match: str, kind: type[Exception] = ValueError, **options: Any
+) -> None:
+    """Converts to `out` in a folder, which fails with a message and writes nothing."""
+    with pytest.raises(kind, match=match):
+        run(source, folder / "out", **options)
+    assert not (folder / "out").exists()
 
 
 def told(source: Path, out: Path, **options: Any) -> tuple[Path, str]:

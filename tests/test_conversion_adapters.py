@@ -14,7 +14,7 @@ from transformers import AutoModel
 
 from internvl.conversion.__main__ import main
 
-from .fixtures_conversions import edit_json, edited_weights, json_of, told, weights_of
+from .fixtures_conversions import assert_rejected, edit_json, edited_weights, json_of, told, weights_of
 from .fixtures_conversions import run as convert
 from .fixtures_published import GOLDEN, published
 
@@ -164,8 +164,7 @@ def test_a_wrapped_checkpoint_without_its_adapters_is_refused(tmp_path):
 
     with edited_weights(source) as tensors:
         tensors[f"{QKV}.base_layer.weight"] = tensors.pop(f"{QKV}.weight")
-    with pytest.raises(ValueError, match=rf"with no adapter beside them: {QKV}\.base_layer\.weight"):
-        run(source, tmp_path / "out")
+    assert_rejected(source, tmp_path, rf"with no adapter beside them: {QKV}\.base_layer\.weight")
 
 
 def test_two_adapters_are_refused(tmp_path):
@@ -175,8 +174,7 @@ def test_two_adapters_are_refused(tmp_path):
         wrap(tensors, QKV, "vision_model.base_model.model.", 4)
         name = QKV.replace("vision_model.", "vision_model.base_model.model.") + ".lora_A.{}.weight"
         tensors[name.format("other")] = tensors[name.format("default")].clone()
-    with pytest.raises(ValueError, match="2 adapters where one is expected: default, other"):
-        run(source, tmp_path / "out")
+    assert_rejected(source, tmp_path, "2 adapters where one is expected: default, other")
 
 
 # ------------------------------------------------------------------------------------------------- folders of adapters
@@ -263,8 +261,7 @@ def test_an_adapter_of_the_decoder_alone_finds_its_place(base, tmp_path):
 )
 def test_adapters_that_are_not_plain_sums_are_refused_by_name(changes, adapter, tmp_path):
     edit_json(adapter / "adapter_config.json", **changes)
-    with pytest.raises(ValueError, match=rf"not merged by this command \({next(iter(changes))}"):
-        run(adapter, tmp_path / "out")
+    assert_rejected(adapter, tmp_path, rf"not merged by this command \({next(iter(changes))}")
 
 
 def test_an_adapter_of_another_model_is_refused_with_every_layer(trained, tmp_path):
@@ -274,7 +271,6 @@ def test_an_adapter_of_another_model_is_refused_with_every_layer(trained, tmp_pa
 
 
 def test_a_base_is_no_adapter_and_no_place_for_the_result(base, trained, tmp_path):
-    with pytest.raises(ValueError, match="is an adapter itself"):
-        run(trained[0], tmp_path / "out", base=trained[0])
+    assert_rejected(trained[0], tmp_path, "is an adapter itself", base=trained[0])
     with pytest.raises(ValueError, match="must be a folder of its own"):
         run(trained[0], base, base=base, overwrite=True)

@@ -12,7 +12,7 @@ from internvl.conversion.formats.edits import Draft, drop_blocks_above
 from internvl.conversion.plan import ConversionOptions, plan_conversion
 from internvl.image_processing_internvl import InternVLImageProcessor
 
-from .fixtures_conversions import assert_same, json_of, run, weights_of
+from .fixtures_conversions import assert_rejected, assert_same, json_of, run, weights_of
 from .fixtures_published import GOLDEN, published
 
 
@@ -110,8 +110,7 @@ def test_the_size_that_is_there_already_changes_nothing(tmp_path):
     ],
 )
 def test_sizes_that_cannot_be_are_refused(sizes, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        run(GOLDEN / "intern_vit_6b", tmp_path / "out", **sizes)
+    assert_rejected(GOLDEN / "intern_vit_6b", tmp_path, message, **sizes)
 
 
 # ------------------------------------------------------------------------------------------------------- unused blocks

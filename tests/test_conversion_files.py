@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
@@ -16,6 +17,7 @@ from internvl.conversion.readers.opening import open_source
 
 from .fixtures_conversions import (
     BoobyTrap,
+    assert_rejected,
     assert_same,
     assert_same_weights,
     edit_json,
@@ -35,17 +37,8 @@ def split_in_two(source: Path, suffix: str) -> None:
     """Shards and an index in the place of the one file."""
     tensors = load_file(source / "model.safetensors")
     (source / "model.safetensors").unlink()
-    stem = "model" if suffix == "safetensors" else "pytorch_model"
-    names, weight_map = list(tensors), {}
-    for index, part in enumerate((names[::2], names[1::2]), start=1):
-        file = f"{stem}-{index:05d}-of-00002.{suffix}"
-        content = {name: tensors[name] for name in part}
-        if suffix == "safetensors":
-            save_file(content, source / file, metadata={"format": "pt"})
-        else:
-            torch.save(content, source / file)
-        weight_map.update(dict.fromkeys(part, file))
-    (source / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    save_torch_state_dict(tensors, source, max_shard_size=400_000, safe_serialization=suffix == "safetensors")
+    assert len(list(source.glob(f"*-of-00002.{suffix}"))) == 2
 
 
 def as_one_file(source: Path, name: str, **settings) -> None:
@@ -105,15 +98,13 @@ def test_links_as_in_the_hubs_cache_are_followed(vit, tmp_path):
 def test_an_index_that_points_elsewhere_is_refused(name, vit, tmp_path):
     split_in_two(vit, "safetensors")
     edit_json(vit / "model.safetensors.index.json", weight_map={"embeddings.class_embedding": name})
-    with pytest.raises(ValueError, match="points outside its folder"):
-        run(vit, tmp_path / "out")
+    assert_rejected(vit, tmp_path, "points outside its folder")
 
 
 def test_a_missing_shard_is_named(vit, tmp_path):
     split_in_two(vit, "bin")
     (vit / "pytorch_model-00002-of-00002.bin").unlink()
-    with pytest.raises(OSError, match=r"does not have: pytorch_model-00002-of-00002\.bin"):
-        run(vit, tmp_path / "out")
+    assert_rejected(vit, tmp_path, r"does not have: pytorch_model-00002-of-00002\.bin", kind=OSError)
 
 
 @pytest.mark.parametrize("form", ["zip", "plain-pickle"])
@@ -143,14 +134,7 @@ def test_no_code_of_the_source_is_run(tmp_path):
 def test_a_truncated_file_is_named(vit, tmp_path):
     data = (vit / "model.safetensors").read_bytes()
     (vit / "model.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(OSError, match=r"model\.safetensors` is no complete safetensors file"):
-        run(vit, tmp_path / "out")
-    (vit / "model.safetensors").unlink()
-    torch.save({"a": torch.zeros(1000)}, vit / "pytorch_model.bin")
-    data = (vit / "pytorch_model.bin").read_bytes()
-    (vit / "pytorch_model.bin").write_bytes(data[: len(data) // 2])
-    with pytest.raises(OSError, match=r"pytorch_model\.bin` is no complete PyTorch file"):
-        run(vit, tmp_path / "out")
+    assert_rejected(vit, tmp_path, r"model\.safetensors` is no complete safetensors file", kind=OSError)
 
 
 def test_headers_are_read_without_their_weights(vit):
@@ -181,8 +165,7 @@ def test_a_tensor_in_two_files_is_listed(vit, tmp_path):
     tensors["embeddings.class_embedding"] = torch.zeros(1, 1, 64)
     save_file(tensors, second)
     assert "embeddings.class_embedding" in load_file(first)
-    with pytest.raises(ValueError, match=r"1 in more than one file: embeddings.class_embedding"):
-        run(vit, tmp_path / "out")
+    assert_rejected(vit, tmp_path, r"1 in more than one file: embeddings.class_embedding")
 
 
 def test_rotary_buffers_are_dropped_by_name_and_nothing_else_is(tmp_path):
@@ -222,11 +205,9 @@ def test_an_unknown_layout_is_answered_with_what_is_supported(tensor, config, tm
 
 
 def test_a_folder_without_weights_and_a_missing_one_are_named(tmp_path):
-    with pytest.raises(OSError, match=r"There is no `.*nowhere`"):
-        run(tmp_path / "nowhere", tmp_path / "out")
+    assert_rejected(tmp_path / "nowhere", tmp_path, r"There is no `.*nowhere`", kind=OSError)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(OSError, match="holds no weights"):
-        run(tmp_path / "empty", tmp_path / "out")
+    assert_rejected(tmp_path / "empty", tmp_path, "holds no weights", kind=OSError)
 
 
 @pytest.mark.parametrize(
@@ -245,8 +226,7 @@ def test_a_folder_without_weights_and_a_missing_one_are_named(tmp_path):
     ],
 )
 def test_settings_without_effect_are_refused(case, setting, reason, tmp_path):
-    with pytest.raises(ValueError, match=f"`{next(iter(setting))}` has no effect: .*{reason}"):
-        run(GOLDEN / case, tmp_path / "out", **setting)
+    assert_rejected(GOLDEN / case, tmp_path, f"`{next(iter(setting))}` has no effect: .*{reason}", **setting)
 
 
 # ---------------------------------------------------------------------------------------------------- types and shards

@@ -17,8 +17,11 @@ CONVERT = importlib.import_module("internvl.conversion.convert")  # not the func
 
 
 # ---------------------------------------------------------------------------------------------- complete or not at all
-def test_a_folder_that_is_not_empty_is_replaced_only_when_asked(vit, tmp_path):
+def test_an_empty_folder_is_used_and_another_replaced_only_when_asked(vit, tmp_path):
     out = tmp_path / "out"
+    out.mkdir()
+    run(vit, out)
+    shutil.rmtree(out)
     out.mkdir()
     (out / "precious.txt").write_text("mine")
     with pytest.raises(OSError, match="--overwrite"):
@@ -27,12 +30,6 @@ def test_a_folder_that_is_not_empty_is_replaced_only_when_asked(vit, tmp_path):
     run(vit, out, overwrite=True)
     assert "precious.txt" not in state_of(out)
     assert (out / "model.safetensors").exists()
-
-
-def test_an_empty_folder_is_used(vit, tmp_path):
-    (tmp_path / "out").mkdir()
-    run(vit, tmp_path / "out")
-    assert (tmp_path / "out" / "config.json").exists()
 
 
 @pytest.mark.parametrize("place", [".", ".."])

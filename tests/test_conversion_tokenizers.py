@@ -9,7 +9,7 @@ from transformers.convert_slow_tokenizer import LlamaConverter, generate_merges
 
 from internvl.conversion.repository.sentencepiece_model import tokenizer_from_sentencepiece
 
-from .fixtures_conversions import edit_json, json_of, run
+from .fixtures_conversions import assert_rejected, edit_json, json_of, run
 from .fixtures_published import (
     INTERNLM2_TOKENS,
     LLAMA_TOKENS,
@@ -142,8 +142,7 @@ def test_tokens_that_are_not_those_of_the_model_are_refused(tokens, image_token_
     source = published("chat_qwen2_v2", tmp_path)
     if tokens:
         make_tokenizer(special_tokens=tokens).save_pretrained(source)
-    with pytest.raises(ValueError, match=message):
-        run(source, tmp_path / "out", image_token_id=image_token_id)
+    assert_rejected(source, tmp_path, message, image_token_id=image_token_id)
 
 
 def test_a_tokenizer_that_is_only_remote_code_is_refused(tmp_path):
@@ -152,8 +151,7 @@ def test_a_tokenizer_that_is_only_remote_code_is_refused(tmp_path):
     edit_json(
         source / "tokenizer_config.json", auto_map={"AutoTokenizer": ["t.T", None]}, tokenizer_class="OwnTokenizer"
     )
-    with pytest.raises(ValueError, match=r"is remote code .`OwnTokenizer`., which is not run"):
-        run(source, tmp_path / "out")
+    assert_rejected(source, tmp_path, r"is remote code .`OwnTokenizer`., which is not run")
 
 
 def test_a_folder_named_as_tokenizer_must_hold_one(tmp_path):

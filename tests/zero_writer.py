@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 
 CLASSES = {
@@ -40,31 +41,24 @@ def filled(classes: dict[str, type], name: str, **state: Any) -> Any:
     return made
 
 
-def padded(numbers: list[float], length: int) -> list[float]:
-    return numbers + [0.0] * (length - len(numbers))
-
-
 def cut_by_stretch(groups: list[Tensors], processes: int, gap: int, strip: bool) -> list[list[torch.Tensor]]:
     """Stages 1 and 2: for each process, its stretch of every group."""
     result: list[list[torch.Tensor]] = [[] for _ in range(processes)]
     for group in groups:
-        vector = [number for tensor in group.values() for number in [*tensor.flatten().tolist(), *[7.0] * gap]]
+        vector = torch.cat([pad(tensor.flatten(), (0, gap), value=7.0) for tensor in group.values()])
         length = -(-len(vector) // (2 * processes)) * 2
-        whole = padded(vector, length * processes)
-        for rank in range(processes):
-            stretch = whole[rank * length : (rank + 1) * length]
-            if strip:  # as it is saved: without the padding at the end
-                stretch = stretch[: max(0, len(vector) - rank * length)]
-            result[rank].append(torch.tensor(stretch))
+        for rank, stretch in enumerate(pad(vector, (0, length * processes - len(vector))).split(length)):
+            # As it is saved: without the padding at the end.
+            kept = stretch[: max(0, len(vector) - rank * length)] if strip else stretch
+            result[rank].append(kept.clone())
     return result
 
 
 def cut_by_part(tensor: torch.Tensor, processes: int) -> list[torch.Tensor]:
     """Stage 3: equal parts of one tensor, one for each process."""
-    numbers = tensor.flatten().tolist()
-    length = -(-len(numbers) // processes)
-    whole = padded(numbers, length * processes)
-    return [torch.tensor(whole[rank * length : (rank + 1) * length], dtype=tensor.dtype) for rank in range(processes)]
+    length = -(-tensor.numel() // processes)
+    whole = pad(tensor.flatten(), (0, length * processes - tensor.numel()))
+    return [part.clone() for part in whole.split(length)]
 
 
 def write_zero(
@@ -111,7 +105,10 @@ def write_zero(
                 **(extra or {}),
             }
             if stage == 3:
-                optimizer |= parts_of_a_process(groups, rank, processes, flat_groups)
+                flat = torch.cat(
+                    [cut_by_part(tensor, processes)[rank] for group in groups for tensor in group.values()]
+                )
+                optimizer |= {"partition_count": processes, "fp32_flat_groups": list(flat.tensor_split(flat_groups))}
             else:
                 slices = {name: filled(classes, "fragment_address", numel=3) for group in groups for name in group}
                 optimizer |= stretches_of_a_process(groups, stretches[rank], processes, gap, slices)
@@ -149,12 +146,6 @@ def model_states(
         "dp_world_size": processes,
         "mp_world_size": 1,
     }
-
-
-def parts_of_a_process(groups: list[Tensors], rank: int, processes: int, flat_groups: int) -> dict[str, Any]:
-    """Stage 3: the master weights."""
-    flat = torch.cat([cut_by_part(tensor, processes)[rank] for group in groups for tensor in group.values()])
-    return {"partition_count": processes, "fp32_flat_groups": list(flat.tensor_split(flat_groups))}
 
 
 def stretches_of_a_process(
