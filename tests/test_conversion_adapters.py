@@ -225,9 +225,7 @@ def adapter(trained, tmp_path):
 def test_an_adapter_folder_is_merged_as_peft_merges_it(settings, base, tmp_path):
     adapter, wanted = trained_adapter(base, tmp_path / "adapter", target_modules=TARGETS, **settings)
     found = run(adapter, tmp_path / "out", base=base)
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name], tensor, msg=name)
+    torch.testing.assert_close(found, wanted)
     plain = load_file(base / "model.safetensors")
     assert not torch.equal(found[f"{QKV}.weight"], plain[f"{QKV}.weight"])
 

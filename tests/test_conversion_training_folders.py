@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -302,11 +303,10 @@ class Blocks(torch.Tensor):
     """A tensor that saves itself in blocks, as one that is cut along two dimensions on four devices."""
 
     def blocks(self) -> list[ChunkStorageMetadata]:
-        cuts = [(0, size - size // 3, size) for size in self.shape]
+        rows, columns = ([(0, size - size // 3), (size - size // 3, size // 3)] for size in self.shape)
         return [
-            ChunkStorageMetadata(torch.Size([top, left]), torch.Size([bottom - top, right - left]))
-            for top, bottom in zip(cuts[0], cuts[0][1:], strict=False)
-            for left, right in zip(cuts[1], cuts[1][1:], strict=False)
+            ChunkStorageMetadata(torch.Size([top, left]), torch.Size([height, width]))
+            for (top, height), (left, width) in product(rows, columns)
         ]
 
     def __create_write_items__(self, fqn: str, value: object) -> list[WriteItem]:
