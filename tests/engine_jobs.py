@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from internvl.configuration_internvl import InternVLChatConfig
-from internvl.conversation_internvl import get_conversation_template
 from internvl.image_processing_internvl import InternVLImageProcessor
 from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
 from internvl.processing_internvl import InternVLProcessor
@@ -32,9 +31,10 @@ from internvl.training.models.parameter_groups import train_parts
 from internvl.training.models.pretraining import InternVLForContrastiveTraining, InternVLForGenerativeTraining
 from internvl.training.recipes import stage1, stage2, stage2_small
 
-from . import tiny
+from . import fixtures_processing, tiny
 from .fixtures_dialogues import llava
 from .fixtures_pairs import sample, write_tar
+from .fixtures_processing import SEQ
 from .fixtures_text import make_image, make_tokenizer
 from .training_models import tiny_model
 
@@ -93,12 +93,8 @@ class Stop(TrainerCallback):
 
 # ---------------------------------------------------------------------------------------------------------------- data
 def make_processor(connector: str = "patches") -> InternVLProcessor:
-    return InternVLProcessor(
-        InternVLImageProcessor(size={"height": 56, "width": 56}, max_num=6),
-        make_tokenizer(),
-        image_seq_length=4 if connector == "patches" else 4 + tiny.QLLAMA["num_query_token"],
-        chat_template=get_conversation_template("internvl").to_jinja(),
-    )
+    length = SEQ if connector == "patches" else SEQ + tiny.QLLAMA["num_query_token"]
+    return fixtures_processing.make_processor(side=56, image_seq_length=length)
 
 
 def pair_processor() -> InternVLProcessor:

@@ -16,13 +16,14 @@ SIDE = 28
 SQUARE, WIDE = make_image(32, 32), make_image(96, 32, seed=1)  # 1 tile; 3 tiles and a thumbnail
 
 
-def make_processor(template: str = "internvl", tokenizer: Any = None, **kwargs: Any) -> InternVLProcessor:
+def make_processor(
+    template: str = "internvl", tokenizer: Any = None, side: int = SIDE, **kwargs: Any
+) -> InternVLProcessor:
     return InternVLProcessor(
-        image_processor=InternVLImageProcessor(size={"height": SIDE, "width": SIDE}, max_num=6),
+        image_processor=InternVLImageProcessor(size={"height": side, "width": side}, max_num=6),
         tokenizer=make_tokenizer() if tokenizer is None else tokenizer,
-        image_seq_length=SEQ,
         chat_template=get_conversation_template(template).to_jinja(),
-        **kwargs,
+        **{"image_seq_length": SEQ, **kwargs},
     )
 
 

@@ -4,7 +4,7 @@ packing."""
 import base64
 import io
 import json
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -13,29 +13,20 @@ from PIL import Image
 from transformers import Trainer, TrainingArguments
 
 from internvl.conversation_internvl import get_conversation_template, list_conversation_templates
-from internvl.image_processing_internvl import InternVLImageProcessor
 from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
 from internvl.processing_internvl import InternVLProcessor
 from internvl.training.data.bad_rows import BadRows, TooManyBadRowsError, UnusableRowError
 from internvl.training.data.dialogues import DialogueCollator, DialogueDataset, DialogueEncoder, read_dialogue
 
+from . import fixtures_processing
 from .fixtures_dialogues import BAD_ROWS, llava
-from .fixtures_text import make_image, make_tokenizer
+from .fixtures_processing import SEQ
+from .fixtures_text import make_image
 from .tiny import DECODERS, chat_config, randomize
 
 
-SEQ = 4  # image tokens of a tile, in the tiny models and here
+make_processor = cache(partial(fixtures_processing.make_processor, side=56))
 SIZES = {"a.png": (56, 56), "b.png": (168, 56), "c.png": (56, 112)}  # 1, 3 + 1 and 2 + 1 tiles
-
-
-@cache
-def make_processor(template: str = "internvl") -> InternVLProcessor:
-    return InternVLProcessor(
-        InternVLImageProcessor(size={"height": 56, "width": 56}, max_num=6),
-        make_tokenizer(),
-        image_seq_length=SEQ,
-        chat_template=get_conversation_template(template).to_jinja(),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +63,8 @@ def same_dialogue(images: Path) -> dict[str, dict]:
     flat = [message for turn in turns for message in turn]
     system = "Be brief."
     roles = ("user", "assistant") * 2
+    messages = [{"role": "system", "content": system}]
+    messages += [{"role": role, "content": value} for role, value in zip(roles, flat, strict=True)]
     parts = [[text("What is in "), 0, text(" and in "), 1, text("?")], [text("And in "), 2, text("?")]]
 
     def openai(source) -> dict:
@@ -98,17 +91,11 @@ def same_dialogue(images: Path) -> dict[str, dict]:
             "images": names,
         },
         "messages and images": {
-            "messages": [
-                {"role": "system", "content": system},
-                *({"role": role, "content": value} for role, value in zip(roles, flat, strict=True)),
-            ],
+            "messages": messages,
             "images": [{"path": name, "bytes": None} for name in names],
         },
         "messages and bytes": {
-            "messages": [
-                {"role": "system", "content": system},
-                *({"role": role, "content": value} for role, value in zip(roles, flat, strict=True)),
-            ],
+            "messages": messages,
             "images": [as_bytes(name) for name in names],
         },
         "messages with parts, images beside": {

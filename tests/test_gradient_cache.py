@@ -15,19 +15,11 @@ from internvl.training.models.pretraining import (
 )
 
 from . import tiny, two_processes
-from .training_models import generative_batch, retrieval_batch, tiny_model
-
-
-def contrastive_batch() -> dict[str, torch.Tensor]:
-    return {"pixel_values": tiny.pixels(5), "input_ids": tiny.text_ids(5)}
+from .training_models import caption_batch, contrastive_batch, generative_batch, retrieval_batch, tiny_model
 
 
 def without_negatives(inputs: dict) -> dict[str, torch.Tensor]:
     return {key: value for key, value in inputs.items() if not key.startswith("negative")}
-
-
-def caption_batch() -> dict[str, torch.Tensor]:
-    return {key: generative_batch()[key] for key in ("pixel_values", "input_ids", "attention_mask", "labels")}
 
 
 STAGES = {

@@ -19,17 +19,18 @@ import torch
 from accelerate import skip_first_batches
 from PIL import Image
 from torch.utils.data import DataLoader, get_worker_info
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from internvl.image_processing_internvl import InternVLImageProcessor
 from internvl.processing_internvl import InternVLProcessor
 from internvl.training import stages
 from internvl.training.data.bad_rows import BadRows, TooManyBadRowsError
 from internvl.training.data.filters import Filter, Funnel, MissingColumnError
-from internvl.training.data.pairs import PairCollator, PairStream, stream_loader
+from internvl.training.data.pairs import PairCollator, PairStream
 from internvl.training.data.shards import find_shards, read_shard
 from internvl.training.recipes import stage2_small
 
+from .engine_jobs import StreamTrainer
 from .fixtures_pairs import png, sample, write_parquet, write_tar
 from .fixtures_text import make_tokenizer
 
@@ -346,11 +347,6 @@ class Recorder(torch.nn.Module):
     def forward(self, input_ids, attention_mask=None, pixel_values=None):
         self.seen.append(input_ids.flatten().tolist())
         return {"loss": self.weight.sum() * pixel_values.mean()}
-
-
-class StreamTrainer(Trainer):
-    def get_train_dataloader(self) -> DataLoader:
-        return stream_loader(self.train_dataset, self.data_collator, self.args)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

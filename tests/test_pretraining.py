@@ -22,7 +22,17 @@ from internvl.training.models.pretraining import (
 )
 
 from . import tiny, two_processes
-from .training_models import generative_batch, golden_inputs, golden_model, notes, retrieval_batch, tensors, tiny_model
+from .training_models import (
+    caption_batch,
+    contrastive_batch,
+    generative_batch,
+    golden_inputs,
+    golden_model,
+    notes,
+    retrieval_batch,
+    tensors,
+    tiny_model,
+)
 
 
 def assert_recorded(case: str, prefix: str, found: dict[str, torch.Tensor]) -> None:
@@ -195,15 +205,6 @@ def test_drawn_negatives_give_the_losses_and_gradients_of_the_same_ones_given(na
         torch.testing.assert_close(
             found[1][key], value, atol=1e-5, rtol=1e-4, msg=lambda text, key=key: f"{key}: {text}"
         )
-
-
-def contrastive_batch(batch: int = 5, seed: int = 0) -> dict[str, torch.Tensor]:
-    return {"pixel_values": tiny.pixels(batch, seed=seed), "input_ids": tiny.text_ids(batch, seed=seed)}
-
-
-def caption_batch(batch: int = 5, seed: int = 0) -> dict[str, torch.Tensor]:
-    inputs = generative_batch(batch, seed)
-    return {key: inputs[key] for key in ("pixel_values", "input_ids", "attention_mask", "labels")}
 
 
 STAGES = {

@@ -5,6 +5,8 @@ lost.
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -78,7 +80,9 @@ class StoppedError(Exception):
     pass
 
 
-def stopped_after(data: Path, output: Path, steps: int, monkeypatch) -> Path:
+@contextmanager
+def stopped_after(steps: int) -> Iterator[None]:
+    """Training in this context must end in the step after so many of all phases."""
     original, count = trainer.StageTrainer.training_step, iter(range(1000))
 
     def stopping(self, *args, **kwargs):
@@ -86,10 +90,15 @@ def stopped_after(data: Path, output: Path, steps: int, monkeypatch) -> Path:
             raise StoppedError
         return original(self, *args, **kwargs)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.StageTrainer, "training_step", stopping)
         with pytest.raises(StoppedError):
-            run(data, output)
+            yield
+
+
+def stopped_run(data: Path, output: Path, steps: int) -> Path:
+    with stopped_after(steps):
+        run(data, output)
     return output
 
 
@@ -104,7 +113,7 @@ def test_a_finished_stage_that_is_resumed_says_so_and_changes_nothing(data, unbr
 
 def test_finished_phases_run_no_extra_step(data, unbroken, tmp_path, monkeypatch):
     """Stopped in the first step of the second phase, before it has a checkpoint of its own."""
-    output = stopped_after(data, tmp_path / "out", 4, monkeypatch)
+    output = stopped_run(data, tmp_path / "out", 4)
     steps = []
     original = trainer.StageTrainer.training_step
     monkeypatch.setattr(
@@ -182,7 +191,7 @@ def test_every_shard_and_every_process_counts(unbroken, tmp_path):
 
 def test_the_newest_whole_checkpoint_wins(data, unbroken, tmp_path, monkeypatch, caplog):
     """As others leave them that write into the final folder: a later checkpoint lacks something."""
-    output = stopped_after(data, tmp_path / "out", 3, monkeypatch)
+    output = stopped_run(data, tmp_path / "out", 3)
     phase = output / "trainer" / "half_patches"
     shutil.copytree(unbroken / "trainer" / "half_patches" / "checkpoint-4", phase / "checkpoint-4")
     DAMAGES["no trainer state"](phase / "checkpoint-4")
@@ -228,8 +237,8 @@ def stop_second(patch: pytest.MonkeyPatch, at: str) -> None:
     patch.setattr(owner, at, stopping)
 
 
-def test_a_changed_recipe_is_refused_by_the_fields_that_differ(data, unbroken, tmp_path, monkeypatch):
-    stopped = stopped_after(data, tmp_path / "out", 3, monkeypatch)
+def test_a_changed_recipe_is_refused_by_the_fields_that_differ(data, unbroken, tmp_path):
+    stopped = stopped_run(data, tmp_path / "out", 3)
     changed = replace(RECIPE, weight_decay=0.25, phases=(PHASES[0], replace(PHASES[1], steps=6)))
     for folder in (stopped, unbroken):
         before = digests(folder)
@@ -265,8 +274,8 @@ def test_records_of_earlier_versions_are_compared_by_todays_names(tmp_path):
         check_same_recipe(tmp_path, replace(RECIPE, phases=(replace(PHASES[0], patch_drop_rate=0.25), PHASES[1])))
 
 
-def test_a_stopped_run_is_not_begun_again_by_mistake(data, tmp_path, monkeypatch):
-    stopped = stopped_after(data, tmp_path / "out", 3, monkeypatch)
+def test_a_stopped_run_is_not_begun_again_by_mistake(data, tmp_path):
+    stopped = stopped_run(data, tmp_path / "out", 3)
     before = digests(stopped)
     with pytest.raises(ValueError, match="holds a run that was stopped: go on with it by `--resume`"):
         run(data, stopped)

@@ -41,15 +41,11 @@ from internvl.training.stages import Run, run_retrieval, run_stage1, run_stage2,
 from .fixtures_dialogues import llava
 from .fixtures_pairs import sample, write_tar
 from .fixtures_text import make_tokenizer
+from .test_stage_faults import TEXT, VISION, assert_same_weights, stopped_after
 from .tiny import DECODERS, randomize
 
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "white": (250, 250, 250)}
-VISION = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 56,
-    "initializer_factor": 1.0,
-}  # fmt: skip
-TEXT = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
 LENGTH = 40
 
 
@@ -389,36 +385,11 @@ def test_lora_trains_adapters_in_place_of_a_part_and_merges_them(part, first, sh
     AutoModel.from_pretrained(tmp_path)
 
 
-class Stopped(Exception):
-    pass
-
-
-def stop_after(monkeypatch, steps: int) -> None:
-    """Ends the run in the step after so many of all phases."""
-    original, count = trainer.StageTrainer.training_step, iter(range(1000))
-
-    def stopping(self, *args, **kwargs):
-        if next(count) == steps:
-            raise Stopped
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(trainer.StageTrainer, "training_step", stopping)
-
-
-def test_a_stopped_stage_2_resumes_to_the_same_weights(second, first, shards, language, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_after(patch, 6)
-        with pytest.raises(Stopped):
-            run_stage2(STAGE2, shards, Run(tmp_path), first, language["llama"])
+def test_a_stopped_stage_2_resumes_to_the_same_weights(second, first, shards, language, tmp_path):
+    with stopped_after(6):
+        run_stage2(STAGE2, shards, Run(tmp_path), first, language["llama"])
     run_stage2(STAGE2, shards, Run(tmp_path, resume=True), first, language["llama"])
     assert_same_weights(tmp_path, second)
-
-
-def assert_same_weights(found: Path, wanted: Path) -> None:
-    found, wanted = weights(found), weights(wanted)
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert torch.equal(found[name], value), name
 
 
 # ------------------------------------------------------------------------------------------------------- command line

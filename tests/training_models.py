@@ -31,6 +31,15 @@ def tiny_model(cls: type, num_query_token: int = 5, **settings) -> torch.nn.Modu
     return model
 
 
+def contrastive_batch(batch: int = 5, seed: int = 0) -> dict[str, torch.Tensor]:
+    return {"pixel_values": tiny.pixels(batch, seed=seed), "input_ids": tiny.text_ids(batch, seed=seed)}
+
+
+def caption_batch(batch: int = 5, seed: int = 0) -> dict[str, torch.Tensor]:
+    inputs = generative_batch(batch, seed)
+    return {key: inputs[key] for key in ("pixel_values", "input_ids", "attention_mask", "labels")}
+
+
 def generative_batch(batch: int = 5, seed: int = 0) -> dict[str, torch.Tensor]:
     """Inputs of stage 2 whose texts have lengths of their own, padded on the right."""
     names = {"positive": 6, "negative": 9, "summarize": 8, "": 7}
