@@ -1,25 +1,18 @@
-"""The classification and segmentation heads and the feature pyramid of InternViT, against the outputs of the published
-code.
-
-The raw checkpoints are renamed by hand here, so that the models are tested without the conversion tool.
+"""The classification and segmentation heads and the feature pyramid of InternViT by their definitions, saving and
+loading. That they give the outputs of the published code is in tests/test_conversion_raw.py.
 """
 
-import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from transformers import AutoModelForSemanticSegmentation
 
-from internvl.configuration_internvl import InternViTConfig
 from internvl.layers_internvit import resize_patch_kernel
 from internvl.modeling_internvit import (
     InternVisionModel,
     InternViTBackbone,
-    InternViTForImageClassification,
     InternViTForSemanticSegmentation,
 )
 
@@ -27,193 +20,7 @@ from . import tiny
 from .fixtures_processes import run_elsewhere
 
 
-CLASSIFICATION, SEGMENTATION = (
-    Path(__file__).parent / "golden" / name for name in ("classification_raw", "segmentation_raw")
-)
 POOLINGS = ("cls_patch_concat", "attention_pooling", "clip_projector")
-RAW_PATCH_SIZE = 14  # of the raw backbone files, whatever patch size the published code then resizes them to
-OF_THE_TOWER = ("cls_token", "pos_embed", "patch_embed.", "blocks.")
-RENAMES = {
-    "cls_token": "embeddings.class_embedding",
-    "pos_embed": "embeddings.position_embedding",
-    "patch_embed.proj": "embeddings.patch_embedding",
-    "blocks.": "encoder.layers.",
-    ".gamma": "",
-}
-
-
-def raw_state(path: Path, tower: str = "") -> dict[str, torch.Tensor]:
-    """Tensors of a raw file under our names, those of the tower behind the prefix `tower`."""
-    state = torch.load(path, weights_only=True)
-    for wrapper in ("module", "model", "state_dict"):
-        state = state.get(wrapper, state)
-    renamed = {}
-    for raw_name, tensor in state.items():
-        raw_name = raw_name.removeprefix("backbone.")
-        name = raw_name
-        for old, new in RENAMES.items():
-            name = name.replace(old, new)
-        renamed[tower + name if raw_name.startswith(OF_THE_TOWER) else name] = tensor
-    return renamed
-
-
-class Golden:
-    """The inputs and expected outputs of one folder."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.tensors = load_file(folder / "io.safetensors")
-        self.settings = json.loads((folder / "config.json").read_text())
-        self.tolerance = json.loads((folder / "case.json").read_text())["tolerance"]
-
-    def given(self, name: str) -> torch.Tensor:
-        return self.tensors[f"in.{name}"]
-
-    def check(self, found: torch.Tensor, name: str, dtype: str = "fp32") -> None:
-        torch.testing.assert_close(found, self.tensors[f"out.{name}"], **self.tolerance[dtype])
-
-
-@pytest.fixture(scope="module")
-def classification() -> Golden:
-    return Golden(CLASSIFICATION)
-
-
-@pytest.fixture(scope="module")
-def segmentation() -> Golden:
-    return Golden(SEGMENTATION)
-
-
-def classifier_config(golden: Golden, **changes) -> InternViTConfig:
-    model, vision = golden.settings["MODEL"], golden.settings["MODEL"]["INTERN_VIT_6B"]
-    settings = {
-        "hidden_size": vision["EMBED_DIM"],
-        "intermediate_size": int(vision["EMBED_DIM"] * vision["MLP_RATIO"]),
-        "num_hidden_layers": vision["DEPTH"],
-        "num_attention_heads": vision["NUM_HEADS"],
-        "image_size": vision["PRETRAIN_SIZE"],
-        "patch_size": RAW_PATCH_SIZE,
-        "qkv_bias": vision["QKV_BIAS"],
-        "qk_normalization": vision["QK_NORMALIZATION"],
-        "num_labels": model["NUM_CLASSES"],
-        "attn_pool_num_heads": golden.settings["attn_pool_num_heads"],
-        "clip_embed_dim": golden.settings["clip_embed_dim"],
-    }
-    return InternViTConfig(**{**settings, **changes})
-
-
-def classifier(golden: Golden, pooling: str) -> InternViTForImageClassification:
-    model = InternViTForImageClassification(classifier_config(golden, classifier_pooling=pooling))
-    state = raw_state(golden.folder / "intern_vit_6b_224px.pth", "vision_model.")
-    if pooling != "clip_projector":
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("clip_projector.")}
-    model.load_state_dict({**state, **raw_state(golden.folder / f"head_{pooling}.pth")})
-    return model.eval()
-
-
-def backbone_settings(golden: Golden) -> dict:
-    raw = golden.settings["backbone"]
-    return {
-        "hidden_size": raw["embed_dim"],
-        "intermediate_size": int(raw["embed_dim"] * raw["mlp_ratio"]),
-        "num_hidden_layers": raw["depth"],
-        "num_attention_heads": raw["num_heads"],
-        "image_size": raw["pretrain_size"],
-        "patch_size": raw["patch_size"],
-        "qkv_bias": raw["qkv_bias"],
-        "qk_normalization": raw["qk_normalization"],
-        "out_indices": [index + 1 for index in raw["out_indices"]],  # ours count the embeddings as 0
-    }
-
-
-@pytest.mark.parametrize("pooling", POOLINGS)
-@torch.no_grad()
-def test_every_pooling_gives_the_published_scores(classification, pooling):
-    model = classifier(classification, pooling)
-    at_norm = []
-    model.norm.register_forward_hook(lambda module, args, output: at_norm.extend([args[0], output]))
-    outputs = model(classification.given("image"), output_hidden_states=True)
-    classification.check(outputs.hidden_states[-1], "features")
-    classification.check(at_norm[0], f"{pooling}.pooled")
-    classification.check(at_norm[1], f"{pooling}.normed")
-    classification.check(outputs.logits, f"{pooling}.logits")
-
-
-@pytest.mark.parametrize("pooling", POOLINGS)
-@torch.no_grad()
-def test_images_of_another_size_give_the_scores_of_positions_resized_beforehand(classification, pooling):
-    model = classifier(classification, pooling)
-    outputs = model(classification.given("image_resized"), output_hidden_states=True)
-    classification.check(outputs.hidden_states[-1], "resized.features")
-    classification.check(outputs.logits, f"resized.{pooling}.logits")
-
-
-@torch.no_grad()
-def test_a_resized_patch_kernel_gives_the_published_scores(classification):
-    (patch_size,) = (int(re.sub(r"\D", "", name)) for name in classification.tensors if "in.image_patch" in name)
-    grid = classification.settings["MODEL"]["INTERN_VIT_6B"]["PRETRAIN_SIZE"] // RAW_PATCH_SIZE
-    state = classifier(classification, "cls_patch_concat").state_dict()
-    kernel = "vision_model.embeddings.patch_embedding.weight"
-    state[kernel] = resize_patch_kernel(state[kernel], patch_size)
-    expected_slice = classification.tensors[f"out.patch{patch_size}.patch_weight_slice"]
-    classification.check(state[kernel][: len(expected_slice)], f"patch{patch_size}.patch_weight_slice")
-    config = classifier_config(classification, patch_size=patch_size, image_size=grid * patch_size)
-    model = InternViTForImageClassification(config).eval()
-    model.load_state_dict(state)
-    classification.check(model(classification.given(f"image_patch{patch_size}")).logits, f"patch{patch_size}.logits")
-
-
-@torch.no_grad()
-def test_the_layer_norm_variant_gives_the_published_scores(classification):
-    config = classifier_config(classification, norm_type="layer_norm", qkv_bias=True, qk_normalization=False)
-    model = InternViTForImageClassification(config).eval()
-    model.load_state_dict(raw_state(classification.folder / "ln_full.pth", "vision_model."))
-    outputs = model(classification.given("image"), output_hidden_states=True)
-    classification.check(outputs.hidden_states[-1], "ln.features")
-    classification.check(outputs.logits, "ln.logits")
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@torch.no_grad()
-def test_feature_maps_are_the_published_ones(segmentation, dtype):
-    backbone = InternViTBackbone(InternViTConfig(**backbone_settings(segmentation))).eval()
-    backbone.load_state_dict(raw_state(segmentation.folder / "intern_vit_6b_224px.pth"))
-    if dtype == "bf16":
-        backbone = backbone.to(torch.bfloat16)
-    maps = backbone(segmentation.given("image")).feature_maps
-    assert len(maps) == len(segmentation.settings["backbone"]["out_indices"])
-    for index, feature_map in enumerate(maps):
-        name = f"pretrained.{index}" if dtype == "fp32" else f"pretrained.bf16.{index}"
-        segmentation.check(feature_map.float(), name, dtype)
-
-
-@torch.no_grad()
-def test_the_linear_segmentation_head_gives_the_published_scores(segmentation):
-    raw = segmentation.settings
-    settings = {
-        **backbone_settings(segmentation),
-        "image_size": raw["backbone"]["img_size"],  # this file holds the resized positions
-        "num_labels": raw["decode_head"]["num_classes"],
-    }
-    model = InternViTForSemanticSegmentation(InternViTConfig(**settings)).eval()
-    (path,) = segmentation.folder.glob("linear_*.pth")
-    model.load_state_dict(raw_state(path, "vision_model."))
-    segmentation.check(model(segmentation.given("image")).logits, "linear.logits")
-
-
-@torch.no_grad()
-def test_the_feature_pyramid_gives_the_published_maps(segmentation):
-    variant = segmentation.settings["fpn_variant"]
-    settings = {
-        **backbone_settings(segmentation),
-        "image_size": variant["img_size"],
-        "out_indices": [index + 1 for index in variant["out_indices"]],
-        "feature_pyramid": "final_norm" if variant["with_final_norm"] else "plain",
-    }
-    backbone = InternViTBackbone(InternViTConfig(**settings)).eval()
-    backbone.load_state_dict(raw_state(segmentation.folder / "upernet_backbone.pth"))
-    maps = backbone(segmentation.given("fpn.image")).feature_maps
-    for index, feature_map in enumerate(maps):
-        segmentation.check(feature_map, f"fpn.{index}")
 
 
 def test_each_pooling_brings_its_own_parameters_and_no_others():
