@@ -26,7 +26,8 @@ from internvl.processing_internvl import InternVLProcessor
 from internvl.training import stages, trainer
 from internvl.training.data.collators import GenerativeCollator
 from internvl.training.data.dialogues import DialogueCollator, DialogueDataset, DialogueEncoder
-from internvl.training.data.pairs import PairCollator, PairStream, stream_loader
+from internvl.training.data.pairs import PairCollator, PairStream
+from internvl.training.data.streams import stream_loader
 from internvl.training.models.parameter_groups import train_parts
 from internvl.training.models.pretraining import InternVLForContrastiveTraining, InternVLForGenerativeTraining
 from internvl.training.recipes import stage1, stage2, stage2_small

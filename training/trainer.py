@@ -30,7 +30,8 @@ from ..processing_internvl import InternVLProcessor
 from .callbacks import EvaluateEvery, KeepFrozenPartsWithoutGradient, SeedRanksDifferently
 from .checkpoints import LOG_FILE, WholeCheckpointTrainer, check_same_recipe, record_recipe
 from .data import generated
-from .data.pairs import PairStream, stream_loader
+from .data.pairs import PairStream
+from .data.streams import stream_loader
 from .models.build import set_up_phase
 from .models.dense_supervision import TokenReader
 from .models.parameter_groups import lora_targets, parameter_groups, train_parts

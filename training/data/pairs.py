@@ -1,260 +1,67 @@
-"""Image-text pairs at web scale: shards in, images and captions out, a little at a time.
-
-`PairStream` reads WebDataset tar files and parquet files through `datasets`' streaming, which splits the shards over
-processes and workers. On top of it come what `datasets` leaves open: shuffling that can be resumed exactly (its own
-shuffle buffer is lost with the process), and broken samples, which are counted and left out up to a stated rate. No
-more than one block of undecoded samples is in memory, however long the data.
+"""Image-text pairs at web scale: WebDataset tar files and parquet files in, images and captions out; see `streams`.
 
 Not covered: mixing sources by weights (list the shards of one source more than once), and captions in several columns.
 """
 
-from collections.abc import Iterator, Sequence
-from copy import copy
-from dataclasses import dataclass
-from itertools import islice
-from random import Random
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, get_worker_info
-from transformers import TrainingArguments
-from transformers.utils import logging
 
-from ...extras import extra
 from ...image_loading_internvl import DEFAULT_BACKGROUND, Background, read_image, to_pil
 from ...image_processing_internvl import InternVLImageProcessor
 from ...processing_internvl import InternVLProcessor
 from ...renaming_internvl import renamed_arguments
-from .bad_rows import BadRows
 from .filters import Funnel, MissingColumnError
 from .pair_rows import IMAGE_COLUMNS, TEXT_COLUMNS, add_size, caption_in, image_source, metadata_of
-from .shards import Row, find_shards, read_shards
-
-
-with extra("train"):
-    import datasets
-    from datasets.distributed import split_dataset_by_node
-
-
-logger = logging.get_logger(__name__)
-
-
-@dataclass
-class _Position:
-    """Where a stream stands.
-
-    Args:
-        epoch: Pass over the data.
-        block: Blocks of this epoch that are done.
-        source: State of the undecoded samples at the beginning of the block; None at the beginning of an epoch.
-        taken: Samples of the shuffled block that are done.
-    """
-
-    epoch: int = 0
-    block: int = 0
-    source: dict[str, Any] | None = None
-    taken: int = 0
+from .shards import Row
+from .streams import RowStream, stream_loader
 
 
 @renamed_arguments(broken_rows="bad_rows")
-class PairStream(torch.utils.data.IterableDataset):
+class PairStream(RowStream):
     """Pairs {"image": image, "text": caption, "key": name, "shard": file}, each once per epoch over all processes.
-
-    Every process builds the same stream with its own `rank`, and workers of a data loader share it among themselves.
-    The number of shards should be a multiple of processes times workers: else every process reads all shards and keeps
-    its part of the samples, and workers that have no shard stand idle.
-
-    Shards come in a new order each epoch; samples are shuffled within blocks of `shuffle_buffer` of one worker.
-    `state_dict` is the position after the last pair given, as data loaders that know it (torchdata's) ask for in each
-    worker; the loader of torch itself has no such thing, and gives positions without workers only.
 
     Args:
         shards: Files, see `find_shards`.
-        rank: Number of this process.
-        world_size: Number of processes.
-        seed: Decides the order, together with the epoch.
-        shuffle_buffer: Samples that are shuffled together; 1 keeps the order of the shards.
-        epochs: Passes over the data; None goes on for ever, which training on several processes needs, because their
-            parts are not equally long.
         funnel: Leaves out rows by their metadata, before their images are decoded.
         image_column: Column of the images, instead of the first of `pair_rows.IMAGE_COLUMNS` that there is.
         text_column: Column of the captions, instead of the first of `pair_rows.TEXT_COLUMNS`.
-        bad_rows: The limit on broken samples, and their count. Shards that end too early or cannot be read count as
-            one sample each.
         max_image_pixels: Larger images count as broken.
         background_color: What transparent images are read over, as the processor of the model does.
+        **settings: Of `RowStream`: `rank`, `world_size`, `seed`, `shuffle_buffer`, `epochs`, `bad_rows`.
 
     Raises:
         OSError: If there are no such files.
-        ValueError: If a setting is impossible. While reading: if too many samples are broken, if a rule of the funnel
-            lacks its column, or if a whole epoch gives nothing.
+        ValueError: As in `RowStream`. While reading: if a rule of the funnel lacks its column.
     """
 
     def __init__(
         self,
         shards: str | Sequence[str],
         *,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-        shuffle_buffer: int = 1000,
-        epochs: int | None = None,
         funnel: Funnel | None = None,
         image_column: str | None = None,
         text_column: str | None = None,
-        bad_rows: BadRows | None = None,
         max_image_pixels: int = InternVLImageProcessor.max_image_pixels,
         background_color: Background = DEFAULT_BACKGROUND,
+        **settings: Any,
     ) -> None:
-        super().__init__()
-        if not 0 <= rank < world_size:
-            raise ValueError(f"`rank` must be in 0..`world_size` - 1, got {rank} of {world_size} processes.")
-        if shuffle_buffer < 1 or (epochs is not None and epochs < 1):
-            raise ValueError(
-                f"`shuffle_buffer` and `epochs` must be at least 1, got {shuffle_buffer} and {epochs}. For a stream "
-                "without end, leave `epochs` out."
-            )
-        self.shards = find_shards(shards)
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
-        self.shuffle_buffer = shuffle_buffer
-        self.epochs = epochs
+        super().__init__(shards, **settings)
         self.funnel = funnel
         self.image_columns = IMAGE_COLUMNS if image_column is None else (image_column,)
         self.text_columns = TEXT_COLUMNS if text_column is None else (text_column,)
-        self.bad_rows = bad_rows or BadRows()
         self.max_image_pixels = max_image_pixels
         self.background_color = background_color
-        self._position = _Position()
-        self._is_over = False  # the last pass; the next one begins with the next epoch
-        if len(self.shards) % world_size:
-            logger.warning(
-                f"{len(self.shards)} shards for {world_size} processes: every process reads all of them. Make the "
-                "number of shards a multiple of the number of processes."
-            )
 
-    def from_the_beginning(self) -> "PairStream":
+    def from_the_beginning(self) -> Self:
         """The same stream as it was made, with counts of its own."""
-        stream = copy(self)
+        stream = super().from_the_beginning()
         stream.funnel = None if self.funnel is None else Funnel(self.funnel.stage, self.funnel.rules)
-        stream._position, stream._is_over = _Position(), False
-        stream.bad_rows = BadRows(self.bad_rows.max_rate, self.bad_rows.grace)
         return stream
 
-    def set_epoch(self, epoch: int) -> None:
-        """Begins the next pass with this epoch, unless the stream is in the midst of it or never ends.
-
-        Workers of a data loader are copies: without this call before each pass they begin with the same epoch.
-        """
-        if self.epochs is not None and (self._is_over or epoch != self._position.epoch):
-            self._position, self._is_over = _Position(epoch), False
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position after the last pair, for the same number of processes and workers."""
-        return {
-            "position": dict(vars(self._position)),
-            "broken_rows": self.bad_rows.state_dict(),
-            "readers": self._readers(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a saved position.
-
-        Args:
-            state: What `state_dict` gave.
-
-        Raises:
-            ValueError: If it was taken with another number of processes, workers or shards.
-        """
-        if state["readers"] != self._readers():
-            raise ValueError(
-                f"The saved position belongs to {state['readers']}, this stream has {self._readers()}. Resume with "
-                "the same data on as many processes and workers."
-            )
-        self._position, self._is_over = _Position(**state["position"]), False
-        self.bad_rows.load_state_dict(state["broken_rows"])
-
-    def _readers(self) -> dict[str, int]:
-        worker = get_worker_info()
-        return {
-            "rank": self.rank,
-            "world_size": self.world_size,
-            "worker": worker.id if worker else 0,
-            "workers": worker.num_workers if worker else 0,
-            "shards": len(self.shards),
-            "shuffle_buffer": self.shuffle_buffer,
-            "seed": self.seed,
-        }
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        while True:
-            if self._is_over:
-                self._position, self._is_over = _Position(self._position.epoch + 1), False
-            is_whole = self._position == _Position(self._position.epoch)
-            num_rows = num_pairs = 0
-            for pair in self._epoch():
-                num_rows += 1
-                if pair is not None:
-                    num_pairs += 1
-                    yield pair
-            if is_whole and num_rows > 0 and num_pairs == 0:
-                faults = ", ".join(f"{count} x {kind}" for kind, count in self.bad_rows.reasons.items())
-                raise ValueError(
-                    f"None of {num_rows} samples is left to train on. "
-                    + (f"Broken: {faults}." if faults else "Look at the rules of the funnel.")
-                )
-            self._is_over = True
-            is_idle = is_whole and num_rows == 0
-            if is_idle and not _has_other_workers():
-                self._check_has_samples()
-                is_idle = self.epochs is not None  # an endless stream looks into the shards of its next epoch
-            if is_idle or (self.epochs is not None and (self._position.epoch + 1) % self.epochs == 0):
-                return
-
-    def _epoch(self) -> Iterator[dict[str, Any] | None]:
-        """What becomes of each sample of an epoch, from the position on: a pair, or None where it is left out."""
-        source = self._source(self._position.epoch)
-        if self._position.source is not None:
-            source.load_state_dict(self._position.source)
-        rows = iter(source)
-        while block := list(islice(rows, self.shuffle_buffer)):
-            self._shuffle(block)
-            end = source.state_dict()
-            del block[len(block) - self._position.taken :]
-            while block:
-                pair = self._pair(block.pop())
-                self._position.taken += 1
-                yield pair
-            self._position = _Position(self._position.epoch, self._position.block + 1, end)
-
-    def _shuffle(self, block: list[Row]) -> None:
-        readers = "/".join(str(value) for value in self._readers().values())
-        Random(f"{readers}/{self._position.epoch}/{self._position.block}").shuffle(block)
-
-    def _source(self, epoch: int) -> datasets.IterableDataset:
-        """This process's undecoded samples."""
-        source = datasets.IterableDataset.from_generator(read_shards, gen_kwargs={"shards": self._order(epoch)})
-        if self.world_size > 1:
-            source = split_dataset_by_node(source, rank=self.rank, world_size=self.world_size)
-        return source
-
-    def _order(self, epoch: int) -> list[str]:
-        """All shards in the order of an epoch, to which every process must come."""
-        shards = list(self.shards)
-        if self.shuffle_buffer > 1:
-            Random(f"shards/{self.seed}/{epoch}").shuffle(shards)
-        return shards
-
-    def _check_has_samples(self) -> None:
-        """Refuses a first epoch without samples; in later ones other shards may fall to this process."""
-        if self._position.epoch == 0:
-            is_split = len(self.shards) % self.world_size == 0
-            own = self._order(0)[self.rank :: self.world_size] if is_split else self.shards
-            raise ValueError(f"Process {self.rank} of {self.world_size} finds no sample in {', '.join(own)}.")
-
-    def _pair(self, row: Row) -> dict[str, Any] | None:
+    def _sample(self, row: Row) -> dict[str, Any] | None:
         place = f"{row['__shard__']}, sample `{row['__key__']}`"
         try:
             row = metadata_of(row)
@@ -277,12 +84,6 @@ class PairStream(torch.utils.data.IterableDataset):
     def _decode(self, image: Any) -> Image.Image:
         image = read_image(image, "The image", self.max_image_pixels)
         return to_pil(image, "The image", self.max_image_pixels, True, None, self.background_color)
-
-
-def _has_other_workers() -> bool:
-    """Whether the samples that this worker lacks may be another's."""
-    worker = get_worker_info()
-    return worker is not None and worker.num_workers > 1
 
 
 class PairCollator:
@@ -313,26 +114,4 @@ class PairCollator:
         return dict(self.processor(images=images, text=texts, **settings))
 
 
-def stream_loader(stream: PairStream, collator: PairCollator, arguments: TrainingArguments) -> DataLoader:
-    """The loader to return from `Trainer.get_train_dataloader`.
-
-    `Trainer`'s own would split the stream over the processes a second time, and each would see but a part of its part.
-
-    Args:
-        stream: With the `rank` and `world_size` of this process (`arguments.process_index`, `arguments.world_size`).
-        collator: Makes the batches.
-        arguments: Batch size and workers.
-
-    Returns:
-        A loader that accelerate takes as it is.
-    """
-    return DataLoader(
-        stream,
-        batch_size=arguments.per_device_train_batch_size,
-        collate_fn=collator,
-        num_workers=arguments.dataloader_num_workers,
-        pin_memory=arguments.dataloader_pin_memory and torch.cuda.is_available(),
-        prefetch_factor=arguments.dataloader_prefetch_factor,
-        persistent_workers=arguments.dataloader_persistent_workers,
-        drop_last=True,
-    )
+__all__ = ["PairCollator", "PairStream", "stream_loader"]
