@@ -15,7 +15,7 @@ from internvl.evaluation.__main__ import main as evaluate
 from internvl.kinds import check_kind
 from internvl.training.__main__ import main
 from internvl.training.data.dialogues import DialogueCollator
-from internvl.training.models.build import fit_image_sizes, in_dtypes_of
+from internvl.training.models.build import fit_image_sizes, set_dtypes
 from internvl.training.models.parameter_groups import freeze_idle, idle_modules, lora_targets, train_parts
 from internvl.training.recipes import stage1_small, stage2_small, stage3_small, with_steps
 
@@ -125,7 +125,8 @@ def test_sizes_that_patches_do_not_fill_grow_to_the_next_that_they_do(folders, c
 def test_all_is_float32_unless_the_recipe_computes_under_autocast():
     recipe = with_steps(stage2_small(), 1)
     for use_bf16, wanted in ((False, {torch.float32}), (True, {torch.float32, torch.bfloat16})):
-        model = in_dtypes_of(replace(recipe, use_bf16=use_bf16), tiny.internvl_model().bfloat16())
+        model = tiny.internvl_model().bfloat16()
+        set_dtypes(replace(recipe, use_bf16=use_bf16), model)
         assert {parameter.dtype for parameter in model.parameters()} == wanted
 
 

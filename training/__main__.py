@@ -21,7 +21,11 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["costs"]:
         print("error: `costs` is now `python -m internvl.planning costs`.", file=sys.stderr)
         return 2
-    options = training_parser().parse_args(arguments)
+    parser = training_parser()
+    options, flags = parser.parse_known_args(arguments)
+    if flags and not hasattr(options, "stage"):  # only training takes flags of `TrainingArguments`
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    options.flags = flags
     register()
     return exit_status(lambda: import_module(options.module, __package__).run(options, print))
 

@@ -11,6 +11,8 @@ from ..conversation_internvl import list_conversation_templates
 from .models.parts import PARTS
 
 
+METHODS = ("whole", "lora", "head")
+TASKS = ("dialogue", "contrastive", "retrieval")
 SCALES = ("small", "full", "bundled")
 FUNNEL_STAGES = (1, 2)  # whose data the funnel filters
 
@@ -39,7 +41,7 @@ def training_parser() -> argparse.ArgumentParser:
     """The command line's arguments; `module` of what it parses says where the command is."""
     parser = argparse.ArgumentParser(prog="python -m internvl.training", description="Training, and what prepares it.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_validate, add_funnel, add_stages):
+    for add in (add_validate, add_funnel, add_finetune, add_stages):
         add(commands)
     return parser
 
@@ -75,6 +77,38 @@ def add_funnel(commands: Any) -> None:
     parser.set_defaults(module=".data.filters")
 
 
+def add_finetune(commands: Any) -> None:
+    """Adds `finetune` to the sub-commands of a command line."""
+    parser = _add_training(commands, "finetune", "a finished model goes on learning, from your data")
+    parser.add_argument(
+        "--model", metavar="DIR", required=True, help="chat model, InternVL-C or InternVL-G: folder or name on the Hub"
+    )
+    parser.add_argument(
+        "--data", metavar="FILE", nargs="+", required=True, help="dialogues (chat models) or image-text pairs"
+    )
+    parser.add_argument("--images", metavar="DIR", help="folder of the images (default: the folder of each file)")
+    parser.add_argument(
+        "--task", choices=TASKS, help="default: dialogue, contrastive (InternVL-C) or retrieval (InternVL-G)"
+    )
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        help="whole model, LoRA adapters, or the head alone (default: lora above a billion parameters, else whole)",
+    )
+    parser.add_argument("--train", metavar="PART", nargs="+", choices=PARTS, default=[], help="these parts instead")
+    parser.add_argument(
+        "--freeze", metavar="PART", nargs="+", choices=PARTS, default=[], help="leave these as they are"
+    )
+    parser.add_argument(
+        "--epochs", metavar="N", type=positive_int, default=1, help="passes over the data (default: 1)"
+    )
+    parser.add_argument("--image-size", metavar="N", type=positive_int, help="side of the images or tiles in pixels")
+    parser.add_argument("--max-tiles", metavar="N", type=positive_int, help="most tiles of an image")
+    parser.add_argument("--max-length", metavar="N", type=positive_int, default=4096, help="most tokens of a dialogue")
+    parser.add_argument("--pack", action="store_true", help="pack the dialogues of a batch into one row")
+    parser.set_defaults(module=".finetune_command", stage="finetune")
+
+
 def add_stages(commands: Any) -> None:
     """Adds `stage1`, `stage2`, `stage3` and `retrieval` to the sub-commands of a command line."""
     parser = _add_stage(commands, "stage1", "contrastive training of InternViT and LLaMA", "pairs")
@@ -104,14 +138,28 @@ def add_stages(commands: Any) -> None:
 
 
 def _add_stage(commands: Any, name: str, what: str, data: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=what)
+    parser = _add_training(commands, name, what)
     files = "tar or parquet shards" if data == "pairs" else "JSON arrays or JSON lines"
     parser.add_argument(
         "--data", metavar="FILE", nargs="+", help=f"{data}: {files} (bundled: none, scenes are generated)"
     )
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of the finished model")
     scales = SCALES[:2] if name == "retrieval" else SCALES
     parser.add_argument("--scale", "--recipe", choices=scales, default="small", help="of the recipe (default: small)")
+    if data == "pairs":
+        parser.add_argument("--funnel", type=int, choices=FUNNEL_STAGES, help="leave out pairs by this stage's rules")
+    parser.set_defaults(module=".stage_command", stage=name, funnel=None)
+    return parser
+
+
+def _add_training(commands: Any, name: str, what: str) -> argparse.ArgumentParser:
+    """Adds a command that trains, with what all of them take."""
+    epilog = (
+        "Every flag of transformers' TrainingArguments is taken as well, under its own name, and overrides the "
+        "recipe: --learning-rate 1e-5, --report-to tensorboard, --eval-strategy steps, --torch-compile..."
+    )
+    parser = commands.add_parser(name, help=what, epilog=epilog, allow_abbrev=False)
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of the finished model")
+    parser.add_argument("--eval-data", metavar="FILE", nargs="+", default=[], help="held-out data to be measured on")
     parser.add_argument("--resume", action="store_true", help="go on from what a stopped run left in the folder")
     parser.add_argument("--steps", metavar="N", type=positive_int, help="steps of each phase, instead of the recipe's")
     parser.add_argument(
@@ -123,7 +171,4 @@ def _add_stage(commands: Any, name: str, what: str, data: str) -> argparse.Argum
     parser.add_argument(
         "--lora-parts", metavar="PART", nargs="+", choices=PARTS, default=[], help="parts that get them"
     )
-    if data == "pairs":
-        parser.add_argument("--funnel", type=int, choices=FUNNEL_STAGES, help="leave out pairs by this stage's rules")
-    parser.set_defaults(module=".stage_command", stage=name, funnel=None)
     return parser

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from .arguments import apply_flags, parse_flags
 from .recipes import RECIPES, with_steps
 from .stages import run_retrieval, run_stage1, run_stage2, run_stage3
 from .trainer import Run, is_first_process, with_lora
@@ -27,6 +28,23 @@ def _recipe_of(options: argparse.Namespace) -> Any:
     return with_lora(recipe, options.lora_parts)
 
 
+def run_of(options: argparse.Namespace, **settings: Any) -> Run:
+    """Return how a stage is run, by its command line.
+
+    Args:
+        options: Arguments that every command of training has.
+        **settings: Further fields of `Run`.
+    """
+    settings = {"lora_rank": options.lora_rank, "lora_parts": tuple(options.lora_parts), **settings}
+    return Run(
+        output=options.output,
+        resume=options.resume,
+        num_workers=options.workers,
+        eval_data=tuple(options.eval_data),
+        **settings,
+    )
+
+
 def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     """Runs a stage.
 
@@ -42,15 +60,8 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     """
     if bool(options.lora_rank) != bool(options.lora_parts):
         raise ValueError("`--lora-rank` and `--lora-parts` belong together: give both or none.")
-    recipe = _recipe_of(options)
-    how = Run(
-        output=options.output,
-        resume=options.resume,
-        num_workers=options.workers,
-        lora_rank=options.lora_rank,
-        lora_parts=tuple(options.lora_parts),
-        funnel_stage=options.funnel,
-    )
+    flags = parse_flags(options.flags, f"python -m internvl.training {options.stage}")
+    recipe, how = apply_flags(_recipe_of(options), run_of(options, funnel_stage=options.funnel), flags)
     if options.stage == "stage1":
         run_stage1(recipe, options.data, how, options.tokenizer, options.model, options.llama)
     elif options.stage == "stage2":

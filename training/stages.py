@@ -5,14 +5,16 @@ weights of an unbroken run. On several processes start the same command with `ac
 scenes ("bundled") needs no data.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import islice
 from typing import Any
 
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from ..processing_internvl import InternVLProcessor
-from .curves import RetrievalCurve, ZeroShotCurve
+from .curves import AnswerCurve, RetrievalCurve, ZeroShotCurve
 from .data.collators import GenerativeCollator, RetrievalCollator
 from .data.dialogues import DialogueCollator, DialogueDataset, DialogueEncoder
 from .data.filters import Funnel
@@ -26,11 +28,25 @@ from .models.build import (
     build_pair_processor,
     build_retrieval_model,
     fit_image_sizes,
+    is_chat_model,
+    load_chat_model,
     load_pair_processor,
     load_tokenizer,
 )
 from .recipes import ContrastiveRecipe, DialogueRecipe, GenerativeRecipe, Phase, Recipe, RetrievalRecipe
-from .trainer import Data, Run, check_has_pairs, finished_model, is_first_process, train, training_arguments, with_lora
+from .trainer import (
+    Data,
+    DataOfPhase,
+    Evaluation,
+    Run,
+    Stage,
+    check_has_pairs,
+    finished_model,
+    is_first_process,
+    train,
+    training_arguments,
+    with_lora,
+)
 
 
 def check_data(recipe: Recipe, files: list[str] | None) -> None:
@@ -52,7 +68,7 @@ def _pair_data(
     processor: InternVLProcessor,
     collate: Callable[..., Any],
     encode: Encode | None = None,
-) -> Callable[[int, Phase, TrainingArguments], Data]:
+) -> DataOfPhase:
     """What each phase trains on: the given shards, or generated batches where the phase has some.
 
     `collate` makes a collator, given the settings of the image processor; `encode` makes inputs from scenes.
@@ -62,19 +78,56 @@ def _pair_data(
     def data(number: int, phase: Phase, arguments: TrainingArguments) -> Data:
         if phase.batches and encode is not None:
             return scene_batches(recipe, phase, encode), only_item
-        stream = PairStream(
+        stream = pair_stream(
             shards or [],
+            processor,
             rank=arguments.process_index,
             world_size=arguments.world_size,
             seed=recipe.seed + number,  # the next phase goes through the data in another order
             funnel=None if run.funnel_stage is None else Funnel(run.funnel_stage),
-            max_image_pixels=processor.image_processor.max_image_pixels,
-            background_color=processor.image_processor.background_color,
         )
         side = phase.image_size
         return stream, collate(size={"height": side, "width": side}, resize_mode="squash")
 
     return data
+
+
+def pair_stream(shards: list[str], processor: InternVLProcessor, **settings: Any) -> PairStream:
+    """Return a stream of pairs whose images are read as those of a processor."""
+    image_processor = processor.image_processor
+    return PairStream(
+        shards,
+        max_image_pixels=image_processor.max_image_pixels,
+        background_color=image_processor.background_color,
+        **settings,
+    )
+
+
+class HeldOutPairs(Dataset):
+    """Held-out pairs, in memory.
+
+    Args:
+        pairs: As from `PairStream`.
+    """
+
+    def __init__(self, pairs: Iterable[dict[str, Any]]) -> None:
+        self.pairs = list(pairs)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.pairs[index]
+
+
+def _pair_evaluation(run: Run, processor: InternVLProcessor) -> Evaluation | None:
+    """What is measured on held-out pairs: the loss, and recall."""
+    if not run.eval_data:
+        return None
+    stream = pair_stream(list(run.eval_data), processor, shuffle_buffer=1, epochs=1)
+    held_out = HeldOutPairs(islice(stream, run.eval_samples))
+    images, captions = [pair["image"] for pair in held_out.pairs], [pair["text"] for pair in held_out.pairs]
+    return Evaluation(held_out, RetrievalCurve(processor, images, captions))
 
 
 def run_stage1(
@@ -105,12 +158,16 @@ def run_stage1(
     if (finished := finished_model(recipe, run)) is not None:
         return finished
     set_seed(recipe.seed)
-    processor = build_pair_processor(recipe, load_tokenizer(recipe, tokenizer or source or llama))
+    if source is None or tokenizer is not None:
+        processor = build_pair_processor(recipe, load_tokenizer(recipe, tokenizer or source or llama))
+    else:
+        processor = load_pair_processor(source, recipe)
     collate = partial(PairCollator, processor, "contrastive", max_length=recipe.max_text_length)
     data = _pair_data(recipe, shards, run, processor, collate, partial(encode_pairs, processor))
     model = build_contrastive_model(recipe, processor.tokenizer, source, llama)
     curve = None if recipe.eval_steps is None else ZeroShotCurve(processor, recipe.eval_samples)
-    return train(model, processor, recipe, run, data, curve=curve)
+    evaluation = _pair_evaluation(run, processor)
+    return train(Stage(model, processor, recipe, run, data, curve=curve, evaluation=evaluation))
 
 
 def run_stage2(
@@ -139,8 +196,9 @@ def run_stage2(
     collate = partial(GenerativeCollator, processor, recipe.max_text_length, recipe.padding)
     data = _pair_data(recipe, shards, run, processor, collate, partial(encode_captions, collate()))
     model = build_generative_model(recipe, source, collate().prefix_lengths(), llama)
-    curve = None if recipe.eval_steps is None else RetrievalCurve(processor, recipe.eval_samples)
-    return train(model, processor, recipe, run, data, curve=curve)
+    curve = None if recipe.eval_steps is None else RetrievalCurve.of_scenes(processor, recipe.eval_samples)
+    evaluation = _pair_evaluation(run, processor)
+    return train(Stage(model, processor, recipe, run, data, curve=curve, evaluation=evaluation))
 
 
 def run_retrieval(recipe: RetrievalRecipe, shards: list[str], run: Run, source: Folder) -> PreTrainedModel:
@@ -164,7 +222,8 @@ def run_retrieval(recipe: RetrievalRecipe, shards: list[str], run: Run, source: 
     set_seed(recipe.seed)
     processor = load_pair_processor(source, recipe)
     data = _pair_data(recipe, shards, run, processor, partial(RetrievalCollator, processor, recipe.max_text_length))
-    return train(build_retrieval_model(recipe, source), processor, recipe, run, data)
+    evaluation = _pair_evaluation(run, processor)
+    return train(Stage(build_retrieval_model(recipe, source), processor, recipe, run, data, evaluation=evaluation))
 
 
 def run_stage3(
@@ -181,8 +240,9 @@ def run_stage3(
         recipe: The recipe.
         files: Dialogues, see `DialogueDataset`; None for a recipe of generated scenes.
         run: How to run it.
-        source: Folder of stage 2.
-        decoder: Folder of a causal language model with its tokenizer; None builds the recipe's own.
+        source: Folder of stage 2, or of a chat model to go on from.
+        decoder: Folder of a causal language model with its tokenizer; None builds the recipe's own, or keeps that of
+            the chat model.
         images: Folder of the images; None takes the folder of each file.
 
     Returns:
@@ -196,14 +256,21 @@ def run_stage3(
         return finished
     check_data(recipe, files)
     set_seed(recipe.seed)
-    model, processor = build_chat_model(recipe, source, decoder)
+    if decoder is None and is_chat_model(source):
+        model, processor = load_chat_model(recipe, source)
+    else:
+        model, processor = build_chat_model(recipe, source, decoder)
     encoder = DialogueEncoder(processor, recipe.max_length)
     given = (DialogueDataset(files, encoder, images), DialogueCollator(encoder, recipe.pack)) if files else None
 
     def data(number: int, phase: Phase, arguments: TrainingArguments) -> Data:
         return (dialogue_batches(recipe, phase, processor), only_item) if phase.batches or given is None else given
 
-    return train(model, processor, recipe, run, data, recipe.grad_cache_chunk_size)
+    evaluation = None
+    if run.eval_data:
+        held_out = DialogueDataset(list(run.eval_data), encoder, images)
+        evaluation = Evaluation(held_out, AnswerCurve(processor, held_out, run.eval_samples))
+    return train(Stage(model, processor, recipe, run, data, recipe.grad_cache_chunk_size, evaluation=evaluation))
 
 
 __all__ = [

@@ -12,9 +12,9 @@ import multiprocessing
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModel, PreTrainedModel, TrainingArguments
+from transformers.trainer_optimizer import is_optimizer_factory
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from ..extras import extra
@@ -32,7 +34,7 @@ from .checkpoints import LOG_FILE, WholeCheckpointTrainer, check_same_recipe, re
 from .data import generated
 from .data.pairs import PairStream
 from .data.streams import stream_loader
-from .models.build import set_up_phase
+from .models.build import set_dtypes, set_up_phase
 from .models.dense_supervision import TokenReader
 from .models.parameter_groups import lora_targets, parameter_groups, train_parts
 from .models.whole_folders import checkpoints_in, recovered, written_whole
@@ -44,9 +46,26 @@ logger = logging.get_logger(__name__)
 
 # What a phase trains on: the dataset, and the collator that makes its batches.
 Data = tuple[Dataset, Callable[[Any], dict[str, Any]]]
+# What a phase trains on, by its number, the phase and the settings of `Trainer`.
+DataOfPhase = Callable[[int, Phase, TrainingArguments], Data]
 # Measures a model in evaluation mode.
 Curve = Callable[[Any], dict[str, float]]
 LORA_LEARNING_RATE = 1e-4
+# Arguments of `TrainingArguments` besides the recipe's numbers without which a resumed run would give other weights.
+DECIDING_ARGUMENTS = frozenset(
+    {
+        "adam_epsilon",
+        "fp16",
+        "gradient_accumulation_steps",
+        "lr_scheduler_kwargs",
+        "lr_scheduler_type",
+        "neftune_noise_alpha",
+        "optim",
+        "optim_args",
+        "per_device_train_batch_size",
+        "train_sampling_strategy",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +79,9 @@ class Run:
         lora_rank: Rank of the LoRA adapters; 0 for none.
         lora_parts: Parts that get adapters and keep their own weights.
         funnel_stage: Leave out pairs by the filters of the data funnel up to this stage; None takes all.
+        eval_data: Files of held-out data, on which the stage is measured as it trains.
+        eval_samples: Most held-out samples that are searched, or whose questions are answered.
+        arguments: Arguments of `TrainingArguments` that replace those of the recipe, see `arguments.apply_flags`.
     """
 
     output: Path
@@ -68,10 +90,58 @@ class Run:
     lora_rank: int = 0
     lora_parts: tuple[str, ...] = ()
     funnel_stage: int | None = None
+    eval_data: tuple[str, ...] = ()
+    eval_samples: int = 200
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that decide about the weights."""
-        return {"lora_rank": self.lora_rank, "lora_parts": self.lora_parts, "funnel_stage": self.funnel_stage}
+        deciding = {name: value for name, value in self.arguments.items() if name in DECIDING_ARGUMENTS}
+        return {
+            "lora_rank": self.lora_rank,
+            "lora_parts": self.lora_parts,
+            "funnel_stage": self.funnel_stage,
+            "arguments": deciding,
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured on held-out data while a stage trains.
+
+    Args:
+        dataset: Data whose loss is computed, of the kind that is trained on.
+        measure: Measures the model in evaluation mode; its values are logged as `eval_NAME` beside the loss.
+    """
+
+    dataset: Dataset
+    measure: Curve | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage that is ready to be trained.
+
+    Args:
+        model: The model that the stage starts from; trained in place.
+        processor: Its processor.
+        recipe: The recipe.
+        run: How to run it.
+        data: Returns what a phase trains on.
+        rows_per_process: Rows of a process in one forward; fewer than its share of the batch are accumulated. None
+            means all.
+        curve: Measures the model every `recipe.eval_steps` steps; None measures nothing.
+        evaluation: What is measured on held-out data, at the times of `Trainer`'s `eval_strategy`.
+    """
+
+    model: PreTrainedModel
+    processor: InternVLProcessor
+    recipe: Recipe
+    run: Run
+    data: DataOfPhase
+    rows_per_process: int | None = None
+    curve: Curve | None = None
+    evaluation: Evaluation | None = None
 
 
 class StageTrainer(WholeCheckpointTrainer):
@@ -80,24 +150,24 @@ class StageTrainer(WholeCheckpointTrainer):
     The means of what a model returns as `loss_...` are logged beside the loss.
 
     Args:
-        recipe: The recipe.
-        phase: One of its phases.
-        curve: Measures the model every `recipe.eval_steps` steps; None measures nothing.
+        stage: The stage.
+        phase: One of the phases of its recipe.
         **settings: As for `Trainer`.
     """
 
-    def __init__(self, recipe: Recipe, phase: Phase, curve: Curve | None = None, **settings: Any) -> None:
+    def __init__(self, stage: Stage, phase: Phase, **settings: Any) -> None:
         super().__init__(**settings)
-        self.recipe = recipe
+        self.recipe = stage.recipe
         self.phase = phase
-        self.curve = curve
+        self.curve = stage.curve
+        self.measure = None if stage.evaluation is None else stage.evaluation.measure
         self.optimizer: torch.optim.Optimizer | None
         self._loss_parts: dict[str, list[torch.Tensor]] = defaultdict(list)
-        if recipe.gradient_checkpointing:
+        if self.args.gradient_checkpointing:
             self.add_callback(KeepFrozenPartsWithoutGradient)
         self.add_callback(SeedRanksDifferently)
-        if curve is not None and recipe.eval_steps is not None:
-            self.add_callback(EvaluateEvery(recipe.eval_steps))
+        if self.curve is not None and self.recipe.eval_steps is not None:
+            self.add_callback(EvaluateEvery(self.recipe.eval_steps))
 
     def make_train_dataloader(self) -> DataLoader:
         """As in `Trainer`, but a stream is not sharded a second time."""
@@ -106,18 +176,25 @@ class StageTrainer(WholeCheckpointTrainer):
         return super().make_train_dataloader()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build AdamW, or Muon with AdamW, with the groups of `parameter_groups`."""
+        """Build the optimizer of `TrainingArguments.optim`, or Muon with AdamW, with the groups of `parameter_groups`.
+
+        Raises:
+            ValueError: If the optimizer takes no groups of parameters.
+        """
         if self.optimizer is None:
+            model = self.model if model is None else model
             recipe, muon_rate = self.recipe, self.phase.muon_learning_rate
             groups = parameter_groups(
-                self.model if model is None else model,
-                self.phase.learning_rates,
-                recipe.weight_decay,
-                recipe.layer_decay,
-                muon_rate,
+                model, self.phase.learning_rates, recipe.weight_decay, recipe.layer_decay, muon_rate
             )
             if muon_rate is None:
-                self.optimizer = torch.optim.AdamW(groups, betas=recipe.betas)
+                kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+                if is_optimizer_factory(kind) or not {"params", "model", "optimizer_dict"}.isdisjoint(settings):
+                    raise ValueError(
+                        f"`optim` {self.args.optim} chooses parameters itself, but a recipe has a learning rate for "
+                        "each part: take one of the AdamW, Adafactor, Lion or SGD optimizers."
+                    )
+                self.optimizer = kind(groups, **settings)
             else:
                 self.optimizer = MuonWithAdamW(groups, lr=muon_rate, betas=recipe.betas)
         return self.optimizer
@@ -127,10 +204,18 @@ class StageTrainer(WholeCheckpointTrainer):
     ) -> Any:
         """Compute the loss, and collect its parts for the log."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **settings)
-        for name, value in outputs.items() if isinstance(outputs, dict) else ():
-            if name.startswith("loss_"):
-                self._loss_parts[name].append(value.detach())
+        if model.training and isinstance(outputs, dict):
+            for name in (name for name in outputs if name.startswith("loss_")):
+                self._loss_parts[name].append(outputs[name].detach())
         return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, None, None]:
+        """Compute the loss of held-out data alone: logits of all tokens would fill the memory."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
 
     def log(self, logs: dict[str, float], *arguments: Any, **settings: Any) -> None:
         """Log with the means of the parts of the loss since the entry before; these are the process's own."""
@@ -143,12 +228,24 @@ class StageTrainer(WholeCheckpointTrainer):
         """Measure a point of the learning curve; as in `Trainer` where there is none."""
         if self.curve is None:
             return super().evaluate(*arguments, **settings)
-        model: Any = self.model
-        model.eval()
-        metrics = self.curve(model)
-        model.train()
+        metrics = self._measured(self.curve)
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **settings: Any) -> EvalLoopOutput:
+        """Compute the loss of held-out data, and what else the stage measures on it."""
+        output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **settings)
+        if self.measure is not None:
+            found = self._measured(self.measure)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        return output
+
+    def _measured(self, measure: Curve) -> dict[str, float]:
+        model: Any = self.model
+        model.eval()
+        metrics = measure(model)
+        model.train()
         return metrics
 
 
@@ -171,20 +268,22 @@ def training_arguments(
         recipe: The recipe.
         phase: One of its phases.
         run: How to run it.
-        rows_per_process: Rows of a process in one forward; fewer than its share of the batch are accumulated.
+        rows_per_process: As in `Stage`.
 
     Raises:
         ValueError: If the batch cannot be shared out evenly.
     """
     share, rest = divmod(phase.batch_size, num_processes())
-    rows = min(rows_per_process or share, share)
+    steps = run.arguments.get("gradient_accumulation_steps")  # of several forwards
+    rows_per_process = share // steps if steps and not share % steps else rows_per_process
+    rows = min(run.arguments.get("per_device_train_batch_size") or rows_per_process or share, share)
     if rest or not rows or share % rows:
         raise ValueError(
             f"A batch of {phase.batch_size} cannot be shared out evenly to {num_processes()} processes with {rows} "
             "rows at a time. Change `batch_size` or `grad_cache_chunk_size` of the recipe."
         )
     settings: dict[str, Any] = {"lr_scheduler_type": "cosine"}
-    if phase.cooldown_fraction is not None:
+    if phase.cooldown_fraction is not None and "lr_scheduler_type" not in run.arguments:
         settings["lr_scheduler_type"] = "warmup_stable_decay"
         cooldown_steps = int(phase.steps * phase.cooldown_fraction)
         settings["lr_scheduler_kwargs"] = {"num_decay_steps": cooldown_steps, "decay_type": "linear"}
@@ -195,25 +294,32 @@ def training_arguments(
         if run.num_workers:
             multiprocessing.set_forkserver_preload([generated.__name__])  # once, and not in the worker of every phase
             settings["dataloader_multiprocessing_context"] = generated.START_METHOD
-    return TrainingArguments(
-        output_dir=str(run.output / "trainer" / phase.name),
-        max_steps=phase.steps,
-        per_device_train_batch_size=rows,
-        gradient_accumulation_steps=share // rows,
-        learning_rate=max(phase.learning_rates.values()),
-        warmup_steps=phase.warmup_steps,
-        max_grad_norm=recipe.max_grad_norm,
-        bf16=recipe.use_bf16,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_num_workers=run.num_workers,
-        remove_unused_columns=False,
-        logging_steps=recipe.logging_steps,
-        save_steps=recipe.save_steps,
-        save_total_limit=1,
-        report_to="none",
-        seed=recipe.seed,
-        **settings,
-    )
+    if run.eval_data:
+        settings["eval_strategy"] = "epoch"
+    settings |= {
+        "output_dir": str(run.output / "trainer" / phase.name),
+        "max_steps": phase.steps,
+        "learning_rate": max(phase.learning_rates.values()),
+        "warmup_steps": phase.warmup_steps,
+        "optim": "adamw_torch_fused" if torch.cuda.is_available() else "adamw_torch",
+        "adam_beta1": recipe.betas[0],
+        "adam_beta2": recipe.betas[1],
+        "max_grad_norm": recipe.max_grad_norm,
+        "bf16": recipe.use_bf16,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_num_workers": run.num_workers,
+        "remove_unused_columns": False,
+        "logging_steps": recipe.logging_steps,
+        "save_steps": recipe.save_steps,
+        "save_total_limit": 1,
+        "report_to": "none",
+        "seed": recipe.seed,
+        **run.arguments,
+    }
+    # What the batch of the recipe comes to.
+    settings |= {"per_device_train_batch_size": rows, "gradient_accumulation_steps": share // rows}
+    settings.setdefault("per_device_eval_batch_size", rows)
+    return TrainingArguments(**settings)
 
 
 def with_lora(recipe: RecipeType, parts: Iterable[str], learning_rate: float = LORA_LEARNING_RATE) -> RecipeType:
@@ -231,105 +337,69 @@ def with_lora(recipe: RecipeType, parts: Iterable[str], learning_rate: float = L
 
 
 # ------------------------------------------------------------------------------------------------------- the phases
-def train(
-    model: PreTrainedModel,
-    processor: InternVLProcessor,
-    recipe: Recipe,
-    run: Run,
-    data: Callable[[int, Phase, TrainingArguments], Data],
-    rows_per_process: int | None = None,
-    curve: Curve | None = None,
-) -> PreTrainedModel:
+def train(stage: Stage) -> PreTrainedModel:
     """Train all phases of a recipe and write the finished folder.
-
-    Args:
-        model: The model that the stage starts from; trained in place.
-        processor: Its processor.
-        recipe: The recipe.
-        run: How to run it.
-        data: Takes a phase's number, the phase and the settings, and returns what it trains on.
-        rows_per_process: As in `training_arguments`.
-        curve: As in `StageTrainer`.
 
     Returns:
         The model.
     """
-    with _cleared_on_failure(run):
-        _train_phases(model, processor, recipe, run, data, rows_per_process, curve)
-    return model
+    with _cleared_on_failure(stage.run):
+        _train_phases(stage)
+    return stage.model
 
 
-def _train_phases(
-    model: PreTrainedModel,
-    processor: InternVLProcessor,
-    recipe: Recipe,
-    run: Run,
-    data: Callable[[int, Phase, TrainingArguments], Data],
-    rows_per_process: int | None,
-    curve: Curve | None,
-) -> None:
+def _train_phases(stage: Stage) -> None:
+    model, recipe, run = stage.model, stage.recipe, stage.run
+    set_dtypes(recipe, model, run.lora_parts)
     attention = model.config._attn_implementation
     if recipe.attn_implementation is not None:
         model.set_attn_implementation(recipe.attn_implementation)
     adapters = _add_adapters(model, run)
-    log: dict[str, Any] = {"recipe": asdict(recipe), "settings": run.settings()}
+    log: dict[str, Any] = {"recipe": asdict(recipe), "settings": run.settings(), "arguments": dict(run.arguments)}
     trainer = None
     for number, phase in enumerate(recipe.phases):
         if not phase.steps:
             continue
         is_first = trainer is None
-        trainer = _phase_trainer(model, processor, recipe, run, number, data, rows_per_process, curve)
+        trainer = _phase_trainer(stage, number)
         if is_first and trainer.is_world_process_zero():
             _mark_begun(recipe, run)
         log[phase.name] = trainer.run(run.resume)
         if isinstance(trainer.model, TokenReader):
-            trainer.model.name_tokens(model.get_input_embeddings().get_parameter("weight"), processor.tokenizer)
+            embeddings = model.get_input_embeddings().get_parameter("weight")
+            trainer.model.name_tokens(embeddings, stage.processor.tokenizer)
     if recipe.attn_implementation is not None:
         model.set_attn_implementation(attention)
-    _write(model, processor, run, log, adapters, trainer)
+    _write(stage, log, adapters, trainer)
 
 
-def _phase_trainer(
-    model: PreTrainedModel,
-    processor: InternVLProcessor,
-    recipe: Recipe,
-    run: Run,
-    number: int,
-    data: Callable[[int, Phase, TrainingArguments], Data],
-    rows_per_process: int | None,
-    curve: Curve | None,
-) -> StageTrainer:
+def _phase_trainer(stage: Stage, number: int) -> StageTrainer:
+    recipe, run = stage.recipe, stage.run
     phase = recipe.phases[number]
-    set_up_phase(model, recipe, phase)
-    trained = TokenReader(model) if phase.dense_supervision else model
+    set_up_phase(stage.model, recipe, phase)
+    trained = TokenReader(stage.model) if phase.dense_supervision else stage.model
     idle = train_parts(trained, phase.learning_rates, run.lora_parts if run.lora_rank else ())
     if idle:
         logger.warning(f"Phase {phase.name}: no forward uses {', '.join(idle)}, which stay as they are.")
-    arguments = training_arguments(recipe, phase, run, rows_per_process)
-    dataset, collator = data(number, phase, arguments)
+    arguments = training_arguments(recipe, phase, run, stage.rows_per_process)
+    dataset, collator = stage.data(number, phase, arguments)
     if isinstance(dataset, PairStream):
         check_has_pairs(dataset)
     return StageTrainer(
-        recipe,
+        stage,
         phase,
-        curve,
         model=trained,
         args=arguments,
         data_collator=collator,
         train_dataset=dataset,
-        processing_class=processor,
+        eval_dataset=None if stage.evaluation is None else stage.evaluation.dataset,
+        processing_class=stage.processor,
     )
 
 
-def _write(
-    model: PreTrainedModel,
-    processor: InternVLProcessor,
-    run: Run,
-    log: dict[str, Any],
-    adapters: Any,
-    trainer: StageTrainer | None,
-) -> None:
+def _write(stage: Stage, log: dict[str, Any], adapters: Any, trainer: StageTrainer | None) -> None:
     """Writes the finished folder; `trainer` is that of the last phase, None where all phases were skipped."""
+    model, run = stage.model, stage.run
     is_writer = is_first_process() if trainer is None else trainer.is_world_process_zero()
     with written_whole(run.output, is_writer) as folder:
         if adapters is not None and trainer is not None:
@@ -343,7 +413,7 @@ def _write(
             trainer.save_model(str(folder))
         elif is_writer:
             model.save_pretrained(folder)
-            processor.save_pretrained(folder)
+            stage.processor.save_pretrained(folder)
         if is_writer:
             (folder / LOG_FILE).write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
     if trainer is not None:

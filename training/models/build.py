@@ -5,13 +5,15 @@ Weights are float32. Where the recipe computes under autocast (`use_bf16`), froz
 folder may store them in.
 """
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -29,7 +31,7 @@ from ...conversation_internvl import (
     get_conversation_template,
 )
 from ...image_processing_internvl import InternVLImageProcessor
-from ...kinds import check_kind
+from ...kinds import check_kind, kind_of
 from ...modeling_internvl import InternVLModel
 from ...modeling_internvl_chat import InternVLChatForConditionalGeneration
 from ...processing_internvl import InternVLProcessor
@@ -48,20 +50,24 @@ logger = logging.get_logger(__name__)
 
 Folder = str | Path
 C_AND_G = ("InternVL-C", "InternVL-G")
-Model = TypeVar("Model", bound=nn.Module)
 
 
-def in_dtypes_of(recipe: Recipe, model: Model) -> Model:
-    """The model in the dtypes that the recipe computes in, in place: all of it in float32 where it does not use
-    autocast, else the parts that it trains.
+def set_dtypes(recipe: Recipe, model: nn.Module, adapted: Collection[str] = ()) -> None:
+    """Set the dtypes that the recipe computes in, in place: float32 for all where it does not use autocast, else for
+    the parts that it trains.
+
+    Args:
+        recipe: The recipe.
+        model: The model.
+        adapted: Parts that get LoRA adapters, whose own weights keep their dtype like those of frozen parts.
     """
     if not recipe.use_bf16:
-        return model.float()
-    parts = {part for phase in recipe.phases for part in phase.learning_rates}
+        model.float()
+        return
+    parts = {part for phase in recipe.phases for part in phase.learning_rates} - set(adapted)
     for name, parameter in model.named_parameters():
         if part_of(name) in parts:
             parameter.data = parameter.data.float()
-    return model
 
 
 def fit_image_sizes(recipe: RecipeType, source: Folder | None = None) -> RecipeType:
@@ -72,7 +78,8 @@ def fit_image_sizes(recipe: RecipeType, source: Folder | None = None) -> RecipeT
         source: Folder of the model; None for one that starts from nothing.
     """
     if source is not None:
-        patch_size = check_kind(source, *C_AND_G, door="`--model`").vision_config.patch_size
+        kinds = (*C_AND_G, "chat") if isinstance(recipe, DialogueRecipe) else C_AND_G
+        patch_size = check_kind(source, *kinds, door="`--model`").vision_config.patch_size
     else:
         patch_size = InternViTConfig(**getattr(recipe, "vision_config", {})).patch_size
     unit = round(patch_size / getattr(recipe, "downsample_ratio", 1))  # of stage 3: patches that become one token
@@ -115,7 +122,9 @@ def build_pair_processor(recipe: ContrastiveRecipe, tokenizer: PreTrainedTokeniz
     return InternVLProcessor(image_processor, tokenizer, mode="contrastive", max_text_length=recipe.max_text_length)
 
 
-def load_pair_processor(source: Folder, recipe: GenerativeRecipe | RetrievalRecipe) -> InternVLProcessor:
+def load_pair_processor(
+    source: Folder, recipe: ContrastiveRecipe | GenerativeRecipe | RetrievalRecipe
+) -> InternVLProcessor:
     """The processor in a folder, with the recipe's image size."""
     processor = InternVLProcessor.from_pretrained(source)
     side = recipe.phases[-1].image_size
@@ -209,8 +218,7 @@ def build_contrastive_model(
         if llama is not None:
             raise ValueError(f"The text encoder starts from {source} or from {llama}; give one of them.")
         config = _config_of(source, recipe)
-        model = InternVLForContrastiveTraining.from_pretrained(source, config=config, **settings)
-        return in_dtypes_of(recipe, model)
+        return InternVLForContrastiveTraining.from_pretrained(source, config=config, **settings)
     start = None if llama is None else _read_llama(llama, len(tokenizer))
     text_config = dict(recipe.text_config if start is None else start.config.to_dict())
     for key in ("model_type", "architectures", "auto_map"):
@@ -234,7 +242,7 @@ def build_contrastive_model(
         init_embeddings_for_scenes(model)
     if start is not None:
         _copy_weights(model.qllama.model, start.model.state_dict(), str(llama))
-    return in_dtypes_of(recipe, model)
+    return model
 
 
 def build_generative_model(
@@ -262,7 +270,7 @@ def build_generative_model(
     if llama is not None:
         head = _read_llama(llama, config.qllama_config.vocab_size).lm_head
         _copy_weights(model.qllama.lm_head, head.state_dict(), llama)
-    return in_dtypes_of(recipe, model)
+    return model
 
 
 def build_retrieval_model(recipe: RetrievalRecipe, source: Folder) -> InternVLForRetrievalTraining:
@@ -271,8 +279,7 @@ def build_retrieval_model(recipe: RetrievalRecipe, source: Folder) -> InternVLFo
         "grad_cache_chunk_size": recipe.grad_cache_chunk_size,
         "max_logit_scale": recipe.max_logit_scale,
     }
-    model = InternVLForRetrievalTraining.from_pretrained(source, config=_config_of(source, recipe), **settings)
-    return in_dtypes_of(recipe, model)
+    return InternVLForRetrievalTraining.from_pretrained(source, config=_config_of(source, recipe), **settings)
 
 
 # ------------------------------------------------------------------------------------------------------------- stage 3
@@ -320,7 +327,41 @@ def build_chat_model(
         pad_token_id=tokenizer.pad_token_id,
         **recipe.generation_config,
     )
-    return in_dtypes_of(recipe, model), processor
+    return model, processor
+
+
+def is_chat_model(source: Folder) -> bool:
+    """Whether a folder or repository holds a chat model."""
+    return kind_of(AutoConfig.from_pretrained(source)) == "chat"
+
+
+def load_chat_model(
+    recipe: DialogueRecipe, source: Folder
+) -> tuple[InternVLChatForConditionalGeneration, InternVLProcessor]:
+    """The model and the processor of a chat model that is fine-tuned, with the recipe's image size and tiles.
+
+    Args:
+        recipe: The recipe.
+        source: Folder of a chat model, or its name on the Hub.
+    """
+    check_kind(source, "chat", door="`--model`")
+    model = InternVLChatForConditionalGeneration.from_pretrained(source, dtype="auto")
+    model.skips_unlabelled_logits = True
+    processor = InternVLProcessor.from_pretrained(source)
+    config, side = model.config, recipe.phases[-1].image_size
+    vision_config, image_processor = config.vision_config, processor.image_processor
+    if vision_config.image_size != side:
+        model.vision_model.resize_pos_embeddings(vision_config.image_size, side, vision_config.patch_size)
+        tokens = [
+            int(size // vision_config.patch_size * config.downsample_ratio) ** 2
+            for size in (image_processor.size["height"], side)
+        ]
+        processor.image_seq_length += tokens[1] - tokens[0]
+        image_processor.size = {"height": side, "width": side}
+        config.force_image_size = side
+    image_processor.max_num = config.max_dynamic_patch = recipe.max_tiles
+    config.dynamic_image_size = recipe.max_tiles > 1
+    return model, processor
 
 
 def _read_decoder(folder: Folder, num_tokens: int) -> PreTrainedModel:

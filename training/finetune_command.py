@@ -1,0 +1,97 @@
+"""Fine-tunes a finished model from the command line: `python -m internvl.training finetune --model M --data F`."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AutoModel, AutoProcessor
+from transformers.utils import logging
+
+from ..kinds import check_kind, kind_of
+from .arguments import apply_flags, parse_flags
+from .data.json_rows import JsonRows
+from .recipes.finetuning import PARTS_OF_TASK, FineTuning, finetuning_recipe
+from .stage_command import run_of
+from .stages import run_retrieval, run_stage1, run_stage3
+from .trainer import is_first_process
+
+
+logger = logging.get_logger(__name__)
+
+TASK_OF_KIND = {"chat": "dialogue", "InternVL-C": "contrastive", "InternVL-G": "retrieval"}
+KINDS_OF_TASK = {
+    "dialogue": ("chat",),
+    "contrastive": ("InternVL-C", "InternVL-G"),
+    "retrieval": ("InternVL-G",),
+}
+LARGE = 1_000_000_000  # parameters from which on LoRA is the default
+BATCH_SIZE = 16
+LORA_RANK = 16
+
+
+def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
+    """Fine-tunes a model.
+
+    Args:
+        options: Arguments of the command line.
+        print_fn: Takes the lines to show.
+
+    Returns:
+        Exit code 0.
+
+    Raises:
+        OSError: If the model or a file of the data is not there.
+        ValueError: If the model, the task and the data do not go together.
+    """
+    flags = parse_flags(options.flags, "python -m internvl.training finetune")
+    config = check_kind(options.model, *TASK_OF_KIND, door="`finetune`")
+    task = options.task or TASK_OF_KIND[str(kind_of(config))]
+    check_kind(options.model, *KINDS_OF_TASK[task], door=f"`--task {task}`")
+    if task != "dialogue" and options.images:
+        raise ValueError("`--images` is for dialogues.")
+    method = options.method or ("lora" if options.lora_rank or _num_parameters(config) >= LARGE else "whole")
+    adapters: dict[str, Any] = {}
+    if method == "lora":
+        parts = tuple(options.lora_parts or options.train or PARTS_OF_TASK[task]["lora"])
+        adapters = {"lora_rank": options.lora_rank or LORA_RANK, "lora_parts": parts}
+    batch_size = options.batch_size or BATCH_SIZE
+    choice = FineTuning(
+        task,
+        method,
+        options.steps or _steps(options, task, batch_size),
+        batch_size,
+        tuple(options.train),
+        tuple(options.freeze),
+        options.image_size,
+        options.max_tiles,
+        options.max_length,
+        options.pack,
+        options.seed,
+    )
+    max_text_length = AutoProcessor.from_pretrained(options.model).max_text_length
+    recipe, how = apply_flags(finetuning_recipe(choice, config, max_text_length), run_of(options, **adapters), flags)
+    trained = ", ".join(f"{part} at {rate:g}" for part, rate in recipe.phases[0].learning_rates.items())
+    logger.warning(f"{task}, {method}: {trained}; {recipe.phases[0].steps} steps of {recipe.phases[0].batch_size}.")
+    if task == "dialogue":
+        run_stage3(recipe, options.data, how, options.model, images=options.images)
+    elif task == "contrastive":
+        run_stage1(recipe, options.data, how, source=options.model)
+    else:
+        run_retrieval(recipe, options.data, how, options.model)
+    if is_first_process():
+        print_fn(f"The model is in {options.output}.")
+    return 0
+
+
+def _num_parameters(config: Any) -> int:
+    with torch.device("meta"):
+        return AutoModel.from_config(config).num_parameters()
+
+
+def _steps(options: argparse.Namespace, task: str, batch_size: int) -> int:
+    """Steps of the wanted passes over the data, the last batch of which need not be whole."""
+    if task != "dialogue":
+        raise ValueError("Shards of pairs are not counted: give `--steps`.")
+    num_rows = sum(len(JsonRows(file)) for file in options.data)
+    return options.epochs * -(-num_rows // batch_size)

@@ -1,0 +1,115 @@
+"""Recipes for fine-tuning a finished model on one's own data: its head, adapters, or all that is worth training.
+
+A recipe keeps what the model has, its image size, template, connector and tiles, unless told otherwise.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from .base import ContrastiveRecipe, DialogueRecipe, Phase, RetrievalRecipe
+
+
+METHODS = ("whole", "lora", "head")
+TASKS = ("dialogue", "contrastive", "retrieval")
+# What each method trains, by the task. Adapters sit on the parts below and leave everything else as it is.
+PARTS_OF_TASK: dict[str, dict[str, tuple[str, ...]]] = {
+    "dialogue": {"whole": ("projector", "language"), "lora": ("language",), "head": ("projector",)},
+    "contrastive": {
+        "whole": ("vision", "pooling", "qllama", "text_projection", "temperature"),
+        "lora": ("vision", "qllama"),
+        "head": ("pooling", "text_projection", "temperature"),
+    },
+    "retrieval": {
+        "whole": ("vision", "pooling", "qllama", "text_projection", "temperature", "queries", "query_heads"),
+        "lora": ("vision", "qllama"),
+        "head": ("pooling", "text_projection", "temperature", "query_heads"),
+    },
+}
+# Peak learning rates. Of dialogues, LLaVA's and LoRA's; the others lie between the paper's stage 1 (1e-3 from nothing)
+# and its retrieval fine-tuning (1e-6 for ten epochs).
+LEARNING_RATES = {
+    "dialogue": {"whole": 2e-5, "lora": 2e-4, "head": 1e-3},
+    "contrastive": {"whole": 1e-5, "lora": 1e-4, "head": 1e-4},
+    "retrieval": {"whole": 1e-6, "lora": 1e-4, "head": 1e-4},
+}
+WARMUP_SHARE = 0.03
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """What a user chooses.
+
+    Args:
+        task: One of `TASKS`.
+        method: "whole", "lora" (adapters), or "head" (the layers behind the towers, or the projector of a chat model).
+        steps: Optimizer steps.
+        batch_size: Samples of a step over all processes.
+        trained: Parts to train instead of those of the method.
+        frozen: Parts of these that are left as they are.
+        image_size: Side of the images, or of their tiles, in pixels; None keeps the model's.
+        max_tiles: Most tiles of an image; None keeps the model's.
+        max_length: Most tokens of a dialogue; of texts beside images, the model's own limit holds.
+        pack: Pack the dialogues of a batch into one row.
+        seed: Decides the order of the data and all random numbers.
+    """
+
+    task: str
+    method: str
+    steps: int
+    batch_size: int
+    trained: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+    image_size: int | None = None
+    max_tiles: int | None = None
+    max_length: int = 4096
+    pack: bool = False
+    seed: int = 0
+
+    def learning_rates(self) -> dict[str, float]:
+        """Return the learning rate of each part that is trained.
+
+        Raises:
+            ValueError: If nothing is left to train.
+        """
+        parts = self.trained or PARTS_OF_TASK[self.task][self.method]
+        rate = LEARNING_RATES[self.task][self.method]
+        rates = {part: rate for part in parts if part not in self.frozen}
+        if not rates:
+            raise ValueError(f"All of {', '.join(parts)} are frozen: there is nothing to train.")
+        return rates
+
+
+def finetuning_recipe(choice: FineTuning, config: Any, max_text_length: int) -> Any:
+    """Return the recipe of a fine-tuning.
+
+    Args:
+        choice: What is to be done.
+        config: Configuration of the model that it starts from, an `InternVLChatConfig` or `InternVLConfig`.
+        max_text_length: Tokens of a text beside images, as in the model's processor.
+
+    Returns:
+        A `DialogueRecipe`, `ContrastiveRecipe` or `RetrievalRecipe`, by the task.
+    """
+    phase = Phase(
+        "finetuning",
+        choice.steps,
+        choice.learning_rates(),
+        choice.image_size or config.force_image_size or config.vision_config.image_size,
+        warmup_steps=int(choice.steps * WARMUP_SHARE),
+        batch_size=choice.batch_size,
+    )
+    shared: dict[str, Any] = {"phases": (phase,), "seed": choice.seed, "betas": (0.9, 0.999), "save_steps": 500}
+    if choice.task == "dialogue":
+        return DialogueRecipe(
+            **shared,
+            weight_decay=0.0,
+            connector=config.connector,
+            template=config.template,
+            downsample_ratio=config.downsample_ratio,
+            max_tiles=choice.max_tiles or (config.max_dynamic_patch if config.dynamic_image_size else 1),
+            max_length=choice.max_length,
+            pack=choice.pack,
+            grad_cache_chunk_size=4 if choice.pack else 1,  # rows alone need no padding
+        )
+    kind = ContrastiveRecipe if choice.task == "contrastive" else RetrievalRecipe
+    return kind(**shared, weight_decay=0.05, max_text_length=max_text_length, grad_cache_chunk_size=32)
