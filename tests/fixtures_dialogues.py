@@ -7,7 +7,7 @@ def llava(*turns: str, **row) -> dict:
 
 
 BAD_ROWS = {
-    "no form": ({"question": "a", "answer": "b"}, "needs `conversations`, `messages`, or `query`.*question, answer"),
+    "no form": ({"question": "a", "answer": "b"}, "needs `conversations`, `messages`, `query`.*question, answer"),
     "no messages": ({"conversations": []}, "must be a list of messages that is not empty"),
     "a message that is none": ({"conversations": ["Hello"]}, "must be an object with `from` and `value`"),
     "unknown role": ({"messages": [{"role": "tool", "content": "a"}]}, "Unknown role 'tool'"),

@@ -127,13 +127,17 @@ OTHER_FILES = {
     "UTF-16 without a mark": (lambda path: path.write_bytes('{"a": 1}'.encode("utf-16-le")), "is a binary file"),
     "numbers": (lambda path: path.write_bytes(bytes(range(256)) * 9), "is a binary file"),
     "pipe": (os.mkfifo, "is no regular file"),
-    "folder": (Path.mkdir, "is no regular file"),
+    "folder": (Path.mkdir, "doesn't contain any data files"),
+    "damaged parquet": (
+        lambda path: path.write_bytes(b"PAR1" + bytes(900)),
+        "corrupted or this is not a parquet file",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", OTHER_FILES)
 def test_what_is_no_json_is_told_in_one_line(name, tmp_path, capsys):
-    path = tmp_path / "pairs.parquet"
+    path = tmp_path / ("rows.parquet" if name == "damaged parquet" else "rows.json")
     make, message = OTHER_FILES[name]
     make(path)
     assert main(["validate", str(path)]) == 2

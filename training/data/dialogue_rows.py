@@ -1,7 +1,8 @@
 """Rows of dialogue data, in every usual form, to the messages that `apply_chat_template` takes.
 
 Rows may be LLaVA's and ShareGPT's (`conversations` of `from` and `value`), `messages` with `images`, OpenAI's lists of
-content parts, or `query` and `response`. Not covered: videos (give frames as images), sound, and tool calls.
+content parts, `query` and `response`, or Cauldron's `texts` of `user` and `assistant`. Not covered: videos (give
+frames as images), sound, and tool calls.
 """
 
 from pathlib import Path
@@ -79,9 +80,13 @@ def _turns_of(row: Row) -> list[tuple[str, list[Part]]]:
         turns = [_turn(turn, "role", "content") for turn in _as_list(row, "messages")]
     elif row.get("query") is not None:
         turns = _asked_and_answered(row.get("history") or [], (row["query"], row.get("response")))
+    elif row.get("texts") is not None:
+        pairs = [_pair_of_texts(pair) for pair in _as_list(row, "texts")]
+        turns = _asked_and_answered(pairs[:-1], pairs[-1])
     else:
         raise ValueError(
-            f"A row needs `conversations`, `messages`, or `query` and `response`; this one has {', '.join(row)}."
+            "A row needs `conversations`, `messages`, `query` and `response`, or `texts`; this one has "
+            f"{', '.join(row)}."
         )
     if row.get("system") and not (turns and turns[0][0] == "system"):
         turns.insert(0, ("system", _parts_of(row["system"])))
@@ -97,10 +102,20 @@ def _asked_and_answered(history: Any, last: tuple[Any, Any]) -> list[tuple[str, 
     return [turn for query, response in pairs for turn in (("user", query), ("assistant", response))]
 
 
+def _pair_of_texts(pair: Any) -> tuple[Any, Any]:
+    if not isinstance(pair, dict):
+        raise ValueError(f"`texts` must be a list of objects with `user` and `assistant`, got {pair!r:.80}.")
+    return pair.get("user"), pair.get("assistant")
+
+
 def _as_list(row: Row, key: str) -> list[Any]:
-    if not isinstance(row[key], list) or not row[key]:
-        raise ValueError(f"`{key}` must be a list of messages that is not empty, got {row[key]!r:.80}.")
-    return row[key]
+    found = row[key]
+    if isinstance(found, dict) and found and all(isinstance(column, list) for column in found.values()):
+        # A sequence of objects, as `datasets` stores it.
+        found = [dict(zip(found, turn, strict=True)) for turn in zip(*found.values(), strict=True)]
+    if not isinstance(found, list) or not found:
+        raise ValueError(f"`{key}` must be a list of messages that is not empty, got {found!r:.80}.")
+    return found
 
 
 def _turn(turn: Any, role_key: str, content_key: str) -> tuple[str, list[Part]]:

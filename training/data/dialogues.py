@@ -22,7 +22,8 @@ from ...processing_internvl import InternVLProcessor
 from ...renaming_internvl import renamed_arguments
 from .bad_rows import BadRows, UnusableRowError
 from .dialogue_rows import read_dialogue
-from .json_rows import JsonRows, Row
+from .json_rows import Row
+from .row_tables import open_all_rows
 
 
 TOO_LONG = ("drop", "cut", "error")
@@ -112,13 +113,13 @@ class DialogueEncoder:
 
 @renamed_arguments(broken_rows="bad_rows")
 class DialogueDataset(Dataset):
-    """Encoded rows of files, for `Trainer`.
+    """Encoded rows of files or data sets, for `Trainer`.
 
     A row that cannot be used is counted, logged, and replaced by the next one that can, so that batches keep their
     size; `python -m internvl.training validate` names all of them beforehand.
 
     Args:
-        files: JSON arrays or JSON lines.
+        files: JSON, parquet, or names of data sets, see `open_rows`.
         encoder: Makes the tensors.
         images: Folder of the images; None takes the folder of each file.
         bad_rows: The limit on unusable rows, and their count.
@@ -135,7 +136,7 @@ class DialogueDataset(Dataset):
         images: str | Path | None = None,
         bad_rows: BadRows | None = None,
     ) -> None:
-        self.files = [JsonRows(file) for file in ([files] if isinstance(files, (str, Path)) else files)]
+        self.files = open_all_rows(files)
         self.encoder = encoder
         self.images = images
         self.bad_rows = bad_rows or BadRows()
@@ -162,7 +163,7 @@ class DialogueDataset(Dataset):
         position = index - (self._ends[number - 1] if number else 0)
         try:
             row = file.read(position)
-            encoded = self.encoder(row, file.path.parent if self.images is None else self.images)
+            encoded = self.encoder(row, file.folder if self.images is None else self.images)
         except UnusableRowError as error:
             self.bad_rows.count(f"{file.path}:{file.line(position)}", error)
             return None

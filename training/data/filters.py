@@ -22,7 +22,7 @@ from ...extras import extra
 from ...renaming_internvl import renamed_arguments, renamed_names
 from .bad_rows import BadRows
 from .pair_rows import IMAGE_COLUMNS, add_size, caption_in, image_source, metadata_of
-from .shards import find_shards, read_shards
+from .shards import find_shards, place_of_row, read_shards
 
 
 STAGES = (1, 2)  # whose data the funnel filters
@@ -340,7 +340,7 @@ def metadata_rows(shards: Sequence[str], bad_rows: BadRows) -> Iterator[Mapping[
             if any(row.get(column) is not None for column in IMAGE_COLUMNS):
                 add_size(row, image_source(row))
         except ValueError as error:
-            bad_rows.count(f"{raw['__shard__']}, sample `{raw['__key__']}`", error)
+            bad_rows.count(place_of_row(raw), error)
             continue
         bad_rows.count()
         yield row
@@ -378,7 +378,7 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
         except MissingColumnError:  # of all rows, not of this one
             raise
         except ValueError as error:
-            bad_rows.count(f"{row['__shard__']}, sample `{row['__key__']}`", error)
+            bad_rows.count(place_of_row(row), error)
     report = {**funnel.report(), "broken": bad_rows.broken}
     for row in report["rules"]:
         print_fn(f"stage {row['stage']}  {_name_of(row):<26} {_outcome_of(row)}")

@@ -1,7 +1,8 @@
-"""Rows of a JSON file, found in one pass and read one at a time: JSON lines, or one array of objects.
+"""Rows of a JSON file: JSON lines, or one array of objects.
 
-Only the places of the rows are kept, 24 bytes for each, so that a file of any size can be opened, and every fault can
-be told by its line. A broken row is an error when it is read, and does not hide the rows behind it.
+`JsonRows` finds them in one pass and reads one at a time. Only their places are kept, 24 bytes for each, and every
+fault can be told by its line. `stream_json_rows` keeps nothing, for files whose rows are read front to back. A broken
+row is an error when it is read, and does not hide the rows behind it.
 """
 
 import json
@@ -10,8 +11,10 @@ import re
 import stat
 from array import array
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .bad_rows import UnusableRowError
 
@@ -43,6 +46,15 @@ _OTHERS = {
 }
 
 
+class _Place(NamedTuple):
+    """Bytes of a row in its file, what is wrong with them, and the line on which they begin."""
+
+    start: int
+    end: int
+    fault: str
+    line: int
+
+
 class JsonRows:
     """The rows of one file.
 
@@ -56,42 +68,16 @@ class JsonRows:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.folder: Path = self.path.parent  # of the images
         self._starts, self._ends, self._lines = array("q"), array("q"), array("q")
         self._faults: dict[int, str] = {}
-        status = self.path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(f"{self.path} is no regular file, expected JSON lines or a JSON array.")
-        if status.st_size == 0:
-            return
-        with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-            self._check_is_json(text)
-            begin = len(BYTE_ORDER_MARK) if text[:3] == BYTE_ORDER_MARK else 0
-            first = _WORD.search(text, begin)
-            if first is not None and first[0] == b"[":
-                self._index(text, _array_rows(text, first.start()))
-            else:
-                self._index(text, _line_rows(text, begin))
-
-    def _check_is_json(self, text: mmap.mmap) -> None:
-        head = text[:512]
-        kind = next((kind for start, kind in _OTHERS.items() if head.startswith(start)), None)
-        if kind is None and b"ustar" in head[257:265]:
-            kind = "a tar archive"
-        if kind is None and b"\0" in head and not (head[:1] in b"[{" and head[1:2] != b"\0"):
-            kind = "a binary file"
-        if kind is not None:
-            raise ValueError(f"{self.path} is {kind}, expected JSON lines or a JSON array, in UTF-8.")
-
-    def _index(self, text: mmap.mmap, rows: Iterator[tuple[int, int, str]]) -> None:
-        line, counted = 1, 0
-        for start, end, fault in rows:
-            line += _count_lines(text, counted, start)
-            counted = start
-            if fault:
-                self._faults[len(self._starts)] = fault
-            self._starts.append(start)
-            self._ends.append(end)
-            self._lines.append(line)
+        with _mapped(self.path) as text:
+            for place in _places(text):
+                if place.fault:
+                    self._faults[len(self._starts)] = place.fault
+                self._starts.append(place.start)
+                self._ends.append(place.end)
+                self._lines.append(place.line)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -112,38 +98,107 @@ class JsonRows:
         Raises:
             UnusableRowError: If it is not one JSON object.
         """
-        start, end = self._starts[index], self._ends[index]
-        if index in self._faults:
-            raise UnusableRowError(f"Broken JSON: {self._faults[index]}.")
-        if end - start > MAX_ROW_BYTES:
-            raise UnusableRowError(f"The row has {end - start} bytes, at most {MAX_ROW_BYTES} are read.")
+        place = _Place(self._starts[index], self._ends[index], self._faults.get(index, ""), self._lines[index])
+        _check(place)
         with self.path.open("rb") as file:
-            file.seek(start)
-            text = file.read(end - start)
-        try:
-            row = json.loads(text)
-        except RecursionError as error:
-            raise UnusableRowError("Broken JSON: it is nested too deeply.") from error
-        except json.JSONDecodeError as error:
-            raise UnusableRowError(
-                f"Broken JSON: {error.msg} (line {self.line(index) + error.lineno - 1})."
-            ) from error
-        except UnicodeDecodeError as error:
-            raise UnusableRowError(f"Not UTF-8: {error.reason} at byte {start + error.start} of the file.") from error
-        except ValueError as error:  # a number of too many digits
-            raise UnusableRowError(f"Broken JSON: {error}.") from error
-        if not isinstance(row, dict):
-            raise UnusableRowError(f"A row must be a JSON object, got {type(row).__name__}.")
-        return row
+            file.seek(place.start)
+            return _parsed(place, file.read(place.end - place.start))
 
 
-def _count_lines(text: mmap.mmap, begin: int, end: int) -> int:
+def stream_json_rows(
+    path: str | Path, piece: int = 0, pieces: int = 1
+) -> Iterator[tuple[int, Row | UnusableRowError]]:
+    """Reads rows front to back without an index, from the first one on at once.
+
+    Args:
+        path: As in `JsonRows`.
+        piece: Of the rows, the first one to read.
+        pieces: Readers that share the file: each takes every so many-th row.
+
+    Yields:
+        The line of each row and the row, or what is wrong with it.
+    """
+    with _mapped(Path(path)) as text:
+        for place in islice(_places(text), piece, None, pieces):
+            row: Row | UnusableRowError
+            try:
+                _check(place)
+                row = _parsed(place, text[place.start : place.end])
+            except UnusableRowError as error:
+                row = error
+            yield place.line, row
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[mmap.mmap | bytes]:
+    """The bytes of a file that can be JSON."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(f"{path} is no regular file, expected JSON lines or a JSON array.")
+    if status.st_size == 0:
+        yield b""
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        kind = _other_kind(text[:512])
+        if kind is not None:
+            raise ValueError(f"{path} is {kind}, expected JSON lines or a JSON array, in UTF-8.")
+        yield text
+
+
+def _other_kind(head: bytes) -> str | None:
+    """What a file is that cannot be JSON, by its first bytes."""
+    kind = next((kind for start, kind in _OTHERS.items() if head.startswith(start)), None)
+    if kind is None and b"ustar" in head[257:265]:
+        kind = "a tar archive"
+    if kind is None and b"\0" in head and not (head[:1] in b"[{" and head[1:2] != b"\0"):
+        kind = "a binary file"
+    return kind
+
+
+def _places(text: mmap.mmap | bytes) -> Iterator[_Place]:
+    """Where each row is."""
+    begin = len(BYTE_ORDER_MARK) if text[:3] == BYTE_ORDER_MARK else 0
+    first = _WORD.search(text, begin)
+    is_array = first is not None and first[0] == b"["
+    line, counted = 1, 0
+    for start, end, fault in _array_rows(text, first.start()) if is_array else _line_rows(text, begin):
+        line += _count_lines(text, counted, start)
+        counted = start
+        yield _Place(start, end, fault, line)
+
+
+def _check(place: _Place) -> None:
+    if place.fault:
+        raise UnusableRowError(f"Broken JSON: {place.fault}.")
+    if place.end - place.start > MAX_ROW_BYTES:
+        raise UnusableRowError(f"The row has {place.end - place.start} bytes, at most {MAX_ROW_BYTES} are read.")
+
+
+def _parsed(place: _Place, text: bytes) -> Row:
+    """The object that begins at a place."""
+    try:
+        row = json.loads(text)
+    except RecursionError as error:
+        raise UnusableRowError("Broken JSON: it is nested too deeply.") from error
+    except json.JSONDecodeError as error:
+        raise UnusableRowError(f"Broken JSON: {error.msg} (line {place.line + error.lineno - 1}).") from error
+    except UnicodeDecodeError as error:
+        message = f"Not UTF-8: {error.reason} at byte {place.start + error.start} of the file."
+        raise UnusableRowError(message) from error
+    except ValueError as error:  # a number of too many digits
+        raise UnusableRowError(f"Broken JSON: {error}.") from error
+    if not isinstance(row, dict):
+        raise UnusableRowError(f"A row must be a JSON object, got {type(row).__name__}.")
+    return row
+
+
+def _count_lines(text: mmap.mmap | bytes, begin: int, end: int) -> int:
     """Line breaks in a part of the file, of which a piece at a time is copied."""
     size = 2**20
     return sum(text[start : min(start + size, end)].count(b"\n") for start in range(begin, end, size))
 
 
-def _line_rows(text: mmap.mmap, begin: int) -> Iterator[tuple[int, int, str]]:
+def _line_rows(text: mmap.mmap | bytes, begin: int) -> Iterator[tuple[int, int, str]]:
     """(start, end, "") of each line that is not blank."""
     while begin < len(text):
         end = text.find(b"\n", begin)
@@ -153,7 +208,7 @@ def _line_rows(text: mmap.mmap, begin: int) -> Iterator[tuple[int, int, str]]:
         begin = end + 1
 
 
-def _array_rows(text: mmap.mmap, begin: int) -> Iterator[tuple[int, int, str]]:
+def _array_rows(text: mmap.mmap | bytes, begin: int) -> Iterator[tuple[int, int, str]]:
     """(start, end, fault) of each element of an array; a fault outside the elements is a row of its own."""
     depth, gap, start, behind = 0, _FIRST_GAP, begin, begin + 1
     for token in _TOKEN.finditer(text, begin):
@@ -176,7 +231,7 @@ def _array_rows(text: mmap.mmap, begin: int) -> Iterator[tuple[int, int, str]]:
 
 
 def _faults_between(
-    text: mmap.mmap, begin: int, end: int, expected: re.Pattern[bytes]
+    text: mmap.mmap | bytes, begin: int, end: int, expected: re.Pattern[bytes]
 ) -> Iterator[tuple[int, int, str]]:
     """What stands between two elements; numbers and other bare words show here, because they are no tokens."""
     allowed = _ALLOWED.match(text, begin, end)
@@ -184,7 +239,7 @@ def _faults_between(
         yield allowed.end(), end, "expected one `,` between two rows and nothing else"
 
 
-def _faults_at_end(text: mmap.mmap, end: int) -> Iterator[tuple[int, int, str]]:
+def _faults_at_end(text: mmap.mmap | bytes, end: int) -> Iterator[tuple[int, int, str]]:
     rest = _WORD.search(text, end + 1)
     if text[end : end + 1] != b"]":
         yield end, len(text), "`}` closes the array, expected `]`"

@@ -8,13 +8,17 @@ from typing import Any
 from ...image_loading_internvl import read_image_size
 from ...image_processing_internvl import InternVLImageProcessor
 from .image_files import image_file, is_path
-from .shards import FAULT_COLUMN, Row
+from .json_rows import Row
+from .shards import FAULT_COLUMN
 from .texts import check_text
 
 
 # Where images and captions are found, in this order; the first that a row has is taken.
-IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp", "image", "image_bytes", "bytes")
-TEXT_COLUMNS = ("txt", "caption", "text", "TEXT")
+IMAGE_COLUMNS = (
+    *("jpg", "jpeg", "png", "webp", "image", "image_bytes", "bytes"),
+    *("image_path", "file_name", "filepath"),
+)
+TEXT_COLUMNS = ("txt", "caption", "text", "TEXT", "title")
 JSON_COLUMN = "json"
 MAX_CAPTION = 20_000  # characters; tokenizers take seconds for a megabyte
 
@@ -77,12 +81,13 @@ def caption_in(row: Row, columns: Sequence[str] = TEXT_COLUMNS) -> str:
     return value
 
 
-def image_source(row: Row, columns: Sequence[str] = IMAGE_COLUMNS) -> Any:
-    """The image as it is stored: bytes, an address, or a file, which must lie below the folder of a local shard.
+def image_source(row: Row, columns: Sequence[str] = IMAGE_COLUMNS, folder: str | Path | None = None) -> Any:
+    """The image as it is stored: bytes, an address, or a file.
 
     Args:
         row: What `metadata_of` returned.
         columns: Where to look.
+        folder: Below which files must lie; None takes the folder of a local shard.
 
     Returns:
         The source.
@@ -99,13 +104,13 @@ def image_source(row: Row, columns: Sequence[str] = IMAGE_COLUMNS) -> Any:
         raise ValueError(f"The image is neither bytes nor a path: it is of type {type(value).__name__}.")
     if not is_path(value):
         return value
-    if "://" in row["__shard__"]:
+    if folder is None and "://" in row["__shard__"]:
         raise ValueError("The image is named by a path, which a shard at an address cannot have.")
-    return str(image_file(value, Path(row["__shard__"]).parent))
+    return str(image_file(value, Path(row["__shard__"]).parent if folder is None else folder))
 
 
 def add_size(row: Row, image: Any) -> None:
-    """Adds `width` and `height` out of the image's header where the metadata does not tell them.
+    """Adds `width` and `height` out of the image's header where the metadata lacks them and nothing is fetched.
 
     Args:
         row: Changed in place.
@@ -114,7 +119,7 @@ def add_size(row: Row, image: Any) -> None:
     Raises:
         ValueError: If there is no header to read.
     """
-    if not isinstance(image, bytes) or ("width" in row and "height" in row):
+    if not (isinstance(image, bytes) or is_path(image)) or ("width" in row and "height" in row):
         return
     limit = InternVLImageProcessor.max_image_pixels
     row["width"], row["height"] = read_image_size(image, "The image", limit)

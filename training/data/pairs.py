@@ -1,9 +1,10 @@
-"""Image-text pairs at web scale: WebDataset tar files and parquet files in, images and captions out; see `streams`.
+"""Image-text pairs at web scale: shards or files of rows in (see `shards`), images and captions out (see `streams`).
 
 Not covered: mixing sources by weights (list the shards of one source more than once), and captions in several columns.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -14,8 +15,9 @@ from ...image_processing_internvl import InternVLImageProcessor
 from ...processing_internvl import InternVLProcessor
 from ...renaming_internvl import renamed_arguments
 from .filters import Funnel, MissingColumnError
+from .json_rows import Row
 from .pair_rows import IMAGE_COLUMNS, TEXT_COLUMNS, add_size, caption_in, image_source, metadata_of
-from .shards import Row
+from .shards import place_of_row
 from .streams import RowStream, stream_loader
 
 
@@ -25,6 +27,7 @@ class PairStream(RowStream):
 
     Args:
         shards: Files, see `find_shards`.
+        images: Folder of the images that rows name by a path; None takes the folder of each file.
         funnel: Leaves out rows by their metadata, before their images are decoded.
         image_column: Column of the images, instead of the first of `pair_rows.IMAGE_COLUMNS` that there is.
         text_column: Column of the captions, instead of the first of `pair_rows.TEXT_COLUMNS`.
@@ -41,6 +44,7 @@ class PairStream(RowStream):
         self,
         shards: str | Sequence[str],
         *,
+        images: str | Path | None = None,
         funnel: Funnel | None = None,
         image_column: str | None = None,
         text_column: str | None = None,
@@ -49,6 +53,7 @@ class PairStream(RowStream):
         **settings: Any,
     ) -> None:
         super().__init__(shards, **settings)
+        self.images = images
         self.funnel = funnel
         self.image_columns = IMAGE_COLUMNS if image_column is None else (image_column,)
         self.text_columns = TEXT_COLUMNS if text_column is None else (text_column,)
@@ -62,10 +67,10 @@ class PairStream(RowStream):
         return stream
 
     def _sample(self, row: Row) -> dict[str, Any] | None:
-        place = f"{row['__shard__']}, sample `{row['__key__']}`"
+        place = place_of_row(row)
         try:
             row = metadata_of(row)
-            image = image_source(row, self.image_columns)
+            image = image_source(row, self.image_columns, self.images)
             row["caption"] = caption_in(row, self.text_columns)
             if self.funnel is not None:
                 add_size(row, image)

@@ -1,4 +1,4 @@
-"""Shards of image-text pairs as raw rows: WebDataset tar files and parquet files, local or remote.
+"""Shards of data as raw rows: WebDataset tar files, parquet, CSV and TSV files, local or remote, and JSON on disk.
 
 Nothing is decoded here: a row is {"__shard__": where it comes from, "__key__": its name there} and the columns as
 bytes and plain values, so that one broken image or text cannot end a shard. `datasets`' own reader of tar files
@@ -6,11 +6,14 @@ decodes texts and JSON while it reads and takes the columns from the first five 
 survive.
 """
 
+import csv
+import io
 import lzma
 import struct
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,15 +22,19 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from ...extras import extra
+from .bad_rows import UnusableRowError
+from .json_rows import MAX_ROW_BYTES, Row, stream_json_rows
 
 
-Row = dict[str, Any]
+Shard = str | tuple[str, int, int]  # the file; or the file, which piece of its rows, and of how many
 
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
 PARQUET_ENDINGS = (".parquet",)
+JSON_ENDINGS = (".json", ".jsonl", ".ndjson")
+CSV_ENDINGS = {".csv": ",", ".tsv": "\t"}  # and what separates their fields
+ENDINGS = (*TAR_ENDINGS, *PARQUET_ENDINGS, *JSON_ENDINGS, *CSV_ENDINGS)
 FAULT_COLUMN = "__fault__"
 PARQUET_ROWS = 64  # read at once
-MAX_ROW_BYTES = 2**28  # of all columns of a row
 MAX_HEADER_BYTES = 2**20  # of what a tar file says about a member
 # What reading a damaged, hostile or unreachable shard raises. Errors of pyarrow derive from these.
 SHARD_ERRORS = (
@@ -76,18 +83,28 @@ def find_shards(patterns: str | Sequence[str]) -> list[str]:
             raise OSError(f"`{others[0]}` is no regular file, and no shard.")
         shards += [system.unstrip_protocol(name) if "://" in pattern else name for name in found]
     for shard in shards:
-        if not _ending(shard).endswith(TAR_ENDINGS + PARQUET_ENDINGS):
-            raise ValueError(
-                f"`{shard}` must end in {', '.join(TAR_ENDINGS + PARQUET_ENDINGS)} to be read as a shard."
-            )
+        if not _ending(shard).endswith(ENDINGS):
+            raise ValueError(f"`{shard}` must end in {', '.join(ENDINGS)} to be read as a shard.")
+        if _ending(shard).endswith(JSON_ENDINGS) and "://" in shard:
+            raise ValueError(f"`{shard}` must lie on disk, as JSON. Download it, or make it a tar or parquet file.")
     return shards
 
 
-def read_shard(shard: str) -> Iterator[Row]:
+def is_divisible(shard: str) -> bool:
+    """Whether readers can share the rows of this one file."""
+    return _ending(shard).endswith((*JSON_ENDINGS, *CSV_ENDINGS))
+
+
+def pieces_of(shard: str, readers: int) -> list[Shard]:
+    """A shard as it is, or one piece of it for each reader."""
+    return [(shard, piece, readers) for piece in range(readers)] if is_divisible(shard) else [shard]
+
+
+def read_shard(shard: Shard) -> Iterator[Row]:
     """Reads one shard, front to back.
 
     Args:
-        shard: Path or address.
+        shard: Path or address, or a piece of `pieces_of`.
 
     Yields:
         Raw rows.
@@ -95,15 +112,23 @@ def read_shard(shard: str) -> Iterator[Row]:
     Raises:
         One of `SHARD_ERRORS`: If the file is damaged or cannot be reached.
     """
-    with fsspec.open(shard, "rb") as file:
-        yield from (_read_parquet if _ending(shard).endswith(PARQUET_ENDINGS) else _read_tar)(file, shard)
+    name, piece, pieces = (shard, 0, 1) if isinstance(shard, str) else shard
+    ending = _ending(name)
+    if ending.endswith(JSON_ENDINGS):
+        yield from _read_json(name, piece, pieces)
+        return
+    with fsspec.open(name, "rb") as file:
+        if ending.endswith(tuple(CSV_ENDINGS)):
+            yield from islice(_read_csv(file, name, CSV_ENDINGS[ending[-4:]]), piece, None, pieces)
+        else:
+            yield from (_read_parquet if ending.endswith(PARQUET_ENDINGS) else _read_tar)(file, name)
 
 
-def read_shards(shards: Sequence[str]) -> Iterator[Row]:
+def read_shards(shards: Sequence[Shard]) -> Iterator[Row]:
     """Reads shards one after the other.
 
     Args:
-        shards: Paths or addresses.
+        shards: Paths or addresses, or pieces of `pieces_of`.
 
     Yields:
         Raw rows. A shard that is damaged or cannot be reached ends with a row that has the fault in `FAULT_COLUMN`.
@@ -112,7 +137,43 @@ def read_shards(shards: Sequence[str]) -> Iterator[Row]:
         try:
             yield from read_shard(shard)
         except SHARD_ERRORS as error:
-            yield {"__shard__": shard, "__key__": "", FAULT_COLUMN: f"The shard is damaged: {error}"}
+            name = shard if isinstance(shard, str) else shard[0]
+            yield {"__shard__": name, "__key__": "", FAULT_COLUMN: f"The shard is damaged: {error}"}
+
+
+def place_of_row(row: Row) -> str:
+    """Where a raw row comes from, for messages: its line in a text file, its name in others."""
+    if is_divisible(row["__shard__"]) and row["__key__"]:
+        return f"{row['__shard__']}:{row['__key__']}"
+    return f"{row['__shard__']}, sample `{row['__key__']}`"
+
+
+def _read_json(shard: str, piece: int, pieces: int) -> Iterator[Row]:
+    for line, row in stream_json_rows(shard, piece, pieces):
+        row = {FAULT_COLUMN: str(row)} if isinstance(row, UnusableRowError) else row
+        yield {**row, "__shard__": shard, "__key__": str(line)}
+
+
+def _read_csv(file: BinaryIO, shard: str, delimiter: str) -> Iterator[Row]:
+    """Rows by the names in the first line; what is no UTF-8 becomes lone surrogates, which no text may hold."""
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.reader(iter(lambda: text.readline(MAX_ROW_BYTES), ""), delimiter=delimiter)
+    header = next(reader, [])
+    while True:
+        line = reader.line_num + 1
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            row = {FAULT_COLUMN: f"Broken CSV: {error}."}
+        else:
+            if not fields:
+                continue  # a blank line
+            row = dict(zip(header, fields, strict=False))
+            if len(fields) != len(header):
+                row = {FAULT_COLUMN: f"Broken CSV: {len(fields)} fields, and the first line names {len(header)}."}
+        yield {**row, "__shard__": shard, "__key__": str(line)}
 
 
 def _ending(shard: str) -> str:

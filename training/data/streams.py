@@ -20,7 +20,8 @@ from transformers.utils import logging
 
 from ...extras import extra
 from .bad_rows import BadRows
-from .shards import Row, find_shards, read_shards
+from .json_rows import Row
+from .shards import Shard, find_shards, is_divisible, pieces_of, read_shards
 
 
 with extra("train"):
@@ -52,8 +53,9 @@ class RowStream(torch.utils.data.IterableDataset):
     """Samples of rows, each once per epoch over all processes; a subclass makes them, by `_sample`.
 
     Every process builds the same stream with its own `rank`, and workers of a data loader share it among themselves.
-    The number of shards should be a multiple of processes times workers: else every process reads all shards and keeps
-    its part of the samples, and workers that have no shard stand idle.
+    Readers divide the rows of a JSON or CSV file. The number of other shards should be a multiple of processes times
+    workers: else every process reads all shards and keeps its part of the samples, and workers that have no shard
+    stand idle.
 
     Shards come in a new order each epoch; samples are shuffled within blocks of `shuffle_buffer` of one worker.
     `state_dict` is the position after the last sample given, as data loaders that know it (torchdata's) ask for in
@@ -104,9 +106,10 @@ class RowStream(torch.utils.data.IterableDataset):
         self.bad_rows = bad_rows or BadRows()
         self._position = _Position()
         self._is_over = False  # the last pass; the next one begins with the next epoch
-        if len(self.shards) % world_size:
+        num_whole = sum(not is_divisible(shard) for shard in self.shards)
+        if num_whole % world_size:
             logger.warning(
-                f"{len(self.shards)} shards for {world_size} processes: every process reads all of them. Make the "
+                f"{num_whole} shards for {world_size} processes: every process reads all of them. Make the "
                 "number of shards a multiple of the number of processes."
             )
 
@@ -218,9 +221,10 @@ class RowStream(torch.utils.data.IterableDataset):
             source = split_dataset_by_node(source, rank=self.rank, world_size=self.world_size)
         return source
 
-    def _order(self, epoch: int) -> list[str]:
-        """All shards in the order of an epoch, to which every process must come."""
-        shards = list(self.shards)
+    def _order(self, epoch: int) -> list[Shard]:
+        """All shards in the order of an epoch, to which every process must come; readers share text files."""
+        readers = self.world_size * max(self._readers()["workers"], 1)
+        shards = [piece for shard in self.shards for piece in pieces_of(shard, readers)]
         if self.shuffle_buffer > 1:
             Random(f"shards/{self.seed}/{epoch}").shuffle(shards)
         return shards
@@ -228,9 +232,10 @@ class RowStream(torch.utils.data.IterableDataset):
     def _check_has_samples(self) -> None:
         """Refuses a first epoch without samples; in later ones other shards may fall to this process."""
         if self._position.epoch == 0:
-            is_split = len(self.shards) % self.world_size == 0
-            own = self._order(0)[self.rank :: self.world_size] if is_split else self.shards
-            raise ValueError(f"Process {self.rank} of {self.world_size} finds no sample in {', '.join(own)}.")
+            shards = self._order(0)
+            own = shards if len(shards) % self.world_size else shards[self.rank :: self.world_size]
+            names = ", ".join(shard if isinstance(shard, str) else shard[0] for shard in own)
+            raise ValueError(f"Process {self.rank} of {self.world_size} finds no sample in {names}.")
 
 
 def _has_other_workers() -> bool:

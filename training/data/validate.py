@@ -15,7 +15,8 @@ from ...image_processing_internvl import InternVLImageProcessor
 from ...kinds import check_kind
 from ...renaming_internvl import renamed_names
 from .dialogues import DialogueEncoder, read_dialogue
-from .json_rows import JsonRows, Row
+from .json_rows import Row
+from .row_tables import Rows, open_rows
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class InvalidRow:
 
 
 def find_invalid_rows(
-    rows: JsonRows, images: str | Path | None = None, encoder: DialogueEncoder | None = None
+    rows: Rows, images: str | Path | None = None, encoder: DialogueEncoder | None = None
 ) -> Iterator[InvalidRow]:
     """Reads every row and every image of a file, on a terminal behind a progress bar.
 
@@ -43,7 +44,7 @@ def find_invalid_rows(
     Yields:
         A fault for each row that has one, in the order of the file.
     """
-    images = rows.path.parent if images is None else images
+    images = rows.folder if images is None else images
     for index in tqdm(range(len(rows)), desc=rows.path.name, unit="row", leave=False, disable=None):
         try:
             row = rows.read(index)
@@ -81,7 +82,7 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     encoder = _encoder(options)
     num_rows, bad = 0, Counter[str]()
     for name in options.data:
-        rows = JsonRows(name)
+        rows = open_rows(name)
         num_rows += len(rows)
         for fault in find_invalid_rows(rows, options.images, encoder):
             with tqdm.external_write_mode():
