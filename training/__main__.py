@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     parser = training_parser()
     options, flags = parser.parse_known_args(arguments)
-    if flags and not hasattr(options, "stage"):  # only training takes flags of `TrainingArguments`
+    if flags and not options.takes_trainer_flags:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     options.flags = flags
     register()

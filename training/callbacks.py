@@ -1,8 +1,15 @@
 """Callbacks of the stages."""
 
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback, WandbCallback
+
+
+SAMPLES_FILE = "samples.jsonl"
 
 
 class KeepFrozenPartsWithoutGradient(TrainerCallback):
@@ -48,3 +55,27 @@ class EvaluateEvery(TrainerCallback):
         if state.global_step % self.steps == 0 or state.global_step == state.max_steps:
             control.should_evaluate = True
         return control
+
+
+def log_samples(
+    samples: Sequence[dict[str, str]], step: int, folder: str, trackers: Iterable[TrainerCallback]
+) -> None:
+    """Append texts to `samples.jsonl`, and show them in the trackers that take texts: TensorBoard, Weights & Biases.
+
+    Args:
+        samples: Texts by their names, the same names in each.
+        step: Step at which they were generated.
+        folder: Folder of the file.
+        trackers: Callbacks of the trainer.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with Path(folder, SAMPLES_FILE).open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n" for sample in samples)
+    names = list(samples[0])
+    rows = [[" ".join(sample[name].split()).replace("|", "\\|") for name in names] for sample in samples]
+    for tracker in trackers:
+        if isinstance(tracker, TensorBoardCallback) and tracker.tb_writer is not None:
+            table = "\n".join(f"| {' | '.join(row)} |" for row in [names, ["---"] * len(names), *rows])
+            tracker.tb_writer.add_text("samples", table, step)
+        elif isinstance(tracker, WandbCallback) and tracker._wandb is not None:
+            tracker._wandb.log({"samples": tracker._wandb.Table(columns=names, data=rows)})

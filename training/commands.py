@@ -40,6 +40,7 @@ def count(text: str) -> int:
 def training_parser() -> argparse.ArgumentParser:
     """The command line's arguments; `module` of what it parses says where the command is."""
     parser = argparse.ArgumentParser(prog="python -m internvl.training", description="Training, and what prepares it.")
+    parser.set_defaults(takes_trainer_flags=False)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (add_validate, add_funnel, add_finetune, add_stages):
         add(commands)
@@ -158,6 +159,7 @@ def _add_training(commands: Any, name: str, what: str) -> argparse.ArgumentParse
         "recipe: --learning-rate 1e-5, --report-to tensorboard, --eval-strategy steps, --torch-compile..."
     )
     parser = commands.add_parser(name, help=what, epilog=epilog, allow_abbrev=False)
+    parser.set_defaults(takes_trainer_flags=True)
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--eval-data", metavar="FILE", nargs="+", default=[], help="held-out data to be measured on")
     parser.add_argument("--resume", action="store_true", help="go on from what a stopped run left in the folder")

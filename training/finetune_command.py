@@ -10,7 +10,9 @@ from transformers.utils import logging
 
 from ..kinds import check_kind, kind_of
 from .arguments import apply_flags, parse_flags
-from .data.json_rows import JsonRows
+from .data.row_tables import open_all_rows
+from .data.shards import find_shards, read_shards
+from .models.parameter_groups import LORA_PARTS
 from .recipes.finetuning import PARTS_OF_TASK, FineTuning, finetuning_recipe
 from .stage_command import run_of
 from .stages import run_retrieval, run_stage1, run_stage3
@@ -51,24 +53,28 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     if task != "dialogue" and options.images:
         raise ValueError("`--images` is for dialogues.")
     method = options.method or ("lora" if options.lora_rank or _num_parameters(config) >= LARGE else "whole")
-    adapters: dict[str, Any] = {}
+    trained, adapters = tuple(options.train or PARTS_OF_TASK[task][method]), {}
     if method == "lora":
-        parts = tuple(options.lora_parts or options.train or PARTS_OF_TASK[task]["lora"])
-        adapters = {"lora_rank": options.lora_rank or LORA_RANK, "lora_parts": parts}
+        adapted = tuple(
+            options.lora_parts or (part for part in trained if part in LORA_PARTS and part not in options.freeze)
+        )
+        adapters = {"lora_rank": options.lora_rank or LORA_RANK, "lora_parts": adapted}
+        trained = (*trained, *(part for part in adapted if part not in trained)) if options.train else adapted
     batch_size = options.batch_size or BATCH_SIZE
     choice = FineTuning(
-        task,
-        method,
-        options.steps or _steps(options, task, batch_size),
-        batch_size,
-        tuple(options.train),
-        tuple(options.freeze),
-        options.image_size,
-        options.max_tiles,
-        options.max_length,
-        options.pack,
-        options.seed,
+        task=task,
+        method=method,
+        steps=options.steps or options.epochs * -(-_num_rows(options.data, task) // batch_size),
+        batch_size=batch_size,
+        parts=tuple(part for part in trained if part not in options.freeze),
+        image_size=options.image_size,
+        max_tiles=options.max_tiles,
+        max_length=options.max_length,
+        pack=options.pack,
+        seed=options.seed,
     )
+    if not choice.parts:
+        raise ValueError(f"All of {', '.join(trained)} are frozen: there is nothing to train.")
     max_text_length = AutoProcessor.from_pretrained(options.model).max_text_length
     recipe, how = apply_flags(finetuning_recipe(choice, config, max_text_length), run_of(options, **adapters), flags)
     trained = ", ".join(f"{part} at {rate:g}" for part, rate in recipe.phases[0].learning_rates.items())
@@ -89,9 +95,7 @@ def _num_parameters(config: Any) -> int:
         return AutoModel.from_config(config).num_parameters()
 
 
-def _steps(options: argparse.Namespace, task: str, batch_size: int) -> int:
-    """Steps of the wanted passes over the data, the last batch of which need not be whole."""
-    if task != "dialogue":
-        raise ValueError("Shards of pairs are not counted: give `--steps`.")
-    num_rows = sum(len(JsonRows(file)) for file in options.data)
-    return options.epochs * -(-num_rows // batch_size)
+def _num_rows(files: list[str], task: str) -> int:
+    if task == "dialogue":
+        return sum(len(rows) for rows in open_all_rows(files))
+    return sum(1 for _ in read_shards(find_shards(files)))

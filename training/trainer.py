@@ -3,7 +3,8 @@
 A run writes to its folder the finished model with its code and processor, the log in `training_log.json`, with LoRA
 the `adapter`, and in `trainer/PHASE` the checkpoints that a stopped run resumes from.
 
-Not covered: LoRA under ZeRO-3, where no process could merge the adapters at the end.
+Not covered: LoRA under ZeRO-3, where no process could merge the adapters at the end. To resume, a stream is read again
+up to where it was.
 """
 
 import json
@@ -20,18 +21,18 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModel, PreTrainedModel, TrainingArguments
-from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from ..extras import extra
 from ..processing_internvl import InternVLProcessor
-from .callbacks import EvaluateEvery, KeepFrozenPartsWithoutGradient, SeedRanksDifferently
+from .callbacks import EvaluateEvery, KeepFrozenPartsWithoutGradient, SeedRanksDifferently, log_samples
 from .checkpoints import LOG_FILE, WholeCheckpointTrainer, check_same_recipe, record_recipe
 from .data import generated
-from .data.stream_batches import Stream
+from .data.pairs import PairStream
+from .data.streams import stream_loader
 from .models.build import set_dtypes, set_up_phase
 from .models.dense_supervision import TokenReader
 from .models.parameter_groups import lora_targets, parameter_groups, train_parts
@@ -167,6 +168,12 @@ class StageTrainer(WholeCheckpointTrainer):
         if self.curve is not None and self.recipe.eval_steps is not None:
             self.add_callback(EvaluateEvery(self.recipe.eval_steps))
 
+    def make_train_dataloader(self) -> DataLoader:
+        """As in `Trainer`, but a stream is not sharded a second time."""
+        if isinstance(self.train_dataset, PairStream):
+            return stream_loader(self.train_dataset, self.data_collator, self.args)
+        return super().make_train_dataloader()
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer of `TrainingArguments.optim`, or Muon with AdamW, with the groups of `parameter_groups`.
 
@@ -180,16 +187,24 @@ class StageTrainer(WholeCheckpointTrainer):
                 model, self.phase.learning_rates, recipe.weight_decay, recipe.layer_decay, muon_rate
             )
             if muon_rate is None:
-                kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-                if is_optimizer_factory(kind) or not {"params", "model", "optimizer_dict"}.isdisjoint(settings):
-                    raise ValueError(
-                        f"`optim` {self.args.optim} chooses parameters itself, but a recipe has a learning rate for "
-                        "each part: take one of the AdamW, Adafactor, Lion or SGD optimizers."
-                    )
+                kind, settings = self._optimizer_kind(model)
                 self.optimizer = kind(groups, **settings)
             else:
                 self.optimizer = MuonWithAdamW(groups, lr=muon_rate, betas=recipe.betas)
         return self.optimizer
+
+    def _optimizer_kind(self, model: nn.Module) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        try:
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+        except ImportError as error:
+            raise ValueError(f"`optim` {self.args.optim}: {error}") from error
+        takes_groups = isinstance(kind, type) and {"params", "model", "optimizer_dict"}.isdisjoint(settings)
+        if not takes_groups:
+            raise ValueError(
+                f"`optim` {self.args.optim} chooses parameters itself, but a recipe has a learning rate for each "
+                "part: take one of the AdamW, Adafactor, Lion or SGD optimizers."
+            )
+        return kind, settings
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **settings: Any
@@ -231,6 +246,9 @@ class StageTrainer(WholeCheckpointTrainer):
         if self.measure is not None:
             found = self._measured(self.measure)
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+            samples = getattr(self.measure, "samples", None)
+            if samples and self.is_world_process_zero():
+                log_samples(samples, self.state.global_step, self.args.output_dir, self.callback_handler.callbacks)
         return output
 
     def _measured(self, measure: Curve) -> dict[str, float]:
@@ -303,7 +321,7 @@ def training_arguments(
         "remove_unused_columns": False,
         "logging_steps": recipe.logging_steps,
         "save_steps": recipe.save_steps,
-        "save_total_limit": recipe.save_total_limit,
+        "save_total_limit": 1,
         "report_to": "none",
         "seed": recipe.seed,
         **run.arguments,
@@ -375,7 +393,7 @@ def _phase_trainer(stage: Stage, number: int) -> StageTrainer:
         logger.warning(f"Phase {phase.name}: no forward uses {', '.join(idle)}, which stay as they are.")
     arguments = training_arguments(recipe, phase, run, stage.rows_per_process)
     dataset, collator = stage.data(number, phase, arguments)
-    if isinstance(dataset, Stream):
+    if isinstance(dataset, PairStream):
         check_has_pairs(dataset)
     return StageTrainer(
         stage,
@@ -412,7 +430,7 @@ def _write(stage: Stage, log: dict[str, Any], adapters: Any, trainer: StageTrain
         trainer.accelerator.wait_for_everyone()
 
 
-def check_has_pairs(stream: Stream) -> None:
+def check_has_pairs(stream: PairStream) -> None:
     """Look for a first pair that every process can train on, so that none waits for another that has nothing.
 
     Args:

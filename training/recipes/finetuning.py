@@ -44,8 +44,7 @@ class FineTuning:
         method: "whole", "lora" (adapters), or "head" (the layers behind the towers, or the projector of a chat model).
         steps: Optimizer steps.
         batch_size: Samples of a step over all processes.
-        trained: Parts to train instead of those of the method.
-        frozen: Parts of these that are left as they are.
+        parts: Parts that are trained, those with adapters among them.
         image_size: Side of the images, or of their tiles, in pixels; None keeps the model's.
         max_tiles: Most tiles of an image; None keeps the model's.
         max_length: Most tokens of a dialogue; of texts beside images, the model's own limit holds.
@@ -57,26 +56,12 @@ class FineTuning:
     method: str
     steps: int
     batch_size: int
-    trained: tuple[str, ...] = ()
-    frozen: tuple[str, ...] = ()
+    parts: tuple[str, ...]
     image_size: int | None = None
     max_tiles: int | None = None
     max_length: int = 4096
     pack: bool = False
     seed: int = 0
-
-    def learning_rates(self) -> dict[str, float]:
-        """Return the learning rate of each part that is trained.
-
-        Raises:
-            ValueError: If nothing is left to train.
-        """
-        parts = self.trained or PARTS_OF_TASK[self.task][self.method]
-        rate = LEARNING_RATES[self.task][self.method]
-        rates = {part: rate for part in parts if part not in self.frozen}
-        if not rates:
-            raise ValueError(f"All of {', '.join(parts)} are frozen: there is nothing to train.")
-        return rates
 
 
 def finetuning_recipe(choice: FineTuning, config: Any, max_text_length: int) -> Any:
@@ -93,7 +78,7 @@ def finetuning_recipe(choice: FineTuning, config: Any, max_text_length: int) -> 
     phase = Phase(
         "finetuning",
         choice.steps,
-        choice.learning_rates(),
+        dict.fromkeys(choice.parts, LEARNING_RATES[choice.task][choice.method]),
         choice.image_size or config.force_image_size or config.vision_config.image_size,
         warmup_steps=int(choice.steps * WARMUP_SHARE),
         batch_size=choice.batch_size,

@@ -1,0 +1,134 @@
+"""Flags of `TrainingArguments` on the command line of a stage: what they change, what is refused, what a resumed run
+is held to.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from internvl.training import arguments, trainer
+from internvl.training.__main__ import main
+from internvl.training.arguments import REFUSED, apply_flags, parse_flags
+from internvl.training.recipes import stage1_bundled, stage1_small, stage2_small, stage3_small
+from internvl.training.trainer import Run, Stage, StageTrainer, training_arguments
+
+from .tiny import internvl_model
+
+
+def flags(*words: str) -> dict:
+    return parse_flags(words, "training")
+
+
+def applied(tmp_path, *words: str, recipe=None):
+    return apply_flags(stage2_small() if recipe is None else recipe, Run(tmp_path), flags(*words))
+
+
+def test_only_what_is_given_is_parsed_and_both_spellings_are_one():
+    assert flags() == {}
+    given = {"learning_rate": 1e-3, "torch_compile": True, "report_to": "tensorboard"}
+    assert flags("--learning-rate", "1e-3", "--torch_compile", "--report-to", "tensorboard") == given
+    assert flags("--learning_rate", "1e-3") == flags("--learning-rate", "1e-3")
+
+
+def test_every_field_of_training_arguments_is_parsed_or_refused_by_name():
+    for name, field in TrainingArguments.__dataclass_fields__.items():
+        value = "1" if field.type in (int, float, "int", "float") else None
+        if name in REFUSED:
+            with pytest.raises(ValueError, match=f"`--{name.replace('_', '-')}` is not for a stage: "):
+                flags(f"--{name}", *([value] if value else ["True"]))
+        elif value:
+            assert flags(f"--{name}", value).keys() == {name}
+
+
+def test_numbers_of_a_recipe_are_changed_in_it_and_the_rest_goes_to_the_trainer(tmp_path):
+    recipe, run = applied(
+        tmp_path, "--weight-decay", "0.3", "--adam-beta2", "0.9", "--logging-steps", "7", "--bf16", "True",
+        "--lr-scheduler-type", "linear", "--dataloader-num-workers", "3", "--warmup-steps", "0.5",
+    )  # fmt: skip
+    assert (recipe.weight_decay, recipe.betas, recipe.logging_steps, recipe.use_bf16) == (0.3, (0.9, 0.9), 7, True)
+    assert recipe.phases[0].warmup_steps == recipe.phases[0].steps // 2
+    assert (run.num_workers, dict(run.arguments)) == (3, {"lr_scheduler_type": "linear"})
+    settings = training_arguments(recipe, recipe.phases[0], run)
+    assert settings.lr_scheduler_type == "linear"
+    assert (settings.adam_beta2, settings.dataloader_num_workers, settings.logging_steps) == (0.9, 3, 7)
+
+
+def test_a_learning_rate_scales_those_of_all_parts(tmp_path):
+    before = stage1_small()
+    recipe, _ = applied(tmp_path, "--learning-rate", "1e-2", recipe=before)
+    for old, new in zip(before.phases, recipe.phases, strict=True):
+        assert max(new.learning_rates.values()) == pytest.approx(1e-2)
+        ratios = {new.learning_rates[part] / rate for part, rate in old.learning_rates.items()}
+        assert max(ratios) == pytest.approx(min(ratios))
+
+
+def test_a_batch_per_device_with_accumulation_is_the_batch_of_the_recipe(tmp_path, monkeypatch):
+    for module in (arguments, trainer):
+        monkeypatch.setattr(module, "num_processes", lambda: 2)
+    words = ("--per-device-train-batch-size", "3", "--gradient-accumulation-steps", "4")
+    recipe, run = applied(tmp_path, *words, recipe=stage3_small())
+    assert {phase.batch_size for phase in recipe.phases} == {24}
+    settings = training_arguments(recipe, recipe.phases[0], run)
+    assert (settings.per_device_train_batch_size, settings.gradient_accumulation_steps) == (3, 4)
+
+
+def test_the_steps_of_a_learning_curve_are_the_recipes(tmp_path):
+    recipe, run = applied(tmp_path, "--eval-steps", "5", recipe=stage1_bundled())
+    assert (recipe.eval_steps, dict(run.arguments)) == (5, {})
+    recipe, run = applied(tmp_path, "--eval-steps", "5")
+    assert (recipe.eval_steps, dict(run.arguments)) == (None, {"eval_steps": 5})
+
+
+def test_a_scheduler_that_is_asked_for_replaces_a_cooldown(tmp_path):
+    recipe, run = applied(tmp_path, "--lr-scheduler-type", "linear", recipe=stage1_bundled())
+    phase = recipe.phases[0]
+    assert phase.cooldown_fraction is not None
+    assert training_arguments(recipe, phase, run).lr_scheduler_kwargs is None
+    assert training_arguments(recipe, phase, Run(tmp_path)).lr_scheduler_type == "warmup_stable_decay"
+
+
+def trainer_for(tmp_path, *words: str) -> StageTrainer:
+    recipe, run = applied(tmp_path, *words)
+    model = internvl_model()
+    phase = replace(recipe.phases[0], learning_rates={"queries": 1e-3, "query_heads": 1e-4})
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(("query_tokens", "itm_head")))
+    stage = Stage(model, None, recipe, run, None)
+    return StageTrainer(stage, phase, model=model, args=training_arguments(recipe, phase, run))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("rmsprop", torch.optim.RMSprop)])
+def test_an_optimizer_that_is_asked_for_gets_the_rates_of_the_parts(tmp_path, name, kind):
+    optimizer = trainer_for(tmp_path, "--optim", name).create_optimizer()
+    assert type(optimizer) is kind
+    assert {group["lr"] for group in optimizer.param_groups} == {1e-3, 1e-4}
+    assert type(trainer_for(tmp_path).create_optimizer()) is torch.optim.AdamW
+
+
+def test_an_optimizer_that_chooses_its_parameters_or_lacks_its_library_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"`optim` .*: .*galore"):
+        trainer_for(tmp_path, "--optim", "galore_adamw").create_optimizer()
+    chooses = (torch.optim.AdamW, {"params": []})
+    monkeypatch.setattr(StageTrainer, "get_optimizer_cls_and_kwargs", lambda *_: chooses)
+    with pytest.raises(ValueError, match="chooses parameters itself"):
+        trainer_for(tmp_path).create_optimizer()
+
+
+def test_a_resumed_run_is_held_to_flags_that_decide_about_weights_and_to_no_others(tmp_path):
+    _, run = applied(tmp_path, "--lr-scheduler-type", "linear", "--report-to", "tensorboard", "--run-name", "a")
+    assert run.settings()["arguments"] == {"lr_scheduler_type": "linear"}
+
+
+def test_unknown_flags_end_the_command_before_anything_is_loaded(tmp_path, capsys):
+    for words in (["validate", "x.json", "--learning-rate", "1"], ["funnel", "x.tar", "--no-such-flag"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(words)
+        assert "unrecognized arguments" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["stage1", "--output", str(tmp_path / "out"), "--learning-rat", "1"])
+    assert "unrecognized arguments: --learning-rat 1" in capsys.readouterr().err
+    assert main(["stage1", "--output", str(tmp_path / "out"), "--output-dir", "b"]) == 2
+    assert "give `--output`" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,193 @@
+"""`finetune`: a finished model goes on learning from one's own rows, whole, by adapters or by its head."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from internvl.training.__main__ import main
+from internvl.training.models.parameter_groups import part_of
+from internvl.training.trainer import StageTrainer
+
+from . import engine_jobs
+from .fixtures_dialogues import llava
+from .fixtures_text import make_image
+
+
+PLAIN = ("--bf16", "False", "--gradient-checkpointing", "False", "--logging-steps", "1", "--seed", "1")
+SHORT = (*PLAIN, "--batch-size", "4", "--steps", "2", "--learning-rate", "1e-2", "--lr-scheduler-type", "constant")
+QUESTION, ANSWER = "<image>\nWhat is it?", "seven"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Tiny chat models "patches" and "queries_and_patches", "stage 1 start" (C) and "stage 2 start" (G); rows."""
+    folder = tmp_path_factory.mktemp("finetuning")
+    engine_jobs.write_data(folder)
+    for connector in engine_jobs.CONNECTORS:
+        engine_jobs.make_processor(connector).save_pretrained(folder / connector)
+    rows = []
+    for number in range(8):
+        make_image(56 * (1 + number % 2), 56, seed=number).save(folder / f"{number}.png")
+        rows.append(llava(QUESTION, ANSWER, image=f"{number}.png"))
+    rows.append(llava("What is it?", ANSWER))
+    (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "pairs.csv").write_text("".join(["image,caption\n", *(f"{n}.png,number {n}\n" for n in range(8))]))
+    return folder
+
+
+def finetune(folder: Path, model: str, output: Path, *words: str, data: str = "own.jsonl") -> None:
+    arguments = ["--model", str(folder / model), "--data", str(folder / data), "--output", str(output), *words]
+    assert main(["finetune", *arguments]) == 0
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def changed_parts(before: Path, after: Path) -> set[str]:
+    old, new = weights(before), weights(after)
+    assert old.keys() == new.keys()
+    return {part_of(name) for name in old if not torch.equal(old[name], new[name])}
+
+
+def log_of(folder: Path) -> dict:
+    return json.loads((folder / "training_log.json").read_text())
+
+
+METHODS = {
+    "whole": ((), {"projector", "language"}),
+    "head": (("--method", "head"), {"projector"}),
+    "lora": (("--method", "lora"), {"language"}),
+    "these parts": (("--train", "vision", "projector"), {"vision", "projector"}),
+    "but not these": (("--freeze", "projector"), {"language"}),
+}
+
+
+@pytest.mark.parametrize("connector", engine_jobs.CONNECTORS)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_trains_its_parts_and_nothing_else(folder, name, connector, tmp_path):
+    words, expected = METHODS[name]
+    finetune(folder, connector, tmp_path, *SHORT, *words)
+    assert changed_parts(folder / connector, tmp_path) == expected
+    assert (tmp_path / "adapter").is_dir() == (name == "lora")
+
+
+def test_the_model_learns_to_give_the_taught_answer_and_still_does_when_loaded(folder, tmp_path):
+    finetune(folder, "patches", tmp_path, *PLAIN, "--epochs", "16", "--batch-size", "4", "--learning-rate", "1e-2")
+    losses = [entry["loss"] for entry in log_of(tmp_path)["finetuning"] if "loss" in entry]
+    assert len(losses) == 16 * 3  # 9 rows
+    assert losses[-1] < 0.1 * losses[0]
+    model, processor = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
+    prompt = processor.apply_chat_template([message], add_generation_prompt=True)
+    inputs = processor(text=prompt, images=[make_image(56, 56, seed=0)], return_tensors="pt")
+    found = model.eval().generate(**inputs, do_sample=False, max_new_tokens=8)
+    assert processor.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).startswith(ANSWER)
+
+
+def test_the_adapter_on_the_old_model_equals_the_merged_folder(folder, tmp_path):
+    finetune(folder, "patches", tmp_path, *SHORT, "--lora-rank", "3", "--lora-parts", "vision", "language")
+    assert changed_parts(folder / "patches", tmp_path) == {"vision", "language"}
+    start = AutoModelForImageTextToText.from_pretrained(folder / "patches")
+    adapted = PeftModel.from_pretrained(start, tmp_path / "adapter")
+    assert adapted.peft_config["default"].r == 3
+    merged = adapted.merge_and_unload().state_dict()
+    for name, value in AutoModelForImageTextToText.from_pretrained(tmp_path).state_dict().items():
+        torch.testing.assert_close(value, merged[name], atol=1e-6, rtol=1e-5)
+
+
+def test_held_out_rows_are_measured_and_their_answers_logged(folder, tmp_path):
+    words = (*SHORT, "--steps", "4", "--eval-strategy", "steps", "--eval-steps", "2", "--eval-data")
+    finetune(folder, "patches", tmp_path / "a", *words, str(folder / "own.jsonl"))
+    points = [entry for entry in log_of(tmp_path / "a")["finetuning"] if "eval_loss" in entry]
+    assert [point["step"] for point in points] == [2, 4]
+    assert all(0 <= point["eval_exact_match"] <= 1 for point in points)
+    samples = (tmp_path / "a/trainer/finetuning/samples.jsonl").read_text().splitlines()
+    assert len(samples) == 2 * 9
+    first = json.loads(samples[0])
+    assert (first["step"], first["expected"]) == (2, ANSWER)
+    assert first["prompt"].endswith("assistant\n")
+    assert "What is it?" in first["prompt"]
+
+
+def test_the_loss_of_held_out_rows_is_that_of_the_model_in_evaluation_mode(folder, tmp_path):
+    words = (*PLAIN, "--batch-size", "9", "--steps", "1", "--learning-rate", "1e-9", "--eval-data")
+    one_forward = ("--per-device-train-batch-size", "9")
+    finetune(folder, "patches", tmp_path, *words, str(folder / "own.jsonl"), *one_forward)
+    log = log_of(tmp_path)["finetuning"]
+    trained, held_out = (next(entry[name] for entry in log if name in entry) for name in ("loss", "eval_loss"))
+    assert held_out == pytest.approx(trained, rel=1e-3)
+
+
+def test_image_size_and_tiles_are_those_asked_for_and_are_saved(folder, tmp_path):
+    finetune(folder, "queries_and_patches", tmp_path, *SHORT, "--image-size", "84", "--max-tiles", "1")
+    model, processor = AutoModel.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    queries = model.config.qllama_config.num_query_token
+    assert (model.config.force_image_size, model.config.dynamic_image_size) == (84, False)
+    assert (processor.image_processor.size["height"], processor.image_processor.max_num) == (84, 1)
+    assert processor.image_seq_length == 9 + queries
+    pixels = processor.image_processor(make_image(112, 56), return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 84, 84)
+
+
+PAIRS = {
+    "contrastive on C": ("stage 1 start", (), {"vision", "pooling", "qllama", "text_projection", "temperature"}),
+    "head of C": ("stage 1 start", ("--method", "head"), {"pooling", "text_projection", "temperature"}),
+    "retrieval on G": ("stage 2 start", ("--method", "lora"), {"vision", "qllama"}),
+    "contrastive on G": ("stage 2 start", ("--task", "contrastive", "--train", "pooling"), {"pooling"}),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_models_of_pairs_learn_from_rows_of_images_and_captions(folder, name, tmp_path):
+    model, words, expected = PAIRS[name]
+    held_out = ("--eval-data", str(folder / "pairs.csv"))
+    finetune(folder, model, tmp_path, *SHORT, *words, *held_out, data="pairs.csv")
+    assert changed_parts(folder / model, tmp_path) == expected
+    point = next(entry for entry in log_of(tmp_path)["finetuning"] if "eval_loss" in entry)
+    assert 0 <= point["eval_recall_at_1_InternVL-C"] <= 1
+    assert ("eval_recall_at_1_InternVL-G" in point) == (model == "stage 2 start")
+
+
+def test_a_stopped_run_goes_on_to_the_weights_of_an_unbroken_one(folder, tmp_path, monkeypatch):
+    words = (*SHORT, "--steps", "4", "--save-steps", "2")
+    finetune(folder, "patches", tmp_path / "whole", *words)
+    step = StageTrainer.training_step
+
+    def stopping(self, *arguments, **settings):
+        if self.state.global_step == 3:
+            raise engine_jobs.StoppedError
+        return step(self, *arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTrainer, "training_step", stopping)
+        with pytest.raises(engine_jobs.StoppedError):
+            finetune(folder, "patches", tmp_path / "stopped", *words)
+    finetune(folder, "patches", tmp_path / "stopped", *words, "--resume")
+    for name, value in weights(tmp_path / "whole").items():
+        assert torch.equal(value, weights(tmp_path / "stopped")[name]), name
+
+
+WRONG = {
+    "a task of another kind": (("--model", "patches", "--task", "retrieval"), "`--task retrieval` needs"),
+    "nothing to train": (("--model", "patches", "--freeze", "projector", "language"), "nothing to train"),
+    "no such part": (("--model", "patches", "--train", "pooling"), "no part pooling"),
+    "images of pairs": (("--model", "./stage 1 start", "--images", "."), "`--images` is for dialogues"),
+    "no model": (("--model", "./stage9"), "stage9"),
+    "no data": (("--model", "patches", "--data", "absent.jsonl"), "absent.jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_does_not_go_together_is_one_line_and_leaves_no_folder(folder, name, tmp_path, monkeypatch, capsys):
+    words, message = WRONG[name]
+    monkeypatch.chdir(folder)
+    assert main(["finetune", "--data", "own.jsonl", "--output", str(tmp_path / "out"), *SHORT, *words]) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert message in line
+    assert not (tmp_path / "out").exists()
