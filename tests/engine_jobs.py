@@ -11,9 +11,11 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import DistributedType, PartialState
 from torch.utils.data import DataLoader
@@ -24,10 +26,11 @@ from internvl.image_processing_internvl import InternVLImageProcessor
 from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
 from internvl.processing_internvl import InternVLProcessor
 from internvl.training import stages, trainer
+from internvl.training.checkpoints import WholeCheckpointTrainer
 from internvl.training.data.collators import GenerativeCollator
 from internvl.training.data.dialogues import DialogueCollator, DialogueDataset, DialogueEncoder
 from internvl.training.data.pairs import PairCollator, PairStream
-from internvl.training.data.streams import stream_loader
+from internvl.training.data.stream_batches import stream_loader
 from internvl.training.models.parameter_groups import train_parts
 from internvl.training.models.pretraining import InternVLForContrastiveTraining, InternVLForGenerativeTraining
 from internvl.training.recipes import stage1, stage2, stage2_small
@@ -52,14 +55,16 @@ SAVED_AFTER = 2
 
 
 # ----------------------------------------------------------------------------------------------------------- launching
-def launch(engine: str | None, job: str, folder: Path, dies: bool = False, **environment: str) -> list[dict]:
+def launch(
+    engine: str | None, job: str, folder: Path, dies: bool = False, options: Sequence[str] = (), **environment: str
+) -> list[dict]:
     """Runs a job in processes of its own: two with the shipped configuration of an engine, or one without any."""
     command = [sys.executable, "-m", "tests.engine_jobs", job, str(folder)]
     if engine is not None:
         config = ROOT / "configs" / "accelerate" / f"{engine}.yaml"
         # The machine may have no card: two processes, and no bf16.
         settings = ["--config_file", str(config), "--num_processes", "2", "--mixed_precision", "no"]
-        settings += ["--main_process_port", "0"]
+        settings += ["--main_process_port", "0", *options]
         command = [sys.executable, "-m", "accelerate.commands.launch", *settings, "-m", "tests.engine_jobs"]
         command += [job, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
@@ -243,6 +248,18 @@ def adapted_stage(folder: Path) -> None:
     stages.run_stage2(stages.with_lora(recipe, run.lora_parts, 1e-2), shards, run, folder / "stage 2 start")
 
 
+def run_stage_1(folder: Path, output: str, resume: bool = False) -> None:
+    """The first stage of `test_stage_faults`, sharded, to the folder OUTPUT."""
+    from .test_stage_faults import RECIPE
+
+    make = trainer.training_arguments
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "training_arguments", lambda *settings: with_fsdp_on_cpu(make(*settings)))
+        shards = sorted(str(path) for path in folder.glob("*.tar"))
+        run = stages.Run(folder / output, resume=resume, num_workers=1)
+        stages.run_stage1(replace(RECIPE, save_total_limit=2), shards, run, folder / "stage 1 start")
+
+
 def result_of(trainer: Trainer) -> dict:
     """Losses of the steps, and the weights of the whole model, which some engines give to the first process alone."""
     losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
@@ -291,6 +308,27 @@ def resumed(folder: Path) -> dict:
             trainer.train(resume_from_checkpoint=checkpoint)
             found[stage][kind] = result_of(trainer)
     return found
+
+
+def killed_in_save(folder: Path) -> None:
+    """The second process dies in its second save, when its shards are written."""
+    original, saves = WholeCheckpointTrainer._save_more, iter(range(9))
+
+    def dying(self, checkpoint: Path) -> None:
+        original(self, checkpoint)
+        if next(saves) == 1 and self.args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    WholeCheckpointTrainer._save_more = dying
+    run_stage_1(folder, "restarted")
+
+
+def restarted(folder: Path) -> dict:
+    """The rest of that run, and an unbroken one."""
+    before = [str(path.relative_to(folder)) for path in (folder / "restarted").rglob("*")]
+    run_stage_1(folder, "restarted", resume=True)
+    run_stage_1(folder, "unbroken")
+    return {"before": before}
 
 
 def parity_and_resumed(folder: Path) -> dict:

@@ -143,6 +143,24 @@ def test_a_killed_fsdp2_run_resumes_exactly(stage, resumed_fsdp2):
 
 
 @pytest.mark.slow
+def test_a_kill_inside_a_sharded_save_is_as_if_it_had_not_been(folder):
+    engine_jobs.launch("fsdp2", "killed_in_save", folder, dies=True)
+    before = engine_jobs.launch("fsdp2", "restarted", folder)[0]["before"]
+    phase = "restarted/trainer/half_patches"
+    assert f"{phase}/checkpoint-2/pytorch_model_fsdp_0/.metadata" in before
+    assert f"{phase}/checkpoint-2/optimizer_0/__1_0.distcp" in before
+    assert f"{phase}/checkpoint-2/stream_1.json" in before
+    assert f"{phase}/checkpoint-2/model.safetensors" not in before
+    assert f"{phase}/checkpoint-4" not in before  # the one that was being written
+    found, wanted = (load_file(folder / name / "model.safetensors") for name in ("restarted", "unbroken"))
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
+    assert {path.name for path in (folder / phase).iterdir()} == {"checkpoint-2", "checkpoint-4"}
+    assert AutoModel.from_pretrained(folder / "restarted").logit_scale.ndim == 0
+
+
+@pytest.mark.slow
 def test_adapters_trained_in_pieces_are_saved_and_merged_whole(folder):
     engine_jobs.launch("fsdp2", "adapted_stage", folder)
     start, merged, adapters = (

@@ -36,6 +36,7 @@ from .data.streams import stream_loader
 from .models.build import set_dtypes, set_up_phase
 from .models.dense_supervision import TokenReader
 from .models.parameter_groups import lora_targets, parameter_groups, train_parts
+from .models.unsharding import unshard
 from .models.whole_folders import checkpoints_in, recovered, written_whole
 from .optimizers import MuonWithAdamW
 from .recipes import Phase, Recipe, RecipeType
@@ -371,6 +372,9 @@ def _train_phases(stage: Stage) -> None:
         if not phase.steps:
             continue
         is_first = trainer is None
+        if trainer is not None and trainer.is_fsdp_enabled:
+            is_efficient = trainer.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
+            unshard(trainer.model, is_keeper=not is_efficient or trainer.is_world_process_zero())
         trainer = _phase_trainer(stage, number)
         if is_first and trainer.is_world_process_zero():
             _mark_begun(recipe, run)
