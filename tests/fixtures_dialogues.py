@@ -40,7 +40,11 @@ BAD_ROWS = {
         "image `z.png` is missing: there is no file `.*z.png`",
     ),
     "two columns": (llava("<image>", "a", image="a.png", images=["a.png"]), "either `image` or `images`"),
-    "video": (llava("<video>", "a", video="a.mp4"), "`video` is not read here"),
+    "sound": (llava("a", "b", audio="a.wav"), "`audio` is not read here"),
+    "missing video": (llava("<video>", "a", video="z.mp4"), "video `z.mp4` is missing: there is no file"),
+    "a video that is none": (llava("<video>", "a", video="a.png"), "video `.*a.png` cannot be read as a video"),
+    "address of a video": (llava("a", "b", video="https://a.b/c.mp4"), "must be a file, its bytes, or a list"),
+    "too few videos": (llava("<video><image>", "a", image="a.png"), r"1 place\(s\) for videos .* 0 video"),
     "image in an answer": (
         {
             "messages": [

@@ -1,10 +1,11 @@
 """Rows of dialogue data, in every usual form, to the messages that `apply_chat_template` takes.
 
 Rows may be LLaVA's and ShareGPT's (`conversations` of `from` and `value`), `messages` with `images`, OpenAI's lists of
-content parts, `query` and `response`, or Cauldron's `texts` of `user` and `assistant`. Not covered: videos (give
-frames as images), sound, and tool calls.
+content parts, `query` and `response`, or Cauldron's `texts` of `user` and `assistant`. Images are in `image` or
+`images`, videos in `video` or `videos`, or both in content parts. Not covered: sound, and tool calls.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,14 @@ ROLES = {
     "model": "assistant",
     "bot": "assistant",
 }
-SOURCE_KEYS = ("bytes", "image", "url", "path", "base64", "image_url")
-UNSUPPORTED_KEYS = ("video", "videos", "audio", "audios")
+SOURCE_KEYS = ("bytes", "image", "video", "url", "path", "base64", "image_url", "video_url")
+UNSUPPORTED_KEYS = ("audio", "audios")
+VIDEO_PLACEHOLDER = "<video>"
+KIND_OF_PLACEHOLDER = {IMAGE_PLACEHOLDER: "image", VIDEO_PLACEHOLDER: "video"}
+KIND_OF_PART = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}
 MAX_CHARACTERS = 200_000  # of all texts of a row; tokenizers take seconds for a megabyte
+
+_PLACEHOLDER = re.compile("({})".format("|".join(KIND_OF_PLACEHOLDER)))
 
 Part = dict[str, Any]
 
@@ -36,38 +42,42 @@ Part = dict[str, Any]
 def read_dialogue(row: Row, images: str | Path | None = None) -> list[Message]:
     """Turns a row of any usual form into messages for `InternVLProcessor.apply_chat_template`.
 
-    Each `<image>` in a question is the place of the next image of the row; one line break behind it is dropped,
-    because the chat template writes one. Where no question has an `<image>`, all images come before the first one.
-    Content parts say themselves where their images are, and `<image>` is then plain text.
+    Each `<image>` in a question is the place of the next image of the row, and each `<video>` that of the next video;
+    one line break behind it is dropped, because the chat template writes one. Where no question has an `<image>`, all
+    images come before the first one; videos likewise. Content parts say themselves where their images and videos are,
+    and `<image>` is then plain text.
 
     Args:
         row: The row.
-        images: Folder of the images that are given as paths, which must lie below it; None takes them as they are.
+        images: Folder of the images and videos that are given as paths, which must lie below it; None takes them as
+            they are.
 
     Returns:
-        Messages whose contents are lists of text and image parts.
+        Messages whose contents are lists of text, image and video parts. A video is a path, bytes, or a list of
+        frames.
 
     Raises:
         ValueError: If the row has none of the forms, or its parts do not fit together. The message says what is wrong.
     """
     for key in UNSUPPORTED_KEYS:
         if row.get(key):
-            raise ValueError(f"`{key}` is not read here. Give the frames of a video as images.")
+            raise ValueError(f"`{key}` is not read here.")
     turns = _turns_of(row)
     _check_order([role for role, _ in turns])
     length = sum(len(part.get("text", "")) for _, parts in turns for part in parts)
     if length > MAX_CHARACTERS:
         raise ValueError(f"The row has {length} characters of text, at most {MAX_CHARACTERS} are read.")
-    has_parts = any(_is_image(part) for _, parts in turns for part in parts)
+    has_parts = any(_is_shown(part) for _, parts in turns for part in parts)
     if not has_parts:
         turns = _split_placeholders(turns)
-    turns = _fill_images(turns, _images_of(row))
+    for kind in ("video", "image"):
+        turns = _filled(turns, kind, _given(row, kind))
     messages = []
     for number, (role, parts) in enumerate(turns, start=1):
         _check_content(role, parts, number)
         for part in parts:
             check_text(part.get("text", ""), f"Message {number}")
-        resolved = [_resolved(part, images) if _is_image(part) else part for part in parts]
+        resolved = [_resolved(part, images) if _is_shown(part) else part for part in parts]
         messages.append({"role": role, "content": resolved})
     return messages
 
@@ -141,15 +151,16 @@ def _parts_of(content: Any) -> list[Part]:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             parts.append({"type": "text", "text": part["text"]})
-        elif kind in ("image", "image_url"):
-            parts.append({"type": "image", "image": _source_of(part)})
+        elif isinstance(kind, str) and kind in KIND_OF_PART:
+            kind = KIND_OF_PART[kind]
+            parts.append({"type": kind, kind: _source_of(part)})
         else:
-            raise ValueError(f"A content part must be a text or an image, got {part!r:.80}.")
+            raise ValueError(f"A content part must be a text or an image or video, got {part!r:.80}.")
     return parts
 
 
-def _is_image(part: Part) -> bool:
-    return part["type"] == "image"
+def _is_shown(part: Part) -> bool:
+    return part["type"] != "text"
 
 
 def _check_order(roles: list[str]) -> None:
@@ -166,25 +177,28 @@ def _check_order(roles: list[str]) -> None:
 
 
 def _check_content(role: str, parts: list[Part], number: int) -> None:
-    has_images = any(map(_is_image, parts))
-    if has_images and role != "user":
-        raise ValueError(f"Message {number} is from `{role}` and holds an image: only a user may show images.")
-    if role != "system" and not has_images and not any(part["text"].strip() for part in parts):
+    shown = next((part["type"] for part in parts if _is_shown(part)), None)
+    if shown and role != "user":
+        article = "an" if shown == "image" else "a"
+        raise ValueError(
+            f"Message {number} is from `{role}` and holds {article} {shown}: only a user may show {shown}s."
+        )
+    if role != "system" and not shown and not any(part["text"].strip() for part in parts):
         raise ValueError(f"The {'answer' if role == 'assistant' else 'question'} in message {number} is empty.")
 
 
-# -------------------------------------------------------------------------------------------------------- the images
-def _images_of(row: Row) -> list[Any]:
-    """Images of a row that stand outside its messages."""
-    given = [row[key] for key in ("image", "images") if row.get(key) is not None and row[key] not in ("", [])]
+# --------------------------------------------------------------------------------------------- the images and videos
+def _given(row: Row, kind: str) -> list[Any]:
+    """Images or videos of a row that stand outside its messages."""
+    given = [row[key] for key in (kind, f"{kind}s") if row.get(key) is not None and row[key] not in ("", [])]
     if len(given) > 1:
-        raise ValueError("A row has either `image` or `images`, this one has both.")
+        raise ValueError(f"A row has either `{kind}` or `{kind}s`, this one has both.")
     shown = given[0] if given and isinstance(given[0], (list, tuple)) else given
-    return [_source_of(image) for image in shown]
+    return [_source_of(source) for source in shown]
 
 
 def _source_of(image: Any) -> Any:
-    """What an image is read from; None where a part leaves it to the images of the row."""
+    """What an image or video is read from; None where a part leaves it to those of the row."""
     while isinstance(image, dict):
         key = next((key for key in SOURCE_KEYS if image.get(key) is not None), None)
         image = None if key is None else image[key]
@@ -194,7 +208,7 @@ def _source_of(image: Any) -> Any:
 
 
 def _split_placeholders(turns: list[tuple[str, list[Part]]]) -> list[tuple[str, list[Part]]]:
-    """Image parts without a source in place of each `<image>` in a question."""
+    """Parts without a source in place of each `<image>` and `<video>` in a question."""
     split = []
     for role, parts in turns:
         if role == "user":
@@ -204,37 +218,44 @@ def _split_placeholders(turns: list[tuple[str, list[Part]]]) -> list[tuple[str, 
 
 
 def _pieces(text: str) -> list[Part]:
-    first, *others = text.split(IMAGE_PLACEHOLDER)
+    first, *others = _PLACEHOLDER.split(text)
     pieces: list[Part] = [{"type": "text", "text": first}]
-    for other in others:
-        pieces += [{"type": "image", "image": None}, {"type": "text", "text": other.removeprefix("\n")}]
-    kept = [piece for piece in pieces if _is_image(piece) or piece["text"]]
+    for placeholder, other in zip(others[::2], others[1::2], strict=True):
+        kind = KIND_OF_PLACEHOLDER[placeholder]
+        pieces += [{"type": kind, kind: None}, {"type": "text", "text": other.removeprefix("\n")}]
+    kept = [piece for piece in pieces if _is_shown(piece) or piece["text"]]
     return kept or pieces
 
 
-def _fill_images(turns: list[tuple[str, list[Part]]], images: list[Any]) -> list[tuple[str, list[Part]]]:
-    """Gives each image part without a source the next image of the row."""
-    empty = [part for _, parts in turns for part in parts if _is_image(part) and part["image"] is None]
-    places = sum(_is_image(part) for _, parts in turns for part in parts)
-    if images and not places:
-        shown = [{"type": "image", "image": image} for image in images]
+def _filled(turns: list[tuple[str, list[Part]]], kind: str, sources: list[Any]) -> list[tuple[str, list[Part]]]:
+    """Gives each image part, or video part, without a source the next one of the row."""
+    places = [part for _, parts in turns for part in parts if part["type"] == kind]
+    empty = [part for part in places if part[kind] is None]
+    if sources and not places:
+        shown = [{"type": kind, kind: source} for source in sources]
         first = next(index for index, (role, _) in enumerate(turns) if role == "user")
         return [(role, shown + parts if index == first else parts) for index, (role, parts) in enumerate(turns)]
-    if len(empty) != len(images):
+    if len(empty) != len(sources):
         raise ValueError(
-            f"The questions have {len(empty)} place(s) for images (`{IMAGE_PLACEHOLDER}`, or image parts without a "
-            f"source), and the row has {len(images)} image(s)."
+            f"The questions have {len(empty)} place(s) for {kind}s (`<{kind}>`, or {kind} parts without a source), "
+            f"and the row has {len(sources)} {kind}(s)."
         )
-    for part, image in zip(empty, images, strict=True):
-        part["image"] = image
+    for part, source in zip(empty, sources, strict=True):
+        part[kind] = source
     return turns
 
 
 def _resolved(part: Part, images: str | Path | None) -> Part:
-    """The part with the path of its file, which must be there."""
-    source = part["image"]
+    """The part with the path of its file, which must be there; those of its frames where it is a list of them."""
+    kind = part["type"]
+    source = part[kind]
     if source is None:
-        raise ValueError("An image is null.")
-    if not is_path(source):
-        return part
-    return {**part, "image": str(image_file(source, images))}
+        raise ValueError(f"{'An' if kind == 'image' else 'A'} {kind} is null.")
+    if kind == "video" and isinstance(source, (list, tuple)):
+        frames = [_resolved({"type": "image", "image": _source_of(frame)}, images) for frame in source]
+        return {**part, kind: [frame["image"] for frame in frames]}
+    if is_path(source):
+        return {**part, kind: str(image_file(source, images, kind))}
+    if kind == "video" and not isinstance(source, bytes):
+        raise ValueError(f"A video must be a file, its bytes, or a list of frames, got {source!r:.80}.")
+    return part

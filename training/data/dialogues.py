@@ -17,16 +17,22 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import DataCollatorWithFlattening
 
+from ...extras import MissingLibraryError
 from ...layers_internvl import IGNORE_INDEX
+from ...messages_internvl import Message
 from ...processing_internvl import InternVLProcessor
 from ...renaming_internvl import renamed_arguments
 from .bad_rows import BadRows, UnusableRowError
 from .dialogue_rows import read_dialogue
 from .json_rows import Row
 from .row_tables import open_all_rows
+from .videos import frames_of_video
 
 
 TOO_LONG = ("drop", "cut", "error")
+VIDEO_FRAMES = (8, 32)  # of the published fine-tuning code
+TOKENS_OF_FRAME = 8  # around those of its image: `Frame1: <img>...</img>` and a line break
+TOKENS_OF_TEMPLATE = 64
 
 
 # --------------------------------------------------------------------------------------------------------- the tensors
@@ -39,10 +45,12 @@ class DialogueEncoder:
         too_long: What becomes of longer rows. "drop": they are unusable. "cut": their end is cut off, but if that
             would cut an image's tokens, or leave nothing to learn, they are unusable. "error": the run stops.
         images: Folder of the images that are given as relative paths.
+        video_frames: Fewest and most frames of a video. Each has its own number, as published, which lies between
+            them; no more than `max_length` leaves room for.
         **settings: Settings of the image processor, `max_num` for instance.
 
     Raises:
-        ValueError: If `too_long` is none of these.
+        ValueError: If `too_long` is none of these, or `video_frames` are no such numbers.
     """
 
     def __init__(
@@ -51,12 +59,16 @@ class DialogueEncoder:
         max_length: int | None = None,
         too_long: str = "drop",
         images: str | Path | None = None,
+        video_frames: tuple[int, int] = VIDEO_FRAMES,
         **settings: Any,
     ) -> None:
         if too_long not in TOO_LONG:
             raise ValueError(f"`too_long` must be one of {', '.join(TOO_LONG)}, got `{too_long}`.")
+        if not 1 <= video_frames[0] <= video_frames[-1]:
+            raise ValueError(f"`video_frames` must be the fewest and the most frames, from 1 on, got {video_frames}.")
         self.processor = processor
         self.max_length = max_length
+        self.video_frames = tuple(video_frames)
         self.too_long = too_long
         self.images = images
         self.settings = settings
@@ -76,7 +88,7 @@ class DialogueEncoder:
             ValueError: If it is longer than `max_length` and `too_long` is "error".
         """
         try:
-            messages = read_dialogue(row, self.images if images is None else images)
+            messages = self._with_frames(read_dialogue(row, self.images if images is None else images))
             features = self.processor.apply_chat_template(
                 messages,
                 tokenize=True,
@@ -85,6 +97,8 @@ class DialogueEncoder:
                 return_labels=True,
                 processor_kwargs=dict(self.settings),
             )
+        except MissingLibraryError:  # of all rows, not of this one
+            raise
         except ValueError as error:
             raise UnusableRowError(str(error)) from error
         encoded = {"input_ids": features["input_ids"][0], "labels": features["labels"][0]}
@@ -96,6 +110,20 @@ class DialogueEncoder:
         if self.max_length is not None and length > self.max_length:
             self._shorten(encoded, self.max_length)
         return encoded
+
+    def _with_frames(self, messages: list[Message]) -> list[Message]:
+        """Reads the frames of the videos."""
+        parts = [part for message in messages for part in message["content"]]
+        videos = [part for part in parts if part["type"] == "video"]
+        fewest, most = self.video_frames
+        if videos and self.max_length is not None:
+            # Tokens of texts by their characters, of which two make no more than one but in few languages.
+            room = self.max_length - sum(len(part.get("text", "")) for part in parts) // 2 - TOKENS_OF_TEMPLATE
+            room //= (self.processor.image_seq_length + TOKENS_OF_FRAME) * len(videos)
+            most = max(fewest, min(most, room))
+        for part in videos:
+            part["video"] = frames_of_video(part["video"], (fewest, most))
+        return messages
 
     def _shorten(self, encoded: dict[str, torch.Tensor], max_length: int) -> None:
         ids, labels = encoded["input_ids"], encoded["labels"]

@@ -10,13 +10,16 @@ from tqdm import tqdm
 from transformers import AutoProcessor
 
 from ...console import printable
+from ...extras import MissingLibraryError
 from ...image_loading_internvl import read_image
 from ...image_processing_internvl import InternVLImageProcessor
 from ...kinds import check_kind
 from ...renaming_internvl import renamed_names
-from .dialogues import DialogueEncoder, read_dialogue
+from .dialogue_rows import read_dialogue
+from .dialogues import VIDEO_FRAMES, DialogueEncoder
 from .json_rows import Row
 from .row_tables import Rows, open_rows
+from .videos import frames_of_video
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ def find_invalid_rows(
                 _read_images(row, images)
             else:
                 encoder(row, images)
+        except MissingLibraryError:
+            raise
         except ValueError as error:
             yield InvalidRow(rows.path, rows.line(index), str(error))
 
@@ -59,8 +64,10 @@ def find_invalid_rows(
 def _read_images(row: Row, images: str | Path) -> None:
     for message in read_dialogue(row, images):
         for part in message["content"]:
-            if part["type"] == "image":
-                source = part["image"]
+            shown = [part["image"]] if part["type"] == "image" else []
+            if part["type"] == "video":
+                shown = frames_of_video(part["video"], VIDEO_FRAMES)
+            for source in shown:
                 name = f"The image `{source}`" if isinstance(source, str) and len(source) <= 200 else "An image"
                 read_image(source, name, InternVLImageProcessor.max_image_pixels)
 
