@@ -24,6 +24,7 @@ from .configuration_internlm2 import InternLM2Config  # noqa: E402
 
 
 NORM_TYPES = ("rms_norm", "layer_norm")
+DROP_PATH_SCHEDULES = ("linear", "uniform")
 CONNECTORS = ("patches", "queries", "queries_and_patches")
 PROJECTOR_TYPES = ("layer_norm_mlp", "mlp2x_gelu")
 PIXEL_SHUFFLE_VERSIONS = ("v1", "v2")
@@ -48,7 +49,8 @@ class InternViTConfig(BackboneConfigMixin, PretrainedConfig):
         image_size: Height and width in pixels of the position grid; other sizes are resized to at run time.
         norm_type: "rms_norm" (6B) or "layer_norm" (300M) for the two norms of a block. The q/k norm is always RMS.
         qk_normalization: Whether q and k are RMS-normalised over the full width before the split into heads.
-        drop_path_rate: Stochastic depth of the last block; earlier blocks rise linearly from 0.
+        drop_path_rate: Stochastic depth of the last block.
+        drop_path_schedule: "linear" lets the rate of the blocks rise from 0, "uniform" gives all the same.
         initializer_factor: Initial value of both layer scales.
         out_features, out_indices: Feature maps of the backbone, among "stem", "stage1", ..., one per block; the last
             of them is what the segmentation head reads.
@@ -96,6 +98,7 @@ class InternViTConfig(BackboneConfigMixin, PretrainedConfig):
     dropout: float = 0.0
     attention_dropout: float = 0.0
     drop_path_rate: float = 0.0
+    drop_path_schedule: str = "linear"
     initializer_range: float = 0.02
     initializer_factor: float = 0.1
     classifier_pooling: str = "cls_patch_concat"
@@ -108,6 +111,7 @@ class InternViTConfig(BackboneConfigMixin, PretrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         _check_choice("norm_type", self.norm_type, NORM_TYPES)
+        _check_choice("drop_path_schedule", self.drop_path_schedule, DROP_PATH_SCHEDULES)
         _check_multiple("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
         _check_multiple("image_size", self.image_size, "patch_size", self.patch_size)
         _check_choice("classifier_pooling", self.classifier_pooling, CLASSIFIER_POOLINGS)
@@ -120,6 +124,14 @@ class InternViTConfig(BackboneConfigMixin, PretrainedConfig):
             out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
         )
         super().__post_init__(**kwargs)
+
+    @property
+    def drop_path_rates(self) -> list[float]:
+        """Stochastic depth of each block."""
+        depth, rate = self.num_hidden_layers, self.drop_path_rate
+        if self.drop_path_schedule == "uniform":
+            return [rate] * depth
+        return [rate * i / max(depth - 1, 1) for i in range(depth)]
 
     @property
     def num_patches(self) -> int:

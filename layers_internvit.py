@@ -221,9 +221,7 @@ class InternViTEncoder(nn.Module):
 
     def __init__(self, config: InternViTConfig) -> None:
         super().__init__()
-        depth = config.num_hidden_layers
-        rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
-        self.layers = nn.ModuleList([InternViTLayer(config, rate) for rate in rates])
+        self.layers = nn.ModuleList([InternViTLayer(config, rate) for rate in config.drop_path_rates])
         self.gradient_checkpointing = False
 
     def forward(

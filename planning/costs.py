@@ -25,11 +25,13 @@ from ..training.models import pretraining
 from ..training.models.build import set_up_phase
 from ..training.models.parameter_groups import part_of, train_parts
 from ..training.recipes import (
+    CaptionRecipe,
     DialogueRecipe,
     GenerativeRecipe,
     Phase,
     Recipe,
     RetrievalRecipe,
+    captions,
     retrieval,
     stage1,
     stage2,
@@ -101,10 +103,13 @@ def step_inputs(model: PreTrainedModel, recipe: Recipe, phase: Phase, rows: int,
     ids = torch.empty(rows, length, dtype=torch.long, device="meta")
     pairs = {"positive_input_ids": ids.clone(), "summarize_input_ids": ids.clone()}
     if isinstance(recipe, RetrievalRecipe):
-        return {"pixel_values": pixel_values, **pairs, "image_ids": ids[:, 0]}
+        negatives = {"negative_input_ids": ids.clone()} if recipe.negatives == "random" else {}
+        return {"pixel_values": pixel_values, **pairs, **negatives, "image_ids": ids[:, 0]}
     inputs = {"pixel_values": pixel_values, "input_ids": ids}
     if isinstance(recipe, GenerativeRecipe):
         return {**inputs, **pairs, "labels": ids.clone()}
+    if isinstance(recipe, CaptionRecipe):
+        return {**inputs, "labels": ids.clone()}
     return {**inputs, "labels": ids.clone(), "use_cache": False} if isinstance(recipe, DialogueRecipe) else inputs
 
 
@@ -263,24 +268,30 @@ def full_models(decoder: str) -> dict[str, tuple[PreTrainedModel, Recipe]]:
 
     `decoder` is a key of `DECODERS`.
     """
-    first, second, tuned = stage1(), stage2(), retrieval()
+    first, second = stage1(), stage2()
     config = InternVLConfig(num_query_token=0, **first.model_config)
     with torch.device("meta"):
         found: dict[str, tuple[PreTrainedModel, Recipe]] = {
             "stage 1": (pretraining.InternVLForContrastiveTraining(config), first),
             "stage 2": (pretraining.InternVLForGenerativeTraining(InternVLConfig()), second),
-            "retrieval": (pretraining.InternVLForRetrievalTraining(InternVLConfig()), tuned),
+            "retrieval": (pretraining.InternVLForRetrievalTraining(InternVLConfig()), retrieval()),
+            "captions": (pretraining.InternVLForCaptionTraining(InternVLConfig()), captions()),
         }
-        for name, connector in (("simple", "patches"), ("full", "queries_and_patches")):
-            recipe = stage3(connector)
+        chats = {
+            f"simple, {decoder}": stage3(),
+            f"full, {decoder}": stage3("queries_and_patches"),
+            f"full, {decoder} trained": stage3("queries_and_patches", freeze_language=False),
+        }
+        for name, recipe in chats.items():
             chat = InternVLChatForConditionalGeneration(chat_config(recipe, decoder))
-            found[f"stage 3, {name}, {decoder}"] = (chat, recipe)
+            found[f"stage 3, {name}"] = (chat, recipe)
     return {name: (model.to(torch.bfloat16), recipe) for name, (model, recipe) in found.items()}
 
 
 def chat_config(recipe: DialogueRecipe, decoder: str) -> InternVLChatConfig:
     """The chat model of a recipe over a decoder of the released sizes."""
     return InternVLChatConfig(
+        **recipe.model_config,
         vision_config={"image_size": recipe.phases[-1].image_size},
         text_config=read_config(DECODERS[decoder]).text_config.to_dict(),
         qllama_config=None if recipe.connector == "patches" else {},

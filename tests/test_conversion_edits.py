@@ -150,6 +150,10 @@ def test_the_blocks_that_stay_keep_their_drop_path_rates():
     draft = Draft({"model_type": "internvl_chat_model", "select_layer": -3, "vision_config": vision}, {})
     drop_blocks_above(draft)
     assert vision == {"num_hidden_layers": 3, "drop_path_rate": pytest.approx(0.2)}
+    uniform = {"num_hidden_layers": 5, "drop_path_rate": 0.4, "drop_path_schedule": "uniform"}
+    draft = Draft({"model_type": "internvl_chat_model", "select_layer": -3, "vision_config": uniform}, {})
+    drop_blocks_above(draft)
+    assert uniform["drop_path_rate"] == 0.4
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,15 @@ def test_drop_path_rises_linearly_with_depth():
     assert [round(layer.drop_path1.rate, 6) for layer in layers] == [0.0, 0.1, 0.2, 0.3]
 
 
+def test_drop_path_may_be_the_same_at_every_depth_and_is_so_after_a_reload(tmp_path):
+    model = tiny.vision_model(drop_path_rate=0.3, drop_path_schedule="uniform", num_hidden_layers=4)
+    model.save_pretrained(tmp_path)
+    for found in (model, type(model).from_pretrained(tmp_path)):
+        assert [layer.drop_path1.rate for layer in found.encoder.layers] == [0.3] * 4
+    with pytest.raises(ValueError, match=r"`drop_path_schedule` must be one of .* got 'cosine'"):
+        tiny.vision_model(drop_path_schedule="cosine")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

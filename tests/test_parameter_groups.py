@@ -6,11 +6,11 @@ from peft import LoraConfig, get_peft_model
 from internvl.training.models.parameter_groups import (
     PARTS,
     decays,
+    layers_above,
     lora_targets,
     parameter_groups,
     part_of,
     train_parts,
-    vision_depth,
 )
 from internvl.training.models.pretraining import InternVLForContrastiveTraining, InternVLForGenerativeTraining
 
@@ -78,9 +78,9 @@ def test_each_part_and_each_layer_of_the_tower_has_its_rate():
     assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
     assert sum(len(group["params"]) for group in groups) == len(found)
     rates = {
-        f"vision_model.encoder.layers.{i}.": 1e-3 * 0.5 ** (2 - i) for i in range(3)
-    }  # the tower has three blocks
-    rates["vision_model.embeddings."] = 1e-3 * 0.5**3
+        f"vision_model.encoder.layers.{i}.": 1e-3 * 0.5 ** (3 - i) for i in range(3)
+    }  # the tower has three blocks, and its heads are a layer above the last
+    rates["vision_model.embeddings."] = 1e-3 * 0.5**4
     for name, group in found.items():
         wanted = next((rate for start, rate in rates.items() if name.startswith(start)), RATES[part_of(name)])
         assert group["lr"] == pytest.approx(wanted), name
@@ -120,7 +120,7 @@ def test_adapters_take_the_place_of_their_part_in_the_optimizer():
     adapters = {name for name in found if part_of(name) == "vision"}
     assert adapters
     assert all("lora_" in name for name in adapters)
-    assert {found[name] for name in adapters} == {1e-3, 5e-4, 2.5e-4}
+    assert {found[name] for name in adapters} == {5e-4, 2.5e-4, 1.25e-4}
     assert "query_tokens" in found
 
 
@@ -177,7 +177,41 @@ def test_what_a_model_has_not_is_refused(call, message):
         call()
 
 
-def test_depth_counts_from_the_last_block():
-    assert [vision_depth(f"vision_model.encoder.layers.{i}.ls1", 48) for i in (0, 47)] == [47, 0]
-    assert vision_depth("vision_model.embeddings.class_embedding", 48) == 48
-    assert vision_depth("clip_projector.norm1_q.weight", 48) == 0
+def published_exponent(name: str, num_vision: int, num_qllama: int) -> int:
+    """`get_num_layer_for_vit_and_qllama` and what is made of it: the power of the decay, at least 0."""
+    tops = {"vision": num_vision + 2, "qllama": num_qllama + 2}
+    tower = "vision" if name.startswith(("vision_model.", "clip_projector.")) else "qllama"
+    if name in ("query_tokens", "logit_scale") or "embeddings." in name or "embed_tokens" in name:
+        number = 0
+    elif "layers." in name:
+        number = int(name.split("layers.")[1].split(".")[0]) + 1
+    else:
+        number = tops[tower]
+    return max(0, tops[tower] - number - 1)
+
+
+def test_layers_are_counted_as_published():
+    model = MODELS["G"]()
+    depths = {"vision": 48, "qllama": 32}
+    for name, _ in model.named_parameters():
+        tower, number = layers_above(name, depths)
+        assert number == published_exponent(name, 48, 32), name
+        assert tower in name or not tower or name in ("query_tokens", "logit_scale"), name
+    assert layers_above("vision_model.encoder.layers.47.ls1", depths) == ("vision", 1)
+    assert layers_above("vision_model.embeddings.class_embedding", depths) == ("vision", 49)
+    assert layers_above("qllama.model.embed_tokens.weight", depths) == ("qllama", 33)
+
+
+def test_retrieval_has_the_groups_of_the_published_code():
+    """Both decays, and weight decay of all that is no vector, queries, positions and the temperature too."""
+    model = MODELS["G"]()
+    rates = dict.fromkeys(WANTED["G"], 1e-6)
+    groups = parameter_groups(model, rates, 0.05, 0.9, qllama_layer_decay=0.8, decay_inputs=True)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {names[parameter]: group for group in groups for parameter in group["params"]}
+    layers = (model.config.vision_config.num_hidden_layers, model.config.qllama_config.num_hidden_layers)
+    for name, parameter in model.named_parameters():
+        decay = 0.9 if name.startswith("vision_model.") else 0.8
+        assert found[name]["lr"] == pytest.approx(1e-6 * decay ** published_exponent(name, *layers)), name
+        is_vector = parameter.ndim == 1 and name != "logit_scale"  # a scalar there, a vector of one in training here
+        assert found[name]["weight_decay"] == (0.0 if is_vector else 0.05), name

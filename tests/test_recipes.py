@@ -9,7 +9,8 @@ from PIL import Image
 
 from internvl.image_processing_internvl import InternVLImageProcessor
 from internvl.processing_internvl import InternVLProcessor
-from internvl.training.commands import FUNNEL_STAGES, SCALES
+from internvl.training import recipes
+from internvl.training.commands import FUNNEL_STAGES, LATER_SCALES, RETRIEVAL_DATA, SCALES
 from internvl.training.data.collators import GenerativeCollator, RetrievalCollator, image_number
 from internvl.training.data.filters import STAGES
 from internvl.training.models.parameter_groups import PARTS
@@ -35,19 +36,21 @@ def test_recipes_are_frozen_and_name_known_parts(stage, scale):
         recipe.seed = 1
     for phase in recipe.phases:
         assert set(phase.learning_rates) <= set(PARTS)
-        assert 0 < phase.warmup_steps < phase.steps
+        assert 0 < recipe.schedule_of(phase)[2] < recipe.schedule_of(phase)[1]
 
 
 def test_the_command_line_offers_the_scales_and_stages_that_there_are():
     """They are written out there, because the tables they come from need torch."""
     assert [*RECIPES["stage1"]] == [*SCALES]
-    assert [*RECIPES["retrieval"]] == [*SCALES[:2]]
+    assert [*RECIPES["retrieval"]] == [*RECIPES["captions"]] == [*SCALES[:2]]
+    assert [*RECIPES["stage3"]] == [*SCALES, *LATER_SCALES]
+    assert tuple(recipes.RETRIEVAL_DATA) == RETRIEVAL_DATA
     assert FUNNEL_STAGES == STAGES
 
 
 @pytest.mark.parametrize("stage", RECIPES)
 def test_both_scales_train_the_same_parts(stage):
-    full, small = (RECIPES[stage][scale]() for scale in ("full", "small"))
+    full, small = (RECIPES[stage][scale]() for scale in ("full", "small"))  # of stage 3 in the simple configuration
     assert trained(full) == trained(small)
     assert [phase.name for phase in full.phases] == [phase.name for phase in small.phases]
     for large, little in zip(full.phases, small.phases, strict=True):
@@ -63,12 +66,72 @@ def test_full_stages_see_as_many_samples_as_the_paper_says():
     assert queries.steps * queries.batch_size / 1e9 == pytest.approx(1.6, abs=0.05)
 
 
-def test_stage_3_trains_the_projector_first_and_then_more():
-    assert trained(stage3()) == [{"projector"}, {"projector", "language"}]
-    assert trained(stage3(freeze_language=True)) == [{"projector"}, {"projector", "vision"}]
-    full = stage3("queries_and_patches", freeze_language=True)
-    assert trained(full) == [{"projector"}, {"projector", "queries"}]
-    assert (full.connector, stage3().connector) == ("queries_and_patches", "patches")
+@pytest.mark.parametrize(
+    ("choices", "parts"),
+    [
+        ((), [{"projector"}, {"projector", "language"}]),
+        (("patches", True), [{"projector"}]),
+        (("patches", True, "vision"), [{"projector"}, {"projector", "vision"}]),
+        (("queries_and_patches",), [{"projector"}]),  # the paper's, with a frozen decoder
+        (("queries_and_patches", False), [{"projector"}, {"projector", "language"}]),
+        (("queries_and_patches", None, "qllama"), [{"projector"}, {"projector", "queries", "qllama"}]),
+    ],
+)
+def test_stage_3_trains_the_projector_first_and_then_more(choices, parts):
+    recipe = stage3(*choices)
+    assert trained(recipe) == parts
+    assert recipe.connector == (choices[0] if choices else "patches")
+
+
+def test_stage_3_sees_as_many_dialogues_as_the_paper_says():
+    def sizes(recipe):
+        return [(phase.image_size, phase.batch_size, phase.steps * phase.batch_size) for phase in recipe.phases]
+
+    assert sizes(stage3()) == [(336, 256, 558_336), (336, 128, 665_344)]  # LLaVA's 558,128 and 665,298
+    assert sizes(stage3("patches", True)) == [(336, 128, 665_344)]
+    assert sizes(stage3("queries_and_patches")) == [(224, 512, 4_000_256)]
+    assert sizes(stage3("queries_and_patches", False)) == [(336, 512, 4_000_256)] * 2
+    assert sum(size[2] for size in sizes(recipes.stage3_v1_2())[1:]) == pytest.approx(1.2e6, rel=1e-3)
+    assert sizes(recipes.stage3_v2_5())[-1][2] == pytest.approx(16.3e6, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: stage3(also_train="vision"), "`also_train` 'vision' is for a frozen decoder"),
+        (lambda: stage3(freeze_language=True, also_train="qllama"), "needs the connector 'queries_and_patches'"),
+        (lambda: stage3(freeze_language=True, also_train="heads"), "`also_train` must be 'qllama' or 'vision'"),
+        (lambda: recipes.stage3_v1_2("queries_and_patches"), "in the simple configuration"),
+        (lambda: replace(stage3(), max_tiles=2), "with `resize_mode` 'pad' an image is one tile"),
+        (lambda: recipes.retrieval(dataset="flickr8k"), "`dataset` must be one of .* got 'flickr8k'"),
+        (lambda: replace(recipes.retrieval(), negatives="hard"), "`negatives` must be one of .* got 'hard'"),
+        (lambda: replace(stage1(), crop_scale=(0.9, 0.5)), "`crop_scale` must be two rising shares"),
+        (lambda: replace(stage1(), flip_rate=2.0), r"`flip_rate` must be in \[0, 1\], got 2.0"),
+    ],
+)
+def test_recipes_that_cannot_be_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_retrieval_is_as_long_as_its_data():
+    steps = {name: recipes.retrieval(dataset=name).phases[0].steps for name in RETRIEVAL_DATA}
+    assert steps == {"flickr30k": 1_420, "flickr30k-cn": 1_420, "coco": 2_770}
+    (heads,) = recipes.retrieval(heads_only=True).phases
+    assert (heads.image_size, {*heads.learning_rates}) == (224, {"text_projection"})
+    assert recipes.retrieval().phases[0].image_size == 364
+
+
+def test_both_phases_of_stage_1_share_a_schedule(tmp_path):
+    recipe = stage1()
+    assert [recipe.schedule_of(phase) for phase in recipe.phases] == [
+        (0, 175_171, 5000),
+        (172_119, 175_171, 5000),
+    ]
+    apart = replace(recipe, one_schedule=False)
+    assert [apart.schedule_of(phase)[:2] for phase in apart.phases] == [(0, 172_119), (0, 3_052)]
+    arguments = training_arguments(replace(recipe, use_bf16=False), recipe.phases[1], Run(tmp_path))
+    assert (arguments.max_steps, arguments.warmup_steps) == (3_052, 5000)
 
 
 def test_lora_adds_rates_in_the_last_phase_alone():
@@ -79,7 +142,7 @@ def test_lora_adds_rates_in_the_last_phase_alone():
 
 
 def test_a_try_is_short():
-    assert [(phase.steps, phase.warmup_steps) for phase in with_steps(stage1(), 30).phases] == [(30, 3), (30, 3)]
+    assert [(phase.steps, phase.warmup_steps) for phase in with_steps(stage3(), 30).phases] == [(30, 3), (30, 3)]
 
 
 def test_arguments_are_the_recipe_s(tmp_path):

@@ -24,8 +24,11 @@ from transformers import (
 
 from internvl.training import trainer
 from internvl.training.__main__ import main
+from internvl.training.data.augmentation import Augmentation
 from internvl.training.models.parameter_groups import part_of
 from internvl.training.recipes import (
+    captions,
+    captions_small,
     retrieval,
     retrieval_small,
     stage1,
@@ -36,7 +39,15 @@ from internvl.training.recipes import (
     stage3_small,
     with_steps,
 )
-from internvl.training.stages import Run, run_retrieval, run_stage1, run_stage2, run_stage3, with_lora
+from internvl.training.stages import (
+    Run,
+    run_captions,
+    run_retrieval,
+    run_stage1,
+    run_stage2,
+    run_stage3,
+    with_lora,
+)
 
 from .fixtures_dialogues import llava
 from .fixtures_pairs import sample, write_tar
@@ -225,18 +236,57 @@ def test_retrieval_fine_tuning_trains_all_but_the_language_head(side, second, sh
     assert AutoModel.from_pretrained(tmp_path).config.force_image_size == side
 
 
+def test_caption_fine_tuning_trains_what_writes_captions(second, shards, tmp_path):
+    recipe = shrunk(captions_small(), rate=1e-2, max_text_length=LENGTH, prompt="It:", crop_scale=(0.5, 1.0))
+    run_captions(recipe, shards, Run(tmp_path), second)
+    assert_falls(tmp_path, "captions", 0.8)
+    assert changed_parts(weights(second), weights(tmp_path)) == {"vision", "queries", "qllama", "language_head"}
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    assert processor.caption_prompt == "It:"
+    inputs = processor(images=[image(colour, 1) for colour in COLOURS.values()], mode="caption", return_tensors="pt")
+    model = AutoModel.from_pretrained(tmp_path).eval()
+    written = processor.batch_decode(model.generate(**inputs, max_new_tokens=24), skip_special_tokens=True)
+    assert all(text.endswith(" it") for text in written), written
+
+
+def test_retrieval_draws_its_negatives_from_all_the_data_and_augments(second, shards, tmp_path, monkeypatch):
+    """The switches of the full recipe, by what reaches the model."""
+    seen: list[dict] = []
+    augments: list = []
+    original = trainer.StageTrainer.training_step
+
+    def watched(self, model, inputs, *args, **kwargs):
+        seen.append({**inputs})
+        augments.append(self.data_collator.augment)
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.StageTrainer, "training_step", watched)
+    plain = replace(RETRIEVAL, negatives="similar", crop_scale=None, flip_rate=0.0, simple_captions=False)
+    for name, recipe in (("plain", plain), ("full", RETRIEVAL), ("again", RETRIEVAL)):
+        run_retrieval(with_steps(recipe, 1), shards, Run(tmp_path / name), second)
+    first, full, again = seen
+    assert "negative_input_ids" not in first
+    assert full["negative_input_ids"].shape == full["positive_input_ids"].shape
+    differs = (full["negative_input_ids"] != full["positive_input_ids"]).any(dim=1)
+    assert differs.sum() > 4  # images of one colour have captions of one text
+    assert augments == [None, *[Augmentation((0.5, 1.0), 0.5, RETRIEVAL.seed)] * 2]
+    assert torch.equal(full["image_ids"], first["image_ids"])  # the same pairs
+    assert all(torch.equal(value, again[key]) for key, value in full.items())
+
+
 CHATS = {
-    "simple": ("patches", False, {"projector", "language"}),
-    "simple, decoder frozen": ("patches", True, {"projector", "vision"}),
-    "full": ("queries_and_patches", False, {"projector", "language"}),
-    "full, decoder frozen": ("queries_and_patches", True, {"projector", "queries"}),
+    "simple": ("patches", False, None, {"projector", "language"}),
+    "simple, decoder frozen": ("patches", True, "vision", {"projector", "vision"}),
+    "full": ("queries_and_patches", False, None, {"projector", "language"}),
+    "full, decoder frozen": ("queries_and_patches", True, "qllama", {"projector", "queries", "qllama"}),
 }
 
 
 @pytest.mark.parametrize("name", CHATS)
 def test_stage_3_makes_a_chat_model_of_stage_2_and_trains_what_it_says(name, second, dialogues, language, tmp_path):
-    connector, freeze_language, trained = CHATS[name]
-    recipe = shrunk(stage3_small(connector, freeze_language), steps=8, rate=1e-2)
+    *choices, trained = CHATS[name]
+    connector, freeze_language, _ = choices
+    recipe = shrunk(stage3_small(*choices), steps=8, rate=1e-2)
     run_stage3(recipe, dialogues, Run(tmp_path), second, language["decoder"])
     if not freeze_language:  # no image can steer the random decoder of this test
         assert_falls(tmp_path, "whole", 0.5)
@@ -288,20 +338,44 @@ def test_the_rates_of_the_parts_rise_and_fall_in_the_optimizer(shards, language,
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(trainer.StageTrainer, "training_step", watched)
-    run_stage1(replace(STAGE1, phases=(phase,), layer_decay=0.5), shards, Run(tmp_path), language["llama"])
+    recipe = replace(STAGE1, phases=(phase,), layer_decay=0.5)
+    run_stage1(recipe, shards, Run(tmp_path), language["llama"])
     for step, share in {0: 0.0, 1: 0.5, 2: 1.0, 5: 0.5}.items():
         found = {part: {lr for name, lr, _ in seen[step] if name == part} for part in rates}
         for part, rate in rates.items():
-            wanted = [rate, rate / 2, rate / 4] if part == "vision" else [rate]  # two blocks and the embeddings
+            wanted = [rate / 2, rate / 4, rate / 8] if part == "vision" else [rate]  # two blocks and the embeddings
             assert sorted(found[part]) == pytest.approx(sorted({value * share for value in wanted})), (step, part)
     assert {betas for group in seen for _, _, betas in group} == {(0.9, 0.95)}
+
+
+def test_two_phases_have_one_cosine_and_go_on_in_it_when_resumed(shards, language, tmp_path, monkeypatch):
+    short, whole = (replace(phase, steps=6, warmup_steps=2) for phase in STAGE1.phases)
+    recipe = replace(STAGE1, phases=(short, whole), save_steps=3)
+    assert recipe.one_schedule
+    seen = []
+    original = trainer.StageTrainer.training_step
+
+    def watched(self, *args, **kwargs):
+        seen.append(self.optimizer.param_groups[0]["lr"])
+        if len(seen) == 11:
+            raise Stopped
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.StageTrainer, "training_step", watched)
+    with pytest.raises(Stopped):
+        run_stage1(recipe, shards, Run(tmp_path), language["llama"])
+    run_stage1(recipe, shards, Run(tmp_path, resume=True), language["llama"])
+    peak = max(short.learning_rates.values())
+    wanted = [peak * min(step / 2, 0.5 * (1 + math.cos(math.pi * (step - 2) / 10))) for step in range(12)]
+    assert seen[:10] == pytest.approx(wanted[:10])
+    assert seen[11:] == pytest.approx(wanted[9:])  # from the checkpoint of the third step of the second phase
 
 
 def test_full_recipes_run_with_their_ways_of_saving_memory(shards, dialogues, language, tmp_path):
     """Gradient caching or accumulation, activation checkpointing and bfloat16, at tiny sizes."""
     sizes = {"vision_config": VISION, "text_config": TEXT, "model_config": STAGE1.model_config}
     short = {"steps": 1, "grad_cache_chunk_size": 4}
-    folders = {name: tmp_path / name for name in ("stage1", "stage2", "retrieval", "stage3")}
+    folders = {name: tmp_path / name for name in ("stage1", "stage2", "retrieval", "stage3", "captions")}
     recipe = shrunk(stage1(), (42, 56), max_text_length=LENGTH, **sizes, **short)
     run_stage1(recipe, shards, Run(folders["stage1"]), llama=language["llama"])
     recipe = shrunk(stage2(), num_query_token=5, max_text_length=LENGTH, **short)
@@ -310,6 +384,8 @@ def test_full_recipes_run_with_their_ways_of_saving_memory(shards, dialogues, la
     run_retrieval(recipe, shards, Run(folders["retrieval"]), folders["stage2"])
     recipe = shrunk(stage3("queries_and_patches"), **short)
     run_stage3(recipe, dialogues, Run(folders["stage3"]), folders["stage2"], language["decoder"])
+    recipe = shrunk(captions(), max_text_length=LENGTH, **short)
+    run_captions(recipe, shards, Run(folders["captions"]), folders["stage2"])
     for name, folder in folders.items():
         log = json.loads((folder / "training_log.json").read_text())
         assert log["recipe"]["gradient_checkpointing"], name
@@ -364,7 +440,9 @@ def test_checkpointing_does_not_send_gradients_through_a_frozen_tower(
         return loss
 
     monkeypatch.setattr(trainer.StageTrainer, "training_step", watched)
-    recipe = shrunk(stage3(freeze_language=freeze_language), steps=1, grad_cache_chunk_size=4, use_bf16=False)
+    recipe = stage3("patches", freeze_language, "vision" if freeze_language else None)
+    recipe = shrunk(recipe, steps=1, grad_cache_chunk_size=4, use_bf16=False)
+    recipe = replace(recipe, model_config={})  # the tower has fewer blocks than the recipe leaves out
     assert recipe.gradient_checkpointing
     run_stage3(recipe, dialogues, Run(tmp_path), second, language["decoder"])
     assert set(seen[:2]) == {False}  # the MLP alone, in two rounds

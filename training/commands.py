@@ -14,6 +14,8 @@ from .models.parts import PARTS
 METHODS = ("whole", "lora", "head")
 TASKS = ("dialogue", "contrastive", "retrieval")
 SCALES = ("small", "full", "bundled")
+LATER_SCALES = ("v1.2", "v2.5")  # of stage 3
+RETRIEVAL_DATA = ("flickr30k", "flickr30k-cn", "coco")
 FUNNEL_STAGES = (1, 2)  # whose data the funnel filters
 
 
@@ -111,7 +113,7 @@ def add_finetune(commands: Any) -> None:
 
 
 def add_stages(commands: Any) -> None:
-    """Adds `stage1`, `stage2`, `stage3` and `retrieval` to the sub-commands of a command line."""
+    """Adds `stage1`, `stage2`, `stage3`, `retrieval` and `captions` to the sub-commands of a command line."""
     parser = _add_stage(commands, "stage1", "contrastive training of InternViT and LLaMA", "pairs")
     parser.add_argument("--tokenizer", metavar="DIR", help="folder of the tokenizer (default: that of MODEL or LLAMA)")
     parser.add_argument("--model", metavar="DIR", help="InternVL-C to go on from (default: start from nothing)")
@@ -122,6 +124,16 @@ def add_stages(commands: Any) -> None:
     parser = _add_stage(commands, "retrieval", "fine-tuning for retrieval", "pairs")
     parser.add_argument("--model", metavar="DIR", required=True, help="folder of stage 2")
     parser.add_argument("--image-size", metavar="N", type=positive_int, help="side of the images (full: 364, or 224)")
+    parser.add_argument(
+        "--dataset",
+        choices=RETRIEVAL_DATA,
+        default=RETRIEVAL_DATA[0],
+        help="train for as long as on this data (full; default: flickr30k)",
+    )
+    parser.add_argument("--heads-only", action="store_true", help="train the text projection alone (full: at 224 px)")
+    parser = _add_stage(commands, "captions", "fine-tuning for captions", "pairs")
+    parser.add_argument("--model", metavar="DIR", required=True, help="folder of stage 2")
+    parser.add_argument("--image-size", metavar="N", type=positive_int, help="side of the images (full: 364)")
     parser = _add_stage(commands, "stage3", "instruction tuning of a chat model", "dialogues")
     parser.add_argument("--model", metavar="DIR", required=True, help="folder of stage 2")
     parser.add_argument(
@@ -133,7 +145,14 @@ def add_stages(commands: Any) -> None:
         default="patches",
         help="InternVL-Chat, simple (patches, the default) or full",
     )
-    parser.add_argument("--freeze-language", action="store_true", help="leave the decoder as it is")
+    parser.add_argument(
+        "--freeze-language",
+        action=argparse.BooleanOptionalAction,
+        help="leave the decoder as it is (default: at scale full, with the full configuration)",
+    )
+    parser.add_argument(
+        "--also-train", choices=("qllama", "vision"), help="with a frozen decoder: what learns beside the projector"
+    )
     parser.add_argument("--template", choices=list_conversation_templates(), help="conversation template")
     parser.add_argument("--images", metavar="DIR", help="folder of the images (default: the folder of each file)")
 
@@ -144,7 +163,7 @@ def _add_stage(commands: Any, name: str, what: str, data: str) -> argparse.Argum
     parser.add_argument(
         "--data", metavar="FILE", nargs="+", help=f"{data}: {files} (bundled: none, scenes are generated)"
     )
-    scales = SCALES[:2] if name == "retrieval" else SCALES
+    scales = {"retrieval": SCALES[:2], "captions": SCALES[:2], "stage3": (*SCALES, *LATER_SCALES)}.get(name, SCALES)
     parser.add_argument("--scale", "--recipe", choices=scales, default="small", help="of the recipe (default: small)")
     if data == "pairs":
         parser.add_argument("--funnel", type=int, choices=FUNNEL_STAGES, help="leave out pairs by this stage's rules")

@@ -7,16 +7,22 @@ from typing import Any
 
 from .arguments import apply_flags, parse_flags
 from .recipes import RECIPES, with_steps
-from .stages import run_retrieval, run_stage1, run_stage2, run_stage3
+from .stages import run_captions, run_retrieval, run_stage1, run_stage2, run_stage3
 from .trainer import Run, is_first_process, with_lora
 
 
+# Options that are arguments of the recipe functions of a stage.
+CHOICES = {
+    "stage3": ("connector", "freeze_language", "also_train"),
+    "retrieval": ("image_size", "dataset", "heads_only"),
+    "captions": ("image_size",),
+}
+
+
 def _recipe_of(options: argparse.Namespace) -> Any:
-    choices = {}
-    if options.stage == "stage3":
-        choices = {"connector": options.connector, "freeze_language": options.freeze_language}
-    if options.stage == "retrieval" and options.image_size is not None:
-        choices = {"image_size": options.image_size}
+    choices = {name: getattr(options, name) for name in CHOICES.get(options.stage, ())}
+    if choices.get("image_size", 0) is None:
+        del choices["image_size"]  # the recipe's own
     recipe = replace(RECIPES[options.stage][options.scale](**choices), seed=options.seed)
     if getattr(options, "template", None):
         recipe = replace(recipe, template=options.template)
@@ -68,6 +74,8 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
         run_stage2(recipe, options.data, how, options.model, options.llama)
     elif options.stage == "retrieval":
         run_retrieval(recipe, options.data, how, options.model)
+    elif options.stage == "captions":
+        run_captions(recipe, options.data, how, options.model)
     else:
         run_stage3(recipe, options.data, how, options.model, options.decoder, options.images)
     if is_first_process():

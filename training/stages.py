@@ -1,4 +1,4 @@
-"""The stages: `python -m internvl.training stage1|stage2|stage3|retrieval --output DIR ...`.
+"""The stages: `python -m internvl.training stage1|stage2|stage3|retrieval|captions --output DIR ...`.
 
 Each stage writes a folder, see `trainer`, that the next stage starts from; the same command with `--resume` gives the
 weights of an unbroken run. On several processes start the same command with `accelerate launch`. A recipe of generated
@@ -15,13 +15,16 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from ..processing_internvl import InternVLProcessor
 from .curves import AnswerCurve, RetrievalCurve, ZeroShotCurve
-from .data.collators import GenerativeCollator, RetrievalCollator
+from .data.augmentation import Augmentation
+from .data.collators import CaptionCollator, GenerativeCollator, RetrievalCollator
 from .data.dialogues import DialogueCollator, DialogueDataset, DialogueEncoder
 from .data.filters import Funnel
 from .data.generated import Encode, dialogue_batches, encode_captions, encode_pairs, only_item, scene_batches
+from .data.negatives import CaptionPool
 from .data.pairs import PairCollator, PairStream
 from .models.build import (
     Folder,
+    build_caption_model,
     build_chat_model,
     build_contrastive_model,
     build_generative_model,
@@ -33,7 +36,15 @@ from .models.build import (
     load_pair_processor,
     load_tokenizer,
 )
-from .recipes import ContrastiveRecipe, DialogueRecipe, GenerativeRecipe, Phase, Recipe, RetrievalRecipe
+from .recipes import (
+    CaptionRecipe,
+    ContrastiveRecipe,
+    DialogueRecipe,
+    GenerativeRecipe,
+    Phase,
+    Recipe,
+    RetrievalRecipe,
+)
 from .trainer import (
     Data,
     DataOfPhase,
@@ -87,7 +98,12 @@ def _pair_data(
             funnel=None if run.funnel_stage is None else Funnel(run.funnel_stage),
         )
         side = phase.image_size
-        return stream, collate(size={"height": side, "width": side}, resize_mode="squash")
+        settings: dict[str, Any] = {"size": {"height": side, "width": side}, "resize_mode": "squash"}
+        if recipe.crop_scale is not None or recipe.flip_rate:
+            settings["augment"] = Augmentation(recipe.crop_scale, recipe.flip_rate, stream.seed)
+        if isinstance(recipe, RetrievalRecipe) and recipe.negatives == "random":
+            settings["pool"] = CaptionPool.read(stream)
+        return stream, collate(**settings)
 
     return data
 
@@ -111,7 +127,7 @@ class HeldOutPairs(Dataset):
     """
 
     def __init__(self, pairs: Iterable[dict[str, Any]]) -> None:
-        self.pairs = list(pairs)
+        self.pairs = [{**pair, "is_held_out": True} for pair in pairs]
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -221,9 +237,44 @@ def run_retrieval(recipe: RetrievalRecipe, shards: list[str], run: Run, source: 
         return finished
     set_seed(recipe.seed)
     processor = load_pair_processor(source, recipe)
-    data = _pair_data(recipe, shards, run, processor, partial(RetrievalCollator, processor, recipe.max_text_length))
+    collate = partial(
+        RetrievalCollator,
+        processor,
+        recipe.max_text_length,
+        seed=recipe.seed,
+        simple_captions=recipe.simple_captions,
+    )
+    data = _pair_data(recipe, shards, run, processor, collate)
     evaluation = _pair_evaluation(run, processor)
     return train(Stage(build_retrieval_model(recipe, source), processor, recipe, run, data, evaluation=evaluation))
+
+
+def run_captions(recipe: CaptionRecipe, shards: list[str], run: Run, source: Folder) -> PreTrainedModel:
+    """Caption fine-tuning; the folder it writes is an InternVL-G.
+
+    Args:
+        recipe: The recipe.
+        shards: Image-text pairs, one for each caption of an image.
+        run: How to run it.
+        source: Folder of stage 2.
+
+    Returns:
+        The trained model.
+
+    Raises:
+        ValueError: If there is no data.
+    """
+    recipe = fit_image_sizes(recipe, source)
+    if (finished := finished_model(recipe, run)) is not None:
+        return finished
+    set_seed(recipe.seed)
+    processor = load_pair_processor(source, recipe)
+    if recipe.prompt is not None:
+        processor.caption_prompt = recipe.prompt
+    collate = partial(CaptionCollator, processor, recipe.max_text_length, recipe.padding)
+    data = _pair_data(recipe, shards, run, processor, collate)
+    evaluation = _pair_evaluation(run, processor)
+    return train(Stage(build_caption_model(recipe, source), processor, recipe, run, data, evaluation=evaluation))
 
 
 def run_stage3(
@@ -277,6 +328,7 @@ __all__ = [
     "Run",
     "check_has_pairs",
     "is_first_process",
+    "run_captions",
     "run_retrieval",
     "run_stage1",
     "run_stage2",

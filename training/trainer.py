@@ -185,7 +185,13 @@ class StageTrainer(WholeCheckpointTrainer):
             model = self.model if model is None else model
             recipe, muon_rate = self.recipe, self.phase.muon_learning_rate
             groups = parameter_groups(
-                model, self.phase.learning_rates, recipe.weight_decay, recipe.layer_decay, muon_rate
+                model,
+                self.phase.learning_rates,
+                recipe.weight_decay,
+                recipe.layer_decay,
+                muon_rate,
+                recipe.qllama_layer_decay,
+                recipe.decay_inputs,
             )
             if muon_rate is None:
                 kind, settings = self._optimizer_kind(model)
@@ -206,6 +212,30 @@ class StageTrainer(WholeCheckpointTrainer):
                 "part: take one of the AdamW, Adafactor, Lion or SGD optimizers."
             )
         return kind, settings
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """As in `Trainer`; of a schedule that phases share, the stretch of this phase.
+
+        Raises:
+            ValueError: If the kind of schedule has no stretches.
+        """
+        if self.lr_scheduler is not None or not self.recipe.one_schedule:
+            return super().create_scheduler(num_training_steps, optimizer)
+        start, length, _ = self.recipe.schedule_of(self.phase)
+        scheduler: Any = super().create_scheduler(length, optimizer)
+        if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            raise ValueError(
+                f"The phases of this recipe share a schedule, which `lr_scheduler_type` {self.args.lr_scheduler_type} "
+                "cannot be: take one that depends on the step alone."
+            )
+        scheduler.last_epoch = start
+        rates = [rate * share(start) for rate, share in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
+        return scheduler
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **settings: Any
@@ -296,7 +326,7 @@ def training_arguments(
     settings: dict[str, Any] = {"lr_scheduler_type": "cosine"}
     if phase.cooldown_fraction is not None and "lr_scheduler_type" not in run.arguments:
         settings["lr_scheduler_type"] = "warmup_stable_decay"
-        cooldown_steps = int(phase.steps * phase.cooldown_fraction)
+        cooldown_steps = int(recipe.schedule_of(phase)[1] * phase.cooldown_fraction)
         settings["lr_scheduler_kwargs"] = {"num_decay_steps": cooldown_steps, "decay_type": "linear"}
     if recipe.gradient_checkpointing:
         settings |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
@@ -311,7 +341,7 @@ def training_arguments(
         "output_dir": str(run.output / "trainer" / phase.name),
         "max_steps": phase.steps,
         "learning_rate": max(phase.learning_rates.values()),
-        "warmup_steps": phase.warmup_steps,
+        "warmup_steps": recipe.schedule_of(phase)[2],
         "optim": "adamw_torch_fused" if torch.cuda.is_available() else "adamw_torch",
         "adam_beta1": recipe.betas[0],
         "adam_beta2": recipe.betas[1],

@@ -121,9 +121,10 @@ def drop_blocks_above(draft: Draft) -> None:
 
 def _cut_tower(vision: dict[str, Any], depth: int, used: int) -> None:
     """Configuration of the first `used` of `depth` blocks."""
-    # The rate of a block rises with its place in the whole tower; what is left keeps its rates.
-    rate = vision.get("drop_path_rate", InternViTConfig.drop_path_rate)
-    vision["drop_path_rate"] = rate * (used - 1) / (depth - 1)
+    if vision.get("drop_path_schedule", InternViTConfig.drop_path_schedule) == "linear":
+        # The rate of a block rises with its place in the whole tower; what is left keeps its rates.
+        rate = vision.get("drop_path_rate", InternViTConfig.drop_path_rate)
+        vision["drop_path_rate"] = rate * (used - 1) / (depth - 1)
     vision["num_hidden_layers"] = used
     # `save_pretrained` names the last block as a feature map, whoever asked for one.
     gone = {f"stage{index}" for index in range(used + 1, depth + 1)}

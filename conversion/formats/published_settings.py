@@ -50,8 +50,8 @@ _CHAT = {
 }
 # Keys of this package alone; the published code, or the tokenizer, fixes their values.
 _OWN_VISION_KEYS = (
-    "attn_pool_num_heads classifier_pooling clip_embed_dim feature_pyramid out_features out_indices "
-    "semantic_loss_ignore_index stage_names"
+    "attn_pool_num_heads classifier_pooling clip_embed_dim drop_path_schedule feature_pyramid out_features "
+    "out_indices semantic_loss_ignore_index stage_names"
 ).split()
 _OWN_CHAT_KEYS = "connector image_token_id mask_image_token_logit projector_type use_image_start_end".split()
 

@@ -86,7 +86,8 @@ class Allowed:
 
 CONFIGURATION = Allowed(
     texts=frozenset(
-        "_commit_hash _name_or_path activation_function architectures classifier_pooling connector dtype "
+        "_commit_hash _name_or_path activation_function architectures classifier_pooling connector "
+        "drop_path_schedule dtype "
         "feature_pyramid finetuning_task hidden_act hidden_activation layer_types mlp_layer_types model model_type "
         "norm_type out_features prefix problem_type projector_hidden_act projector_type ps_version rope_type "
         "stage_names template tokenizer_class torch_dtype transformers_version type vision_feature_select_strategy "

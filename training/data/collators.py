@@ -1,4 +1,5 @@
-"""Image-text pairs to the batches of stage 2 and of retrieval fine-tuning; stage 1's are those of `PairCollator`.
+"""Image-text pairs to the batches of stage 2, of retrieval and of caption fine-tuning; stage 1's are those of
+`PairCollator`.
 
 Every text has a fixed length, so that batches of all processes have one shape, unless asked otherwise. Each row of
 `PairStream` becomes:
@@ -6,12 +7,11 @@ Every text has a fixed length, so that batches of all processes have one shape, 
 - `positive_*`, the caption for matching, with an end token;
 - `summarize_*`, the caption with the prefix `summarize:` and an end token, for the contrastive loss;
 - `input_ids` and `labels`, the caption with a prompt such as `English caption:` (the pair's own `prompt`, or the
-processor's)
-  and an end token, for generation: the caption and its end are learned, the prompt and padding are not.
+  processor's) and an end token, for generation: the caption and its end are learned, the prompt and padding are not.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,13 @@ from PIL import Image
 from ...layers_internvl import IGNORE_INDEX
 from ...processing_internvl import InternVLProcessor
 from ...renaming_internvl import renamed_names
+from .negatives import CaptionPool
+from .texts import simple_caption
 
 
 PADDINGS = ("max_length", "longest")
+# Makes the training image of a pair.
+Augment = Callable[[Mapping[str, Any]], Image.Image]
 
 
 def image_number(image: Image.Image) -> int:
@@ -46,6 +50,7 @@ class GenerativeCollator:
         max_length: Tokens of every text at most, prefix and end token included.
         padding: "max_length" (published) makes all texts that long, "longest" as long as the longest of their kind in
             the batch.
+        augment: Makes the training image of a pair; None takes its image as it is.
         **settings: Of the image processor, `size` for instance.
 
     Raises:
@@ -53,13 +58,19 @@ class GenerativeCollator:
     """
 
     def __init__(
-        self, processor: InternVLProcessor, max_length: int = 80, padding: str = "max_length", **settings: Any
+        self,
+        processor: InternVLProcessor,
+        max_length: int = 80,
+        padding: str = "max_length",
+        augment: Augment | None = None,
+        **settings: Any,
     ) -> None:
         if padding not in PADDINGS:
             raise ValueError(f"`padding` must be one of {list(PADDINGS)}, got {padding!r}.")
         self.processor = processor
         self.max_length = max_length
         self.padding = padding
+        self.augment = augment
         self.settings = settings
         longest = max(*self.prefix_lengths().values(), len(self._rows([processor.caption_prompt])[0]) + 1)
         if max_length <= longest:
@@ -83,8 +94,11 @@ class GenerativeCollator:
         """
         return {**self._contrastive_and_matching(pairs), **self._generation(pairs)}
 
+    def _images(self, pairs: Sequence[dict[str, Any]]) -> list[Image.Image]:
+        return [pair["image"] if self.augment is None else self.augment(pair) for pair in pairs]
+
     def _contrastive_and_matching(self, pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        images, texts = [pair["image"] for pair in pairs], [pair["text"] for pair in pairs]
+        images, texts = self._images(pairs), [pair["text"] for pair in pairs]
         settings = {"padding": self.padding, "max_length": self.max_length, "return_tensors": "pt", **self.settings}
         features = self.processor(images=images, text=texts, mode="contrastive", **settings)
         positive_ids, positive_mask = self._padded(self._rows(texts))
@@ -126,11 +140,47 @@ class RetrievalCollator(GenerativeCollator):
     """Pairs to inputs of `InternVLForRetrievalTraining`: without the texts of generation, with `image_ids` (B,).
 
     Images are told apart by their pixels, so the captions of one image may stand in rows of their own.
+
+    Args:
+        processor: Of the model.
+        max_length: As in `GenerativeCollator`.
+        pool: Captions to draw `negative_*` from, one for each image; None leaves it to the model to draw similar ones
+            of the batch.
+        seed: Decides what is drawn.
+        simple_captions: Simplify all texts, see `texts.simple_caption`.
+        **settings: As for `GenerativeCollator`.
     """
+
+    def __init__(
+        self,
+        processor: InternVLProcessor,
+        max_length: int = 80,
+        pool: CaptionPool | None = None,
+        seed: int = 0,
+        simple_captions: bool = False,
+        **settings: Any,
+    ) -> None:
+        super().__init__(processor, max_length, **settings)
+        self.pool = pool
+        self.seed = seed
+        self.simplify = simple_caption if simple_captions else str
 
     def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         image_ids = torch.tensor([image_number(pair["image"]) for pair in pairs])
-        return {**self._contrastive_and_matching(pairs), "image_ids": image_ids}
+        simple = [{**pair, "text": self.simplify(pair["text"])} for pair in pairs]
+        batch = {**self._contrastive_and_matching(simple), "image_ids": image_ids}
+        if self.pool is not None:
+            texts = [self.simplify(self.pool.draw(pair, self.seed)) for pair in pairs]
+            batch["negative_input_ids"], batch["negative_attention_mask"] = self._padded(self._rows(texts))
+        return batch
+
+
+class CaptionCollator(GenerativeCollator):
+    """Pairs to inputs of `InternVLForCaptionTraining`: images, and the texts of generation with their `labels`."""
+
+    def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        images = self.processor.image_processor(self._images(pairs), return_tensors="pt", **self.settings)
+        return {"pixel_values": images["pixel_values"], **self._generation(pairs)}
 
 
 __getattr__ = renamed_names(globals(), picture_number="image_number")

@@ -3,7 +3,7 @@
 Not covered: mixing sources by weights (list the shards of one source more than once), and captions in several columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +23,8 @@ from .streams import RowStream, stream_loader
 
 @renamed_arguments(broken_rows="bad_rows")
 class PairStream(RowStream):
-    """Pairs {"image": image, "text": caption, "key": name, "shard": file}, each once per epoch over all processes.
+    """Pairs {"image": image, "text": caption, "key": name, "shard": file, "epoch": number}, each once per epoch over
+    all processes.
 
     Args:
         shards: Files, see `find_shards`.
@@ -84,7 +85,8 @@ class PairStream(RowStream):
             self.bad_rows.count(place, error)
             return None
         self.bad_rows.count()
-        return {"image": image, "text": row["caption"], "key": row["__key__"], "shard": row["__shard__"]}
+        name = {"key": row["__key__"], "shard": row["__shard__"], "epoch": self._position.epoch}
+        return {"image": image, "text": row["caption"], **name}
 
     def _decode(self, image: Any) -> Image.Image:
         image = read_image(image, "The image", self.max_image_pixels)
@@ -97,12 +99,20 @@ class PairCollator:
     Args:
         processor: Of the model.
         mode: "contrastive" or "caption", see `InternVLProcessor`.
+        augment: Makes the training image of a pair; None takes its image as it is.
         **settings: Settings of its calls.
     """
 
-    def __init__(self, processor: InternVLProcessor, mode: str = "contrastive", **settings: Any) -> None:
+    def __init__(
+        self,
+        processor: InternVLProcessor,
+        mode: str = "contrastive",
+        augment: Callable[[Mapping[str, Any]], Image.Image] | None = None,
+        **settings: Any,
+    ) -> None:
         self.processor = processor
         self.mode = mode
+        self.augment = augment
         self.settings = settings
 
     def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -114,7 +124,8 @@ class PairCollator:
         Returns:
             `pixel_values` (T, 3, H, W), `input_ids` and `attention_mask` (B, L).
         """
-        images, texts = [pair["image"] for pair in pairs], [pair["text"] for pair in pairs]
+        images = [pair["image"] if self.augment is None else self.augment(pair) for pair in pairs]
+        texts = [pair["text"] for pair in pairs]
         settings = {"mode": self.mode, "return_tensors": "pt", **self.settings}
         return dict(self.processor(images=images, text=texts, **settings))
 

@@ -36,9 +36,19 @@ from ...modeling_internvl import InternVLModel
 from ...modeling_internvl_chat import InternVLChatForConditionalGeneration
 from ...processing_internvl import InternVLProcessor
 from ...synthetic.tokenizer import caption_tokenizer, question_tokenizer
-from ..recipes import ContrastiveRecipe, DialogueRecipe, GenerativeRecipe, Phase, Recipe, RecipeType, RetrievalRecipe
+from ..recipes import (
+    CaptionRecipe,
+    ContrastiveRecipe,
+    DialogueRecipe,
+    GenerativeRecipe,
+    Phase,
+    Recipe,
+    RecipeType,
+    RetrievalRecipe,
+)
 from .parameter_groups import part_of
 from .pretraining import (
+    InternVLForCaptionTraining,
     InternVLForContrastiveTraining,
     InternVLForGenerativeTraining,
     InternVLForRetrievalTraining,
@@ -123,7 +133,7 @@ def build_pair_processor(recipe: ContrastiveRecipe, tokenizer: PreTrainedTokeniz
 
 
 def load_pair_processor(
-    source: Folder, recipe: ContrastiveRecipe | GenerativeRecipe | RetrievalRecipe
+    source: Folder, recipe: ContrastiveRecipe | GenerativeRecipe | RetrievalRecipe | CaptionRecipe
 ) -> InternVLProcessor:
     """The processor in a folder, with the recipe's image size."""
     processor = InternVLProcessor.from_pretrained(source)
@@ -152,7 +162,11 @@ def build_chat_processor(
         tokenizer.pad_token = tokenizer.eos_token
     side = recipe.phases[-1].image_size
     image_processor = InternVLImageProcessor(
-        size={"height": side, "width": side}, min_num=1, max_num=recipe.max_tiles, use_thumbnail=recipe.max_tiles > 1
+        size={"height": side, "width": side},
+        resize_mode=recipe.resize_mode,
+        min_num=1,
+        max_num=recipe.max_tiles,
+        use_thumbnail=recipe.max_tiles > 1,
     )
     num_tokens = num_queries + int(side // patch_size * recipe.downsample_ratio) ** 2
     template = get_conversation_template(recipe.template).to_jinja()
@@ -160,10 +174,17 @@ def build_chat_processor(
 
 
 # --------------------------------------------------------------------------------------------------- stages 1 and 2
+def _drop_path(recipe: Recipe) -> dict[str, Any]:
+    """Settings of a vision tower."""
+    return {"drop_path_rate": recipe.drop_path_rate, "drop_path_schedule": recipe.drop_path_schedule}
+
+
 def _config_of(source: Folder, recipe: Recipe) -> InternVLConfig:
-    check_kind(source, *(("InternVL-G",) if isinstance(recipe, RetrievalRecipe) else C_AND_G), door="`--model`")
+    needs_queries = isinstance(recipe, RetrievalRecipe | CaptionRecipe)
+    check_kind(source, *(("InternVL-G",) if needs_queries else C_AND_G), door="`--model`")
     config = InternVLConfig.from_pretrained(source)
-    config.vision_config.drop_path_rate = recipe.drop_path_rate
+    for name, value in _drop_path(recipe).items():
+        setattr(config.vision_config, name, value)
     config.force_image_size = recipe.phases[-1].image_size
     return config
 
@@ -231,7 +252,7 @@ def build_contrastive_model(
         tie_word_embeddings=False,
     )
     config = InternVLConfig(
-        vision_config={**recipe.vision_config, "drop_path_rate": recipe.drop_path_rate},
+        vision_config={**recipe.vision_config, **_drop_path(recipe)},
         qllama_config=text_config,
         num_query_token=0,
         force_image_size=recipe.phases[-1].image_size,
@@ -280,6 +301,12 @@ def build_retrieval_model(recipe: RetrievalRecipe, source: Folder) -> InternVLFo
         "max_logit_scale": recipe.max_logit_scale,
     }
     return InternVLForRetrievalTraining.from_pretrained(source, config=_config_of(source, recipe), **settings)
+
+
+def build_caption_model(recipe: CaptionRecipe, source: Folder) -> InternVLForCaptionTraining:
+    """The model of caption fine-tuning, from the folder of stage 2."""
+    settings = {"grad_cache_chunk_size": recipe.grad_cache_chunk_size}
+    return InternVLForCaptionTraining.from_pretrained(source, config=_config_of(source, recipe), **settings)
 
 
 # ------------------------------------------------------------------------------------------------------------- stage 3
@@ -386,7 +413,7 @@ def _chat_config(
             "pad_token_id": tokenizer.pad_token_id,
         }
     return InternVLChatConfig(
-        vision_config={**base.config.vision_config.to_dict(), "drop_path_rate": recipe.drop_path_rate},
+        vision_config={**base.config.vision_config.to_dict(), **_drop_path(recipe)},
         text_config=text_config,
         qllama_config=None if recipe.connector == "patches" else base.config.qllama_config.to_dict(),
         connector=recipe.connector,
@@ -398,6 +425,7 @@ def _chat_config(
         use_thumbnail=recipe.max_tiles > 1,
         min_dynamic_patch=1,
         max_dynamic_patch=recipe.max_tiles,
+        pad2square=recipe.resize_mode == "pad",
         image_token_id=processor.image_token_id,
         tie_word_embeddings=is_tied,
         **recipe.model_config,

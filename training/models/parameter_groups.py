@@ -2,7 +2,8 @@
 
 The names of the parameters say which part they belong to, the same in all model classes, before and after PEFT has put
 adapters in. Whatever can scale or shift a layer as a whole does not decay: norms, biases, layer scales, the
-temperature; nor do queries, positions and the class token, which are inputs and no weights.
+temperature; nor do queries, positions and the class token, which are inputs and no weights. The published fine-tuning
+code decays all of these that are no vectors, which is a switch here. Layers are counted as it counts them.
 """
 
 import re
@@ -18,9 +19,11 @@ from .parts import PARTS, part_of, plain_name
 
 
 LORA_PARTS = ("vision", "qllama", "language")
-_NEVER_DECAYED = ("query_tokens", "position_embedding", "class_embedding")
+_INPUTS = ("query_tokens", "position_embedding", "class_embedding", "logit_scale")
 _OUTPUT_LAYER = re.compile(r"(^|\.)(lm_head|itm_head|token_heads\.\w+)$")
 _VISION_BLOCK = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.")
+_QLLAMA_BLOCK = re.compile(r"qllama\.(?:model\.)?layers\.(\d+)\.")
+_BELOW_QLLAMA = re.compile(r"query_tokens$|logit_(scale|bias)$|qllama\.(model\.)?embed_tokens\.")
 
 
 def idle_modules(model: nn.Module) -> list[str]:
@@ -78,23 +81,43 @@ def train_parts(model: nn.Module, parts: Collection[str], adapted: Collection[st
     return freeze_idle(model)
 
 
-def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay is for this parameter: matrices and kernels, word embeddings too."""
-    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps flat pieces
-    return len(shape) > 1 and not name.endswith(_NEVER_DECAYED)
-
-
-def vision_depth(name: str, num_layers: int) -> int:
-    """How many layers stand above this parameter in the vision tower; 0 for its last block, and outside of it.
+def decays(name: str, parameter: nn.Parameter, with_inputs: bool = False) -> bool:
+    """Whether weight decay is for this parameter: matrices and kernels, word embeddings too.
 
     Args:
         name: Of the parameter.
-        num_layers: Blocks of the tower. The embeddings count as one layer below the first.
+        parameter: The parameter.
+        with_inputs: Also for queries, positions, the class token and the temperature, as in the published fine-tuning
+            code.
     """
-    if part_of(name) != "vision":
-        return 0
-    block = _VISION_BLOCK.match(plain_name(name))
-    return num_layers - 1 - int(block[1]) if block else num_layers
+    if name.endswith(_INPUTS):
+        return with_inputs
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps flat pieces
+    return len(shape) > 1
+
+
+def layers_above(name: str, depths: Mapping[str, int]) -> tuple[str, int]:
+    """The tower that a parameter is in, and how many layers of it stand above (`internvl_g`, trainer_monkey_patch.py).
+
+    A tower's heads are its uppermost layer. So there is 1 above its last block, and one more than it has blocks above
+    its embeddings; the queries and the temperature count as embeddings of QLLaMA.
+
+    Args:
+        name: Of the parameter.
+        depths: Blocks of the towers "vision" and "qllama".
+
+    Returns:
+        The tower, which is "" where there is nothing above; and the number.
+    """
+    name = plain_name(name)
+    for tower, pattern in (("vision", _VISION_BLOCK), ("qllama", _QLLAMA_BLOCK)):
+        if block := pattern.match(name):
+            return tower, depths[tower] - int(block[1])
+    if part_of(name) == "vision":
+        return "vision", depths["vision"] + 1
+    if _BELOW_QLLAMA.match(name):
+        return "qllama", depths.get("qllama", -1) + 1
+    return "", 0
 
 
 @renamed_arguments(rates="learning_rates")
@@ -104,6 +127,8 @@ def parameter_groups(
     weight_decay: float = 0.0,
     layer_decay: float = 1.0,
     muon_learning_rate: float | None = None,
+    qllama_layer_decay: float = 1.0,
+    decay_inputs: bool = False,
 ) -> list[dict[str, Any]]:
     """Build parameter groups for an optimizer: one per part, learning rate, and decay or none.
 
@@ -111,8 +136,11 @@ def parameter_groups(
         model: The model with frozen parameters marked, see `train_parts`.
         learning_rates: Learning rate of each trained part.
         weight_decay: Weight decay of what decays, see `decays`.
-        layer_decay: Factor by which each layer of the vision tower learns slower than the one above it.
+        layer_decay: Factor by which each layer of the vision tower learns slower than the one above it, see
+            `layers_above`.
         muon_learning_rate: Learning rate of hidden weight matrices, for `MuonWithAdamW`; only these then decay.
+        qllama_layer_decay: The same factor for QLLaMA.
+        decay_inputs: As `with_inputs` of `decays`.
 
     Returns:
         Groups with `params`, `lr`, `weight_decay` and `part`, in the order of the model; for Muon with `use_muon` too.
@@ -121,7 +149,9 @@ def parameter_groups(
         ValueError: If a trained parameter has no learning rate.
     """
     config: Any = model.config
-    num_layers = config.vision_config.num_hidden_layers
+    towers = {"vision": config.vision_config, "qllama": getattr(config, "qllama_config", None)}
+    depths = {tower: part.num_hidden_layers for tower, part in towers.items() if part is not None}
+    layer_decays = {"vision": layer_decay, "qllama": qllama_layer_decay, "": 1.0}
     with_muon = muon_learning_rate is not None
     hidden = hidden_matrices(model) if with_muon else set()
     groups: dict[tuple, dict[str, Any]] = {}
@@ -134,8 +164,9 @@ def parameter_groups(
                 f"`{name}` is to be trained, but `learning_rates` has none for `{part}`: {dict(learning_rates)}."
             )
         rate = muon_learning_rate if use_muon and muon_learning_rate is not None else learning_rates[part]
-        rate *= layer_decay ** vision_depth(name, num_layers)
-        decay = weight_decay if (use_muon if with_muon else decays(name, parameter)) else 0.0
+        tower, num_above = layers_above(name, depths)
+        rate *= layer_decays[tower] ** num_above
+        decay = weight_decay if (use_muon if with_muon else decays(name, parameter, decay_inputs)) else 0.0
         group = {"params": [], "lr": rate, "weight_decay": decay, "part": part}
         group |= {"use_muon": use_muon} if with_muon else {}
         groups.setdefault((part, rate, decay, use_muon), group)["params"].append(parameter)

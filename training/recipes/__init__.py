@@ -1,8 +1,9 @@
 """The stages as recipes: functions that return every number of a run.
 
 "full" is the scale of the paper, "small" what one machine can train, "bundled" what the checkpoint of this repository
-was trained by, on generated scenes. What a phase trains are the parts it has learning rates for (names of
-`parameter_groups.PARTS`); everything else is frozen. A variant of a recipe is a `dataclasses.replace` of it.
+was trained by, on generated scenes; "v1.2" and "v2.5" of stage 3 are the scale of later InternVL-Chat models. What a
+phase trains are the parts it has learning rates for (names of `parameter_groups.PARTS`); everything else is frozen. A
+variant of a recipe is a `dataclasses.replace` of it.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 from .base import (
     Batch,
+    CaptionRecipe,
     ContrastiveRecipe,
     DialogueRecipe,
     GenerativeRecipe,
@@ -21,21 +23,31 @@ from .base import (
     with_steps,
 )
 from .bundled import stage1_bundled, stage2_bundled, stage3_bundled
-from .full import retrieval, stage1, stage2, stage3
-from .small import retrieval_small, stage1_small, stage2_small, stage3_small
+from .full import RETRIEVAL_DATA, captions, retrieval, stage1, stage2, stage3
+from .later import stage3_v1_2, stage3_v2_5
+from .small import captions_small, retrieval_small, stage1_small, stage2_small, stage3_small
 
 
 RECIPES: dict[str, dict[str, Callable[..., Any]]] = {
     "stage1": {"small": stage1_small, "full": stage1, "bundled": stage1_bundled},
     "stage2": {"small": stage2_small, "full": stage2, "bundled": stage2_bundled},
-    "stage3": {"small": stage3_small, "full": stage3, "bundled": stage3_bundled},
+    "stage3": {
+        "small": stage3_small,
+        "full": stage3,
+        "bundled": stage3_bundled,
+        "v1.2": stage3_v1_2,
+        "v2.5": stage3_v2_5,
+    },
     "retrieval": {"small": retrieval_small, "full": retrieval},
+    "captions": {"small": captions_small, "full": captions},
 }
 
 
 __all__ = [
     "RECIPES",
+    "RETRIEVAL_DATA",
     "Batch",
+    "CaptionRecipe",
     "ContrastiveRecipe",
     "DialogueRecipe",
     "GenerativeRecipe",
@@ -43,6 +55,8 @@ __all__ = [
     "Recipe",
     "RecipeType",
     "RetrievalRecipe",
+    "captions",
+    "captions_small",
     "phase_named",
     "retrieval",
     "retrieval_small",
@@ -55,5 +69,7 @@ __all__ = [
     "stage3",
     "stage3_bundled",
     "stage3_small",
+    "stage3_v1_2",
+    "stage3_v2_5",
     "with_steps",
 ]

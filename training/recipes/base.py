@@ -6,6 +6,9 @@ from typing import Any, ClassVar, TypeVar
 from ...renaming_internvl import renamed_arguments
 
 
+NEGATIVES = ("random", "similar")
+
+
 @dataclass(frozen=True)
 class Batch:
     """A kind of batch of generated scenes.
@@ -76,10 +79,20 @@ class Recipe:
 
     Args:
         phases: Phases, in order.
+        one_schedule: The phases share one warm-up (the first one's) and one schedule, of which each has its stretch.
+            AdamW's moments begin anew in each phase.
         weight_decay: Weight decay of matrices, see `parameter_groups.decays`.
+        decay_inputs: Decay queries, positions, the class token and the temperature too, as the published fine-tuning
+            code does.
         betas: Betas of AdamW.
-        layer_decay: Factor by which each layer of the vision tower learns slower than the layer above.
+        layer_decay: Factor by which each layer of the vision tower learns slower than the layer above, counted as the
+            published fine-tuning code does, see `parameter_groups.layers_above`.
+        qllama_layer_decay: The same factor for QLLaMA.
         drop_path_rate: Stochastic depth of the last vision block.
+        drop_path_schedule: "linear" lets it rise from 0 in the first block, "uniform" gives all blocks the same.
+        crop_scale: Augmentation of pairs: least and most area of a random crop of each image, as shares of the image.
+            None takes whole images.
+        flip_rate: Augmentation of pairs: share of the images that are mirrored.
         max_grad_norm: Gradients are clipped to this norm; 0 disables clipping.
         grad_cache_chunk_size: Samples of a process in memory at a time: gradient caching in the contrastive stages,
             accumulation in stage 3. None means all.
@@ -96,10 +109,16 @@ class Recipe:
 
     stage: ClassVar[str]
     phases: tuple[Phase, ...]
+    one_schedule: bool = False
     weight_decay: float
+    decay_inputs: bool = False
     betas: tuple[float, float] = (0.9, 0.95)
     layer_decay: float = 1.0
+    qllama_layer_decay: float = 1.0
     drop_path_rate: float = 0.0
+    drop_path_schedule: str = "linear"
+    crop_scale: tuple[float, float] | None = None
+    flip_rate: float = 0.0
     max_grad_norm: float = 1.0
     grad_cache_chunk_size: int | None = None
     gradient_checkpointing: bool = True
@@ -110,6 +129,20 @@ class Recipe:
     eval_steps: int | None = None
     eval_samples: int = 0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.crop_scale is not None and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {self.crop_scale}.")
+        if not 0 <= self.flip_rate <= 1:
+            raise ValueError(f"`flip_rate` must be in [0, 1], got {self.flip_rate}.")
+
+    def schedule_of(self, phase: Phase) -> tuple[int, int, int]:
+        """The schedule of a phase: the step at which the phase begins in it, its length, and its steps of warm-up."""
+        if not self.one_schedule:
+            return 0, phase.steps, phase.warmup_steps
+        names = [part.name for part in self.phases]
+        before = sum(part.steps for part in self.phases[: names.index(phase.name)])
+        return before, sum(part.steps for part in self.phases), self.phases[0].warmup_steps
 
     @property
     def is_generated(self) -> bool:
@@ -175,11 +208,37 @@ class RetrievalRecipe(Recipe):
     Args:
         max_logit_scale: Upper limit of the scale of the similarities.
         max_text_length: Tokens of every text.
+        negatives: Texts that do not match: "random" draws one for each image among the captions of all other images of
+            the data, as published; "similar" among those of the batch, the likelier the more similar it is.
+        simple_captions: Lower-case letters, no punctuation, at most 50 words, as published.
     """
 
     stage: ClassVar[str] = "retrieval"
     max_logit_scale: float = 100.0
     max_text_length: int = 80
+    negatives: str = "similar"
+    simple_captions: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.negatives not in NEGATIVES:
+            raise ValueError(f"`negatives` must be one of {list(NEGATIVES)}, got {self.negatives!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionRecipe(Recipe):
+    """Caption fine-tuning of InternVL-G.
+
+    Args:
+        max_text_length: Tokens of every text.
+        padding: "max_length" pads all texts to `max_text_length`, "longest" to the longest of their batch.
+        prompt: What a caption begins after; None keeps the processor's own prompt.
+    """
+
+    stage: ClassVar[str] = "captions"
+    max_text_length: int = 80
+    padding: str = "longest"
+    prompt: str | None = None
 
 
 @renamed_arguments(rows_at_a_time="grad_cache_chunk_size")
@@ -191,6 +250,7 @@ class DialogueRecipe(Recipe):
         connector: "patches" (InternVL-Chat, simple) or "queries_and_patches" (full).
         template: Name of the conversation template.
         max_tiles: Maximum number of tiles of an image.
+        resize_mode: How an image becomes square: "tiles" of up to `max_tiles`, or with one tile "pad" or "crop".
         downsample_ratio: Pixel shuffle factor per side.
         max_length: Maximum number of tokens of a dialogue; longer ones are left out.
         pack: Pack the dialogues of a batch into one row, without padding.
@@ -205,6 +265,7 @@ class DialogueRecipe(Recipe):
     connector: str = "patches"
     template: str = "internvl2_5"
     max_tiles: int = 1
+    resize_mode: str = "tiles"
     downsample_ratio: float = 0.5
     max_length: int = 2048
     pack: bool = False
@@ -212,6 +273,13 @@ class DialogueRecipe(Recipe):
     text_config: dict[str, Any] = field(default_factory=dict)
     model_config: dict[str, Any] = field(default_factory=dict)
     generation_config: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_tiles > 1 and self.resize_mode != "tiles":
+            raise ValueError(
+                f"`max_tiles` is {self.max_tiles}, but with `resize_mode` {self.resize_mode!r} an image is one tile."
+            )
 
 
 RecipeType = TypeVar("RecipeType", bound=Recipe)

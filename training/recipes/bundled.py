@@ -140,17 +140,20 @@ def stage2_bundled() -> GenerativeRecipe:
     )
 
 
-def stage3_bundled(connector: str = "patches", freeze_language: bool = False) -> DialogueRecipe:
+def stage3_bundled(
+    connector: str = "patches", freeze_language: bool | None = None, also_train: str | None = None
+) -> DialogueRecipe:
     """Dialogue from a decoder that starts from nothing.
 
     Args:
         connector: "patches" (InternVL-Chat, simple) or "queries_and_patches" (full).
         freeze_language: Not possible here.
+        also_train: Likewise.
 
     Raises:
         ValueError: If the decoder is to be frozen.
     """
-    if freeze_language:
+    if freeze_language or also_train:
         raise ValueError("The decoder of the bundled recipe starts from random weights and cannot be frozen.")
     seeing = Batch(1.0, 8, {"crowd": 4, "page": 2, "mixed": 1, "reading": 1, "many_tiles": 1})
     conversations = (

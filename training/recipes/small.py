@@ -3,8 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from .base import ContrastiveRecipe, DialogueRecipe, GenerativeRecipe, RetrievalRecipe, phase_named
-from .full import retrieval, stage1, stage2, stage3
+from .base import CaptionRecipe, ContrastiveRecipe, DialogueRecipe, GenerativeRecipe, RetrievalRecipe, phase_named
+from .full import captions, retrieval, stage1, stage2, stage3
 
 
 def stage1_small() -> ContrastiveRecipe:
@@ -12,7 +12,7 @@ def stage1_small() -> ContrastiveRecipe:
     full = stage1()
     scale: dict[str, Any] = {"image_size": 98, "steps": 1800, "warmup_steps": 100, "batch_size": 64}
     short = replace(phase_named(full, "half_patches"), **scale)
-    whole = replace(phase_named(full, "all_patches"), image_size=112, steps=200, warmup_steps=10, batch_size=64)
+    whole = replace(phase_named(full, "all_patches"), image_size=112, steps=200, batch_size=64)
     return replace(
         full,
         phases=(short, whole),
@@ -60,19 +60,24 @@ def stage2_small() -> GenerativeRecipe:
     )
 
 
-def retrieval_small(image_size: int = 168) -> RetrievalRecipe:
+def retrieval_small(
+    image_size: int | None = None, dataset: str = "flickr30k", heads_only: bool = False
+) -> RetrievalRecipe:
     """Retrieval fine-tuning for one machine.
 
     Args:
-        image_size: Half as large again as in `stage2_small`, as 364 px are to 224 px.
+        image_size: None takes a side half as large again as in `stage2_small`, as 364 px are to 224 px; for heads the
+            same as there.
+        dataset: As in `retrieval`; the length is the same for all.
+        heads_only: As in `retrieval`.
     """
-    full = retrieval(image_size)
+    full = retrieval(image_size or (112 if heads_only else 168), dataset, heads_only)
     phase = phase_named(full, "retrieval")
     learning_rates = dict.fromkeys(phase.learning_rates, 1e-4)
     return replace(
         full,
         phases=(replace(phase, steps=500, learning_rates=learning_rates, warmup_steps=20, batch_size=32),),
-        drop_path_rate=0.05,
+        drop_path_rate=min(full.drop_path_rate, 0.05),
         grad_cache_chunk_size=None,
         gradient_checkpointing=False,
         use_bf16=False,
@@ -81,23 +86,49 @@ def retrieval_small(image_size: int = 168) -> RetrievalRecipe:
     )
 
 
-def stage3_small(connector: str = "patches", freeze_language: bool = False) -> DialogueRecipe:
-    """Stage 3 for one machine.
+def captions_small(image_size: int = 168) -> CaptionRecipe:
+    """Caption fine-tuning for one machine.
+
+    Args:
+        image_size: As in `retrieval_small`.
+    """
+    full = captions(image_size)
+    phase = phase_named(full, "captions")
+    learning_rates = dict.fromkeys(phase.learning_rates, 1e-4)
+    return replace(
+        full,
+        phases=(replace(phase, steps=500, learning_rates=learning_rates, warmup_steps=20, batch_size=32),),
+        grad_cache_chunk_size=None,
+        gradient_checkpointing=False,
+        use_bf16=False,
+        save_steps=100,
+        max_text_length=40,
+    )
+
+
+def stage3_small(
+    connector: str = "patches", freeze_language: bool = False, also_train: str | None = None
+) -> DialogueRecipe:
+    """Stage 3 for one machine, on any decoder, which is trained unless it is to be frozen.
 
     Args:
         connector: As in `stage3`.
-        freeze_language: Likewise.
+        freeze_language: Whether the decoder stays as it is.
+        also_train: As in `stage3`.
     """
-    full = stage3(connector, freeze_language)
+    full = stage3(connector, bool(freeze_language), also_train)
     scale: dict[str, Any] = {"image_size": 112, "batch_size": 8}
-    mlp = replace(phase_named(full, "mlp"), steps=300, warmup_steps=20, **scale)
-    whole = phase_named(full, "whole")
-    whole = replace(
-        whole, steps=1500, learning_rates=dict.fromkeys(whole.learning_rates, 5e-4), warmup_steps=50, **scale
-    )
+    phases = [replace(phase_named(full, "mlp"), steps=300, warmup_steps=20, **scale)]
+    for phase in full.phases[1:]:
+        learning_rates = dict.fromkeys(phase.learning_rates, 5e-4)
+        phases.append(replace(phase, steps=1500, learning_rates=learning_rates, warmup_steps=50, **scale))
     return replace(
         full,
-        phases=(mlp, whole),
+        phases=tuple(phases),
+        template=DialogueRecipe.template,
+        resize_mode=DialogueRecipe.resize_mode,
+        downsample_ratio=DialogueRecipe.downsample_ratio,
+        model_config={},
         grad_cache_chunk_size=None,
         gradient_checkpointing=False,
         use_bf16=False,
