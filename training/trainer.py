@@ -3,8 +3,7 @@
 A run writes to its folder the finished model with its code and processor, the log in `training_log.json`, with LoRA
 the `adapter`, and in `trainer/PHASE` the checkpoints that a stopped run resumes from.
 
-Not covered: LoRA under ZeRO-3, where no process could merge the adapters at the end. To resume, a stream is read again
-up to where it was.
+Not covered: LoRA under ZeRO-3, where no process could merge the adapters at the end.
 """
 
 import json
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from transformers import AutoModel, PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
@@ -31,8 +30,7 @@ from ..processing_internvl import InternVLProcessor
 from .callbacks import EvaluateEvery, KeepFrozenPartsWithoutGradient, SeedRanksDifferently, log_samples
 from .checkpoints import LOG_FILE, WholeCheckpointTrainer, check_same_recipe, record_recipe
 from .data import generated
-from .data.pairs import PairStream
-from .data.streams import stream_loader
+from .data.stream_batches import Stream
 from .models.build import set_dtypes, set_up_phase
 from .models.dense_supervision import TokenReader
 from .models.parameter_groups import lora_targets, parameter_groups, train_parts
@@ -168,12 +166,6 @@ class StageTrainer(WholeCheckpointTrainer):
         self.add_callback(SeedRanksDifferently)
         if self.curve is not None and self.recipe.eval_steps is not None:
             self.add_callback(EvaluateEvery(self.recipe.eval_steps))
-
-    def make_train_dataloader(self) -> DataLoader:
-        """As in `Trainer`, but a stream is not sharded a second time."""
-        if isinstance(self.train_dataset, PairStream):
-            return stream_loader(self.train_dataset, self.data_collator, self.args)
-        return super().make_train_dataloader()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer of `TrainingArguments.optim`, or Muon with AdamW, with the groups of `parameter_groups`.
@@ -352,7 +344,7 @@ def training_arguments(
         "remove_unused_columns": False,
         "logging_steps": recipe.logging_steps,
         "save_steps": recipe.save_steps,
-        "save_total_limit": 1,
+        "save_total_limit": recipe.save_total_limit,
         "report_to": "none",
         "seed": recipe.seed,
         **run.arguments,
@@ -427,7 +419,7 @@ def _phase_trainer(stage: Stage, number: int) -> StageTrainer:
         logger.warning(f"Phase {phase.name}: no forward uses {', '.join(idle)}, which stay as they are.")
     arguments = training_arguments(recipe, phase, run, stage.rows_per_process)
     dataset, collator = stage.data(number, phase, arguments)
-    if isinstance(dataset, PairStream):
+    if isinstance(dataset, Stream):
         check_has_pairs(dataset)
     return StageTrainer(
         stage,
@@ -464,7 +456,7 @@ def _write(stage: Stage, log: dict[str, Any], adapters: Any, trainer: StageTrain
         trainer.accelerator.wait_for_everyone()
 
 
-def check_has_pairs(stream: PairStream) -> None:
+def check_has_pairs(stream: Stream) -> None:
     """Look for a first pair that every process can train on, so that none waits for another that has nothing.
 
     Args:
