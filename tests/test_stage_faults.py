@@ -38,8 +38,8 @@ PHASES = tuple(
     for phase in stage1_small().phases
 )
 RECIPE = replace(
-    stage1_small(), phases=PHASES, save_steps=2, logging_steps=1, max_text_length=24, vision_config=VISION,
-    text_config=TEXT, model_config={"clip_embed_dim": 12, "attn_pool_num_heads": 4},
+    stage1_small(), phases=PHASES, save_steps=2, save_total_limit=1, logging_steps=1, max_text_length=24,
+    vision_config=VISION, text_config=TEXT, model_config={"clip_embed_dim": 12, "attn_pool_num_heads": 4},
 )  # fmt: skip
 
 
@@ -173,6 +173,8 @@ def test_exists_is_not_complete(damage, unbroken, tmp_path):
 def test_every_shard_and_every_process_counts(unbroken, tmp_path):
     checkpoint = tmp_path / "checkpoint-4"
     shutil.copytree(unbroken / "trainer" / "half_patches" / "checkpoint-4", checkpoint)
+    assert fault_of(checkpoint, processes=2) is None  # it says itself that one process wrote it
+    (checkpoint / "processes.json").unlink()
     assert fault_of(checkpoint, processes=2) == "no rng_state_0.pth"
     for rank in range(2):
         shutil.copy(checkpoint / "rng_state.pth", checkpoint / f"rng_state_{rank}.pth")

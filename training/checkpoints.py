@@ -1,4 +1,6 @@
-"""A `Trainer` whose checkpoints appear whole, and the record by which a run knows that it goes on as it began."""
+"""A `Trainer` whose checkpoints appear whole and hold its place in the data, and the record by which a run knows that
+it goes on as it began.
+"""
 
 import json
 import shutil
@@ -9,10 +11,24 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
 
-from .models.whole_folders import INCOMPLETE, checkpoints_in, fault_of, newest_whole, step_of, write_text_whole
+from .data.stream_batches import Stream, StreamBatches, places_for, stream_loader
+from .models.whole_folders import (
+    INCOMPLETE,
+    PROCESSES_FILE,
+    checkpoints_in,
+    fault_of,
+    newest_whole,
+    processes_of,
+    step_of,
+    write_text_whole,
+)
 from .recipes import Phase
 
+
+logger = logging.get_logger(__name__)
 
 LOG_FILE = "training_log.json"  # written last, so a folder that has it is finished
 RECORD_FILE = "trainer/run.json"
@@ -25,27 +41,35 @@ RENAMED_FIELDS = {
 
 class WholeCheckpointTrainer(Trainer):
     """`Trainer` whose checkpoints are written beside their names and renamed when all processes are done, and whose
-    `save_total_limit` never takes the last whole one. A phase that is finished is loaded and runs no step."""
+    `save_total_limit` never takes the last whole one. A phase that is finished is loaded and runs no step.
+
+    A checkpoint holds where each process is in a `Stream`, so that a resumed run reads on from there.
+    """
 
     _is_saving = False
     _is_finished = False
+    _places: list[dict[str, Any]] | None = None
+    _stream_batches: StreamBatches | None = None
 
     def run(self, resume: bool, processes: int | None = None) -> list[dict[str, Any]]:
         """Trains to the end.
 
         Args:
             resume: Go on from the newest whole checkpoint, if there is one.
-            processes: That wrote it; None for as many as there are now.
+            processes: That wrote it, where it does not say itself; None for as many as there are now.
 
         Returns:
             The log.
 
         Raises:
-            ValueError: If the data ended before the last step.
+            ValueError: If the data ended before the last step, or this number of processes cannot go on with the same
+                samples in each step.
         """
         folder = self.args.output_dir
         checkpoint = newest_whole(folder, processes or self.args.world_size) if resume else None
         self._is_finished = checkpoint is not None and (step_of(checkpoint) or 0) >= self.args.max_steps
+        if checkpoint is not None and not self._is_finished:
+            self._find_place(checkpoint)
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if self.state.global_step < self.args.max_steps:
             raise ValueError(
@@ -54,13 +78,66 @@ class WholeCheckpointTrainer(Trainer):
         # The last entry is about the steps of this call, of which a finished phase has none.
         return self.state.log_history[:-1] if self._is_finished else self.state.log_history
 
-    def get_train_dataloader(self) -> DataLoader:
-        """As in `Trainer`; of a finished phase a single batch that nobody reads, by which no epoch is left."""
-        return DataLoader([None]) if self._is_finished else self.make_train_dataloader()  # type: ignore[arg-type]
+    # ------------------------------------------------------------------------------------------- the place in the data
+    def _find_place(self, checkpoint: Path) -> None:
+        """Reads where this process goes on, and refuses a number of processes that cannot go on exactly."""
+        world_size, files = self.args.world_size, sorted(checkpoint.glob("stream_*.json"))
+        earlier = processes_of(checkpoint) or world_size
+        if earlier != world_size:
+            logger.warning(
+                f"{checkpoint} was written by {earlier} processes, now there are {world_size}: each step has the same "
+                "samples, but random numbers begin anew."
+            )
+        if files:
+            places = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+            places.sort(key=lambda place: place["rank"])
+            rows = self.args.per_device_train_batch_size
+            self._places = places_for(places, self.args.process_index, world_size, rows)
+        elif earlier != world_size:
+            self._check_same_batches(earlier, step_of(checkpoint) or 0)
 
-    def make_train_dataloader(self) -> DataLoader:
-        """The loader of a phase that is trained."""
+    def _check_same_batches(self, earlier: int, step: int) -> None:
+        """Samples of a step do not depend on the number of processes, but for the end of an epoch and for sorting."""
+        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        name = type(self.train_dataset).__name__
+        if isinstance(self.train_dataset, Stream):
+            raise ValueError(f"The checkpoint does not say where its {earlier} processes were in `{name}`.")
+        num_rows = len(self.train_dataset)
+        is_sorted = self.args.train_sampling_strategy == "group_by_length"
+        if is_sorted or (num_rows % batch and self.args.max_steps * batch > num_rows):
+            reason = (
+                "they are grouped by length" if is_sorted else f"a batch of {batch} does not divide {num_rows} rows"
+            )
+            raise ValueError(
+                f"The run was begun with {earlier} processes and cannot go on with {self.args.world_size} after step "
+                f"{step}: which samples a step has depends on the number of processes, because {reason}."
+            )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in `Trainer`, but a stream is not sharded a second time, and goes on from its place. Of a finished phase
+        a single batch that nobody reads, by which no epoch is left.
+        """
+        if self._is_finished:
+            return DataLoader([None])  # type: ignore[arg-type]
+        if isinstance(self.train_dataset, Stream):
+            loader = stream_loader(self.train_dataset, self.data_collator, self.args, self._places)
+            self._stream_batches = loader.dataset  # type: ignore[assignment]
+            return loader
         return super().get_train_dataloader()
+
+    def _save_places(self, checkpoint: Path) -> None:
+        for place in self._stream_batches.places() if self._stream_batches is not None else ():
+            write_text_whole(checkpoint / f"stream_{place['rank']}.json", json.dumps(place))
+        if self.args.should_save:
+            write_text_whole(checkpoint / PROCESSES_FILE, json.dumps({"processes": self.args.world_size}))
+
+    # --------------------------------------------------------------------------------------------- whole checkpoints
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `Trainer`, but a finished model is whole also where checkpoints are in shards."""
+        if _internal_call or not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+        else:
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
@@ -74,12 +151,26 @@ class WholeCheckpointTrainer(Trainer):
         self._is_saving = True
         try:
             super()._save_checkpoint(model, trial)
+            name = f"checkpoint-{self.state.global_step}"
+            self._save_more(final / INCOMPLETE / name)
+            self._name_best(final, name)
         finally:
             self._is_saving = False
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self._put_in_place(final)
         self.accelerator.wait_for_everyone()
+
+    def _save_more(self, checkpoint: Path) -> None:
+        """What `Trainer` does not save, in all processes."""
+        self._save_places(checkpoint)
+
+    def _name_best(self, folder: Path, name: str) -> None:
+        """Gives the state the final name of this checkpoint where it is the best so far."""
+        if self.state.best_model_checkpoint == str(folder / INCOMPLETE / name):
+            self.state.best_model_checkpoint = str(folder / name)
+            if self.args.should_save:
+                self.state.save_to_json(str(folder / INCOMPLETE / name / TRAINER_STATE_NAME))
 
     def _put_in_place(self, folder: Path) -> None:
         name = f"checkpoint-{self.state.global_step}"
@@ -91,7 +182,7 @@ class WholeCheckpointTrainer(Trainer):
         limit = self.args.save_total_limit
         kept = whole if limit is None else whole[: max(limit - 1, 0)]
         for entry in others:
-            if entry not in kept:
+            if entry not in kept and str(entry) != self.state.best_model_checkpoint:
                 shutil.rmtree(entry, ignore_errors=True)
 
 

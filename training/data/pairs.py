@@ -18,7 +18,8 @@ from .filters import Funnel, MissingColumnError
 from .json_rows import Row
 from .pair_rows import IMAGE_COLUMNS, TEXT_COLUMNS, add_size, caption_in, image_source, metadata_of
 from .shards import place_of_row
-from .streams import RowStream, stream_loader
+from .stream_batches import stream_loader
+from .streams import RowStream
 
 
 @renamed_arguments(broken_rows="bad_rows")

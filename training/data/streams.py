@@ -6,7 +6,7 @@ the process), and broken rows, which are counted and left out up to a stated rat
 rows is in memory, however long the data.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import islice
@@ -14,8 +14,7 @@ from random import Random
 from typing import Any, Self
 
 import torch
-from torch.utils.data import DataLoader, get_worker_info
-from transformers import TrainingArguments
+from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
 from ...extras import extra
@@ -58,8 +57,8 @@ class RowStream(torch.utils.data.IterableDataset):
     stand idle.
 
     Shards come in a new order each epoch; samples are shuffled within blocks of `shuffle_buffer` of one worker.
-    `state_dict` is the position after the last sample given, as data loaders that know it (torchdata's) ask for in
-    each worker; the loader of torch itself has no such thing, and gives positions without workers only.
+    `state_dict` is the position after the last sample given, in each worker its own; `stream_batches` carries it to
+    where checkpoints are written.
 
     Args:
         shards: Files, see `find_shards`.
@@ -242,28 +241,3 @@ def _has_other_workers() -> bool:
     """Whether the samples that this worker lacks may be another's."""
     worker = get_worker_info()
     return worker is not None and worker.num_workers > 1
-
-
-def stream_loader(stream: RowStream, collator: Callable[..., Any], arguments: TrainingArguments) -> DataLoader:
-    """The loader to return from `Trainer.get_train_dataloader`.
-
-    `Trainer`'s own would split the stream over the processes a second time, and each would see but a part of its part.
-
-    Args:
-        stream: With the `rank` and `world_size` of this process (`arguments.process_index`, `arguments.world_size`).
-        collator: Makes the batches.
-        arguments: Batch size and workers.
-
-    Returns:
-        A loader that accelerate takes as it is.
-    """
-    return DataLoader(
-        stream,
-        batch_size=arguments.per_device_train_batch_size,
-        collate_fn=collator,
-        num_workers=arguments.dataloader_num_workers,
-        pin_memory=arguments.dataloader_pin_memory and torch.cuda.is_available(),
-        prefetch_factor=arguments.dataloader_prefetch_factor,
-        persistent_workers=arguments.dataloader_persistent_workers,
-        drop_last=True,
-    )

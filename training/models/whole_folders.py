@@ -26,6 +26,7 @@ INCOMPLETE, READY = ".incomplete", ".ready"
 NAMES_FILE = ".names.json"  # of all that is in READY
 # A folder without its configuration is not read, and one without its log is not finished: they go first and come last.
 OPENING_FILES = ("config.json", "training_log.json")
+PROCESSES_FILE = "processes.json"  # in a checkpoint: how many processes wrote it
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)([-.].*)?\.(safetensors|bin)(\.index\.json)?")
 # What reading JSON raises, and going on as if it were what belongs there.
@@ -119,7 +120,7 @@ def newest_whole(folder: str | Path, processes: int = 1) -> Path | None:
 
     Args:
         folder: `output_dir` of a `Trainer`.
-        processes: Which wrote it.
+        processes: Which wrote it, where a checkpoint itself does not say.
     """
     faults: list[str] = []
     for checkpoint in checkpoints_in(folder):
@@ -134,17 +135,26 @@ def newest_whole(folder: str | Path, processes: int = 1) -> Path | None:
     return None
 
 
+def processes_of(checkpoint: Path) -> int | None:
+    """The number of processes that wrote a checkpoint; None where it does not say."""
+    try:
+        return int(json.loads((checkpoint / PROCESSES_FILE).read_text(encoding="utf-8"))["processes"])
+    except (OSError, *_OF_OTHER_CONTENT):
+        return None
+
+
 def fault_of(checkpoint: Path, processes: int = 1) -> str | None:
     """What makes a checkpoint of `Trainer` unfit to go on from; None where nothing does.
 
     Args:
         checkpoint: Its folder.
-        processes: Which wrote it.
+        processes: Which wrote it, where the checkpoint itself does not say.
 
     Returns:
         A few words with the name of the file.
     """
     is_deepspeed = any(checkpoint.glob("global_step*"))
+    processes = processes_of(checkpoint) or processes
     states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
     wanted = [("trainer_state.json",), _MODELS, _OPTIMIZERS, *((state,) for state in states)]
     wanted.append(("latest",) if is_deepspeed else ("scheduler.pt",))

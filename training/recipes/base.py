@@ -100,6 +100,7 @@ class Recipe:
         use_bf16: Compute in bfloat16 (autocast); trained weights stay in float32.
         attn_implementation: Attention of all parts during training; None keeps the default.
         save_steps: Steps between two checkpoints.
+        save_total_limit: How many whole checkpoints of a phase are kept.
         logging_steps: Steps between two entries of the log.
         eval_steps: Steps between two points of the learning curve on held-out generated scenes (stages 1 and 2):
             zero-shot accuracy in stage 1, retrieval in stage 2. None measures nothing.
@@ -125,6 +126,7 @@ class Recipe:
     use_bf16: bool = True
     attn_implementation: str | None = None
     save_steps: int = 1000
+    save_total_limit: int = 3
     logging_steps: int = 10
     eval_steps: int | None = None
     eval_samples: int = 0
