@@ -53,7 +53,8 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     if task != "dialogue" and options.images:
         raise ValueError("`--images` is for dialogues.")
     method = options.method or ("lora" if options.lora_rank or _num_parameters(config) >= LARGE else "whole")
-    trained, adapters = tuple(options.train or PARTS_OF_TASK[task][method]), {}
+    trained = tuple(options.train or PARTS_OF_TASK[task][method])
+    adapters: dict[str, Any] = {}
     if method == "lora":
         adapted = tuple(
             options.lora_parts or (part for part in trained if part in LORA_PARTS and part not in options.freeze)
@@ -77,8 +78,8 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
         raise ValueError(f"All of {', '.join(trained)} are frozen: there is nothing to train.")
     max_text_length = AutoProcessor.from_pretrained(options.model).max_text_length
     recipe, how = apply_flags(finetuning_recipe(choice, config, max_text_length), run_of(options, **adapters), flags)
-    trained = ", ".join(f"{part} at {rate:g}" for part, rate in recipe.phases[0].learning_rates.items())
-    logger.warning(f"{task}, {method}: {trained}; {recipe.phases[0].steps} steps of {recipe.phases[0].batch_size}.")
+    rates = ", ".join(f"{part} at {rate:g}" for part, rate in recipe.phases[0].learning_rates.items())
+    logger.warning(f"{task}, {method}: {rates}; {recipe.phases[0].steps} steps of {recipe.phases[0].batch_size}.")
     if task == "dialogue":
         run_stage3(recipe, options.data, how, options.model, images=options.images)
     elif task == "contrastive":
