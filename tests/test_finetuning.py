@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from internvl.training.__main__ import main
+from internvl.training.curves import AnswerCurve
 from internvl.training.models.parameter_groups import part_of
 from internvl.training.trainer import StageTrainer
 
@@ -152,6 +153,22 @@ def test_models_of_pairs_learn_from_rows_of_images_and_captions(folder, name, tm
     point = next(entry for entry in log_of(tmp_path)["finetuning"] if "eval_loss" in entry)
     assert 0 <= point["eval_recall_at_1_InternVL-C"] <= 1
     assert ("eval_recall_at_1_InternVL-G" in point) == (model == "stage 2 start")
+
+
+def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(folder, tmp_path, monkeypatch):
+    values = iter([0.5, 0.9, 0.1, 0.2])  # the best after step 2
+    monkeypatch.setattr(AnswerCurve, "__call__", lambda *_: {"exact_match": next(values)})
+    words = [*SHORT, "--steps", "4", "--save-steps", "1", "--eval-strategy", "steps", "--eval-steps", "1"]
+    words += ["--load-best-model-at-end", "--metric-for-best-model", "exact_match", "--save-total-limit", "1"]
+    finetune(folder, "patches", tmp_path, *words, "--eval-data", str(folder / "own.jsonl"))
+    checkpoints = tmp_path / "trainer/finetuning"
+    assert sorted(path.name for path in checkpoints.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    state = json.loads((checkpoints / "checkpoint-4/trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(checkpoints / "checkpoint-2")
+    best, last = (weights(checkpoints / f"checkpoint-{step}") for step in (2, 4))
+    for name, value in weights(tmp_path).items():
+        assert torch.equal(value, best[name]), name
+    assert any(not torch.equal(best[name], last[name]) for name in best)
 
 
 def test_a_stopped_run_goes_on_to_the_weights_of_an_unbroken_one(folder, tmp_path, monkeypatch):
