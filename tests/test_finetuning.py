@@ -159,10 +159,10 @@ def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(folder, tmp_path, mon
     values = iter([0.5, 0.9, 0.1, 0.2])  # the best after step 2
     monkeypatch.setattr(AnswerCurve, "__call__", lambda *_: {"exact_match": next(values)})
     words = [*SHORT, "--steps", "4", "--save-steps", "1", "--eval-strategy", "steps", "--eval-steps", "1"]
-    words += ["--load-best-model-at-end", "--metric-for-best-model", "exact_match", "--save-total-limit", "1"]
+    words += ["--load-best-model-at-end", "--metric-for-best-model", "exact_match", "--save-total-limit", "2"]
     finetune(folder, "patches", tmp_path, *words, "--eval-data", str(folder / "own.jsonl"))
     checkpoints = tmp_path / "trainer/finetuning"
-    assert sorted(path.name for path in checkpoints.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert sorted(path.name for path in checkpoints.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in (2, 3, 4)]
     state = json.loads((checkpoints / "checkpoint-4/trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(checkpoints / "checkpoint-2")
     best, last = (weights(checkpoints / f"checkpoint-{step}") for step in (2, 4))
