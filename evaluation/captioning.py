@@ -26,15 +26,18 @@ def generate_captions(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     images: Iterable[Image.Image],
-    language: str = "en",
+    language: str | None = "en",
     batch_size: int = 32,
     max_new_tokens: int = 160,
 ) -> list[str]:
-    """Generates captions of images, each seen as one tile, greedily, after a prompt of `CAPTION_PROMPTS`."""
+    """Generates captions of images, each seen as one tile, greedily, after the language's prompt of `CAPTION_PROMPTS`, or
+    with None the processor's own.
+    """
     texts: list[str] = []
     end, pad = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
-    for batch in batches(images, batch_size, f"captioning ({language})"):
-        prompt = processor(text=[CAPTION_PROMPTS[language]] * len(batch), mode="caption", return_tensors="pt")
+    text = processor.caption_prompt if language is None else CAPTION_PROMPTS[language]
+    for batch in batches(images, batch_size, f"captioning ({language or text})"):
+        prompt = processor(text=[text] * len(batch), mode="caption", return_tensors="pt")
         tokens = model.generate(
             pixel_values=pixel_values_of(model, processor, batch),
             **prompt.to(model.device),

@@ -12,7 +12,7 @@ from .models.parts import PARTS
 
 
 METHODS = ("whole", "lora", "head")
-TASKS = ("dialogue", "contrastive", "retrieval")
+TASKS = ("dialogue", "contrastive", "retrieval", "captions")
 SCALES = ("small", "full", "bundled")
 LATER_SCALES = ("v1.2", "v2.5")  # of stage 3
 RETRIEVAL_DATA = ("flickr30k", "flickr30k-cn", "coco")
@@ -89,7 +89,6 @@ def add_finetune(commands: Any) -> None:
     parser.add_argument(
         "--data", metavar="FILE", nargs="+", required=True, help="dialogues (chat models) or image-text pairs"
     )
-    parser.add_argument("--images", metavar="DIR", help="folder of the images (default: the folder of each file)")
     parser.add_argument(
         "--task", choices=TASKS, help="default: dialogue, contrastive (InternVL-C) or retrieval (InternVL-G)"
     )
@@ -154,7 +153,6 @@ def add_stages(commands: Any) -> None:
         "--also-train", choices=("qllama", "vision"), help="with a frozen decoder: what learns beside the projector"
     )
     parser.add_argument("--template", choices=list_conversation_templates(), help="conversation template")
-    parser.add_argument("--images", metavar="DIR", help="folder of the images (default: the folder of each file)")
 
 
 def _add_stage(commands: Any, name: str, what: str, data: str) -> argparse.ArgumentParser:
@@ -180,6 +178,7 @@ def _add_training(commands: Any, name: str, what: str) -> argparse.ArgumentParse
     parser = commands.add_parser(name, help=what, epilog=epilog, allow_abbrev=False)
     parser.set_defaults(takes_trainer_flags=True)
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of the finished model")
+    parser.add_argument("--images", metavar="DIR", help="folder of the images (default: the folder of each file)")
     parser.add_argument("--eval-data", metavar="FILE", nargs="+", default=[], help="held-out data to be measured on")
     parser.add_argument("--resume", action="store_true", help="go on from what a stopped run left in the folder")
     parser.add_argument("--steps", metavar="N", type=positive_int, help="steps of each phase, instead of the recipe's")

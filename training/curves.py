@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ..evaluation.captioning import generate_captions
 from ..evaluation.generated import CLASSES, class_prompts, held_out_scenes, labelled_images
-from ..evaluation.metrics import is_correct
+from ..evaluation.metrics import cider, is_correct
 from ..evaluation.retrieval import retrieve
 from ..evaluation.zero_shot import classify
 from ..layers_internvl import IGNORE_INDEX
@@ -69,6 +70,30 @@ class RetrievalCurve:
             f"recall_at_1_{mode}": sum(part["R@1"] for part in captions["all"].values()) / len(captions["all"])
             for mode, captions in found.items()
         }
+
+
+class CaptionCurve:
+    """CIDEr of captions that are generated greedily, see `metrics.cider`.
+
+    Args:
+        processor: The model's processor.
+        images: The images.
+        captions: One caption of each image.
+    """
+
+    def __init__(self, processor: InternVLProcessor, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
+        self.processor = processor
+        self.images = images
+        self.captions = captions
+        self.samples: list[dict[str, str]] = []
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        """Return `cider`, the mean; `samples` then holds expected and generated captions."""
+        found = generate_captions(model, self.processor, self.images, language=None)
+        names = ("expected", "generated")
+        self.samples = [dict(zip(names, pair, strict=True)) for pair in zip(self.captions, found, strict=True)]
+        scores = cider(found, [[caption] for caption in self.captions])
+        return {"cider": sum(scores) / len(scores)}
 
 
 class AnswerCurve:

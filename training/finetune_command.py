@@ -15,7 +15,7 @@ from .data.shards import find_shards, read_shards
 from .models.parameter_groups import LORA_PARTS
 from .recipes.finetuning import PARTS_OF_TASK, FineTuning, finetuning_recipe
 from .stage_command import run_of
-from .stages import run_retrieval, run_stage1, run_stage3
+from .stages import run_captions, run_retrieval, run_stage1, run_stage3
 from .trainer import is_first_process
 
 
@@ -26,6 +26,7 @@ KINDS_OF_TASK = {
     "dialogue": ("chat",),
     "contrastive": ("InternVL-C", "InternVL-G"),
     "retrieval": ("InternVL-G",),
+    "captions": ("InternVL-G",),
 }
 LARGE = 1_000_000_000  # parameters from which on LoRA is the default
 BATCH_SIZE = 16
@@ -50,8 +51,6 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     config = check_kind(options.model, *TASK_OF_KIND, door="`finetune`")
     task = options.task or TASK_OF_KIND[str(kind_of(config))]
     check_kind(options.model, *KINDS_OF_TASK[task], door=f"`--task {task}`")
-    if task != "dialogue" and options.images:
-        raise ValueError("`--images` is for dialogues.")
     method = options.method or ("lora" if options.lora_rank or _num_parameters(config) >= LARGE else "whole")
     trained = tuple(options.train or PARTS_OF_TASK[task][method])
     adapters: dict[str, Any] = {}
@@ -81,11 +80,11 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     rates = ", ".join(f"{part} at {rate:g}" for part, rate in recipe.phases[0].learning_rates.items())
     logger.warning(f"{task}, {method}: {rates}; {recipe.phases[0].steps} steps of {recipe.phases[0].batch_size}.")
     if task == "dialogue":
-        run_stage3(recipe, options.data, how, options.model, images=options.images)
+        run_stage3(recipe, options.data, how, options.model)
     elif task == "contrastive":
         run_stage1(recipe, options.data, how, source=options.model)
     else:
-        run_retrieval(recipe, options.data, how, options.model)
+        (run_retrieval if task == "retrieval" else run_captions)(recipe, options.data, how, options.model)
     if is_first_process():
         print_fn(f"The model is in {options.output}.")
     return 0

@@ -46,6 +46,7 @@ def run_of(options: argparse.Namespace, **settings: Any) -> Run:
         output=options.output,
         resume=options.resume,
         num_workers=options.workers,
+        images=options.images,
         eval_data=tuple(options.eval_data),
         **settings,
     )
@@ -77,7 +78,7 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     elif options.stage == "captions":
         run_captions(recipe, options.data, how, options.model)
     else:
-        run_stage3(recipe, options.data, how, options.model, options.decoder, options.images)
+        run_stage3(recipe, options.data, how, options.model, options.decoder)
     if is_first_process():
         print_fn(f"The model is in {options.output}.")
     return 0

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from ..processing_internvl import InternVLProcessor
-from .curves import AnswerCurve, RetrievalCurve, ZeroShotCurve
+from .curves import AnswerCurve, CaptionCurve, RetrievalCurve, ZeroShotCurve
 from .data.augmentation import Augmentation
 from .data.collators import CaptionCollator, GenerativeCollator, RetrievalCollator
 from .data.dialogues import DialogueCollator, DialogueDataset, DialogueEncoder
@@ -96,6 +96,7 @@ def _pair_data(
             world_size=arguments.world_size,
             seed=recipe.seed + number,  # the next phase goes through the data in another order
             funnel=None if run.funnel_stage is None else Funnel(run.funnel_stage),
+            images=run.images,
         )
         side = phase.image_size
         settings: dict[str, Any] = {"size": {"height": side, "width": side}, "resize_mode": "squash"}
@@ -136,14 +137,16 @@ class HeldOutPairs(Dataset):
         return self.pairs[index]
 
 
-def _pair_evaluation(run: Run, processor: InternVLProcessor) -> Evaluation | None:
-    """What is measured on held-out pairs: the loss, and recall."""
+def _pair_evaluation(
+    run: Run, processor: InternVLProcessor, kind: type[RetrievalCurve | CaptionCurve] = RetrievalCurve
+) -> Evaluation | None:
+    """What is measured on held-out pairs: the loss, and recall or CIDEr."""
     if not run.eval_data:
         return None
-    stream = pair_stream(list(run.eval_data), processor, shuffle_buffer=1, epochs=1)
+    stream = pair_stream(list(run.eval_data), processor, shuffle_buffer=1, epochs=1, images=run.images)
     held_out = HeldOutPairs(islice(stream, run.eval_samples))
     images, captions = [pair["image"] for pair in held_out.pairs], [pair["text"] for pair in held_out.pairs]
-    return Evaluation(held_out, RetrievalCurve(processor, images, captions))
+    return Evaluation(held_out, kind(processor, images, captions))
 
 
 def run_stage1(
@@ -273,7 +276,7 @@ def run_captions(recipe: CaptionRecipe, shards: list[str], run: Run, source: Fol
         processor.caption_prompt = recipe.prompt
     collate = partial(CaptionCollator, processor, recipe.max_text_length, recipe.padding)
     data = _pair_data(recipe, shards, run, processor, collate)
-    evaluation = _pair_evaluation(run, processor)
+    evaluation = _pair_evaluation(run, processor, CaptionCurve)
     return train(Stage(build_caption_model(recipe, source), processor, recipe, run, data, evaluation=evaluation))
 
 
@@ -294,7 +297,7 @@ def run_stage3(
         source: Folder of stage 2, or of a chat model to go on from.
         decoder: Folder of a causal language model with its tokenizer; None builds the recipe's own, or keeps that of
             the chat model.
-        images: Folder of the images; None takes the folder of each file.
+        images: As `images` of the run.
 
     Returns:
         The trained model.
@@ -312,6 +315,7 @@ def run_stage3(
     else:
         model, processor = build_chat_model(recipe, source, decoder)
     encoder = DialogueEncoder(processor, recipe.max_length)
+    images = run.images if images is None else images
     given = (DialogueDataset(files, encoder, images), DialogueCollator(encoder, recipe.pack)) if files else None
 
     def data(number: int, phase: Phase, arguments: TrainingArguments) -> Data:

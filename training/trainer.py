@@ -77,6 +77,7 @@ class Run:
         lora_rank: Rank of the LoRA adapters; 0 for none.
         lora_parts: Parts that get adapters and keep their own weights.
         funnel_stage: Leave out pairs by the filters of the data funnel up to this stage; None takes all.
+        images: Folder of the images that rows name by a path; None takes the folder of each file.
         eval_data: Files of held-out data, on which the stage is measured as it trains.
         eval_samples: Most held-out samples that are searched, or whose questions are answered.
         arguments: Arguments of `TrainingArguments` that replace those of the recipe, see `arguments.apply_flags`.
@@ -88,6 +89,7 @@ class Run:
     lora_rank: int = 0
     lora_parts: tuple[str, ...] = ()
     funnel_stage: int | None = None
+    images: str | None = None
     eval_data: tuple[str, ...] = ()
     eval_samples: int = 200
     arguments: Mapping[str, Any] = field(default_factory=dict)

@@ -6,11 +6,11 @@ A recipe keeps what the model has, its image size, template, connector and tiles
 from dataclasses import dataclass
 from typing import Any
 
-from .base import ContrastiveRecipe, DialogueRecipe, Phase, RetrievalRecipe
+from .base import CaptionRecipe, ContrastiveRecipe, DialogueRecipe, Phase, RetrievalRecipe
 
 
 METHODS = ("whole", "lora", "head")
-TASKS = ("dialogue", "contrastive", "retrieval")
+TASKS = ("dialogue", "contrastive", "retrieval", "captions")
 # What each method trains, by the task. Adapters sit on the parts below and leave everything else as it is.
 PARTS_OF_TASK: dict[str, dict[str, tuple[str, ...]]] = {
     "dialogue": {"whole": ("projector", "language"), "lora": ("language",), "head": ("projector",)},
@@ -24,13 +24,19 @@ PARTS_OF_TASK: dict[str, dict[str, tuple[str, ...]]] = {
         "lora": ("vision", "qllama"),
         "head": ("pooling", "text_projection", "temperature", "query_heads"),
     },
+    "captions": {
+        "whole": ("vision", "queries", "qllama", "language_head"),
+        "lora": ("vision", "qllama"),
+        "head": ("queries", "language_head"),
+    },
 }
-# Peak learning rates. Of dialogues, LLaVA's and LoRA's; the others lie between the paper's stage 1 (1e-3 from nothing)
-# and its retrieval fine-tuning (1e-6 for ten epochs).
+# Peak learning rates: LLaVA's of dialogues, BLIP-2's of captions; the others lie between the paper's stage 1 (1e-3 from
+# nothing) and its retrieval fine-tuning (1e-6 for ten epochs).
 LEARNING_RATES = {
     "dialogue": {"whole": 2e-5, "lora": 2e-4, "head": 1e-3},
     "contrastive": {"whole": 1e-5, "lora": 1e-4, "head": 1e-4},
     "retrieval": {"whole": 1e-6, "lora": 1e-4, "head": 1e-4},
+    "captions": {"whole": 1e-5, "lora": 1e-4, "head": 1e-4},
 }
 WARMUP_SHARE = 0.03
 
@@ -73,7 +79,7 @@ def finetuning_recipe(choice: FineTuning, config: Any, max_text_length: int) -> 
         max_text_length: Tokens of a text beside images, as in the model's processor.
 
     Returns:
-        A `DialogueRecipe`, `ContrastiveRecipe` or `RetrievalRecipe`, by the task.
+        A `DialogueRecipe`, `ContrastiveRecipe`, `RetrievalRecipe` or `CaptionRecipe`, by the task.
     """
     phase = Phase(
         "finetuning",
@@ -96,5 +102,5 @@ def finetuning_recipe(choice: FineTuning, config: Any, max_text_length: int) -> 
             pack=choice.pack,
             grad_cache_chunk_size=4 if choice.pack else 1,  # rows alone need no padding
         )
-    kind = ContrastiveRecipe if choice.task == "contrastive" else RetrievalRecipe
-    return kind(**shared, weight_decay=0.05, max_text_length=max_text_length, grad_cache_chunk_size=32)
+    kinds = {"contrastive": ContrastiveRecipe, "retrieval": RetrievalRecipe, "captions": CaptionRecipe}
+    return kinds[choice.task](**shared, weight_decay=0.05, max_text_length=max_text_length, grad_cache_chunk_size=32)
