@@ -30,8 +30,8 @@ PARTS_OF_TASK: dict[str, dict[str, tuple[str, ...]]] = {
         "head": ("queries", "language_head"),
     },
 }
-# Peak learning rates: LLaVA's of dialogues, BLIP-2's of captions; the others lie between the paper's stage 1 (1e-3 from
-# nothing) and its retrieval fine-tuning (1e-6 for ten epochs).
+# Peak learning rates: LLaVA's of dialogues, BLIP-2's of captions; the others lie between the paper's stage 1 (1e-3
+# from nothing) and its retrieval fine-tuning (1e-6 for ten epochs).
 LEARNING_RATES = {
     "dialogue": {"whole": 2e-5, "lora": 2e-4, "head": 1e-3},
     "contrastive": {"whole": 1e-5, "lora": 1e-4, "head": 1e-4},
