@@ -164,7 +164,6 @@ def _run(
             loss = model(**inputs).loss
         alive = counter.live_bytes
         if with_backward:
-            counter.is_backward = True
             loss.backward()
     return counter, alive, sum(gathered)
 

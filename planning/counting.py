@@ -11,34 +11,27 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx.experimental import _config as shape_settings
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..training.models.counting import FlopCounter
 
 
 aten = torch.ops.aten
 
 
-class OperationCounter(TorchDispatchMode):
-    """Counts the FLOPs of all operations, by torch's formulas, and the most that tensors made inside take at one time.
+class OperationCounter(FlopCounter):
+    """Counts FLOPs, and the most that tensors made inside take at one time.
 
-    On the meta device every number that the host reads is 1, so checks of the data pass. torch's `FlopCounterMode` has
-    the same formulas, but follows modules by hooks, which nested checkpoints trip over.
+    On the meta device every number that the host reads is 1, so checks of the data pass.
 
     Attributes:
-        flops: Of all operations so far.
-        repeated_flops: Of those, what checkpoints compute again in the backward pass.
-        is_backward: To be set when the backward pass begins.
         live_bytes: Of the tensors made inside that are alive now.
         peak_bytes: The most that they ever were.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = 0
-        self.repeated_flops = 0
-        self.is_backward = False
         self.peak_bytes = 0
         self.live_bytes = 0
         self._live: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
@@ -49,12 +42,7 @@ class OperationCounter(TorchDispatchMode):
             return 1
         if function is aten._to_copy.default and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
             return torch.ones_like(args[0], device="cpu")
-        output = function(*args, **kwargs)
-        if formula := flop_registry.get(function._overloadpacket):
-            flops = formula(*args, **kwargs, out_val=output)
-            self.flops += flops
-            # A backward pass has no gradients itself; what a checkpoint computes again has.
-            self.repeated_flops += flops if self.is_backward and torch.is_grad_enabled() else 0
+        output = super().__torch_dispatch__(function, types, args, kwargs)
         given = {id(storage) for storage in _storages((args, kwargs))}
         for storage in _storages(output):
             if id(storage) not in given and storage not in self._live:

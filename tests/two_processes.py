@@ -14,6 +14,7 @@ import torch
 from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +82,42 @@ def contrastive(rank: int, folder: Path, wrap: Callable = replicated) -> dict:
 def sharded(rank: int, folder: Path) -> dict:
     """Both of them under FSDP2, which has averaged the gradients."""
     return {"goldens": goldens(rank, folder, sharded_blocks), "contrastive": contrastive(rank, folder, sharded_blocks)}
+
+
+def gathered(rank: int, folder: Path) -> dict:
+    """Stage 1 in three chunks under FSDP2, as it is and with weights gathered once: gathers, and the gradients."""
+    from internvl.training.models.pretraining import InternVLForContrastiveTraining
+    from internvl.training.models.sharding import keep_gathered, reshard, fsdp_units
+
+    from . import tiny
+    from .training_models import tiny_model
+
+    class Gathers(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += "all_gather_copy_in" in str(function)
+            return function(*args, **(kwargs or {}))
+
+    found = {}
+    for once in (False, True):
+        model = sharded_blocks(tiny_model(InternVLForContrastiveTraining, grad_cache_chunk_size=1))
+        half = slice(rank * 3, rank * 3 + 3)
+        for _ in range(2):  # the second step with the weights that the first has changed
+            if once:
+                keep_gathered(model)
+            with Gathers() as gathers:
+                loss = model(pixel_values=tiny.pixels(6)[half], input_ids=tiny.text_ids(6)[half]).loss
+                loss.backward()
+            if once:
+                reshard(model)
+            found[once] = {"loss": loss.detach(), "gathers": gathers.count, "units": len(fsdp_units(model))}
+            found[once] |= gradients(model)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.sub_(0.1 * parameter.grad if parameter.grad is not None else 0)
+                    parameter.grad = None
+    return found
 
 
 def text_only_rank(rank: int, folder: Path) -> dict:

@@ -68,7 +68,7 @@ class WholeCheckpointTrainer(Trainer):
         folder = self.args.output_dir
         checkpoint = newest_whole(folder, processes or self.args.world_size) if resume else None
         self._is_finished = checkpoint is not None and (step_of(checkpoint) or 0) >= self.args.max_steps
-        if checkpoint is not None and not self._is_finished:
+        if checkpoint is not None:
             self._find_place(checkpoint)
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if self.state.global_step < self.args.max_steps:
@@ -81,6 +81,8 @@ class WholeCheckpointTrainer(Trainer):
     # ------------------------------------------------------------------------------------------- the place in the data
     def _find_place(self, checkpoint: Path) -> None:
         """Reads where this process goes on, and refuses a number of processes that cannot go on exactly."""
+        if self._is_finished:
+            return
         world_size, files = self.args.world_size, sorted(checkpoint.glob("stream_*.json"))
         earlier = processes_of(checkpoint) or world_size
         if earlier != world_size:

@@ -4,6 +4,7 @@ Each command names the module whose `run(options, print_fn)` does the work and r
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ def positive_int(text: str) -> int:
 def count(text: str) -> int:
     """A number of things of which there may be none."""
     return _whole_number(text, 0)
+
+
+def default_workers() -> int:
+    """The CPUs of this process but one, at most eight: batches are prepared while the model trains."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
 
 
 def training_parser() -> argparse.ArgumentParser:
@@ -185,7 +192,13 @@ def _add_training(commands: Any, name: str, what: str) -> argparse.ArgumentParse
     parser.add_argument(
         "--batch-size", metavar="N", type=positive_int, help="samples of a step, instead of the recipe's"
     )
-    parser.add_argument("--workers", metavar="N", type=count, default=0, help="processes that prepare batches")
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=count,
+        default=default_workers(),
+        help="processes that prepare batches while the model trains (default here: %(default)s)",
+    )
     parser.add_argument("--seed", type=count, default=0)
     parser.add_argument("--lora-rank", metavar="N", type=count, default=0, help="train LoRA adapters of this rank")
     parser.add_argument(

@@ -28,13 +28,14 @@ from transformers.utils import logging
 from ..extras import extra
 from ..processing_internvl import InternVLProcessor
 from .callbacks import EvaluateEvery, KeepFrozenPartsWithoutGradient, SeedRanksDifferently, log_samples
-from .checkpoints import LOG_FILE, WholeCheckpointTrainer, check_same_recipe, record_recipe
+from .checkpoints import LOG_FILE, check_same_recipe, record_recipe
 from .data import generated
 from .data.stream_batches import Stream
+from .long_runs import LongRunTrainer
 from .models.build import set_dtypes, set_up_phase
 from .models.dense_supervision import TokenReader
 from .models.parameter_groups import lora_targets, parameter_groups, train_parts
-from .models.unsharding import unshard
+from .models.sharding import unshard
 from .models.whole_folders import checkpoints_in, recovered, written_whole
 from .optimizers import MuonWithAdamW
 from .recipes import Phase, Recipe, RecipeType
@@ -144,7 +145,7 @@ class Stage:
     evaluation: Evaluation | None = None
 
 
-class StageTrainer(WholeCheckpointTrainer):
+class StageTrainer(LongRunTrainer):
     """`Trainer` with the optimizer and the learning curve of a recipe, which reads streams as they are.
 
     The means of what a model returns as `loss_...` are logged beside the loss.
@@ -156,7 +157,7 @@ class StageTrainer(WholeCheckpointTrainer):
     """
 
     def __init__(self, stage: Stage, phase: Phase, **settings: Any) -> None:
-        super().__init__(**settings)
+        super().__init__(stage.recipe, **settings)
         self.recipe = stage.recipe
         self.phase = phase
         self.curve = stage.curve
@@ -439,6 +440,8 @@ def _write(stage: Stage, log: dict[str, Any], adapters: Any, trainer: StageTrain
     """Writes the finished folder; `trainer` is that of the last phase, None where all phases were skipped."""
     model, run = stage.model, stage.run
     is_writer = is_first_process() if trainer is None else trainer.is_world_process_zero()
+    if trainer is not None and trainer.average is not None:
+        trainer.average.swap()
     with written_whole(run.output, is_writer) as folder:
         if adapters is not None and trainer is not None:
             # Where weights are in pieces, all processes put them together, and each merges its pieces.

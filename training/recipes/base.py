@@ -96,6 +96,10 @@ class Recipe:
         max_grad_norm: Gradients are clipped to this norm; 0 disables clipping.
         grad_cache_chunk_size: Samples of a process in memory at a time: gradient caching in the contrastive stages,
             accumulation in stage 3. None means all.
+        gather_once: Under FSDP, keep the weights gathered from the first chunk of gradient caching to the end of the
+            backward pass: less traffic for more memory, that of the whole model in bfloat16.
+        ema_decay: Decay of the exponential moving average of the trained weights, which is measured and exported in
+            their stead; each phase begins its own. None keeps no average.
         gradient_checkpointing: Recompute activations in the backward pass.
         use_bf16: Compute in bfloat16 (autocast); trained weights stay in float32.
         attn_implementation: Attention of all parts during training; None keeps the default.
@@ -122,6 +126,8 @@ class Recipe:
     flip_rate: float = 0.0
     max_grad_norm: float = 1.0
     grad_cache_chunk_size: int | None = None
+    gather_once: bool = True
+    ema_decay: float | None = None
     gradient_checkpointing: bool = True
     use_bf16: bool = True
     attn_implementation: str | None = None
@@ -137,6 +143,8 @@ class Recipe:
             raise ValueError(f"`crop_scale` must be two rising shares in (0, 1], got {self.crop_scale}.")
         if not 0 <= self.flip_rate <= 1:
             raise ValueError(f"`flip_rate` must be in [0, 1], got {self.flip_rate}.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be between 0 and 1, got {self.ema_decay}.")
 
     def schedule_of(self, phase: Phase) -> tuple[int, int, int]:
         """The schedule of a phase: the step at which the phase begins in it, its length, and its steps of warm-up."""

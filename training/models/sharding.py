@@ -1,7 +1,7 @@
-"""Takes FSDP2 off a model, so that the next phase of a stage shards it anew, with the parts that it trains.
+"""A model under FSDP2: when its weights are gathered, and how it is whole again.
 
 accelerate shards a model once: it does not know the classes of one that is sharded already. torch has no way back, so
-this undoes what `fully_shard` does to a module; `tests/test_engines.py` trains two phases.
+`unshard` undoes what `fully_shard` does to a module; `tests/test_engines.py` trains two phases.
 """
 
 from typing import Any
@@ -14,6 +14,27 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
+def fsdp_units(model: nn.Module) -> list[Any]:
+    """The modules whose weights FSDP2 gathers at a time; none of a model that it does not shard."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def keep_gathered(model: nn.Module) -> None:
+    """Gather weights once: they stay from the first forward pass until `reshard`.
+
+    Gradient caching runs every layer many times in a step. Without this each run gathers the weights again.
+    """
+    for unit in fsdp_units(model):
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.set_reshard_after_backward(False, recurse=False)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free gathered weights, which must be done before the optimizer or anything else changes the sharded ones."""
+    for unit in fsdp_units(model):
+        unit.reshard()
+
+
 @torch.no_grad()
 def unshard(model: nn.Module, is_keeper: bool = True) -> None:
     """Make a model whole again, in place; nothing happens to one that is not sharded.
@@ -23,9 +44,8 @@ def unshard(model: nn.Module, is_keeper: bool = True) -> None:
         is_keeper: Whether this process gets the weights, in the memory of the host; the others get memory that is
             never written to, which accelerate fills with what the first process has.
     """
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for unit in sharded:
-        unit.reshard()
+    units = fsdp_units(model)
+    reshard(model)
     whole: dict[nn.Parameter, nn.Parameter] = {}  # tied weights stay tied
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -35,7 +55,7 @@ def unshard(model: nn.Module, is_keeper: bool = True) -> None:
                     weights = weights.cpu() if is_keeper else torch.empty_like(weights, device="cpu")
                     whole[parameter] = nn.Parameter(weights, parameter.requires_grad)
                 module._parameters[name] = whole[parameter]
-    for unit in sharded:
+    for unit in units:
         _forget(unit)
         unit.__dict__.pop("generate", None)  # `Trainer` has wrapped it
 
