@@ -87,7 +87,7 @@ def sharded(rank: int, folder: Path) -> dict:
 def gathered(rank: int, folder: Path) -> dict:
     """Stage 1 in three chunks under FSDP2, as it is and with weights gathered once: gathers, and the gradients."""
     from internvl.training.models.pretraining import InternVLForContrastiveTraining
-    from internvl.training.models.sharding import keep_gathered, reshard, fsdp_units
+    from internvl.training.models.sharding import fsdp_units, keep_gathered, reshard
 
     from . import tiny
     from .training_models import tiny_model
