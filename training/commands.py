@@ -14,6 +14,8 @@ from .models.parts import PARTS
 
 METHODS = ("whole", "lora", "head")
 TASKS = ("dialogue", "contrastive", "retrieval", "captions")
+DIALOGUE_FILES = "JSON, JSON lines, parquet, names on the Hub, or a mixture file"
+PAIR_FILES = "tar, parquet, JSON, JSON lines, CSV, or a mixture file"
 SCALES = ("small", "full", "bundled")
 LATER_SCALES = ("v1.2", "v2.5")  # of stage 3
 RETRIEVAL_DATA = ("flickr30k", "flickr30k-cn", "coco")
@@ -59,7 +61,8 @@ def training_parser() -> argparse.ArgumentParser:
 def add_validate(commands: Any) -> None:
     """Adds `validate` to the sub-commands of a command line."""
     parser = commands.add_parser("validate", help="file, line and reason of each row that cannot be trained on")
-    parser.add_argument("data", metavar="DATA", nargs="+", help="dialogue files: a JSON array or JSON lines")
+    parser.add_argument("data", metavar="DATA", nargs="+", help="data as a training command takes it")
+    parser.add_argument("--pairs", action="store_true", help="image-text pairs (default: dialogues)")
     parser.add_argument("--images", metavar="DIR", help="folder of the images (default: the folder of each file)")
     parser.add_argument("--model", metavar="DIR", help="encode the rows with this model's processor too")
     parser.add_argument(
@@ -113,6 +116,9 @@ def add_finetune(commands: Any) -> None:
     )
     parser.add_argument("--image-size", metavar="N", type=positive_int, help="side of the images or tiles in pixels")
     parser.add_argument("--max-tiles", metavar="N", type=positive_int, help="most tiles of an image")
+    parser.add_argument(
+        "--video-frames", metavar="N", nargs="+", type=positive_int, help="frames of a video: one number, or two"
+    )
     parser.add_argument("--max-length", metavar="N", type=positive_int, default=4096, help="most tokens of a dialogue")
     parser.add_argument("--pack", action="store_true", help="pack the dialogues of a batch into one row")
     parser.set_defaults(module=".finetune_command", stage="finetune")
@@ -160,11 +166,14 @@ def add_stages(commands: Any) -> None:
         "--also-train", choices=("qllama", "vision"), help="with a frozen decoder: what learns beside the projector"
     )
     parser.add_argument("--template", choices=list_conversation_templates(), help="conversation template")
+    parser.add_argument(
+        "--video-frames", metavar="N", nargs="+", type=positive_int, help="frames of a video: one number, or two"
+    )
 
 
 def _add_stage(commands: Any, name: str, what: str, data: str) -> argparse.ArgumentParser:
     parser = _add_training(commands, name, what)
-    files = "tar or parquet shards" if data == "pairs" else "JSON arrays or JSON lines"
+    files = PAIR_FILES if data == "pairs" else DIALOGUE_FILES
     parser.add_argument(
         "--data", metavar="FILE", nargs="+", help=f"{data}: {files} (bundled: none, scenes are generated)"
     )
@@ -186,6 +195,7 @@ def _add_training(commands: Any, name: str, what: str) -> argparse.ArgumentParse
     parser.set_defaults(takes_trainer_flags=True)
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--images", metavar="DIR", help="folder of the images (default: the folder of each file)")
+    parser.add_argument("--streaming", action="store_true", help="read dialogues front to back, without an index")
     parser.add_argument("--eval-data", metavar="FILE", nargs="+", default=[], help="held-out data to be measured on")
     parser.add_argument("--resume", action="store_true", help="go on from what a stopped run left in the folder")
     parser.add_argument("--steps", metavar="N", type=positive_int, help="steps of each phase, instead of the recipe's")

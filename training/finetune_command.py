@@ -10,11 +10,10 @@ from transformers.utils import logging
 
 from ..kinds import check_kind, kind_of
 from .arguments import apply_flags, parse_flags
-from .data.row_tables import open_all_rows
-from .data.shards import find_shards, read_shards
+from .data.sources import num_rows
 from .models.parameter_groups import LORA_PARTS
 from .recipes.finetuning import PARTS_OF_TASK, FineTuning, finetuning_recipe
-from .stage_command import run_of
+from .stage_command import run_of, with_video_frames
 from .stages import run_captions, run_retrieval, run_stage1, run_stage3
 from .trainer import is_first_process
 
@@ -64,7 +63,8 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     choice = FineTuning(
         task=task,
         method=method,
-        steps=options.steps or options.epochs * -(-_num_rows(options.data, task) // batch_size),
+        steps=options.steps
+        or options.epochs * -(-num_rows(options.data, task != "dialogue" or options.streaming) // batch_size),
         batch_size=batch_size,
         parts=tuple(part for part in trained if part not in options.freeze),
         image_size=options.image_size,
@@ -76,7 +76,8 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     if not choice.parts:
         raise ValueError(f"All of {', '.join(trained)} are frozen: there is nothing to train.")
     max_text_length = AutoProcessor.from_pretrained(options.model).max_text_length
-    recipe, how = apply_flags(finetuning_recipe(choice, config, max_text_length), run_of(options, **adapters), flags)
+    recipe = with_video_frames(finetuning_recipe(choice, config, max_text_length), options)
+    recipe, how = apply_flags(recipe, run_of(options, **adapters), flags)
     rates = ", ".join(f"{part} at {rate:g}" for part, rate in recipe.phases[0].learning_rates.items())
     logger.warning(f"{task}, {method}: {rates}; {recipe.phases[0].steps} steps of {recipe.phases[0].batch_size}.")
     if task == "dialogue":
@@ -93,9 +94,3 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
 def _num_parameters(config: Any) -> int:
     with torch.device("meta"):
         return AutoModel.from_config(config).num_parameters()
-
-
-def _num_rows(files: list[str], task: str) -> int:
-    if task == "dialogue":
-        return sum(len(rows) for rows in open_all_rows(files))
-    return sum(1 for _ in read_shards(find_shards(files)))

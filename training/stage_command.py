@@ -31,7 +31,17 @@ def _recipe_of(options: argparse.Namespace) -> Any:
     if options.batch_size is not None:
         phases = tuple(replace(phase, batch_size=options.batch_size) for phase in recipe.phases)
         recipe = replace(recipe, phases=phases)
-    return with_lora(recipe, options.lora_parts)
+    return with_lora(with_video_frames(recipe, options), options.lora_parts)
+
+
+def with_video_frames(recipe: Any, options: argparse.Namespace) -> Any:
+    """Return the recipe with the numbers of frames that the command line names, if any."""
+    frames = getattr(options, "video_frames", None)
+    if frames is None:
+        return recipe
+    if len(frames) > 2:
+        raise ValueError("`--video-frames` takes one number, or the fewest and the most.")
+    return replace(recipe, video_frames=(frames[0], frames[-1]))
 
 
 def run_of(options: argparse.Namespace, **settings: Any) -> Run:
@@ -46,8 +56,9 @@ def run_of(options: argparse.Namespace, **settings: Any) -> Run:
         output=options.output,
         resume=options.resume,
         num_workers=options.workers,
-        images=options.images,
         eval_data=tuple(options.eval_data),
+        images=options.images,
+        is_streamed=options.streaming,
         **settings,
     )
 

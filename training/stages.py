@@ -17,11 +17,12 @@ from ..processing_internvl import InternVLProcessor
 from .curves import AnswerCurve, CaptionCurve, RetrievalCurve, ZeroShotCurve
 from .data.augmentation import Augmentation
 from .data.collators import CaptionCollator, GenerativeCollator, RetrievalCollator
-from .data.dialogues import DialogueCollator, DialogueDataset, DialogueEncoder
+from .data.dialogues import DialogueCollator, DialogueEncoder
 from .data.filters import Funnel
 from .data.generated import Encode, dialogue_batches, encode_captions, encode_pairs, only_item, scene_batches
 from .data.negatives import CaptionPool
 from .data.pairs import PairCollator, PairStream
+from .data.sources import StreamMixture, dialogue_data, pair_data
 from .models.build import (
     Folder,
     build_caption_model,
@@ -103,16 +104,20 @@ def _pair_data(
         if recipe.crop_scale is not None or recipe.flip_rate:
             settings["augment"] = Augmentation(recipe.crop_scale, recipe.flip_rate, stream.seed)
         if isinstance(recipe, RetrievalRecipe) and recipe.negatives == "random":
+            if not isinstance(stream, PairStream):
+                raise ValueError(
+                    'Random negatives are drawn from files, not from a mixture: take `negatives` "similar".'
+                )
             settings["pool"] = CaptionPool.read(stream)
         return stream, collate(**settings)
 
     return data
 
 
-def pair_stream(shards: list[str], processor: InternVLProcessor, **settings: Any) -> PairStream:
+def pair_stream(shards: list[str], processor: InternVLProcessor, **settings: Any) -> PairStream | StreamMixture:
     """Return a stream of pairs whose images are read as those of a processor."""
     image_processor = processor.image_processor
-    return PairStream(
+    return pair_data(
         shards,
         max_image_pixels=image_processor.max_image_pixels,
         background_color=image_processor.background_color,
@@ -143,7 +148,7 @@ def _pair_evaluation(
     """What is measured on held-out pairs: the loss, and recall or CIDEr."""
     if not run.eval_data:
         return None
-    stream = pair_stream(list(run.eval_data), processor, shuffle_buffer=1, epochs=1, images=run.images)
+    stream = pair_stream(list(run.eval_data), processor, images=run.images, shuffle_buffer=1, epochs=1)
     held_out = HeldOutPairs(islice(stream, run.eval_samples))
     images, captions = [pair["image"] for pair in held_out.pairs], [pair["text"] for pair in held_out.pairs]
     return Evaluation(held_out, kind(processor, images, captions))
@@ -314,16 +319,20 @@ def run_stage3(
         model, processor = load_chat_model(recipe, source)
     else:
         model, processor = build_chat_model(recipe, source, decoder)
-    encoder = DialogueEncoder(processor, recipe.max_length)
     images = run.images if images is None else images
-    given = (DialogueDataset(files, encoder, images), DialogueCollator(encoder, recipe.pack)) if files else None
+    encoder = DialogueEncoder(processor, recipe.max_length, video_frames=recipe.video_frames)
+    indexed = None if run.is_streamed or not files else dialogue_data(files, encoder, images, seed=recipe.seed)
 
     def data(number: int, phase: Phase, arguments: TrainingArguments) -> Data:
-        return (dialogue_batches(recipe, phase, processor), only_item) if phase.batches or given is None else given
+        if phase.batches or not files:
+            return dialogue_batches(recipe, phase, processor), only_item
+        place = {"rank": arguments.process_index, "world_size": arguments.world_size}
+        rows = indexed or dialogue_data(files, encoder, images, True, recipe.seed + number, **place)
+        return rows, DialogueCollator(encoder, recipe.pack)
 
     evaluation = None
     if run.eval_data:
-        held_out = DialogueDataset(list(run.eval_data), encoder, images)
+        held_out = dialogue_data(run.eval_data, encoder, images)
         evaluation = Evaluation(held_out, AnswerCurve(processor, held_out, run.eval_samples))
     return train(Stage(model, processor, recipe, run, data, recipe.grad_cache_chunk_size, evaluation=evaluation))
 

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import AutoModel, PreTrainedModel, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
@@ -77,6 +78,7 @@ class Run:
         num_workers: Processes that prepare the batches.
         lora_rank: Rank of the LoRA adapters; 0 for none.
         lora_parts: Parts that get adapters and keep their own weights.
+        is_streamed: Read dialogues front to back, without an index of their rows.
         funnel_stage: Leave out pairs by the filters of the data funnel up to this stage; None takes all.
         images: Folder of the images that rows name by a path; None takes the folder of each file.
         eval_data: Files of held-out data, on which the stage is measured as it trains.
@@ -89,6 +91,7 @@ class Run:
     num_workers: int = 0
     lora_rank: int = 0
     lora_parts: tuple[str, ...] = ()
+    is_streamed: bool = False
     funnel_stage: int | None = None
     images: str | None = None
     eval_data: tuple[str, ...] = ()
@@ -102,6 +105,7 @@ class Run:
             "lora_rank": self.lora_rank,
             "lora_parts": self.lora_parts,
             "funnel_stage": self.funnel_stage,
+            "is_streamed": self.is_streamed,
             "arguments": deciding,
         }
 
@@ -231,6 +235,14 @@ class StageTrainer(LongRunTrainer):
             group["lr"] = rate
         scheduler._last_lr = rates
         return scheduler
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        """As in `Trainer`, which would encode every row to group rows by length, where these know about their own."""
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "lengths"):
+            return super()._get_train_sampler(train_dataset)
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(rows, lengths=dataset.lengths)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **settings: Any

@@ -1,4 +1,4 @@
-"""Random crops and mirroring of training images, with PIL alone.
+"""Random crops, mirroring and JPEG artefacts of training images, with PIL alone.
 
 What is drawn for an image depends on the seed, the epoch and the name of the sample, and on nothing else: not on the
 number of processes and workers, not on what a resumed run has skipped.
@@ -7,6 +7,7 @@ number of processes and workers, not on what a resumed run has skipped.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from random import Random
 from typing import Any
 
@@ -64,11 +65,14 @@ class Augmentation:
         crop_scale: Least and most area of a crop, as shares of the image's; None takes whole images.
         flip_rate: Share of the images that are mirrored.
         seed: Decides what is drawn, together with the sample and its epoch.
+        jpeg_quality: Lowest and highest quality of JPEG that images are stored in and read again; None leaves that
+            out.
     """
 
     crop_scale: tuple[float, float] | None = None
     flip_rate: float = 0.0
     seed: int = 0
+    jpeg_quality: tuple[int, int] | None = None
 
     def __call__(self, pair: Mapping[str, Any]) -> Image.Image:
         """Return the image of a pair, augmented unless it is held out; a crop is resized like any image."""
@@ -80,4 +84,9 @@ class Augmentation:
             image = image.crop(random_crop_box(*image.size, self.crop_scale, random))
         if self.flip_rate and random.random() < self.flip_rate:
             image = ImageOps.mirror(image)
+        if self.jpeg_quality is not None:
+            file = BytesIO()
+            image.convert("RGB").save(file, "JPEG", quality=random.randint(*self.jpeg_quality))
+            image = Image.open(file)
+            image.load()
         return image

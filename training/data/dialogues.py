@@ -7,25 +7,29 @@ Shapes: B rows, L tokens, T tiles of the whole batch.
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import DataCollatorWithFlattening
 
 from ...extras import MissingLibraryError
+from ...image_loading_internvl import read_image, read_image_size, to_pil
 from ...layers_internvl import IGNORE_INDEX
 from ...messages_internvl import Message
 from ...processing_internvl import InternVLProcessor
 from ...renaming_internvl import renamed_arguments
+from .augmentation import Augmentation
 from .bad_rows import BadRows, UnusableRowError
 from .dialogue_rows import read_dialogue
 from .json_rows import Row
-from .row_tables import open_all_rows
+from .row_tables import Rows, open_all_rows
 from .videos import frames_of_video
 
 
@@ -33,6 +37,7 @@ TOO_LONG = ("drop", "cut", "error")
 VIDEO_FRAMES = (8, 32)  # of the published fine-tuning code
 TOKENS_OF_FRAME = 8  # around those of its image: `Frame1: <img>...</img>` and a line break
 TOKENS_OF_TEMPLATE = 64
+CHARACTERS_OF_TOKEN = 4  # about
 
 
 # --------------------------------------------------------------------------------------------------------- the tensors
@@ -47,6 +52,7 @@ class DialogueEncoder:
         images: Folder of the images that are given as relative paths.
         video_frames: Fewest and most frames of a video. Each has its own number, as published, which lies between
             them; no more than `max_length` leaves room for.
+        augment: Changes images and frames, see `Augmentation`; None takes them as they are.
         **settings: Settings of the image processor, `max_num` for instance.
 
     Raises:
@@ -60,6 +66,7 @@ class DialogueEncoder:
         too_long: str = "drop",
         images: str | Path | None = None,
         video_frames: tuple[int, int] = VIDEO_FRAMES,
+        augment: Augmentation | None = None,
         **settings: Any,
     ) -> None:
         if too_long not in TOO_LONG:
@@ -69,16 +76,20 @@ class DialogueEncoder:
         self.processor = processor
         self.max_length = max_length
         self.video_frames = tuple(video_frames)
+        self.augment = augment
         self.too_long = too_long
         self.images = images
         self.settings = settings
 
-    def __call__(self, row: Row, images: str | Path | None = None) -> dict[str, torch.Tensor]:
+    def __call__(
+        self, row: Row, images: str | Path | None = None, sample: Mapping[str, Any] | None = None
+    ) -> dict[str, torch.Tensor]:
         """Encodes one row.
 
         Args:
             row: Of any form that `read_dialogue` knows.
             images: Folder of this row's images, instead of the encoder's own.
+            sample: `shard`, `key` and `epoch` of the row, which decide how its images are augmented.
 
         Returns:
             `input_ids` and `labels` (L,), -100 = not learned, and `pixel_values` (tiles, 3, H, W) if it has images.
@@ -89,6 +100,8 @@ class DialogueEncoder:
         """
         try:
             messages = self._with_frames(read_dialogue(row, self.images if images is None else images))
+            if self.augment is not None:
+                self._augment(messages, sample or {})
             features = self.processor.apply_chat_template(
                 messages,
                 tokenize=True,
@@ -111,6 +124,29 @@ class DialogueEncoder:
             self._shorten(encoded, self.max_length)
         return encoded
 
+    def length_of(self, messages: list[Message]) -> int:
+        """About how many tokens messages have, without reading images.
+
+        Raises:
+            ValueError: If an image whose size decides about its tiles has none.
+        """
+        parts = [part for message in messages for part in message["content"]]
+        tiles = sum(self._tiles_of(part) for part in parts)
+        characters = sum(len(part.get("text", "")) for part in parts)
+        return characters // CHARACTERS_OF_TOKEN + tiles * self.processor.image_seq_length
+
+    def _tiles_of(self, part: dict[str, Any]) -> int:
+        if part["type"] == "text":
+            return 0
+        if part["type"] == "video":
+            is_list = isinstance(part["video"], list)
+            return len(part["video"]) if is_list else sum(self.video_frames) // 2
+        processor = self.processor.image_processor
+        if self.settings.get("max_num", processor.max_num) == 1:
+            return 1
+        width, height = read_image_size(part["image"], "An image", processor.max_image_pixels)
+        return processor.get_number_of_image_patches(height, width, dict(self.settings))
+
     def _with_frames(self, messages: list[Message]) -> list[Message]:
         """Reads the frames of the videos."""
         parts = [part for message in messages for part in message["content"]]
@@ -124,6 +160,22 @@ class DialogueEncoder:
         for part in videos:
             part["video"] = frames_of_video(part["video"], (fewest, most))
         return messages
+
+    def _augment(self, messages: list[Message], sample: Mapping[str, Any]) -> None:
+        """Changes the images and frames of messages in place, each in its own way."""
+        numbers = count()
+        for part in (part for message in messages for part in message["content"] if part["type"] != "text"):
+            shown = part["video"] if part["type"] == "video" else [part["image"]]
+            changed = [
+                self._augmented(image, {**sample, "key": (sample.get("key"), next(numbers))}) for image in shown
+            ]
+            part[part["type"]] = changed if part["type"] == "video" else changed[0]
+
+    def _augmented(self, image: Any, sample: dict[str, Any]) -> Image.Image:
+        processor = self.processor.image_processor
+        image = read_image(image, "An image", processor.max_image_pixels)
+        image = to_pil(image, "An image", processor.max_image_pixels, True, None, processor.background_color)
+        return self.augment({**sample, "image": image})  # type: ignore[misc]
 
     def _shorten(self, encoded: dict[str, torch.Tensor], max_length: int) -> None:
         ids, labels = encoded["input_ids"], encoded["labels"]
@@ -177,26 +229,55 @@ class DialogueDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Encodes row `index`, or the next usable one behind it."""
+        return self.encoded(index)
+
+    def encoded(self, index: int, epoch: int = 0) -> dict[str, torch.Tensor]:
+        """Encodes row `index`, or the next usable one behind it.
+
+        Args:
+            index: From 0 on.
+            epoch: Decides how images are augmented, together with the row.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"Row {index} of {len(self)}.")
         for offset in range(len(self)):
-            encoded = self._encode((index + offset) % len(self))
+            encoded = self._encode((index + offset) % len(self), epoch)
             if encoded is not None:
                 return encoded
         raise ValueError(f"None of {len(self)} rows can be used.")
 
-    def _encode(self, index: int) -> dict[str, torch.Tensor] | None:
+    def _locate(self, index: int) -> tuple[Rows, int]:
+        """The source of a row, and its number there."""
         number = bisect_right(self._ends, index)
-        file = self.files[number]
-        position = index - (self._ends[number - 1] if number else 0)
+        return self.files[number], index - (self._ends[number - 1] if number else 0)
+
+    def _encode(self, index: int, epoch: int) -> dict[str, torch.Tensor] | None:
+        file, position = self._locate(index)
         try:
             row = file.read(position)
-            encoded = self.encoder(row, file.folder if self.images is None else self.images)
+            sample = {"shard": file.path, "key": position, "epoch": epoch}
+            encoded = self.encoder(row, file.folder if self.images is None else self.images, sample)
         except UnusableRowError as error:
             self.bad_rows.count(f"{file.path}:{file.line(position)}", error)
             return None
         self.bad_rows.count()
         return encoded
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """About how many tokens each row has, for `group_by_length`; 0 for those that cannot be used.
+
+        Rows are read, images are not: of those that are tiled, the size is read.
+        """
+        lengths = []
+        for index in range(len(self)):
+            file, position = self._locate(index)
+            try:
+                messages = read_dialogue(file.read(position), file.folder if self.images is None else self.images)
+                lengths.append(self.encoder.length_of(messages))
+            except ValueError:
+                lengths.append(0)
+        return lengths
 
 
 # ----------------------------------------------------------------------------------------------------------- the batch

@@ -69,23 +69,30 @@ class PairStream(RowStream):
         return stream
 
     def _sample(self, row: Row) -> dict[str, Any] | None:
-        place = place_of_row(row)
         try:
-            row = metadata_of(row)
-            image = image_source(row, self.image_columns, self.images)
-            row["caption"] = caption_in(row, self.text_columns)
-            if self.funnel is not None:
-                add_size(row, image)
-                if not self.funnel.keeps(row):
-                    self.bad_rows.count()
-                    return None
-            image = self._decode(image)
+            pair = self.read_pair(row)
         except MissingColumnError:  # of all rows, not of this one
             raise
         except ValueError as error:
-            self.bad_rows.count(place, error)
+            self.bad_rows.count(place_of_row(row), error)
             return None
         self.bad_rows.count()
+        return pair
+
+    def read_pair(self, row: Row) -> dict[str, Any] | None:
+        """Reads the pair of a raw row; None where the funnel removes it.
+
+        Raises:
+            ValueError: If the row is broken.
+        """
+        row = metadata_of(row)
+        image = image_source(row, self.image_columns, self.images)
+        row["caption"] = caption_in(row, self.text_columns)
+        if self.funnel is not None:
+            add_size(row, image)
+            if not self.funnel.keeps(row):
+                return None
+        image = self._decode(image)
         name = {"key": row["__key__"], "shard": row["__shard__"], "epoch": self._position.epoch}
         return {"image": image, "text": row["caption"], **name}
 

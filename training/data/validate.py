@@ -1,7 +1,6 @@
-"""Looking through dialogue data before a run: file, line and reason of every row that cannot be trained on."""
+"""Looking through data before a run: file, line and reason of every row that cannot be trained on."""
 
 import argparse
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,11 @@ from ...renaming_internvl import renamed_names
 from .dialogue_rows import read_dialogue
 from .dialogues import VIDEO_FRAMES, DialogueEncoder
 from .json_rows import Row
+from .mixtures import MixtureSource
+from .pairs import PairStream
 from .row_tables import Rows, open_rows
+from .shards import find_shards, place_of_row, read_shards
+from .sources import encoder_of, sources_of
 from .videos import frames_of_video
 
 
@@ -86,21 +89,49 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
         OSError: If a file cannot be opened.
         ValueError: If an argument is impossible.
     """
+    faults: list[str] = []
+
+    def report(fault: object) -> None:
+        with tqdm.external_write_mode():
+            print_fn(str(fault))
+        faults.append("")
+
     encoder = _encoder(options)
-    num_rows, bad = 0, Counter[str]()
-    for name in options.data:
-        rows = open_rows(name)
-        num_rows += len(rows)
-        for fault in find_invalid_rows(rows, options.images, encoder):
-            with tqdm.external_write_mode():
-                print_fn(str(fault))
-            bad[name] += 1
-        if not len(rows):
-            print_fn(f"{name}:1: There is no row in this file.")
-            bad[name] += 1
-    files = f"{len(options.data)} file{'s' if len(options.data) > 1 else ''}"
-    print_fn(f"{num_rows} rows in {files}, {bad.total() or 'none'} bad.")
-    return 1 if bad else 0
+    counts = []
+    for source in sources_of(options.data, options.images):
+        own = None if encoder is None else encoder_of(encoder, source, 0)
+        for name in find_shards(source.data) if options.pairs else source.data:
+            counts.append(
+                _check_pairs(name, source, report) if options.pairs else _check_dialogues(name, source, own, report)
+            )
+            if not counts[-1]:
+                report(f"{name}:1: There is no row in this file.")
+    files = f"{len(counts)} file{'s' if len(counts) > 1 else ''}"
+    print_fn(f"{sum(counts)} rows in {files}, {len(faults) or 'none'} bad.")
+    return 1 if faults else 0
+
+
+def _check_dialogues(
+    name: str, source: MixtureSource, encoder: DialogueEncoder | None, report: Callable[[object], None]
+) -> int:
+    """Reports the bad rows of a file, and returns how many rows it has."""
+    rows = open_rows(name)
+    for fault in find_invalid_rows(rows, source.images, encoder):
+        report(fault)
+    return len(rows)
+
+
+def _check_pairs(name: str, source: MixtureSource, report: Callable[[object], None]) -> int:
+    """Reports the bad pairs of a file, and returns how many it has."""
+    count, stream = 0, PairStream(name, images=source.images)
+    rows = tqdm(read_shards([name]), desc=Path(name).name, unit="pair", leave=False, disable=None)
+    for row in rows:
+        count += 1
+        try:
+            stream.read_pair(row)
+        except ValueError as error:
+            report(f"{place_of_row(row)}: {printable(str(error))}")
+    return count
 
 
 def _encoder(options: argparse.Namespace) -> DialogueEncoder | None:

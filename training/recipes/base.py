@@ -263,6 +263,7 @@ class DialogueRecipe(Recipe):
         resize_mode: How an image becomes square: "tiles" of up to `max_tiles`, or with one tile "pad" or "crop".
         downsample_ratio: Pixel shuffle factor per side.
         max_length: Maximum number of tokens of a dialogue; longer ones are left out.
+        video_frames: Fewest and most frames of a video, each an image of one tile.
         pack: Pack the dialogues of a batch into one row, without padding.
         num_turns: Questions about each generated scene.
         text_config: Configuration of a decoder that starts from random weights; its vocabulary is that of the
@@ -278,6 +279,7 @@ class DialogueRecipe(Recipe):
     resize_mode: str = "tiles"
     downsample_ratio: float = 0.5
     max_length: int = 2048
+    video_frames: tuple[int, int] = (8, 32)
     pack: bool = False
     num_turns: int = 12
     text_config: dict[str, Any] = field(default_factory=dict)
