@@ -25,6 +25,7 @@ from transformers import (
 from internvl.training import trainer
 from internvl.training.__main__ import main
 from internvl.training.data.augmentation import Augmentation
+from internvl.training.models.build import build_contrastive_model
 from internvl.training.models.parameter_groups import part_of
 from internvl.training.recipes import (
     captions,
@@ -194,6 +195,23 @@ def test_stage_1_drops_patches_of_smaller_images_first_and_then_none(shards, lan
     monkeypatch.setattr(trainer.StageTrainer, "training_step", watched)
     run_stage1(with_steps(STAGE1, 2), shards, Run(tmp_path), language["llama"])
     assert seen == [(42, 0.5, LENGTH)] * 2 + [(56, 0.0, LENGTH)] * 2
+
+
+def test_stage_1_starts_its_tower_as_beit_does():
+    """Cut off at a deviation of 0.02; the ends of the branches shrink with the root of twice the depth."""
+    tokenizer = make_tokenizer()
+    deep = replace(STAGE1, vision_config={**VISION, "num_hidden_layers": 8})
+    torch.manual_seed(0)
+    tower = build_contrastive_model(deep, tokenizer).vision_model
+    assert deep.init_as_beit
+    for number, layer in enumerate(tower.encoder.layers, start=1):
+        for branch in (layer.attn.proj, layer.mlp.fc2):
+            limit = 0.02 / math.sqrt(2 * number)
+            assert 0.95 * limit < branch.weight.abs().max() <= limit * 1.0001
+        assert 0.019 < layer.attn.qkv.weight.abs().max() <= 0.02
+    assert tower.embeddings.position_embedding.abs().max() <= 0.02
+    plain = build_contrastive_model(replace(deep, init_as_beit=False), tokenizer).vision_model
+    assert plain.encoder.layers[7].mlp.fc2.weight.abs().max() > 0.03
 
 
 def test_stage_1_starts_its_text_encoder_from_a_llama(shards, language, tmp_path):

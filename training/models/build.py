@@ -53,7 +53,7 @@ from .pretraining import (
     InternVLForGenerativeTraining,
     InternVLForRetrievalTraining,
 )
-from .vision_start import init_embeddings_for_scenes
+from .vision_start import init_as_beit, init_embeddings_for_scenes
 
 
 logger = logging.get_logger(__name__)
@@ -259,6 +259,8 @@ def build_contrastive_model(
         **recipe.model_config,
     )
     model = InternVLForContrastiveTraining(config, **settings)
+    if recipe.init_as_beit:
+        init_as_beit(model)
     if recipe.init_for_scenes:
         init_embeddings_for_scenes(model)
     if start is not None:

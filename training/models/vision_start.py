@@ -1,11 +1,34 @@
-"""Where a vision tower for generated scenes starts: patch and position embeddings that need no discovery."""
+"""Where a vision tower starts: as in BEiT, or for generated scenes with embeddings that need no discovery."""
+
+import math
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 
 PAPER = 244 / 255  # gray value of the background of generated scenes
+
+
+@torch.no_grad()
+def init_as_beit(model: PreTrainedModel) -> None:
+    """Draw the weights of a vision tower as BEiT does (arXiv 2106.08254, section 2.5), whose initialisation the paper
+    takes.
+
+    Weights are normal and cut off at one deviation; what ends a branch of block number n (from 1) is divided by the
+    root of 2n, so that deep towers begin with small updates of their residual stream.
+
+    Args:
+        model: Model with a `vision_model`; changed in place.
+    """
+    tower, std = model.vision_model, model.config.vision_config.initializer_range
+    weights = [module.weight for module in tower.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    for weight in (*weights, tower.embeddings.class_embedding, tower.embeddings.position_embedding):
+        nn.init.trunc_normal_(weight, std=std, a=-std, b=std)
+    for number, layer in enumerate(tower.encoder.layers, start=1):
+        layer.attn.proj.weight.div_(math.sqrt(2 * number))
+        layer.mlp.fc2.weight.div_(math.sqrt(2 * number))
 
 
 @torch.no_grad()

@@ -171,6 +171,7 @@ class ContrastiveRecipe(Recipe):
         max_text_length: Tokens of every text.
         drop_low_contrast_patches: Of the patches, drop those with the lowest contrast instead of random ones.
         num_length_buckets: Number of groups of similar length that texts are encoded in.
+        init_as_beit: Start a vision tower from nothing as BEiT does, see `vision_start.init_as_beit`.
         init_for_scenes: Start the patch and position embeddings as `vision_start.init_embeddings_for_scenes` does.
         vision_config: Configuration of a vision tower that starts from random weights.
         text_config: Configuration of a LLaMA that starts from random weights; its vocabulary is the tokenizer's.
@@ -183,6 +184,7 @@ class ContrastiveRecipe(Recipe):
     max_text_length: int = 80
     drop_low_contrast_patches: bool = False
     num_length_buckets: int = 1
+    init_as_beit: bool = False
     init_for_scenes: bool = False
     vision_config: dict[str, Any] = field(default_factory=dict)
     text_config: dict[str, Any] = field(default_factory=dict)
