@@ -3,8 +3,10 @@
 Nothing of it depends on workers, processes or what was read before: a sample in an epoch gets the same.
 """
 
+import json
 import math
 from collections import Counter
+from itertools import islice
 from random import Random
 
 import pytest
@@ -17,6 +19,7 @@ from internvl.training.data.augmentation import Augmentation, random_crop_box
 from internvl.training.data.collators import CaptionCollator, GenerativeCollator, RetrievalCollator
 from internvl.training.data.negatives import CaptionPool
 from internvl.training.data.pairs import PairCollator, PairStream
+from internvl.training.data.sources import pair_data
 from internvl.training.data.texts import simple_caption
 
 from .fixtures_pairs import png, sample, write_parquet, write_tar
@@ -140,6 +143,23 @@ def test_the_pool_is_the_same_however_many_processes_read_it(shards, monkeypatch
     both = CaptionPool(sorted([*parts[0], *((1, *entry[1:]) for entry in parts[1])]))
     assert both.captions == whole.captions
     assert both.draw(pair(3, shard=shards[0])) == whole.draw(pair(3, shard=shards[0]))
+
+
+def test_a_mixture_has_negatives_of_all_its_sources_and_its_crops_keep_image_ids(tmp_path, shards, processor):
+    sources = [{"data": shards[0], "flip_rate": 1.0, "crop_scale": [0.3, 0.6]}, {"data": shards[1]}]
+    file = tmp_path / "mix.json"
+    file.write_text(json.dumps({"sources": sources}))
+    mixture = pair_data([str(file)])
+    rows = list(islice(mixture, 60))
+    pool = CaptionPool.read(*mixture.streams)
+    assert len(pool) == 15
+    batch = RetrievalCollator(processor, 40, pool)(rows)
+    numbers = {row["text"]: int(number) for row, number in zip(rows, batch["image_ids"], strict=True)}
+    assert len(set(numbers.values())) == 9
+    assert numbers["caption 0"] == numbers["caption 1"] != numbers["caption 2"]
+    assert {pool.draw({**rows[0], "epoch": epoch}) for epoch in range(200)} == {
+        text for text in pool.captions if numbers[text] != numbers[rows[0]["text"]]
+    }
 
 
 def test_data_of_one_image_has_no_negatives(tmp_path):

@@ -104,11 +104,8 @@ def _pair_data(
         if recipe.crop_scale is not None or recipe.flip_rate:
             settings["augment"] = Augmentation(recipe.crop_scale, recipe.flip_rate, stream.seed)
         if isinstance(recipe, RetrievalRecipe) and recipe.negatives == "random":
-            if not isinstance(stream, PairStream):
-                raise ValueError(
-                    'Random negatives are drawn from files, not from a mixture: take `negatives` "similar".'
-                )
-            settings["pool"] = CaptionPool.read(stream)
+            streams: Any = stream.streams if isinstance(stream, StreamMixture) else [stream]
+            settings["pool"] = CaptionPool.read(*streams)
         return stream, collate(**settings)
 
     return data

@@ -166,7 +166,7 @@ class RetrievalCollator(GenerativeCollator):
         self.simplify = simple_caption if simple_captions else str
 
     def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        image_ids = torch.tensor([image_number(pair["image"]) for pair in pairs])
+        image_ids = torch.tensor([image_number(pair.get("stored", pair["image"])) for pair in pairs])
         simple = [{**pair, "text": self.simplify(pair["text"])} for pair in pairs]
         batch = {**self._contrastive_and_matching(simple), "image_ids": image_ids}
         if self.pool is not None:

@@ -56,17 +56,18 @@ class CaptionPool:
         return len(self.captions)
 
     @classmethod
-    def read(cls, stream: PairStream) -> "CaptionPool":
-        """Read the captions of all shards of a stream; the streams of all processes must be read.
+    def read(cls, *streams: PairStream) -> "CaptionPool":
+        """Read the captions of all shards of the streams; all processes must.
 
         Args:
-            stream: Of this process; its position is left as it is.
+            *streams: Of this process; their positions are left as they are.
 
         Raises:
             ValueError: If they are all about one image.
         """
-        numbers = range(stream.rank, len(stream.shards), stream.world_size)
-        entries = [entry for number in numbers for entry in _entries_of(stream, number)]
+        shards = [(stream, shard) for stream in streams for shard in stream.shards]
+        numbers = range(streams[0].rank, len(shards), streams[0].world_size)
+        entries = [entry for number in numbers for entry in _entries_of(*shards[number], number)]
         return cls(sorted(gather_object(entries)))
 
     def draw(self, pair: Mapping[str, Any], seed: int = 0) -> str:
@@ -90,10 +91,10 @@ class CaptionPool:
         return self.images[self._order[place]]
 
 
-def _entries_of(stream: PairStream, number: int) -> Iterator[Entry]:
+def _entries_of(stream: PairStream, shard: str, number: int) -> Iterator[Entry]:
     """The captions of a shard; what is broken in it is passed over, and counted where it is trained on."""
     try:
-        for row_number, row in enumerate(read_shard(stream.shards[number])):
+        for row_number, row in enumerate(read_shard(shard)):
             try:
                 row = metadata_of(row)
                 image = image_source(row, stream.image_columns, stream.images)

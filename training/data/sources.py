@@ -118,7 +118,8 @@ class StreamMixture(IterableDataset):
                 return
             self._taken += 1
             augment = self.augments[number]
-            yield sample if augment is None else {**sample, "image": augment(sample)}
+            # By the image as it is stored, retrieval knows captions of one image.
+            yield sample if augment is None else {**sample, "stored": sample["image"], "image": augment(sample)}
 
     @staticmethod
     def _check_end(stream: RowStream) -> None:
