@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from internvl.training import arguments, trainer
 from internvl.training.__main__ import main
@@ -89,14 +89,14 @@ def test_a_scheduler_that_is_asked_for_replaces_a_cooldown(tmp_path):
     assert training_arguments(recipe, phase, Run(tmp_path)).lr_scheduler_type == "warmup_stable_decay"
 
 
-def trainer_for(tmp_path, *words: str) -> StageTrainer:
+def trainer_for(tmp_path, *words: str, **settings) -> StageTrainer:
     recipe, run = applied(tmp_path, *words)
     model = internvl_model()
     phase = replace(recipe.phases[0], learning_rates={"queries": 1e-3, "query_heads": 1e-4})
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(("query_tokens", "itm_head")))
-    stage = Stage(model, None, recipe, run, None)
-    return StageTrainer(stage, phase, model=model, args=training_arguments(recipe, phase, run))
+    stage = Stage(model, None, recipe, run, None, curve=settings.pop("curve", None))
+    return StageTrainer(stage, phase, model=model, args=training_arguments(recipe, phase, run), **settings)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("rmsprop", torch.optim.RMSprop)])
@@ -114,6 +114,15 @@ def test_an_optimizer_that_chooses_its_parameters_or_lacks_its_library_is_refuse
     monkeypatch.setattr(StageTrainer, "get_optimizer_cls_and_kwargs", lambda *_: chooses)
     with pytest.raises(ValueError, match="chooses parameters itself"):
         trainer_for(tmp_path).create_optimizer()
+
+
+def test_a_learning_curve_and_held_out_data_are_both_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: {"eval_loss": 2.0})
+    curve = {"zero_shot": 0.5}
+    for dataset, expected in ((None, curve), ([0], {**curve, "eval_loss": 2.0})):
+        stage_trainer = trainer_for(tmp_path, curve=lambda model: dict(curve), eval_dataset=dataset)
+        assert stage_trainer.evaluate() == expected
+        assert stage_trainer.state.log_history[-1]["zero_shot"] == 0.5
 
 
 def test_a_resumed_run_is_held_to_flags_that_decide_about_weights_and_to_no_others(tmp_path):

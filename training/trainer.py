@@ -270,11 +270,13 @@ class StageTrainer(LongRunTrainer):
         super().log(logs, *arguments, **settings)
 
     def evaluate(self, *arguments: Any, **settings: Any) -> dict[str, float]:
-        """Measure a point of the learning curve; as in `Trainer` where there is none."""
+        """Measure a point of the learning curve, if there is one, and held-out data as in `Trainer`."""
         if self.curve is None:
             return super().evaluate(*arguments, **settings)
         metrics = self._measured(self.curve)
         self.log(metrics)
+        if self.eval_dataset is not None:
+            return {**metrics, **super().evaluate(*arguments, **settings)}
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
