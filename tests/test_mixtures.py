@@ -32,6 +32,7 @@ from .fixtures_dialogues import llava
 from .fixtures_pairs import png, sample, write_parquet, write_tar
 from .fixtures_text import make_image
 from .test_dialogues import SEQ, make_processor
+from .test_videos import write_video
 
 
 @pytest.fixture
@@ -285,14 +286,8 @@ def texts_of(rows: list[dict]) -> list[str]:
 
 
 def test_batches_of_a_mixture_go_on_over_workers(folder):
-    with pytest.raises(ValueError, match="too few shards for the workers"):
-        list(zip(range(9), StreamBatches([pair_mixture(folder)], texts_of, 3, num_workers=2), strict=False))
-    write_tar(folder / "red2.tar", [sample(n) for n in range(20, 29)])
-    write_parquet(folder / "green2.parquet", list(range(120, 127)))
-
     def batches(places=None) -> StreamBatches:
-        sources = [{"data": "red*.tar", "weight": 3}, {"data": "green*.parquet", "weight": 1}]
-        return StreamBatches([pair_data(write(folder, sources))], texts_of, 3, places, num_workers=2)
+        return StreamBatches([pair_mixture(folder)], texts_of, 3, places, num_workers=2)
 
     unbroken = iter(batches())
     whole = [next(unbroken) for _ in range(9)]
@@ -301,6 +296,10 @@ def test_batches_of_a_mixture_go_on_over_workers(folder):
     assert [next(rows) for _ in range(5)] == whole[:5]
     resumed = iter(batches(begun.places()))
     assert [next(resumed) for _ in range(9)] == [None] * 5 + whole[5:]
+    assert not set(whole[0]) & set(whole[1])  # one worker's rows are none of the other's
+    write_parquet(folder / "green.parquet", [100])
+    with pytest.raises(ValueError, match="too few rows for all workers of a mixture"):
+        list(zip(range(30), batches(), strict=False))
 
 
 def test_images_of_one_source_are_augmented(folder):
@@ -373,10 +372,17 @@ def test_validate_knows_mixtures_and_pairs(folder, capsys):
 
 @pytest.mark.parametrize("words", [(), ("--streaming",)])
 def test_a_mixture_is_trained_on(folder, words, tmp_path):
+    write_video(folder / "v.mp4", 6)
+    rows = [llava("<video>\nWhat?", "c", video="v.mp4")] * 2
+    (folder / "v.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     engine_jobs.write_data(tmp_path)
     connector = engine_jobs.CONNECTORS[0]
     engine_jobs.make_processor(connector).save_pretrained(tmp_path / connector)
-    sources = [{**A, "weight": 2, "jpeg_quality": 80, "max_tiles": 2}, {**B, "weight": 1}]
+    sources = [
+        {**A, "weight": 2, "jpeg_quality": 80, "max_tiles": 2},
+        {**B, "weight": 1},
+        {"data": "v.jsonl", "weight": 3},
+    ]
     (files,) = write(folder, sources)
     output = tmp_path / "out"
     arguments = ["--model", str(tmp_path / connector), "--data", files, "--output", str(output), "--batch-size", "4"]

@@ -30,7 +30,7 @@ from .bad_rows import BadRows, UnusableRowError
 from .dialogue_rows import read_dialogue
 from .json_rows import Row
 from .row_tables import Rows, open_all_rows
-from .videos import frames_of_video
+from .videos import check_library_of, frames_of_video
 
 
 TOO_LONG = ("drop", "cut", "error")
@@ -221,6 +221,8 @@ class DialogueDataset(Dataset):
         self.images = images
         self.bad_rows = bad_rows or BadRows()
         self._ends = list(accumulate(len(file) for file in self.files))
+        for file in self.files:
+            check_library_of(file)
         if not len(self):
             raise ValueError(f"There is no row in {', '.join(str(file.path) for file in self.files) or 'no file'}.")
 

@@ -90,14 +90,14 @@ def find_shards(patterns: str | Sequence[str]) -> list[str]:
     return shards
 
 
-def is_divisible(shard: str) -> bool:
-    """Whether readers can share the rows of this one file."""
+def has_lines(shard: str) -> bool:
+    """Whether it is a text file, whose rows are told by their lines, and are read so fast that readers share them."""
     return _ending(shard).endswith((*JSON_ENDINGS, *CSV_ENDINGS))
 
 
 def pieces_of(shard: str, readers: int) -> list[Shard]:
-    """A shard as it is, or one piece of it for each reader."""
-    return [(shard, piece, readers) for piece in range(readers)] if is_divisible(shard) else [shard]
+    """A piece of a shard for each reader; of a tar or parquet file, each reads the whole and keeps its own rows."""
+    return [(shard, piece, readers) for piece in range(readers)]
 
 
 def read_shard(shard: Shard) -> Iterator[Row]:
@@ -119,9 +119,10 @@ def read_shard(shard: Shard) -> Iterator[Row]:
         return
     with fsspec.open(name, "rb") as file:
         if ending.endswith(tuple(CSV_ENDINGS)):
-            yield from islice(_read_csv(file, name, CSV_ENDINGS[ending[-4:]]), piece, None, pieces)
+            rows = _read_csv(file, name, CSV_ENDINGS[ending[-4:]])
         else:
-            yield from (_read_parquet if ending.endswith(PARQUET_ENDINGS) else _read_tar)(file, name)
+            rows = (_read_parquet if ending.endswith(PARQUET_ENDINGS) else _read_tar)(file, name)
+        yield from islice(rows, piece, None, pieces)
 
 
 def read_shards(shards: Sequence[Shard]) -> Iterator[Row]:
@@ -143,7 +144,7 @@ def read_shards(shards: Sequence[Shard]) -> Iterator[Row]:
 
 def place_of_row(row: Row) -> str:
     """Where a raw row comes from, for messages: its line in a text file, its name in others."""
-    if is_divisible(row["__shard__"]) and row["__key__"]:
+    if has_lines(row["__shard__"]) and row["__key__"]:
         return f"{row['__shard__']}:{row['__key__']}"
     return f"{row['__shard__']}, sample `{row['__key__']}`"
 

@@ -126,8 +126,8 @@ class StreamMixture(IterableDataset):
         """Refuses the end of an endless stream: a worker that has none of its shards would change all shares."""
         if stream.epochs is None:
             raise ValueError(
-                f"{', '.join(stream.shards)}: too few shards for the workers of a mixture, of which each must have "
-                "one. Give more shards, rows in a JSON or CSV file, or fewer `--workers`."
+                f"{', '.join(stream.shards)}: too few rows for all workers of a mixture, of which each needs one. "
+                "Give more rows, or fewer `--workers`."
             )
 
     def from_the_beginning(self) -> "StreamMixture":
@@ -236,7 +236,7 @@ def dialogue_data(
     encoders = [encoder_of(encoder, source, seed) for source in sources]
     if is_streamed:
         streams = [
-            DialogueStream(source.data, own, source.images, seed=seed, **settings)
+            DialogueStream(source.data, own, source.images, seed=seed, divides_shards=True, **settings)
             for source, own in zip(sources, encoders, strict=True)
         ]
         return streams[0] if len(streams) == 1 else StreamMixture(streams, _weights(sources), seed)
@@ -259,9 +259,11 @@ def pair_data(
         **settings: Of `PairStream`.
     """
     sources = sources_of(files, images)
-    streams = [PairStream(source.data, images=source.images, seed=seed, **settings) for source in sources]
     augments = [source.augmentation(seed) for source in sources]
-    if len(sources) == 1 and augments[0] is None:
+    is_plain = len(sources) == 1 and augments[0] is None
+    settings |= {"seed": seed, "divides_shards": not is_plain}
+    streams = [PairStream(source.data, images=source.images, **settings) for source in sources]
+    if is_plain:
         return streams[0]
     for source in sources:
         if source.max_tiles is not None or source.video_frames is not None:

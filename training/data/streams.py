@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ...extras import extra
 from .bad_rows import BadRows
 from .json_rows import Row
-from .shards import Shard, find_shards, is_divisible, pieces_of, read_shards
+from .shards import Shard, find_shards, has_lines, pieces_of, read_shards
 
 
 with extra("train"):
@@ -54,7 +54,7 @@ class RowStream(torch.utils.data.IterableDataset):
     Every process builds the same stream with its own `rank`, and workers of a data loader share it among themselves.
     Readers divide the rows of a JSON or CSV file. The number of other shards should be a multiple of processes times
     workers: else every process reads all shards and keeps its part of the samples, and workers that have no shard
-    stand idle.
+    stand idle, or with `divides_shards` every worker reads all and keeps its part.
 
     Shards come in a new order each epoch; samples are shuffled within blocks of `shuffle_buffer` of one worker.
     `state_dict` is the position after the last sample given, in each worker its own; `stream_batches` carries it to
@@ -70,6 +70,7 @@ class RowStream(torch.utils.data.IterableDataset):
             parts are not equally long.
         bad_rows: The limit on broken rows, and their count. Shards that end too early or cannot be read count as one
             row each.
+        divides_shards: Leave no worker idle where the number of shards is no multiple of all workers.
 
     Raises:
         OSError: If there are no such files.
@@ -87,6 +88,7 @@ class RowStream(torch.utils.data.IterableDataset):
         shuffle_buffer: int = 1000,
         epochs: int | None = None,
         bad_rows: BadRows | None = None,
+        divides_shards: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= rank < world_size:
@@ -102,11 +104,12 @@ class RowStream(torch.utils.data.IterableDataset):
         self.seed = seed
         self.shuffle_buffer = shuffle_buffer
         self.epochs = epochs
+        self.divides_shards = divides_shards
         self.bad_rows = bad_rows or BadRows()
         self._position = _Position()
         self._is_over = False  # the last pass; the next one begins with the next epoch
-        num_whole = sum(not is_divisible(shard) for shard in self.shards)
-        if num_whole % world_size:
+        num_whole = sum(not has_lines(shard) for shard in self.shards)
+        if num_whole % world_size and not divides_shards:
             logger.warning(
                 f"{num_whole} shards for {world_size} processes: every process reads all of them. Make the "
                 "number of shards a multiple of the number of processes."
@@ -223,7 +226,10 @@ class RowStream(torch.utils.data.IterableDataset):
     def _order(self, epoch: int) -> list[Shard]:
         """All shards in the order of an epoch, to which every process must come; readers share text files."""
         readers = self.world_size * max(self._readers()["workers"], 1)
-        shards = [piece for shard in self.shards for piece in pieces_of(shard, readers)]
+        divides = self.divides_shards and len(self.shards) % readers > 0
+        shards: list[Shard] = []
+        for shard in self.shards:
+            shards += pieces_of(shard, readers) if divides or has_lines(shard) else [shard]
         if self.shuffle_buffer > 1:
             Random(f"shards/{self.seed}/{epoch}").shuffle(shards)
         return shards

@@ -17,7 +17,9 @@ import numpy as np
 from PIL import Image
 
 from ...extras import extra
+from .bad_rows import UnusableRowError
 from .image_files import NAME_LENGTH
+from .row_tables import Rows
 
 
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif"
@@ -120,6 +122,21 @@ def _decoded(source: str | bytes, count: int) -> list[Image.Image]:
             if len(frames) == len(wanted):
                 return frames
     raise ValueError(f"it ends before frame {wanted[len(frames)] + 1} of {total}")
+
+
+def check_library_of(rows: Rows) -> None:
+    """Refuses data whose first row has a video where none can be read, before any worker begins.
+
+    Raises:
+        MissingLibraryError: If PyAV is not installed.
+    """
+    try:
+        row = rows.read(0) if len(rows) else {}
+    except UnusableRowError:
+        return
+    if row.get("video") or row.get("videos"):
+        with extra("video"):
+            import av  # noqa: F401
 
 
 def frames_of_video(source: Any, frames: tuple[int, int]) -> Any:
