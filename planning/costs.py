@@ -9,6 +9,7 @@ Not covered: reading data, evaluation, restarts, pipeline and tensor parallelism
 
 import argparse
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,11 +65,13 @@ ASSUMPTIONS = (
     "Traffic: what a GPU receives in a step. {traffic} Features and their gradients go to all processes in float32.",
 )
 SHARDING_WORDS = {
-    "fsdp": "Both are shared out to all GPUs; the gathered weights of two layers and the gradient of one come on top.",
+    "fsdp": "Both are shared out to all GPUs; the gathered weights of two layers (with gradient caching of all, see "
+    "`gather_once`) and the gradient of one come on top.",
     "ddp": "Every GPU holds all of them; autocast's bfloat16 copies of trained weights come on top.",
 }
 TRAFFIC_WORDS = {
-    "fsdp": "Weights are gathered in bfloat16 whenever a layer runs, gradients are reduced in bfloat16, once.",
+    "fsdp": "Weights are gathered in bfloat16 whenever a layer runs, with gradient caching once; gradients are "
+    "reduced in bfloat16, once.",
     "ddp": "Gradients are reduced in float32, once.",
 }
 
@@ -82,8 +85,9 @@ class StepCost:
         flops: Of a sample, every operation once.
         executed: Of a sample, with what is computed again.
         activations: Bytes of live tensors at most, weights and their accumulated gradients left out.
-        gathered: Parameters that are gathered under FSDP, each as often as its layer runs.
+        gathered: Parameters that are gathered under FSDP, each as often as its layer runs, or once (`gather_once`).
         features: Bytes of features and their gradients from other processes.
+        keeps_gathered: Whether gathered weights are kept from the first chunk of gradient caching to the last.
     """
 
     flops: float
@@ -91,6 +95,7 @@ class StepCost:
     activations: float
     gathered: float
     features: float
+    keeps_gathered: bool = False
 
 
 def step_inputs(model: PreTrainedModel, recipe: Recipe, phase: Phase, rows: int, text_length: int) -> dict[str, Any]:
@@ -137,18 +142,17 @@ def sharded_units(model: PreTrainedModel) -> list[nn.Module]:
 
 
 @contextmanager
-def _counted_gathers(model: PreTrainedModel, is_cached: bool) -> Iterator[list[int]]:
-    """Yields the parameters of every unit that runs, as often as FSDP gathers them forward and backward."""
-    gathered: list[int] = []
+def _counted_gathers(model: PreTrainedModel, is_cached: bool) -> Iterator[Counter[nn.Module]]:
+    """Yields how often FSDP gathers every unit that runs, forward and backward, unless it keeps what it gathers."""
+    gathers: Counter[nn.Module] = Counter()
 
     def count(module: nn.Module, args: Any, output: Any) -> None:
         has_backward = any(leaf.requires_grad for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor))
-        times = 1 + has_backward * (1 + is_cached)  # gradient caching runs it forward once more
-        gathered.append(times * sum(parameter.numel() for parameter in module.parameters()))
+        gathers[module] += 1 + has_backward * (1 + is_cached)  # gradient caching runs it forward once more
 
     hooks = [unit.register_forward_hook(count) for unit in sharded_units(model)]
     try:
-        yield gathered
+        yield gathers
     finally:
         for hook in hooks:
             hook.remove()
@@ -156,16 +160,16 @@ def _counted_gathers(model: PreTrainedModel, is_cached: bool) -> Iterator[list[i
 
 def _run(
     model: PreTrainedModel, make_inputs: Callable[[], dict[str, Any]], is_cached: bool, with_backward: bool = True
-) -> tuple[OperationCounter, int, int]:
-    """A counted step, the bytes that are alive between its forward and backward pass, and the gathered parameters."""
+) -> tuple[OperationCounter, int, Counter[nn.Module]]:
+    """A counted step, the bytes that are alive between its forward and backward pass, and the gathers of each unit."""
     with counted_step() as counter:
         inputs = make_inputs()
-        with _counted_gathers(model, is_cached) as gathered:
+        with _counted_gathers(model, is_cached) as gathers:
             loss = model(**inputs).loss
         alive = counter.live_bytes
         if with_backward:
             loss.backward()
-    return counter, alive, sum(gathered)
+    return counter, alive, gathers
 
 
 def prepare(model: PreTrainedModel, recipe: Recipe, phase: Phase) -> None:
@@ -203,23 +207,29 @@ def count_step(
     is_cached = chunk < share and not isinstance(recipe, DialogueRecipe)
     model.grad_cache_chunk_size = chunk if is_cached else None
     rows = min(3 * chunk, share) if is_cached else chunk
+    keeps_gathered = is_cached and recipe.gather_once
 
-    def count(rows: int, with_backward: bool = True) -> tuple[OperationCounter, int, int]:
+    def count(rows: int, with_backward: bool = True) -> tuple[OperationCounter, int, Counter[nn.Module]]:
         return _run(model, lambda: step_inputs(model, recipe, phase, rows, text_length), is_cached, with_backward)
 
     features = _count_features(model, num_rows)
-    counter, alive, gathered = count(rows)
+    counter, alive, gathers = count(rows)
     num_features, kept_by_others = sum(features), 0.0
     if is_cached and rows < share:
         third = alive - count(2 * chunk, with_backward=False)[1]
         kept_by_others = third * (share - rows) / chunk
-    chunks = math.ceil(share / chunk)
+    sizes = {unit: sum(p.numel() for p in unit.parameters()) for unit in gathers}
+    gathered: float = sum(sizes.values())
+    if not keeps_gathered:
+        gathered = sum(sizes[unit] * times for unit, times in gathers.items())
+        gathered *= math.ceil(share / chunk) / math.ceil(rows / chunk)
     return StepCost(
         flops=(counter.flops - counter.repeated_flops) / rows,
         executed=counter.flops / rows,
         activations=counter.peak_bytes + kept_by_others,
-        gathered=gathered * chunks / math.ceil(rows / chunk),
+        gathered=gathered,
         features=num_features * (num_rows - share) / max(1, num_rows - rows),
+        keeps_gathered=keeps_gathered,
     )
 
 
@@ -238,14 +248,15 @@ def _num_trained(model: PreTrainedModel, phase: Phase) -> tuple[int, int]:
     return counts[True], counts[False]
 
 
-def state_bytes(model: PreTrainedModel, phase: Phase, cluster: Cluster) -> float:
-    """Weights, gradients and optimizer on one GPU."""
+def state_bytes(model: PreTrainedModel, phase: Phase, cluster: Cluster, keeps_gathered: bool = False) -> float:
+    """Weights, gradients and optimizer on one GPU; `keeps_gathered` as in `StepCost`."""
     trained, frozen = _num_trained(model, phase)
     total = trained * (2 * FULL + ADAM) + frozen * HALF
     if cluster.sharding == "ddp":
         return total + trained * HALF
     largest, rest = unit_sizes(model)
-    return total / cluster.gpus + 3 * largest * HALF + 2 * rest * HALF
+    gathered = trained + frozen - rest if keeps_gathered else 2 * largest
+    return total / cluster.gpus + (gathered + largest) * HALF + 2 * rest * HALF
 
 
 def traffic_bytes(model: PreTrainedModel, phase: Phase, cluster: Cluster, step: StepCost) -> float:
@@ -337,7 +348,7 @@ def cost_of(
         flops=step.flops,
         executed=step.executed,
         days=seconds / 86400,
-        states=state_bytes(model, phase, cluster),
+        states=state_bytes(model, phase, cluster, step.keeps_gathered),
         activations=step.activations,
         traffic=traffic_bytes(model, phase, cluster, step),
     )

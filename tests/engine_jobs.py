@@ -9,9 +9,9 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,18 +55,39 @@ SAVED_AFTER = 2
 
 
 # ----------------------------------------------------------------------------------------------------------- launching
-def launch(
-    engine: str | None, job: str, folder: Path, dies: bool = False, options: Sequence[str] = (), **environment: str
-) -> list[dict]:
+def command_of(engine: str, job: str, folder: Path, *options: str) -> list[str]:
+    """A launch with the shipped configuration of an engine; the machine may have no card, so without bf16."""
+    config = ROOT / "configs" / "accelerate" / f"{engine}.yaml"
+    settings = ["--config_file", str(config), "--mixed_precision", "no", *options]
+    program = ["-m", "tests.engine_jobs", job, str(folder)]
+    return [sys.executable, "-m", "accelerate.commands.launch", *settings, *program]
+
+
+def launch_on_two_machines(engine: str, job: str, folder: Path, *options: str) -> list[dict]:
+    """Runs a job on two processes each of two machines, which two launches on this one stand in for."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    options = ("--num_processes", "4", "--main_process_ip", "127.0.0.1", "--main_process_port", port, *options)
+    machines = [
+        subprocess.Popen(
+            command_of(engine, job, folder, "--num_machines", "2", "--machine_rank", str(rank), *options),
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [machine.communicate(timeout=1200)[0] for machine in machines]
+    for machine, output in zip(machines, outputs, strict=True):
+        assert machine.returncode == 0, output[-6000:]
+    return [torch.load(folder / f"{job}-rank{rank}.pt") for rank in range(4)]
+
+
+def launch(engine: str | None, job: str, folder: Path, dies: bool = False, **environment: str) -> list[dict]:
     """Runs a job in processes of its own: two with the shipped configuration of an engine, or one without any."""
     command = [sys.executable, "-m", "tests.engine_jobs", job, str(folder)]
     if engine is not None:
-        config = ROOT / "configs" / "accelerate" / f"{engine}.yaml"
-        # The machine may have no card: two processes, and no bf16.
-        settings = ["--config_file", str(config), "--num_processes", "2", "--mixed_precision", "no"]
-        settings += ["--main_process_port", "0", *options]
-        command = [sys.executable, "-m", "accelerate.commands.launch", *settings, "-m", "tests.engine_jobs"]
-        command += [job, str(folder)]
+        command = command_of(engine, job, folder, "--num_processes", "2", "--main_process_port", "0")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=1200
@@ -257,7 +278,7 @@ def run_stage_1(folder: Path, output: str, resume: bool = False) -> None:
         patch.setattr(trainer, "training_arguments", lambda *settings: with_fsdp_on_cpu(make(*settings)))
         shards = sorted(str(path) for path in folder.glob("*.tar"))
         run = stages.Run(folder / output, resume=resume, num_workers=1)
-        stages.run_stage1(replace(RECIPE, save_total_limit=2), shards, run, folder / "stage 1 start")
+        stages.run_stage1(replace(RECIPE, save_total_limit=2, ema_decay=0.5), shards, run, folder / "stage 1 start")
 
 
 def result_of(trainer: Trainer) -> dict:
@@ -329,6 +350,16 @@ def restarted(folder: Path) -> dict:
     run_stage_1(folder, "restarted", resume=True)
     run_stage_1(folder, "unbroken")
     return {"before": before}
+
+
+def hybrid(folder: Path) -> dict:
+    """Stage 1 without anything random, and over how many processes weights are spread and copied."""
+    trainer = pair_trainer(
+        folder, "hybrid", "stage 1", optim="sgd", learning_rate=0.1, train_sampling_strategy="sequential"
+    )
+    trainer.train()
+    weight = next(trainer.model.parameters())
+    return {"mesh": tuple(weight.device_mesh.shape), "placements": str(weight.placements), **result_of(trainer)}
 
 
 def parity_and_resumed(folder: Path) -> dict:

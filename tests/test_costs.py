@@ -198,12 +198,17 @@ def test_states_are_shared_out_or_not(models):
 
 def test_traffic_is_every_gathered_layer_and_every_reduced_gradient():
     model, recipe, phase = meta_case("stage 1", rows=2, checkpointed=True)
-    step = count_step(model, recipe, phase, 6, 6)
+    step = count_step(model, replace(recipe, gather_once=False), phase, 6, 6)
     units = sum(size_of(unit) for unit in sharded_units(model))
     head = size_of(model.get_output_embeddings()) if model.get_output_embeddings() is not None else 0
     # Three chunks: each layer runs for the features, again for the gradients, and goes backward; the head never runs.
     assert step.gathered == 3 * 3 * (units - head)
-    rest = unit_sizes(model)[1]
+    once = count_step(model, recipe, phase, 6, 6)
+    assert (once.gathered, once.keeps_gathered, step.keeps_gathered) == (units - head, True, False)
+    assert count_step(model, recipe, phase, 60, 60).gathered == once.gathered
+    cluster, (largest, rest) = Cluster(gpus=640), unit_sizes(model)
+    kept = state_bytes(model, phase, cluster, keeps_gathered=True) - state_bytes(model, phase, cluster)
+    assert kept == 2 * (size_of(model) - rest - 2 * largest)
     trained = sum(p.numel() for name, p in model.named_parameters() if part_of(name) in phase.learning_rates)
     sharded = traffic_bytes(model, phase, Cluster(gpus=4), step)
     assert sharded == 2 * (step.gathered + rest + trained) * 3 / 4 + step.features

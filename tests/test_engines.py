@@ -150,6 +150,7 @@ def test_a_kill_inside_a_sharded_save_is_as_if_it_had_not_been(folder):
     assert f"{phase}/checkpoint-2/pytorch_model_fsdp_0/.metadata" in before
     assert f"{phase}/checkpoint-2/optimizer_0/__1_0.distcp" in before
     assert f"{phase}/checkpoint-2/stream_1.json" in before
+    assert f"{phase}/checkpoint-2/average/__1_0.distcp" in before
     assert f"{phase}/checkpoint-2/model.safetensors" not in before
     assert f"{phase}/checkpoint-4" not in before  # the one that was being written
     found, wanted = (load_file(folder / name / "model.safetensors") for name in ("restarted", "unbroken"))
@@ -158,6 +159,15 @@ def test_a_kill_inside_a_sharded_save_is_as_if_it_had_not_been(folder):
         assert torch.equal(found[name], value), name
     assert {path.name for path in (folder / phase).iterdir()} == {"checkpoint-2", "checkpoint-4"}
     assert AutoModel.from_pretrained(folder / "restarted").logit_scale.ndim == 0
+
+
+@pytest.mark.slow
+def test_two_machines_with_hybrid_sharding_train_as_one_process(folder, one_process):
+    sizes = ("--parallelism_config_dp_replicate_size", "2", "--parallelism_config_dp_shard_size", "2")
+    for number, rank in enumerate(engine_jobs.launch_on_two_machines("hsdp", "hybrid", folder, *sizes)):
+        assert rank["mesh"] == (2, 2)
+        assert rank["placements"] == "(Replicate(), Shard(dim=0))"
+        assert_as_one_process(rank, one_process["stage 1"], "stage 1", is_first=number == 0)
 
 
 @pytest.mark.slow
