@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
+from transformers.trainer_utils import EvalLoopOutput
 
 from internvl.training import throughput, trainer
 from internvl.training.commands import default_workers
 from internvl.training.recipes import stage1_small
+from internvl.training.stages import Run, run_stage1
 from internvl.training.throughput import Throughput, samples_in, tokens_in
 
 from . import two_processes
@@ -146,6 +148,30 @@ def test_the_average_is_logged_resumed_and_exported(data, tmp_path, monkeypatch)
         stopped_after(data, tmp_path / "out", 3, monkeypatch)
     run(data, tmp_path / "out", resume=True, recipe=AVERAGED)
     assert_same_weights(tmp_path / "out", tmp_path / "whole")
+
+
+def test_the_best_model_is_the_average_that_was_measured(data, tmp_path, monkeypatch):  # noqa: F811
+    """Held-out figures that worsen from the second step on: its average is exported, from its final place."""
+    points, measured = iter([1.0, 2.0]), []
+
+    def evaluated(self, *_, **__):
+        measured.append({name: value.clone() for name, value in self.model.state_dict().items()})
+        return EvalLoopOutput(None, None, {"eval_error": next(points)}, 1)
+
+    monkeypatch.setattr(trainer.StageTrainer, "evaluation_loop", evaluated)
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
+    best |= {"metric_for_best_model": "error", "greater_is_better": False}
+    shards = tuple(sorted(str(path) for path in data.glob("*.tar")))
+    how = Run(tmp_path / "out", eval_data=shards, arguments=best)
+    run_stage1(AVERAGED, list(shards), how, data / "tokenizer")
+    exported = load_file(tmp_path / "out/model.safetensors")
+    assert len(measured) == 2
+    assert not torch.equal(measured[0]["text_projection"], measured[1]["text_projection"])
+    for name, value in exported.items():
+        torch.testing.assert_close(value, measured[0][name].reshape(value.shape), atol=0, rtol=0, msg=name)
+    states = tmp_path.glob("out/trainer/half_patches/*/trainer_state.json")
+    found = {json.loads(path.read_text())["best_model_checkpoint"] for path in states}
+    assert found == {str(tmp_path / "out/trainer/half_patches/checkpoint-2")}
 
 
 def test_an_impossible_decay_is_refused():

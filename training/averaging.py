@@ -44,14 +44,8 @@ class WeightAverage(TrainerCallback):
         self._model = model
         self._weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         self._averages = {name: weight.to(torch.float32, copy=True) for name, weight in self._weights.items()}
-        if self.checkpoint is None:
-            return
-        if (self.checkpoint / FOLDER).is_dir():
-            distributed_checkpoint.load(
-                self._averages, checkpoint_id=self.checkpoint / FOLDER, no_dist=not dist.is_initialized()
-            )
-        else:
-            logger.warning(f"{self.checkpoint} has no average of the weights, which begins with its weights.")
+        if self.checkpoint is not None:
+            self.load(self.checkpoint)
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
@@ -60,6 +54,15 @@ class WeightAverage(TrainerCallback):
         averages = [_local(average) for average in self._averages.values()]
         weights = [_local(weight).to(torch.float32) for weight in self._weights.values()]
         get_ema_multi_avg_fn(decay)(averages, weights, None)
+
+    def load(self, checkpoint: Path) -> None:
+        """Take the average in a checkpoint, in all processes."""
+        if (checkpoint / FOLDER).is_dir():
+            distributed_checkpoint.load(
+                self._averages, checkpoint_id=checkpoint / FOLDER, no_dist=not dist.is_initialized()
+            )
+        else:
+            logger.warning(f"{checkpoint} has no average of the weights, which begins with its weights.")
 
     def save(self, checkpoint: Path) -> None:
         """Write the average, in all processes."""

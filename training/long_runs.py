@@ -64,6 +64,11 @@ class LongRunTrainer(WholeCheckpointTrainer):
         with self.throughput.paused(), nullcontext() if self.average is None else self.average.applied():
             return super()._evaluate(*arguments, **settings)
 
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.average is not None:
+            self.average.load(Path(self.state.best_model_checkpoint))
+
     def _find_place(self, checkpoint: Path) -> None:
         super()._find_place(checkpoint)
         if self.average is not None:
