@@ -82,7 +82,7 @@ def test_a_run_leaves_a_model_of_stage_1_that_stage_2_starts_from(finished_run):
 
 def test_the_log_holds_losses_and_the_zero_shot_curve_of_each_phase(finished_run):
     log = json.loads((finished_run / "training_log.json").read_text(encoding="utf-8"))
-    assert set(log) == {"recipe", "settings", "objects", "whole"}
+    assert set(log) == {"recipe", "settings", "arguments", "objects", "whole"}
     for phase, steps in (("objects", [2, 3]), ("whole", [1])):
         curve = [row for row in log[phase] if "zero_shot_digit" in row]
         assert [row["step"] for row in curve] == steps

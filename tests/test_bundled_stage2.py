@@ -121,7 +121,7 @@ def test_the_folder_is_an_internvl_g_that_describes_images(finished_default_run,
 
 def test_the_log_holds_all_three_losses_and_the_retrieval_curve(finished_default_run):
     log = json.loads((finished_default_run / "stage2" / "training_log.json").read_text(encoding="utf-8"))
-    assert set(log) == {"recipe", "settings", "queries", "queries_and_llama"}
+    assert set(log) == {"recipe", "settings", "arguments", "queries", "queries_and_llama"}
     assert all(log["queries"][-1][f"loss_{name}"] > 0 for name in ("itc", "itm", "itg"))
     curve = [row for row in log["queries_and_llama"] if "recall_at_1_InternVL-G" in row]
     assert [row["step"] for row in curve] == [2, 3]

@@ -153,7 +153,7 @@ def test_a_resumed_run_trains_only_what_is_not_finished(finished_default_run, tm
     shutil.copytree(finished_default_run, folder)
     (folder / "full" / "training_log.json").unlink()
     trained = []
-    monkeypatch.setattr(stages, "train", lambda model, processor, recipe, run, *_, **__: trained.append(run))
+    monkeypatch.setattr(stages, "train", lambda stage: trained.append(stage.run))
     with few_scenes_and_one_thread():
         bundled_run.train_all_stages(tiny_run(), folder, resume=True)
     assert trained == [Run(folder / "full", resume=True, num_workers=1)]
