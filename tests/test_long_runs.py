@@ -85,6 +85,24 @@ def test_a_kind_of_batch_is_counted_once_and_others_in_proportion(clock, monkeyp
     assert len(counted) == 2
 
 
+def test_compiled_models_are_counted_as_others_are(data, tmp_path):  # noqa: F811
+    found = []
+    for name, arguments in (("eager", {}), ("compiled", {"torch_compile_backend": "eager"})):
+        recipe = replace(RECIPE, phases=RECIPE.phases[1:])
+        meters, original = [], throughput.Throughput.entry
+
+        def watched(self, accelerator, meters=meters, original=original):
+            meters.append((self.is_compiled, self._flops))
+            return original(self, accelerator)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(throughput.Throughput, "entry", watched)
+            run_stage1(recipe, [str(data / "0.tar")], Run(tmp_path / name, arguments=arguments), data / "tokenizer")
+        found.append(meters)
+    assert [is_compiled for is_compiled, _ in found[1]] == [True] * 4
+    assert found[0][0][1] == found[1][0][1] > 0
+
+
 def test_samples_and_tokens_of_every_kind_of_batch():
     ids, mask = torch.zeros(2, 5, dtype=torch.long), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     tiles = torch.zeros(7, 3, 14, 14)

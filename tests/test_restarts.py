@@ -110,6 +110,16 @@ def test_a_resumed_stream_collates_the_batches_that_were_left_and_no_other(worke
         assert collated == left
 
 
+def test_data_begins_anew_where_that_is_asked_for(shards, tmp_path):
+    stop_at(trainer_for(tmp_path / "out", shards, Numbers(tmp_path / "a"), 0), 5)
+    resumed = trainer_for(tmp_path / "out", shards, Numbers(tmp_path / "b"), 0, ignore_data_skip=True)
+    resumed.run(resume=True)
+    assert resumed.data_collator.collated() == resumed.model.seen
+    first = trainer_for(tmp_path / "whole", shards, Numbers(tmp_path / "c"), 0)
+    first.run(resume=False)
+    assert resumed.model.seen == first.model.seen[:5]
+
+
 def test_the_checkpoints_number_of_workers_is_taken(shards, tmp_path):
     whole = trainer_for(tmp_path / "whole", shards, Numbers(tmp_path / "a"), 2)
     whole.run(resume=False)

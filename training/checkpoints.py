@@ -81,7 +81,7 @@ class WholeCheckpointTrainer(Trainer):
     # ------------------------------------------------------------------------------------------- the place in the data
     def _find_place(self, checkpoint: Path) -> None:
         """Reads where this process goes on, and refuses a number of processes that cannot go on exactly."""
-        if self._is_finished:
+        if self._is_finished or self.args.ignore_data_skip:
             return
         world_size, files = self.args.world_size, sorted(checkpoint.glob("stream_*.json"))
         earlier = processes_of(checkpoint) or world_size
