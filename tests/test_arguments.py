@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 from internvl.training import arguments, trainer
 from internvl.training.__main__ import main
 from internvl.training.arguments import REFUSED, apply_flags, parse_flags
+from internvl.training.commands import training_parser
 from internvl.training.recipes import stage1_bundled, stage1_small, stage2_small, stage3_small
 from internvl.training.trainer import Run, Stage, StageTrainer, training_arguments
 
@@ -62,6 +63,21 @@ def test_a_learning_rate_scales_those_of_all_parts(tmp_path):
         assert max(new.learning_rates.values()) == pytest.approx(1e-2)
         ratios = {new.learning_rates[part] / rate for part, rate in old.learning_rates.items()}
         assert max(ratios) == pytest.approx(min(ratios))
+
+
+def test_single_parts_have_rates_of_their_own_and_others_keep_theirs(tmp_path):
+    before, run = stage1_small(), Run(tmp_path)
+    rates = [
+        training_parser().parse_args(["stage1", "--output", "o", "--learning-rates", "vision=3e-4"]).learning_rates
+    ]
+    recipe, _ = apply_flags(before, run, {}, *rates)
+    for old, new in zip(before.phases, recipe.phases, strict=True):
+        assert new.learning_rates == {**old.learning_rates, "vision": 3e-4}
+    with pytest.raises(ValueError, match="No phase trains language, only vision, pooling"):
+        apply_flags(before, run, {}, [("language", 1e-3)])
+    for wrong in ("tower=1", "vision", "vision=fast"):
+        with pytest.raises(SystemExit, match="2"):
+            training_parser().parse_args(["stage1", "--output", "o", "--learning-rates", wrong])
 
 
 def test_a_batch_per_device_with_accumulation_is_the_batch_of_the_recipe(tmp_path, monkeypatch):

@@ -126,6 +126,20 @@ def test_the_loss_of_held_out_rows_is_that_of_the_model_in_evaluation_mode(folde
     assert held_out == pytest.approx(trained, rel=1e-3)
 
 
+def test_steps_are_profiled_and_the_model_is_compiled_where_asked_for(folder, tmp_path):
+    compiled = ("--torch-compile", "--torch-compile-backend", "eager")
+    finetune(folder, "patches", tmp_path / "plain", *SHORT, "--steps", "4")
+    finetune(folder, "patches", tmp_path / "out", *SHORT, "--steps", "4", "--profile-steps", "2", *compiled)
+    assert log_of(tmp_path / "out")["arguments"]["torch_compile"] is True
+    (trace,) = (tmp_path / "out/profile/finetuning").glob("*.json")
+    steps = {
+        event["name"] for event in json.loads(trace.read_text())["traceEvents"] if "ProfilerStep" in event["name"]
+    }
+    assert steps == {"ProfilerStep#2", "ProfilerStep#3"}
+    for name, value in weights(tmp_path / "plain").items():
+        torch.testing.assert_close(weights(tmp_path / "out")[name], value, atol=1e-5, rtol=1e-4)
+
+
 def test_image_size_and_tiles_are_those_asked_for_and_are_saved(folder, tmp_path):
     finetune(folder, "queries_and_patches", tmp_path, *SHORT, "--image-size", "84", "--max-tiles", "1")
     model, processor = AutoModel.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)

@@ -5,7 +5,7 @@ everything else goes to `TrainingArguments` as it is. Flags that would break a s
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -66,7 +66,9 @@ def parse_flags(words: Sequence[str], prog: str) -> dict[str, Any]:
     return given
 
 
-def apply_flags(recipe: RecipeType, run: Run, flags: dict[str, Any]) -> tuple[RecipeType, Run]:
+def apply_flags(
+    recipe: RecipeType, run: Run, flags: dict[str, Any], learning_rates: Iterable[tuple[str, float]] = ()
+) -> tuple[RecipeType, Run]:
     """Change a recipe and a run by flags of `TrainingArguments`.
 
     A learning rate is the largest one: those of the parts keep their ratios. A batch size per device, with
@@ -76,12 +78,19 @@ def apply_flags(recipe: RecipeType, run: Run, flags: dict[str, Any]) -> tuple[Re
         recipe: The recipe.
         run: How to run it.
         flags: Arguments as from `parse_flags`.
+        learning_rates: Parts with their learning rates, in every phase that trains the part.
 
     Returns:
         The recipe and the run with everything that the flags change.
+
+    Raises:
+        ValueError: If no phase trains one of the parts.
     """
-    flags = dict(flags)
-    changes: dict[str, Any] = {"phases": tuple(_changed_phase(phase, flags) for phase in recipe.phases)}
+    flags, rates = dict(flags), dict(learning_rates)
+    trained = dict.fromkeys(part for phase in recipe.phases for part in phase.learning_rates)
+    if absent := [part for part in rates if part not in trained]:
+        raise ValueError(f"No phase trains {', '.join(absent)}, only {', '.join(trained)}.")
+    changes: dict[str, Any] = {"phases": tuple(_changed_phase(phase, flags, rates) for phase in recipe.phases)}
     for name in ("learning_rate", "warmup_steps"):
         flags.pop(name, None)
     changes |= {field: flags.pop(name) for name, field in RECIPE_FIELDS.items() if name in flags}
@@ -95,11 +104,11 @@ def apply_flags(recipe: RecipeType, run: Run, flags: dict[str, Any]) -> tuple[Re
     return replace(recipe, **changes), replace(run, arguments={**run.arguments, **flags})
 
 
-def _changed_phase(phase: Phase, flags: dict[str, Any]) -> Phase:
-    changes: dict[str, Any] = {}
-    if "learning_rate" in flags:
-        factor = flags["learning_rate"] / max(phase.learning_rates.values())
-        changes["learning_rates"] = {part: rate * factor for part, rate in phase.learning_rates.items()}
+def _changed_phase(phase: Phase, flags: dict[str, Any], rates: dict[str, float]) -> Phase:
+    factor = flags["learning_rate"] / max(phase.learning_rates.values()) if "learning_rate" in flags else 1
+    changes: dict[str, Any] = {
+        "learning_rates": {part: rates.get(part, rate * factor) for part, rate in phase.learning_rates.items()}
+    }
     if "warmup_steps" in flags:
         warmup = flags["warmup_steps"]  # below 1 it is a share, as in `TrainingArguments`
         changes["warmup_steps"] = int(warmup if warmup >= 1 else warmup * phase.steps)

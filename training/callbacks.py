@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
@@ -55,6 +56,35 @@ class EvaluateEvery(TrainerCallback):
         if state.global_step % self.steps == 0 or state.global_step == state.max_steps:
             control.should_evaluate = True
         return control
+
+
+class Profile(TrainerCallback):
+    """Records some steps by torch's profiler, after two that it leaves out, as a trace for TensorBoard or Perfetto.
+
+    Args:
+        steps: Number of steps.
+        folder: Folder of the traces, one of each process.
+    """
+
+    def __init__(self, steps: int, folder: Path) -> None:
+        schedule = torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1)
+        self.profiler = torch.profiler.profile(
+            schedule=schedule,
+            on_trace_ready=torch.profiler.tensorboard_trace_handler(str(folder)),
+            profile_memory=True,
+        )
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Start."""
+        self.profiler.start()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Go on to the next step."""
+        self.profiler.step()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Stop, and write what there is."""
+        self.profiler.stop()
 
 
 def log_samples(

@@ -48,6 +48,16 @@ def default_workers() -> int:
     return max(1, min(8, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
 
 
+def part_and_rate(text: str) -> tuple[str, float]:
+    """A part of a model and its learning rate."""
+    part, _, rate = text.partition("=")
+    try:
+        return {name: (name, float(rate)) for name in PARTS}[part]
+    except (KeyError, ValueError) as error:
+        message = f"must be PART=RATE, with one of {', '.join(PARTS)} and a number, got {text!r}"
+        raise argparse.ArgumentTypeError(message) from error
+
+
 def training_parser() -> argparse.ArgumentParser:
     """The command line's arguments; `module` of what it parses says where the command is."""
     parser = argparse.ArgumentParser(prog="python -m internvl.training", description="Training, and what prepares it.")
@@ -209,6 +219,10 @@ def _add_training(commands: Any, name: str, what: str) -> argparse.ArgumentParse
         default=default_workers(),
         help="processes that prepare batches while the model trains (default here: %(default)s)",
     )
+    parser.add_argument(
+        "--learning-rates", metavar="PART=RATE", nargs="+", type=part_and_rate, default=[], help="of single parts"
+    )
+    parser.add_argument("--profile-steps", metavar="N", type=count, default=0, help="record N steps of each phase")
     parser.add_argument("--seed", type=count, default=0)
     parser.add_argument("--lora-rank", metavar="N", type=count, default=0, help="train LoRA adapters of this rank")
     parser.add_argument(

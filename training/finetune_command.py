@@ -77,7 +77,7 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
         raise ValueError(f"All of {', '.join(trained)} are frozen: there is nothing to train.")
     max_text_length = AutoProcessor.from_pretrained(options.model).max_text_length
     recipe = with_video_frames(finetuning_recipe(choice, config, max_text_length), options)
-    recipe, how = apply_flags(recipe, run_of(options, **adapters), flags)
+    recipe, how = apply_flags(recipe, run_of(options, **adapters), flags, options.learning_rates)
     rates = ", ".join(f"{part} at {rate:g}" for part, rate in recipe.phases[0].learning_rates.items())
     logger.warning(f"{task}, {method}: {rates}; {recipe.phases[0].steps} steps of {recipe.phases[0].batch_size}.")
     if task == "dialogue":

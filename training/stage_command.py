@@ -57,6 +57,7 @@ def run_of(options: argparse.Namespace, **settings: Any) -> Run:
         resume=options.resume,
         num_workers=options.workers,
         eval_data=tuple(options.eval_data),
+        profile_steps=options.profile_steps,
         images=options.images,
         is_streamed=options.streaming,
         **settings,
@@ -79,7 +80,8 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     if bool(options.lora_rank) != bool(options.lora_parts):
         raise ValueError("`--lora-rank` and `--lora-parts` belong together: give both or none.")
     flags = parse_flags(options.flags, f"python -m internvl.training {options.stage}")
-    recipe, how = apply_flags(_recipe_of(options), run_of(options, funnel_stage=options.funnel), flags)
+    how = run_of(options, funnel_stage=options.funnel)
+    recipe, how = apply_flags(_recipe_of(options), how, flags, options.learning_rates)
     if options.stage == "stage1":
         run_stage1(recipe, options.data, how, options.tokenizer, options.model, options.llama)
     elif options.stage == "stage2":

@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from ..extras import extra
 from ..processing_internvl import InternVLProcessor
-from .callbacks import EvaluateEvery, KeepFrozenPartsWithoutGradient, SeedRanksDifferently, log_samples
+from .callbacks import EvaluateEvery, KeepFrozenPartsWithoutGradient, Profile, SeedRanksDifferently, log_samples
 from .checkpoints import LOG_FILE, check_same_recipe, record_recipe
 from .data import generated
 from .data.stream_batches import Stream
@@ -51,6 +51,7 @@ DataOfPhase = Callable[[int, Phase, TrainingArguments], Data]
 # Measures a model in evaluation mode.
 Curve = Callable[[Any], dict[str, float]]
 LORA_LEARNING_RATE = 1e-4
+PROFILES = "profile"
 # Arguments of `TrainingArguments` besides the recipe's numbers without which a resumed run would give other weights.
 DECIDING_ARGUMENTS = frozenset(
     {
@@ -83,6 +84,7 @@ class Run:
         images: Folder of the images that rows name by a path; None takes the folder of each file.
         eval_data: Files of held-out data, on which the stage is measured as it trains.
         eval_samples: Most held-out samples that are searched, or whose questions are answered.
+        profile_steps: Steps of each phase that are recorded by torch's profiler, in `profile/PHASE`.
         arguments: Arguments of `TrainingArguments` that replace those of the recipe, see `arguments.apply_flags`.
     """
 
@@ -96,6 +98,7 @@ class Run:
     images: str | None = None
     eval_data: tuple[str, ...] = ()
     eval_samples: int = 200
+    profile_steps: int = 0
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
@@ -173,6 +176,8 @@ class StageTrainer(LongRunTrainer):
         self.add_callback(SeedRanksDifferently)
         if self.curve is not None and self.recipe.eval_steps is not None:
             self.add_callback(EvaluateEvery(self.recipe.eval_steps))
+        if stage.run.profile_steps:
+            self.add_callback(Profile(stage.run.profile_steps, stage.run.output / PROFILES / phase.name))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer of `TrainingArguments.optim`, or Muon with AdamW, with the groups of `parameter_groups`.
