@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from internvl.training.__main__ import main
@@ -370,24 +371,50 @@ def test_validate_knows_mixtures_and_pairs(folder, capsys):
     assert lines[-1] == "5 rows in 2 files, 3 bad."
 
 
-@pytest.mark.parametrize("words", [(), ("--streaming",)])
-def test_a_mixture_is_trained_on(folder, words, tmp_path):
+@pytest.fixture
+def finetune(folder, tmp_path_factory):
+    """Fine-tunes a tiny chat model on a mixture of images, texts and a video."""
     write_video(folder / "v.mp4", 6)
     rows = [llava("<video>\nWhat?", "c", video="v.mp4")] * 2
     (folder / "v.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    engine_jobs.write_data(tmp_path)
+    sources = [{**A, "weight": 2, "jpeg_quality": [20, 80], "max_tiles": 2}, {**B, "weight": 1}]
+    (files,) = write(folder, [*sources, {"data": "v.jsonl", "weight": 3}])
+    start = tmp_path_factory.mktemp("start")
+    engine_jobs.write_data(start)
     connector = engine_jobs.CONNECTORS[0]
-    engine_jobs.make_processor(connector).save_pretrained(tmp_path / connector)
-    sources = [
-        {**A, "weight": 2, "jpeg_quality": 80, "max_tiles": 2},
-        {**B, "weight": 1},
-        {"data": "v.jsonl", "weight": 3},
-    ]
-    (files,) = write(folder, sources)
-    output = tmp_path / "out"
-    arguments = ["--model", str(tmp_path / connector), "--data", files, "--output", str(output), "--batch-size", "4"]
-    plain = ["--bf16", "False", "--gradient-checkpointing", "False", "--logging-steps", "1", "--steps", "2"]
-    assert main(["finetune", *arguments, *plain, *words, "--video-frames", "4"]) == 0
-    log = json.loads((output / "training_log.json").read_text())
+    engine_jobs.make_processor(connector).save_pretrained(start / connector)
+    plain = "--bf16 False --gradient-checkpointing False --logging-steps 1 --batch-size 4 --video-frames 4".split()
+
+    def run(output: Path, *words: str) -> dict[str, torch.Tensor]:
+        model = ["--model", str(start / connector), "--data", files, "--output", str(output)]
+        assert main(["finetune", *model, *plain, *words]) == 0
+        return load_file(output / "model.safetensors")
+
+    return run
+
+
+@pytest.mark.parametrize("words", [(), ("--streaming",), ("--train-sampling-strategy", "group_by_length")])
+def test_a_mixture_is_trained_on(finetune, words, tmp_path):
+    finetune(tmp_path / "out", "--steps", "2", *words)
+    log = json.loads((tmp_path / "out" / "training_log.json").read_text())
     assert [entry["step"] for entry in log["finetuning"] if "loss" in entry] == [1, 2]
     assert log["recipe"]["video_frames"] == [4, 4]
+
+
+@pytest.mark.parametrize("words", [(), ("--streaming",)])
+def test_a_stopped_mixture_is_resumed_to_the_bit(finetune, words, tmp_path, monkeypatch):
+    words = (*words, "--steps", "4", "--save-steps", "2")
+    expected = finetune(tmp_path / "whole", *words)
+    step = StageTrainer.training_step
+
+    def stop(trainer, *arguments, **settings):
+        if trainer.state.global_step == 3:
+            raise OSError("stopped")
+        return step(trainer, *arguments, **settings)
+
+    monkeypatch.setattr(StageTrainer, "training_step", stop)
+    with pytest.raises(AssertionError):
+        finetune(tmp_path / "out", *words)
+    monkeypatch.undo()
+    found = finetune(tmp_path / "out", *words, "--resume")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())

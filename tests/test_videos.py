@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from internvl.training.__main__ import main
 from internvl.training.data import videos
@@ -18,6 +19,7 @@ from internvl.training.data.dialogue_rows import read_dialogue
 from internvl.training.data.dialogues import DialogueCollator, DialogueDataset, DialogueEncoder
 from internvl.training.data.videos import frames_of_video, middle_frames, read_frames
 
+from . import engine_jobs
 from .fixtures_dialogues import llava
 from .test_dialogues import SEQ, make_processor
 
@@ -25,13 +27,13 @@ from .test_dialogues import SEQ, make_processor
 STEP = 8  # of brightness between two frames
 
 
-def write_video(path, count: int, codec: str = "libx264", size=(64, 48), kind: str | None = None) -> Path:
+def write_video(path, count: int, codec: str = "libx264", size=(64, 48), kind: str | None = None, first=0) -> Path:
     """A video whose frames become brighter."""
     with av.open(path, "w", format=kind) as container:
         stream = container.add_stream(codec, rate=10)
         stream.width, stream.height = size
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-        for number in range(count):
+        for number in range(first, first + count):
             pixels = np.full((size[1], size[0], 3), STEP * number % 256, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
@@ -164,6 +166,31 @@ def test_videos_images_and_texts_are_one_batch(folder, encoder, tmp_path, capsys
     assert image_tokens.sum(dim=1).tolist() == [4 * (SEQ + 2), 0, 4 * (SEQ + 2)]
     assert main(["validate", str(path)]) == 0
     assert "3 rows in 1 file, none bad." in capsys.readouterr().out
+
+
+def test_a_model_learns_from_videos(folder, tmp_path):
+    """The same question has another answer for each of two videos."""
+    engine_jobs.write_data(tmp_path)
+    connector = engine_jobs.CONNECTORS[0]
+    engine_jobs.make_processor(connector).save_pretrained(tmp_path / connector)
+    for name, first in (("dark", 0), ("light", 26)):
+        write_video(tmp_path / f"{name}.mp4", 4, first=first)
+    rows = [llava("<video>\nHow is it?", name, video=f"{name}.mp4") for name in ("dark", "light")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = "--bf16 False --gradient-checkpointing False --batch-size 2 --steps 24 --workers 0"
+    data = ["--model", str(tmp_path / connector), "--data", str(tmp_path / "rows.jsonl"), "--video-frames", "2"]
+    assert main(["finetune", *data, "--output", str(tmp_path / "out"), *words.split(), "--learning-rate", "1e-2"]) == 0
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    for name in ("dark", "light"):
+        video = {"type": "video", "video": read_frames(str(tmp_path / f"{name}.mp4"), "A video", 2)}
+        messages = [{"role": "user", "content": [video, {"type": "text", "text": "How is it?"}]}]
+        inputs = processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        found = model.generate(**inputs, do_sample=False, max_new_tokens=8)
+        text = processor.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert text.startswith(name)
 
 
 # ------------------------------------------------------------------------------------------------------------- hostile

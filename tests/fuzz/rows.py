@@ -1,5 +1,6 @@
 """Damaged training data: dialogue files, and shards of image-text pairs."""
 
+import io
 import json
 import logging
 import random
@@ -16,6 +17,7 @@ from internvl.training.data.validate import find_invalid_rows
 
 from ..fixtures_dialogues import BAD_ROWS, llava
 from ..fixtures_pairs import png, sample, write_parquet, write_tar
+from ..test_videos import write_video
 from .mutations import damaged, with_odd_values
 
 
@@ -50,6 +52,32 @@ def _dialogue_file(folder: Path, generator: random.Random, number: int) -> Path:
     return path
 
 
+def _video_file(folder: Path, generator: random.Random, number: int) -> Path:
+    """A row with a damaged video."""
+    file = io.BytesIO()
+    kind, codec = (("mp4", "mpeg4"), ("webm", "libvpx"), ("avi", "mjpeg"), ("mpegts", "libx264"))[number % 4]
+    write_video(file, 12, codec, kind=kind)
+    (folder / "a.mp4").write_bytes(damaged(file.getvalue(), generator, number // 4))
+    path = folder / "rows.jsonl"
+    path.write_text(json.dumps(llava("<video>", "a", video="a.mp4")) + "\n")
+    return path
+
+
+def _pair_file(folder: Path, generator: random.Random, number: int) -> Path:
+    """Damaged rows of pairs."""
+    path = folder / f"pairs.{('csv', 'jsonl')[number % 2]}"
+    good = {"image": "a.png", "caption": "a, b"}
+    lines = [with_odd_values(good, generator, 0.3) for _ in range(3)]
+    if path.suffix == ".csv":
+        fields = [row.values() if isinstance(row, dict) else [row] for row in [good, *lines]]
+        text = "image,caption\n" + "".join(",".join(f'"{value}"' for value in values) + "\n" for values in fields)
+        text = text.encode("utf-8", "surrogatepass")
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in [good, *lines]).encode()
+    path.write_bytes(damaged(text, generator, number // 2) if number % 3 else text)
+    return path
+
+
 def _shard(folder: Path, generator: random.Random, number: int) -> Path:
     if number % 3 == 2:
         path = write_parquet(folder / "pairs.parquet", [0, 1, 2])
@@ -68,6 +96,9 @@ def _shard(folder: Path, generator: random.Random, number: int) -> Path:
     return path
 
 
+KINDS = ((_dialogue_file, _validate), (_shard, _stream), (_video_file, _validate), (_pair_file, _stream))
+
+
 def inputs(seed: int, count: int) -> Iterator[tuple[str, Callable[[], Any], str]]:
     """Dialogue files and shards in turn. An error names the file, or where a whole epoch gives nothing says so."""
     generator = random.Random(f"{seed}/rows")
@@ -76,10 +107,8 @@ def inputs(seed: int, count: int) -> Iterator[tuple[str, Callable[[], Any], str]
         folder = Path(name)
         (folder / "a.png").write_bytes(png())
         for number in range(count):
-            if number % 2:
-                path, read = _shard(folder, generator, number // 2), _stream
-            else:
-                path, read = _dialogue_file(folder, generator, number // 2), _validate
+            make, read = KINDS[number % len(KINDS)]
+            path = make(folder, generator, number // len(KINDS))
             yield f"{path.name} {number}", partial(read, path), rf"{path.name}|samples"
 
 

@@ -75,18 +75,19 @@ def _opened(source: str | bytes) -> Iterator[tuple[Any, Any]]:
             raise ValueError(f"it has {size} bytes, at most {MAX_FILE_BYTES} are read")
         file.seek(0)
         try:
-            container = av.open(file, options=limits)
+            container = av.open(file, options=limits, metadata_errors="replace")
         except av.error.ArgumentError as error:
             raise ValueError(f"it has none of the formats {FORMATS}") from error
         with container:
             if not container.streams.video:
                 raise ValueError("it holds no video")
             stream = container.streams.video[0]
-            if stream.codec_context.name not in CODECS.split(","):
-                raise ValueError(f"its codec is {stream.codec_context.name}, which is not read")
-            if stream.codec_context.width * stream.codec_context.height > MAX_FRAME_PIXELS:
+            codec = stream.codec_context  # None for one that FFmpeg does not know
+            if codec is None or codec.name not in CODECS.split(","):
+                raise ValueError(f"its codec is {getattr(codec, 'name', 'unknown')}, which is not read")
+            if codec.width * codec.height > MAX_FRAME_PIXELS:
                 raise ValueError(f"its frames have more than {MAX_FRAME_PIXELS} pixels")
-            stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
+            codec.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
             yield container, stream
 
 
