@@ -9,8 +9,8 @@ from PIL import Image
 
 from internvl.image_processing_internvl import InternVLImageProcessor
 from internvl.processing_internvl import InternVLProcessor
-from internvl.training import recipes
-from internvl.training.commands import FUNNEL_STAGES, LATER_SCALES, RETRIEVAL_DATA, SCALES
+from internvl.training import recipes, stage_command
+from internvl.training.commands import FUNNEL_STAGES, LATER_SCALES, RETRIEVAL_DATA, SCALES, training_parser
 from internvl.training.data.collators import GenerativeCollator, RetrievalCollator, image_number
 from internvl.training.data.filters import STAGES
 from internvl.training.models.parameter_groups import PARTS
@@ -21,6 +21,7 @@ from internvl.training.trainer import Run, training_arguments, with_lora
 from .fixtures_text import make_image, make_tokenizer
 
 
+FULL = ("--connector", "queries_and_patches")
 ALL = [(stage, scale) for stage, scales in RECIPES.items() for scale in scales]
 
 
@@ -120,6 +121,25 @@ def test_retrieval_is_as_long_as_its_data():
     (heads,) = recipes.retrieval(heads_only=True).phases
     assert (heads.image_size, {*heads.learning_rates}) == (224, {"text_projection"})
     assert recipes.retrieval().phases[0].image_size == 364
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (("retrieval", "--dataset", "coco", "--heads-only"), recipes.retrieval(None, "coco", True)),
+        (("retrieval", "--image-size", "224"), recipes.retrieval(224)),
+        (("captions",), recipes.captions()),
+        (("stage3", "--connector", "queries_and_patches"), stage3("queries_and_patches")),
+        (
+            ("stage3", "--connector", "queries_and_patches", "--no-freeze-language"),
+            stage3("queries_and_patches", False),
+        ),
+        (("stage3", "--freeze-language", "--also-train", "vision"), stage3("patches", True, "vision")),
+    ],
+)
+def test_the_command_line_chooses_the_recipe(words, wanted):
+    options = training_parser().parse_args([*words, "--scale", "full", "--model", "m", "--output", "o"])
+    assert stage_command._recipe_of(options) == wanted
 
 
 def test_both_phases_of_stage_1_share_a_schedule(tmp_path):

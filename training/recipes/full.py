@@ -167,8 +167,8 @@ def stage3(
         betas=(0.9, 0.999),
         grad_cache_chunk_size=4,  # own
         connector=connector,
-        template="vicuna_v1",
-        resize_mode="pad",
+        template="vicuna_v1",  # of both phases; the published first one has bare captions
+        resize_mode="pad",  # likewise, there a crop
         downsample_ratio=1.0,
         max_length=2048,
         model_config={"projector_type": "mlp2x_gelu", "select_layer": -1 if is_full else -4},
