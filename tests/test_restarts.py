@@ -3,10 +3,13 @@ number.
 """
 
 import json
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import get_worker_info
 from transformers import TrainingArguments
 
@@ -14,8 +17,13 @@ from internvl.training.checkpoints import WholeCheckpointTrainer
 from internvl.training.data.pairs import PairStream
 from internvl.training.data.stream_batches import places_for, stream_loader
 from internvl.training.models.whole_folders import checkpoints_in, fault_of
+from internvl.training.stages import Run, run_stage1
+from internvl.training.trainer import StageTrainer
 
+from . import two_processes
 from .fixtures_pairs import sample, write_tar
+from .fixtures_text import make_tokenizer
+from .test_stage_faults import RECIPE
 
 
 SHARDS, PER_SHARD = 4, 6
@@ -249,3 +257,49 @@ def test_rows_of_a_file_go_on_with_any_number_of_processes_where_steps_have_the_
     else:
         with pytest.raises(ValueError, match=message):
             trainer().run(resume=True)
+
+
+@contextmanager
+def stopped_after_3():
+    """Runs inside are stopped in their fourth step; the checkpoint of the second is the last."""
+    original = StageTrainer.training_step
+
+    def stopping(self, *arguments, **settings):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return original(self, *arguments, **settings)
+
+    with pytest.MonkeyPatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(StageTrainer, "training_step", stopping)
+        yield
+
+
+def calm_stage(folder: Path, name: str, **settings) -> None:
+    phase = replace(RECIPE.phases[0], patch_drop_rate=0.0)
+    recipe = replace(RECIPE, phases=(phase,), drop_path_rate=0.0, crop_scale=None)
+    shards = sorted(str(path) for path in folder.glob("*.tar"))
+    run_stage1(recipe, shards, Run(folder / name, num_workers=1, **settings), folder / "tokenizer")
+
+
+def losses_in(folder: Path) -> dict[int, float]:
+    log = json.loads((folder / "training_log.json").read_text())["half_patches"]
+    return {entry["step"]: entry["loss"] for entry in log if "loss" in entry}
+
+
+@pytest.mark.slow
+def test_a_stage_begun_on_two_processes_is_finished_by_one(tmp_path, caplog):
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    for shard in range(4):
+        write_tar(tmp_path / f"{shard}.tar", [sample(n) for n in range(shard * 6, shard * 6 + 6)], shard * 6)
+    two_processes.run("stopped_stage", tmp_path)
+    part = tmp_path / "part" / "trainer" / "half_patches"
+    assert [folder.name for folder in checkpoints_in(part)] == ["checkpoint-2"]
+    calm_stage(tmp_path, "part", resume=True)
+    assert "was written by 2 processes, now there are 1" in caplog.text
+    found, wanted = losses_in(tmp_path / "part"), losses_in(tmp_path / "whole")
+    assert found == pytest.approx(wanted, rel=1e-4)
+    found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("part", "whole"))
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, atol=2e-4, rtol=1e-3, msg=name)
+    places = json.loads((part / "checkpoint-4" / "stream_1.json").read_text())
+    assert (places["rank"], places["world_size"], places["num_batches"]) == (1, 2, 4)

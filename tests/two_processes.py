@@ -187,6 +187,17 @@ def stage_of_two(rank: int, folder: Path) -> dict:
     return {**found, "drawn": numbers_drawn(folder / "good")}
 
 
+def stopped_stage(rank: int, folder: Path) -> dict:
+    """Stage 1 with nothing random on FOLDER/*.tar: to FOLDER/whole, and to FOLDER/part until it is stopped."""
+    from .test_restarts import calm_stage, stopped_after_3
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", LOCAL_WORLD_SIZE="2")
+    calm_stage(folder, "whole")
+    with stopped_after_3():
+        calm_stage(folder, "part")
+    return {}
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """What FSDP2 has spread over the ranks."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
