@@ -402,6 +402,9 @@ def test_full_recipes_run_with_their_ways_of_saving_memory(shards, dialogues, la
     run_retrieval(recipe, shards, Run(folders["retrieval"]), folders["stage2"])
     recipe = shrunk(stage3("queries_and_patches"), **short)
     run_stage3(recipe, dialogues, Run(folders["stage3"]), folders["stage2"], language["decoder"])
+    chat = AutoProcessor.from_pretrained(folders["stage3"])
+    assert (chat.image_seq_length, chat.image_processor.resize_mode) == (5 + 4 * 4, "pad")  # queries, and all patches
+    assert not {"<img>", "</img>"} & chat.tokenizer.get_vocab().keys()
     recipe = shrunk(captions(), max_text_length=LENGTH, **short)
     run_captions(recipe, shards, Run(folders["captions"]), folders["stage2"])
     for name, folder in folders.items():

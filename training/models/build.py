@@ -156,7 +156,8 @@ def build_chat_processor(
         num_queries: Image tokens of a tile that come from QLLaMA.
     """
     known = tokenizer.get_vocab()
-    image_tokens = (IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_CONTEXT_TOKEN)
+    encloses = recipe.model_config.get("use_image_start_end", True)
+    image_tokens = (*((IMAGE_START_TOKEN, IMAGE_END_TOKEN) if encloses else ()), IMAGE_CONTEXT_TOKEN)
     tokenizer.add_tokens([token for token in image_tokens if token not in known], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -170,7 +171,13 @@ def build_chat_processor(
     )
     num_tokens = num_queries + int(side // patch_size * recipe.downsample_ratio) ** 2
     template = get_conversation_template(recipe.template).to_jinja()
-    return InternVLProcessor(image_processor, tokenizer, image_seq_length=num_tokens, chat_template=template)
+    return InternVLProcessor(
+        image_processor,
+        tokenizer,
+        image_seq_length=num_tokens,
+        chat_template=template,
+        use_image_start_end=encloses,
+    )
 
 
 # --------------------------------------------------------------------------------------------------- stages 1 and 2

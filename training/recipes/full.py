@@ -171,7 +171,12 @@ def stage3(
         resize_mode="pad",  # likewise, there a crop
         downsample_ratio=1.0,
         max_length=2048,
-        model_config={"projector_type": "mlp2x_gelu", "select_layer": -1 if is_full else -4},
+        model_config={
+            "projector_type": "mlp2x_gelu",
+            "select_layer": -1 if is_full else -4,
+            "use_image_start_end": False,
+            "mask_image_token_logit": True,  # own: a frozen decoder would never learn not to write the placeholder
+        },
     )
 
 
