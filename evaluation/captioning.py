@@ -30,8 +30,8 @@ def generate_captions(
     batch_size: int = 32,
     max_new_tokens: int = 160,
 ) -> list[str]:
-    """Generates captions of images, each seen as one tile, greedily, after the language's prompt of `CAPTION_PROMPTS`, or
-    with None the processor's own.
+    """Generates captions of images, each seen as one tile, greedily, after the language's prompt of `CAPTION_PROMPTS`;
+    without a language, after the processor's own.
     """
     texts: list[str] = []
     end, pad = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id

@@ -28,7 +28,6 @@ from internvl.training.data.bad_rows import BadRows, TooManyBadRowsError
 from internvl.training.data.filters import Filter, Funnel, MissingColumnError
 from internvl.training.data.pairs import PairCollator, PairStream
 from internvl.training.data.shards import find_shards, read_shard
-from internvl.training.data.stream_batches import stream_loader
 from internvl.training.recipes import stage2_small
 
 from .engine_jobs import StreamTrainer

@@ -50,6 +50,7 @@ from internvl.training.stages import (
     with_lora,
 )
 
+from .engine_jobs import StoppedError
 from .fixtures_dialogues import llava
 from .fixtures_pairs import sample, write_tar
 from .fixtures_text import make_tokenizer
@@ -376,11 +377,11 @@ def test_two_phases_have_one_cosine_and_go_on_in_it_when_resumed(shards, languag
     def watched(self, *args, **kwargs):
         seen.append(self.optimizer.param_groups[0]["lr"])
         if len(seen) == 11:
-            raise Stopped
+            raise StoppedError
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(trainer.StageTrainer, "training_step", watched)
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         run_stage1(recipe, shards, Run(tmp_path), language["llama"])
     run_stage1(recipe, shards, Run(tmp_path, resume=True), language["llama"])
     peak = max(short.learning_rates.values())
