@@ -30,6 +30,7 @@ TOPICS = (
     "qllama",
     "quantizers",
     "contrastive",
+    "fine_tuning",
 )
 
 
