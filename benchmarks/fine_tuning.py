@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast, Trainer
 
 from internvl.layers_internvl import IGNORE_INDEX
 from internvl.training.recipes.finetuning import FineTuning, finetuning_recipe
-from internvl.training.trainer import Run, Stage, StageTrainer, training_arguments
+from internvl.training.trainer import CHECKPOINTING, Run, Stage, StageTrainer, training_arguments
 
 from .harness import Options, Row, in_fresh_process, memory_growth, require_equal, sizes_of, speed_row
 from .native import IMAGE_TOKEN_ID, build_pair
@@ -76,7 +76,7 @@ MAKERS = {"ours": trainer_of_ours, "theirs": trainer_of_theirs}
 
 def arguments_of_both(model: Any) -> dict[str, Any]:
     """What both trainers are told."""
-    return {"gradient_checkpointing": False, "bf16": False, "use_cpu": model.device.type == "cpu"}
+    return {CHECKPOINTING: False, "bf16": False, "use_cpu": model.device.type == "cpu"}
 
 
 def step_of(who: str, model: Any, folder: str) -> Callable[[], torch.Tensor]:

@@ -2,6 +2,7 @@
 is held to.
 """
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from internvl.training.__main__ import main
 from internvl.training.arguments import REFUSED, apply_flags, parse_flags
 from internvl.training.commands import training_parser
 from internvl.training.recipes import stage1_bundled, stage1_small, stage2_small, stage3_small
-from internvl.training.trainer import Run, Stage, StageTrainer, training_arguments
+from internvl.training.trainer import CHECKPOINTING, Run, Stage, StageTrainer, training_arguments
 
 from .tiny import internvl_model
 
@@ -54,6 +55,16 @@ def test_numbers_of_a_recipe_are_changed_in_it_and_the_rest_goes_to_the_trainer(
     settings = training_arguments(recipe, recipe.phases[0], run)
     assert settings.lr_scheduler_type == "linear"
     assert (settings.adam_beta2, settings.dataloader_num_workers, settings.logging_steps) == (0.9, 3, 7)
+
+
+def test_checkpointing_of_activations_is_one_setting_under_both_its_names_and_warns_of_nothing(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        for name in ("gradient_checkpointing", CHECKPOINTING):
+            recipe, run = applied(tmp_path, f"--{name}", "True")
+            assert recipe.gradient_checkpointing
+            assert not run.arguments
+            assert training_arguments(recipe, recipe.phases[0], run).gradient_checkpointing
 
 
 def test_a_learning_rate_scales_those_of_all_parts(tmp_path):

@@ -35,6 +35,7 @@ REFUSED = {
 }
 # Fields of a recipe by the flags that set them.
 RECIPE_FIELDS = {
+    "activation_checkpointing": "gradient_checkpointing",
     "bf16": "use_bf16",
     "gradient_checkpointing": "gradient_checkpointing",
     "logging_steps": "logging_steps",

@@ -52,6 +52,9 @@ DataOfPhase = Callable[[int, Phase, TrainingArguments], Data]
 Curve = Callable[[Any], dict[str, float]]
 LORA_LEARNING_RATE = 1e-4
 PROFILES = "profile"
+# `gradient_checkpointing` is its name in transformers 5.19.
+_NAMES = TrainingArguments.__dataclass_fields__
+CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _NAMES else "gradient_checkpointing"
 # Arguments of `TrainingArguments` besides the recipe's numbers without which a resumed run would give other weights.
 DECIDING_ARGUMENTS = frozenset(
     {
@@ -343,7 +346,7 @@ def training_arguments(
         cooldown_steps = int(recipe.schedule_of(phase)[1] * phase.cooldown_fraction)
         settings["lr_scheduler_kwargs"] = {"num_decay_steps": cooldown_steps, "decay_type": "linear"}
     if recipe.gradient_checkpointing:
-        settings |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        settings |= {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}}
     if phase.batches:
         settings["train_sampling_strategy"] = "sequential"
         if run.num_workers:
