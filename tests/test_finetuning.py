@@ -10,6 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
+from internvl.conversion import convert
 from internvl.training.__main__ import main
 from internvl.training.curves import AnswerCurve
 from internvl.training.models.parameter_groups import part_of
@@ -17,6 +18,8 @@ from internvl.training.trainer import StageTrainer
 
 from . import engine_jobs
 from .fixtures_dialogues import llava
+from .fixtures_processes import run_elsewhere
+from .fixtures_published import published_chat
 from .fixtures_text import make_image
 
 
@@ -27,11 +30,14 @@ QUESTION, ANSWER = "<image>\nWhat is it?", "seven"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Tiny chat models "patches" and "queries_and_patches", "stage 1 start" (C) and "stage 2 start" (G); rows."""
+    """Tiny chat models "patches", "queries_and_patches" and "converted", "stage 1 start" (C) and "stage 2 start" (G),
+    and rows.
+    """
     folder = tmp_path_factory.mktemp("finetuning")
     engine_jobs.write_data(folder)
     for connector in engine_jobs.CONNECTORS:
         engine_jobs.make_processor(connector).save_pretrained(folder / connector)
+    convert(published_chat(folder), folder / "converted", show_progress=False)
     rows = []
     for number in range(8):
         make_image(56 * (1 + number % 2), 56, seed=number).save(folder / f"{number}.png")
@@ -79,17 +85,36 @@ def test_a_method_trains_its_parts_and_nothing_else(folder, name, connector, tmp
     assert (tmp_path / "adapter").is_dir() == (name == "lora")
 
 
-def test_the_model_learns_to_give_the_taught_answer_and_still_does_when_loaded(folder, tmp_path):
-    finetune(folder, "patches", tmp_path, *PLAIN, "--epochs", "16", "--batch-size", "4", "--learning-rate", "1e-2")
-    losses = [entry["loss"] for entry in log_of(tmp_path)["finetuning"] if "loss" in entry]
+ASK = """
+import sys
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+folder, image = sys.argv[1:]
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+content = [{"type": "image", "image": Image.open(image)}, {"type": "text", "text": "What is it?"}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+    return_tensors="pt",
+)
+found = model.generate(**inputs, do_sample=False, max_new_tokens=8)
+assert "internvl" not in sys.modules
+print(processor.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
+
+
+@pytest.mark.parametrize(("model", "method"), [("patches", "whole"), ("converted", "whole"), ("converted", "lora")])
+def test_a_taught_answer_is_given_by_the_saved_folder_without_this_package(folder, model, method, tmp_path):
+    words = ("--method", method, "--epochs", "16", "--batch-size", "4", "--learning-rate", "1e-2")
+    finetune(folder, model, tmp_path / "out", *PLAIN, *words)
+    losses = [entry["loss"] for entry in log_of(tmp_path / "out")["finetuning"] if "loss" in entry]
     assert len(losses) == 16 * 3  # 9 rows
     assert losses[-1] < 0.1 * losses[0]
-    model, processor = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
-    prompt = processor.apply_chat_template([message], add_generation_prompt=True)
-    inputs = processor(text=prompt, images=[make_image(56, 56, seed=0)], return_tensors="pt")
-    found = model.eval().generate(**inputs, do_sample=False, max_new_tokens=8)
-    assert processor.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).startswith(ANSWER)
+    image = folder / "0.png"
+    before, after = (run_elsewhere(tmp_path, "-c", ASK, path, image) for path in (folder / model, tmp_path / "out"))
+    assert not before.startswith(ANSWER)
+    assert after.startswith(ANSWER)
 
 
 def test_the_adapter_on_the_old_model_equals_the_merged_folder(folder, tmp_path):
