@@ -143,6 +143,19 @@ def test_a_video_without_a_place_comes_first_and_frames_may_be_given(folder, enc
         encoder(llava("<video>\nWhat?", "A.", videos=[["../frame.png"]]))
 
 
+def test_images_beside_a_video_keep_their_tiles(folder):
+    image = read_frames(str(folder / "a.mp4"), "A video", 1)[0].resize((168, 56))
+    row = llava("<video>\n<image>\nWhat?", "A.", video="a.mp4", image=[image])
+    for max_num, tiles in ((1, 1), (6, 4)):
+        encoder = DialogueEncoder(
+            make_processor(), images=folder, video_frames=(4, 4), max_num=max_num, use_thumbnail=max_num > 1
+        )
+        encoded = encoder(row)
+        assert len(encoded["pixel_values"]) == 4 + tiles
+        messages = read_dialogue(row, folder)
+        assert (4 + tiles) * SEQ <= encoder.length_of(messages) < len(encoded["input_ids"])
+
+
 def test_frames_leave_room_for_the_text(folder):
     row = llava("<video>\nWhat?", "A.", video="a.mp4")
     counts = []

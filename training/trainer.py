@@ -22,7 +22,6 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import AutoModel, PreTrainedModel, TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
@@ -31,6 +30,7 @@ from ..processing_internvl import InternVLProcessor
 from .callbacks import EvaluateEvery, KeepFrozenPartsWithoutGradient, Profile, SeedRanksDifferently, log_samples
 from .checkpoints import LOG_FILE, check_same_recipe, record_recipe
 from .data import generated
+from .data.sources import LengthGroups
 from .data.stream_batches import Stream
 from .long_runs import LongRunTrainer
 from .models.build import set_dtypes, set_up_phase
@@ -250,7 +250,7 @@ class StageTrainer(LongRunTrainer):
         if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "lengths"):
             return super()._get_train_sampler(train_dataset)
         rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(rows, lengths=dataset.lengths)
+        return LengthGroups(rows, dataset.lengths, self.args.seed)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **settings: Any

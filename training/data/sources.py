@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset, IterableDataset
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .augmentation import Augmentation
 from .bad_rows import UnusableRowError
@@ -194,6 +195,27 @@ class DialogueMixture(Dataset):
         """About how many tokens each row has, for `group_by_length`."""
         places = (self._locate(index) for index in range(len(self)))
         return [self.datasets[number].lengths[row] for number, row, _ in places]
+
+
+class LengthGroups(LengthGroupedSampler):
+    """The sampler of `Trainer` that groups rows by length; its order is that of the seed and the epoch.
+
+    That of transformers draws from all random numbers before it, so that a resumed run would see other rows.
+
+    Args:
+        batch_size: Rows of a step.
+        lengths: Of the rows.
+        seed: Of the run.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begins the order of an epoch."""
+        self.generator.manual_seed((self.seed << 20) + epoch)
 
 
 # ----------------------------------------------------------------------------------------------------------- the doors
