@@ -140,6 +140,15 @@ def test_a_broken_entry_is_named(name, folder):
         read_mixture(write(folder, sources)[0])
 
 
+def test_aliases_of_yaml_are_not_written_out(folder):
+    """Written out, the text would have 8 ** 30 words."""
+    lists = ["&a0 [x, x, x, x, x, x, x, x]"]
+    lists += [f"&a{n} [{', '.join([f'*a{n - 1}'] * 8)}]" for n in range(1, 30)]
+    (folder / "mix.yaml").write_text(f"sources: {{z: {{data: [{', '.join(lists)}]}}}}")
+    with pytest.raises(ValueError, match=r"source `z`: `data` must be a file or a list of files, got \[\['x'"):
+        read_mixture(folder / "mix.yaml")
+
+
 def test_a_broken_file_is_one_line_of_a_command(folder, capsys):
     for text in ("a: [", "!!python/object/apply:os.system ['true']", "sources: [{data: a.jsonl}]\nseed: 3"):
         (folder / "mix.yaml").write_text(text)

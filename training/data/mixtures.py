@@ -11,6 +11,7 @@ Paths are relative to the file. Meta files of the published fine-tuning code are
 """
 
 import json
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -139,7 +140,7 @@ def _entries(path: Path) -> dict[str, Any]:
 
 def _source(name: str, entry: Any, folder: Path) -> MixtureSource:
     if not isinstance(entry, dict):
-        raise ValueError(f"it must be an object with `data`, got {entry!r:.80}.")
+        raise ValueError(f"it must be an object with `data`, got {_shown(entry)}.")
     settings: dict[str, Any] = {}
     for key, value in entry.items():
         if key in IGNORED or value is None:
@@ -163,7 +164,7 @@ def _checked(key: str, value: Any) -> tuple[str, Any]:
     """The field of `MixtureSource` that a key means, and its value there."""
     if key == "data_augment":
         if not isinstance(value, bool):
-            raise ValueError(f"`{key}` must be true or false, got {value!r:.80}.")
+            raise ValueError(f"`{key}` must be true or false, got {_shown(value)}.")
         value = list(PUBLISHED_QUALITY) if value else None
     name = OTHER_NAMES.get(key, key)
     if name not in CHECKS:
@@ -182,6 +183,11 @@ def _located(file: str, folder: Path) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------- the values
+def _shown(value: Any) -> str:
+    """A value in a few characters; aliases of YAML make some that no memory could hold if they were written out."""
+    return reprlib.repr(value)[:80]
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
@@ -189,31 +195,31 @@ def _is_number(value: Any) -> bool:
 def _texts(key: str, value: Any) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
-        raise ValueError(f"`{key}` must be a file or a list of files, got {value!r:.80}.")
+        raise ValueError(f"`{key}` must be a file or a list of files, got {_shown(value)}.")
     return tuple(texts)
 
 
 def _text(key: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise ValueError(f"`{key}` must be a folder, got {value!r:.80}.")
+        raise ValueError(f"`{key}` must be a folder, got {_shown(value)}.")
     return value
 
 
 def _above_zero(key: str, value: Any) -> float:
     if not _is_number(value) or not 0 < value < float("inf"):
-        raise ValueError(f"`{key}` must be a number above 0, got {value!r:.80}.")
+        raise ValueError(f"`{key}` must be a number above 0, got {_shown(value)}.")
     return float(value)
 
 
 def _share(key: str, value: Any) -> float:
     if not _is_number(value) or not 0 <= value <= 1:
-        raise ValueError(f"`{key}` must be a number from 0 to 1, got {value!r:.80}.")
+        raise ValueError(f"`{key}` must be a number from 0 to 1, got {_shown(value)}.")
     return float(value)
 
 
 def _positive(key: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{key}` must be a whole number from 1 on, got {value!r:.80}.")
+        raise ValueError(f"`{key}` must be a whole number from 1 on, got {_shown(value)}.")
     return value
 
 
@@ -222,7 +228,7 @@ def _range(least: float, most: float, kind: type = int) -> Callable[[str, Any], 
         pair = [value, value] if _is_number(value) else value
         is_pair = isinstance(pair, (list, tuple)) and len(pair) == 2 and all(map(_is_number, pair))
         if not is_pair or not least <= pair[0] <= pair[1] <= most or any(kind(end) != end for end in pair):
-            raise ValueError(f"`{key}` must be two rising numbers from {least} to {most}, got {value!r:.80}.")
+            raise ValueError(f"`{key}` must be two rising numbers from {least} to {most}, got {_shown(value)}.")
         return kind(pair[0]), kind(pair[1])
 
     return check
