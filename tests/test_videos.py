@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,27 @@ def test_frames_are_read_from_files_and_bytes(tmp_path, ending, codec):
     assert numbers(read_frames(str(path), "A video", 8)) == expected
     assert numbers(read_frames(path.read_bytes(), "A video", 8)) == expected
     assert numbers(read_frames(str(path), "A video", 99)) == list(range(30))
+
+
+def test_frames_are_turned_upright(tmp_path):
+    """As of a telephone that was held upright: the header turns the stored image clockwise."""
+    path = tmp_path / "a.mp4"
+    with av.open(path, "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        pixels = np.zeros((48, 64, 3), np.uint8)
+        pixels[:, 32:] = 200  # dark on the left
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    content = path.read_bytes()
+    one, plain = 1 << 16, struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    turned = struct.pack(">9i", 0, one, 0, -one, 0, 0, 48 * one, 0, 1 << 30)
+    of_track = content.index(plain, content.index(b"tkhd"))
+    content = content[:of_track] + turned + content[of_track + len(plain) :]
+    (frame,) = read_frames(content, "A video", 8)
+    assert frame.size == (48, 64)
+    assert frame.getpixel((24, 8))[0] < 50
+    assert frame.getpixel((24, 56))[0] > 150
 
 
 def test_the_number_of_frames_belongs_to_the_video(folder, tmp_path):

@@ -1,6 +1,6 @@
 """Image-text pairs at web scale: shards or files of rows in (see `shards`), images and captions out (see `streams`).
 
-Not covered: mixing sources by weights (list the shards of one source more than once), and captions in several columns.
+Not covered: captions in several columns.
 """
 
 from collections.abc import Callable, Mapping, Sequence
