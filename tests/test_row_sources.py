@@ -105,6 +105,9 @@ def test_a_name_is_a_data_set_of_the_hub(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(png())
     row = {**rows.read(1), "images": [{"bytes": None, "path": "a.png"}]}
     assert read_dialogue(row, tmp_path)[0]["content"][0]["image"] == str(tmp_path / "a.png")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("offline")))
+    with pytest.raises(OSError, match="no file `owner/chat`, and no such data set can be read from the Hub: offline"):
+        open_rows("owner/chat")
     for missing in (tmp_path / "none.jsonl", "data/none.jsonl", "data/none.parquet"):
         with pytest.raises(OSError, match="none"):
             open_rows(missing)

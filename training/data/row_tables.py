@@ -104,7 +104,12 @@ def open_rows(source: str | Path) -> Rows:
         return TableRows(_loaded_folder(found, *configuration, split=split), path, Path(found))
     is_file_name = path.suffix.lower() in (*JSON_ENDINGS, *PARQUET_ENDINGS)
     if not path.exists() and not is_file_name and _HUB_NAME.fullmatch(name):
-        return TableRows(_loaded(found, *configuration, split=split), path, NO_FOLDER)
+        try:
+            return TableRows(_loaded(found, *configuration, split=split), path, NO_FOLDER)
+        except OSError as error:
+            raise OSError(
+                f"There is no file `{name}`, and no such data set can be read from the Hub: {error}"
+            ) from error
     return JsonRows(path)
 
 
