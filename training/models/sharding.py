@@ -63,7 +63,8 @@ def unshard(model: nn.Module, is_keeper: bool = True) -> None:
 def _forget(module: Any) -> None:
     state = module._get_fsdp_state()
     handles = [state._pre_forward_hook_handle, state._post_forward_hook_handle]
-    for group in state._fsdp_param_groups:
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # the latter in torch 2.10
+    for group in (group for group in groups if group is not None):
         handles += group._module_to_pre_save_state_dict_hook_handle.values()
         handles += group._module_to_pre_load_state_dict_hook_handle.values()
         handles += [parameter._post_load_hook_handle for parameter in group.fsdp_params]
