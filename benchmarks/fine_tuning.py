@@ -79,7 +79,7 @@ def arguments_of_both(model: Any) -> dict[str, Any]:
     return {CHECKPOINTING: False, "bf16": False, "use_cpu": model.device.type == "cpu"}
 
 
-def step_of(who: str, model: Any, folder: str) -> Callable[[], torch.Tensor]:
+def make_step(who: str, model: Any, folder: str) -> Callable[[], torch.Tensor]:
     """A step that leaves no gradient behind, and returns its loss."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("vision" not in name)
@@ -94,11 +94,11 @@ def step_of(who: str, model: Any, folder: str) -> Callable[[], torch.Tensor]:
     return step
 
 
-def taken_bytes(who: str, device: str) -> int:
+def step_bytes(who: str, device: str) -> int:
     """What a step takes beside the weights."""
     model = dict(zip(MAKERS, build_pair(VISION, TEXT, Options(device)), strict=True))[who]
     with tempfile.TemporaryDirectory() as folder:
-        return memory_growth(step_of(who, model, folder), device)
+        return memory_growth(make_step(who, model, folder), device)
 
 
 def rows(options: Options) -> Iterator[Row]:
@@ -109,11 +109,11 @@ def rows(options: Options) -> Iterator[Row]:
     pair = dict(zip(MAKERS, build_pair(VISION, TEXT, options), strict=True))
     name = f"fine-tuning, a row of {TOKENS} tokens with {TILES} tiles, answer of {ANSWER}, against TRL on native"
     with tempfile.TemporaryDirectory() as folder:
-        ours, theirs = (step_of(who, model, folder) for who, model in pair.items())
+        ours, theirs = (make_step(who, model, folder) for who, model in pair.items())
         require_equal(ours(), theirs())
         yield speed_row(f"{name}: step", ours, theirs, options.at_most(ROUNDS), target=TARGETS["step"], warmups=1)
     del pair
-    taken = {who: in_fresh_process(taken_bytes, who, options.device) for who in MAKERS}
+    taken = {who: in_fresh_process(step_bytes, who, options.device) for who in MAKERS}
     yield Row(
         f"{name}: peak memory beside weights",
         ratio=taken["ours"] / taken["theirs"],
