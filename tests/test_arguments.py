@@ -11,8 +11,8 @@ from transformers import Trainer, TrainingArguments
 
 from internvl.training import arguments, trainer
 from internvl.training.__main__ import main
-from internvl.training.arguments import REFUSED, apply_flags, parse_flags
-from internvl.training.commands import training_parser
+from internvl.training.arguments import RANGES, REFUSED, apply_flags, parse_flags
+from internvl.training.commands import training_parser, with_hyphens
 from internvl.training.recipes import stage1_bundled, stage1_small, stage2_small, stage3_small
 from internvl.training.trainer import CHECKPOINTING, Run, Stage, StageTrainer, training_arguments
 
@@ -36,10 +36,10 @@ def test_only_what_is_given_is_parsed_and_both_spellings_are_one():
 
 def test_every_field_of_training_arguments_is_parsed_or_refused_by_name():
     for name, field in TrainingArguments.__dataclass_fields__.items():
-        value = "1" if field.type in (int, float, "int", "float") else None
+        value = {int: "1", "int": "1", float: "0.5", "float": "0.5"}.get(field.type)
         if name in REFUSED:
             with pytest.raises(ValueError, match=f"`--{name.replace('_', '-')}` is not for a stage: "):
-                flags(f"--{name}", *([value] if value else ["True"]))
+                flags(f"--{name}", value or ("end" if name == "hub_strategy" else "True"))
         elif value:
             assert flags(f"--{name}", value).keys() == {name}
 
@@ -86,7 +86,7 @@ def test_single_parts_have_rates_of_their_own_and_others_keep_theirs(tmp_path):
         assert new.learning_rates == {**old.learning_rates, "vision": 3e-4}
     with pytest.raises(ValueError, match="No phase trains language, only vision, pooling"):
         apply_flags(before, run, {}, [("language", 1e-3)])
-    for wrong in ("tower=1", "vision", "vision=fast"):
+    for wrong in ("tower=1", "vision", "vision=fast", "vision=nan", "vision=inf", "vision=-1"):
         with pytest.raises(SystemExit, match="2"):
             training_parser().parse_args(["stage1", "--output", "o", "--learning-rates", wrong])
 
@@ -104,8 +104,9 @@ def test_a_batch_per_device_with_accumulation_is_the_batch_of_the_recipe(tmp_pat
 def test_the_steps_of_a_learning_curve_are_the_recipes(tmp_path):
     recipe, run = applied(tmp_path, "--eval-steps", "5", recipe=stage1_bundled())
     assert (recipe.eval_steps, dict(run.arguments)) == (5, {})
-    recipe, run = applied(tmp_path, "--eval-steps", "5")
-    assert (recipe.eval_steps, dict(run.arguments)) == (None, {"eval_steps": 5})
+    held_out = Run(tmp_path, eval_data=("rows.jsonl",))
+    recipe, run = apply_flags(stage2_small(), held_out, flags("--eval-steps", "5"))
+    assert (recipe.eval_steps, dict(run.arguments)) == (None, {"eval_steps": 5, "eval_strategy": "steps"})
 
 
 def test_a_scheduler_that_is_asked_for_replaces_a_cooldown(tmp_path):
@@ -114,6 +115,46 @@ def test_a_scheduler_that_is_asked_for_replaces_a_cooldown(tmp_path):
     assert phase.cooldown_fraction is not None
     assert training_arguments(recipe, phase, run).lr_scheduler_kwargs is None
     assert training_arguments(recipe, phase, Run(tmp_path)).lr_scheduler_type == "warmup_stable_decay"
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_numbers_out_of_range_are_named_as_they_were_given(name):
+    is_whole = "int" in str(TrainingArguments.__dataclass_fields__[name].type)
+    for value in ("-3",) if is_whole else ("-3.0", "nan", "inf"):
+        with pytest.raises(ValueError, match=f"`--{name.replace('_', '-')}` must be a number .*, got {value}"):
+            flags(f"--{name}", value)
+
+
+TOGETHER = {
+    "--fp16 --bf16": "exclude each other",
+    "--fp16 --use-cpu": "needs a GPU",
+    "--eval-steps 2": "`--eval-steps` needs held-out data: give files by `--eval-data`",
+    "--eval-strategy epoch": "`--eval-strategy` needs held-out",
+    "--eval-on-start": "`--eval-on-start` needs held-out",
+    "--metric-for-best-model loss": "`--metric-for-best-model` needs held-out",
+    "--save-strategy best": "`--save-strategy` needs held-out",
+}
+
+
+@pytest.mark.parametrize("words", TOGETHER)
+def test_flags_that_do_not_go_together_say_so(tmp_path, words):
+    with pytest.raises(ValueError, match=TOGETHER[words]):
+        applied(tmp_path, *words.split())
+
+
+def test_a_run_in_which_nothing_learns_is_refused(tmp_path):
+    trained = dict.fromkeys(stage1_small().phases[0].learning_rates, 0.0)
+    with pytest.raises(ValueError, match=r"learning rates of phase .* are 0"):
+        apply_flags(stage1_small(), Run(tmp_path), {}, trained.items())
+
+
+def test_flags_that_are_refused_may_be_false():
+    assert flags("--push-to-hub", "False", "--do-eval", "False") == {}
+
+
+def test_flags_with_underscores_are_those_with_hyphens_and_values_stay():
+    words = ["finetune", "--batch_size", "4", "--eval_data=a_b.json", "c_d", "--no_such=x_y"]
+    assert with_hyphens(words) == ["finetune", "--batch-size", "4", "--eval-data=a_b.json", "c_d", "--no-such=x_y"]
 
 
 def trainer_for(tmp_path, *words: str, **settings) -> StageTrainer:
@@ -164,7 +205,11 @@ def test_unknown_flags_end_the_command_before_anything_is_loaded(tmp_path, capsy
         assert "unrecognized arguments" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["stage1", "--output", str(tmp_path / "out"), "--learning-rat", "1"])
-    assert "unrecognized arguments: --learning-rat 1" in capsys.readouterr().err
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) <= 3
+    assert "unrecognized arguments: --learning-rat 1" in lines[-1]
+    assert main(["stage1", "--output", str(tmp_path / "out"), "--batch_size", "4", "--learning_rate", "nan"]) == 2
+    assert "error: `--learning-rate` must be a number above 0" in capsys.readouterr().err
     assert main(["stage1", "--output", str(tmp_path / "out"), "--output-dir", "b"]) == 2
     assert "give `--output`" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -5,7 +5,7 @@ from importlib import import_module
 
 from .. import register
 from ..console import exit_status
-from .commands import training_parser
+from .commands import training_parser, with_hyphens
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("error: `costs` is now `python -m internvl.planning costs`.", file=sys.stderr)
         return 2
     parser = training_parser()
-    options, flags = parser.parse_known_args(arguments)
+    options, flags = parser.parse_known_args(with_hyphens(arguments))
     if flags and not options.takes_trainer_flags:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     options.flags = flags

@@ -4,7 +4,9 @@ Each command names the module whose `run(options, print_fn)` does the work and r
 """
 
 import argparse
+import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +54,21 @@ def part_and_rate(text: str) -> tuple[str, float]:
     """A part of a model and its learning rate."""
     part, _, rate = text.partition("=")
     try:
-        return {name: (name, float(rate)) for name in PARTS}[part]
-    except (KeyError, ValueError) as error:
-        message = f"must be PART=RATE, with one of {', '.join(PARTS)} and a number, got {text!r}"
-        raise argparse.ArgumentTypeError(message) from error
+        number = float(rate)
+    except ValueError:
+        number = math.nan
+    if part not in PARTS or not 0 <= number < math.inf:
+        message = f"must be PART=RATE, with one of {', '.join(PARTS)} and a finite number from 0 on, got {text!r}"
+        raise argparse.ArgumentTypeError(message)
+    return part, number
+
+
+def with_hyphens(words: Iterable[str]) -> list[str]:
+    """Return a command line whose flags are spelled with hyphens, where they may have underscores."""
+    split = (word.partition("=") for word in words)
+    return [
+        (flag.replace("_", "-") if flag.startswith("--") else flag) + equals + value for flag, equals, value in split
+    ]
 
 
 def training_parser() -> argparse.ArgumentParser:
@@ -78,7 +91,7 @@ def add_validate(commands: Any) -> None:
     parser.add_argument(
         "--max-length",
         metavar="N",
-        type=int,
+        type=positive_int,
         help="with --model: most tokens of a row (default: its tokenizer's limit)",
     )
     parser.set_defaults(module=".data.validate")

@@ -39,6 +39,8 @@ def with_video_frames(recipe: Any, options: argparse.Namespace) -> Any:
     frames = getattr(options, "video_frames", None)
     if frames is None:
         return recipe
+    if not hasattr(recipe, "video_frames"):
+        raise ValueError("`--video-frames` is for chat models: image-text pairs have no videos.")
     if len(frames) > 2:
         raise ValueError("`--video-frames` takes one number, or the fewest and the most.")
     return replace(recipe, video_frames=(frames[0], frames[-1]))
