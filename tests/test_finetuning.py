@@ -11,9 +11,12 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from internvl.conversion import convert
+from internvl.training import finetune_command
 from internvl.training.__main__ import main
 from internvl.training.curves import AnswerCurve
 from internvl.training.models.parameter_groups import part_of
+from internvl.training.models.parts import PARTS
+from internvl.training.recipes.finetuning import PARTS_OF_TASK
 from internvl.training.trainer import StageTrainer
 
 from . import engine_jobs
@@ -45,6 +48,8 @@ def folder(tmp_path_factory) -> Path:
     rows.append(llava("What is it?", ANSWER))
     (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "pairs.csv").write_text("".join(["image,caption\n", *(f"{n}.png,number {n}\n" for n in range(8))]))
+    (folder / "empty.csv").write_text("image,caption\n")
+    (folder / "empty.jsonl").write_text("")
     return folder
 
 
@@ -243,9 +248,84 @@ WRONG = {
     "a task of another kind": (("--model", "patches", "--task", "retrieval"), "`--task retrieval` needs"),
     "nothing to train": (("--model", "patches", "--freeze", "projector", "language"), "nothing to train"),
     "no such part": (("--model", "patches", "--train", "pooling"), "no part pooling"),
+    "parts without a rank of adapters": (
+        ("--model", "patches", "--lora-parts", "language", "--method", "whole"),
+        "`--lora-parts` belongs to `--method lora`",
+    ),
+    "adapters of the head": (("--model", "patches", "--lora-rank", "2", "--method", "head"), "`--lora-rank` belongs"),
+    "adapters on the projector": (("--model", "patches", "--lora-rank", "2", "--train", "projector"), "names none"),
+    "adapters on what is frozen": (
+        ("--model", "patches", "--method", "lora", "--freeze", "language"),
+        "All of language are frozen",
+    ),
+    "two batch sizes": (("--model", "patches", "--per-device-train-batch-size", "2"), "contradicts"),
+    "no row": (("--model", "patches", "--data", "empty.jsonl", "--epochs", "1"), "no row in empty.jsonl"),
     "no model": (("--model", "./stage9"), "stage9"),
     "no data": (("--model", "patches", "--data", "absent.jsonl"), "absent.jsonl"),
 }
+
+
+WRONG_PAIRS = {
+    "one pair a step": (("--batch-size", "1"), "a `--batch-size` of 2 or more"),
+    "one pair a process": (("--per-device-train-batch-size", "1"), "a `--batch-size` of 2 or more"),
+    "accumulation": (("--batch-size", "4", "--gradient-accumulation-steps", "2"), "`grad_cache_chunk_size` (here 32)"),
+    "no pair": (("--epochs", "1", "--data", "empty.csv"), "no row in empty.csv"),
+    "an empty file of rows": (("--epochs", "1", "--data", "empty.jsonl"), "no row in empty.jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_PAIRS)
+def test_pairs_of_which_nothing_is_learned_are_refused(folder, name, tmp_path, monkeypatch, capsys):
+    words, message = WRONG_PAIRS[name]
+    monkeypatch.chdir(folder)
+    words = ("--model", "stage 1 start", "--data", "pairs.csv", "--output", str(tmp_path / "out"), *words)
+    assert main(["finetune", *words, *PLAIN, *(() if "--epochs" in words else ("--steps", "2"))]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        (("--batch-size", "4"), 3),
+        (("--per-device-train-batch-size", "1"), 9),
+        (("--per-device-train-batch-size", "1", "--gradient-accumulation-steps", "2"), 5),
+        (("--batch-size", "4", "--per-device-train-batch-size", "2", "--gradient-accumulation-steps", "2"), 3),
+        (("--batch-size", "4", "--data", "mixture.json", "--streaming"), 5),  # 9 of each file
+        (("--batch-size", "4", "--data", "mixture.json"), 5),
+    ],
+)
+def test_an_epoch_has_as_many_steps_as_batches(folder, words, steps, tmp_path, monkeypatch):
+    recipes = []
+    monkeypatch.setattr(finetune_command, "run_stage3", lambda recipe, *_: recipes.append(recipe))
+    monkeypatch.chdir(folder)
+    (folder / "two.jsonl").write_text("".join((folder / "own.jsonl").read_text().splitlines(keepends=True)[:5]))
+    sources = [{"data": "own.jsonl", "weight": 1}, {"data": "two.jsonl", "weight": 1}]
+    (folder / "mixture.json").write_text(json.dumps({"sources": sources}))
+    assert main(["finetune", "--model", "patches", "--data", "own.jsonl", "--output", str(tmp_path), *words]) == 0
+    assert recipes[0].phases[0].steps == steps
+
+
+LEARNING = {
+    "patches": ("patches", "dialogue", {"vision", "projector", "language"}),
+    "queries": ("queries_and_patches", "dialogue", {"vision", "projector", "language", "qllama", "queries"}),
+    "contrastive": ("stage 1 start", "contrastive", set(PARTS_OF_TASK["contrastive"]["whole"])),
+    "contrastive on G": ("stage 2 start", "contrastive", set(PARTS_OF_TASK["contrastive"]["whole"])),
+    "retrieval": ("stage 2 start", "retrieval", set(PARTS_OF_TASK["retrieval"]["whole"])),
+    "captions": ("stage 2 start", "captions", set(PARTS_OF_TASK["captions"]["whole"])),
+}
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_parts_that_the_loss_reaches_learn_and_all_others_are_refused(folder, name, tmp_path, capsys):
+    model, task, learning = LEARNING[name]
+    data = "own.jsonl" if task == "dialogue" else "pairs.csv"
+    finetune(folder, model, tmp_path, *SHORT, "--task", task, "--train", *sorted(learning), data=data)
+    assert changed_parts(folder / model, tmp_path) == learning
+    words = ["--model", str(folder / model), "--data", str(folder / data), "--output", str(tmp_path / "out")]
+    for part in sorted(set(PARTS) - learning):
+        assert main(["finetune", *words, *SHORT, "--task", task, "--train", part]) == 2
+        assert f"no part {part} that learns" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -124,6 +124,29 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def batch_size_of(flags: dict[str, Any], batch_size: int | None = None) -> int | None:
+    """Return the samples of a step over all processes that a command line asks for; None where it leaves them open.
+
+    Args:
+        flags: Arguments as from `parse_flags`.
+        batch_size: What `--batch-size` says.
+
+    Raises:
+        ValueError: If the flags and `batch_size` contradict each other.
+    """
+    if "per_device_train_batch_size" not in flags:
+        return batch_size
+    rows, steps = flags["per_device_train_batch_size"], flags.get("gradient_accumulation_steps", 1)
+    found = rows * steps * num_processes()
+    if batch_size not in (None, found):
+        raise ValueError(
+            f"`--batch-size {batch_size}` contradicts `--per-device-train-batch-size {rows}`: {steps} such batches in "
+            f"each of {num_processes()} processes make {found}. Leave one out, or give "
+            "`--gradient-accumulation-steps` as well."
+        )
+    return found
+
+
 def apply_flags(
     recipe: RecipeType, run: Run, flags: dict[str, Any], learning_rates: Iterable[tuple[str, float]] = ()
 ) -> tuple[RecipeType, Run]:
@@ -201,7 +224,6 @@ def _changed_phase(phase: Phase, flags: dict[str, Any], rates: dict[str, float])
     if "warmup_steps" in flags:
         warmup = flags["warmup_steps"]  # below 1 it is a share, as in `TrainingArguments`
         changes["warmup_steps"] = int(warmup if warmup >= 1 else warmup * phase.steps)
-    if "per_device_train_batch_size" in flags:
-        rows = flags["per_device_train_batch_size"] * flags.get("gradient_accumulation_steps", 1)
-        changes["batch_size"] = rows * num_processes()
+    if (batch_size := batch_size_of(flags)) is not None:
+        changes["batch_size"] = batch_size
     return replace(phase, **changes)

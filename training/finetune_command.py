@@ -9,10 +9,10 @@ from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging
 
 from ..kinds import check_kind, kind_of
-from .arguments import apply_flags, parse_flags
+from .arguments import apply_flags, batch_size_of, parse_flags
 from .data.sources import num_rows
 from .models.parameter_groups import LORA_PARTS
-from .recipes.finetuning import PARTS_OF_TASK, FineTuning, finetuning_recipe
+from .recipes.finetuning import PARTS_OF_TASK, FineTuning, finetuning_recipe, parts_that_learn
 from .stage_command import run_of, with_video_frames
 from .stages import run_captions, run_retrieval, run_stage1, run_stage3
 from .trainer import is_first_process
@@ -50,31 +50,24 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     config = check_kind(options.model, *TASK_OF_KIND, door="`finetune`")
     task = options.task or TASK_OF_KIND[str(kind_of(config))]
     check_kind(options.model, *KINDS_OF_TASK[task], door=f"`--task {task}`")
-    method = options.method or ("lora" if options.lora_rank or _num_parameters(config) >= LARGE else "whole")
-    trained = tuple(options.train or PARTS_OF_TASK[task][method])
-    adapters: dict[str, Any] = {}
-    if method == "lora":
-        adapted = tuple(
-            options.lora_parts or (part for part in trained if part in LORA_PARTS and part not in options.freeze)
-        )
-        adapters = {"lora_rank": options.lora_rank or LORA_RANK, "lora_parts": adapted}
-        trained = (*trained, *(part for part in adapted if part not in trained)) if options.train else adapted
-    batch_size = options.batch_size or BATCH_SIZE
+    method = _method_of(options, config)
+    parts, adapted = _parts_of(options, task, method)
+    _check_parts(options, task, config)
+    adapters = {"lora_rank": (options.lora_rank or LORA_RANK) if adapted else 0, "lora_parts": adapted}
+    batch_size = batch_size_of(flags, options.batch_size) or BATCH_SIZE
     choice = FineTuning(
         task=task,
         method=method,
         steps=options.steps
         or options.epochs * -(-num_rows(options.data, task != "dialogue" or options.streaming) // batch_size),
         batch_size=batch_size,
-        parts=tuple(part for part in trained if part not in options.freeze),
+        parts=parts,
         image_size=options.image_size,
         max_tiles=options.max_tiles,
         max_length=options.max_length,
         pack=options.pack,
         seed=options.seed,
     )
-    if not choice.parts:
-        raise ValueError(f"All of {', '.join(trained)} are frozen: there is nothing to train.")
     max_text_length = AutoProcessor.from_pretrained(options.model).max_text_length
     recipe = with_video_frames(finetuning_recipe(choice, config, max_text_length), options)
     recipe, how = apply_flags(recipe, run_of(options, **adapters), flags, options.learning_rates)
@@ -89,6 +82,47 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     if is_first_process():
         print_fn(f"The model is in {options.output}.")
     return 0
+
+
+def _method_of(options: argparse.Namespace, config: Any) -> str:
+    """What is trained of a model: one of `METHODS`."""
+    wants_adapters = bool(options.lora_rank or options.lora_parts)
+    if wants_adapters and options.method not in (None, "lora"):
+        given = "--lora-rank" if options.lora_rank else "--lora-parts"
+        raise ValueError(f"`{given}` belongs to `--method lora`, not to `--method {options.method}`: leave one out.")
+    takes_adapters = not options.train or not set(options.train).isdisjoint(LORA_PARTS)
+    is_large = takes_adapters and _num_parameters(config) >= LARGE
+    return options.method or ("lora" if wants_adapters or is_large else "whole")
+
+
+def _parts_of(options: argparse.Namespace, task: str, method: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The parts that are trained, and those of them that get adapters."""
+    chosen = tuple(options.train or PARTS_OF_TASK[task][method])
+    adapted: tuple[str, ...] = ()
+    if method == "lora":
+        adapted = tuple(options.lora_parts or (part for part in chosen if part in LORA_PARTS))
+        if not adapted:
+            raise ValueError(
+                f"LoRA adapters go on {', '.join(LORA_PARTS)}, and `--train {' '.join(chosen)}` names none of them: "
+                "name one, give `--lora-parts`, or take `--method whole`."
+            )
+        chosen = tuple(dict.fromkeys((*chosen, *adapted))) if options.train else adapted
+    parts, left = (tuple(part for part in group if part not in options.freeze) for group in (chosen, adapted))
+    if not parts or len(left) < bool(adapted):
+        what = "nothing to train" if not parts else "no part left for LoRA adapters"
+        raise ValueError(f"All of {', '.join(adapted or chosen)} are frozen: there is {what}.")
+    return parts, left
+
+
+def _check_parts(options: argparse.Namespace, task: str, config: Any) -> None:
+    """Refuses parts that the loss of a task does not reach in a model."""
+    learning = parts_that_learn(task, config)
+    for name in ("train", "lora_parts"):
+        if idle := [part for part in getattr(options, name) if part not in learning]:
+            raise ValueError(
+                f"`--{name.replace('_', '-')} {' '.join(idle)}`: in this model and `--task {task}` there is no part "
+                f"{', '.join(idle)} that learns, only {', '.join(learning)}."
+            )
 
 
 def _num_parameters(config: Any) -> int:

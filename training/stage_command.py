@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from .arguments import apply_flags, parse_flags
+from .arguments import apply_flags, batch_size_of, parse_flags
 from .recipes import RECIPES, with_steps
 from .stages import run_captions, run_retrieval, run_stage1, run_stage2, run_stage3
 from .trainer import Run, is_first_process, with_lora
@@ -82,6 +82,7 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     if bool(options.lora_rank) != bool(options.lora_parts):
         raise ValueError("`--lora-rank` and `--lora-parts` belong together: give both or none.")
     flags = parse_flags(options.flags, f"python -m internvl.training {options.stage}")
+    batch_size_of(flags, options.batch_size)  # refuses those that contradict each other
     how = run_of(options, funnel_stage=options.funnel)
     recipe, how = apply_flags(_recipe_of(options), how, flags, options.learning_rates)
     if options.stage == "stage1":

@@ -55,6 +55,7 @@ from .trainer import (
     check_has_pairs,
     finished_model,
     is_first_process,
+    num_processes,
     train,
     training_arguments,
     with_lora,
@@ -73,6 +74,33 @@ def check_data(recipe: Recipe, files: list[str] | None) -> None:
         raise ValueError("This recipe needs data: give files by `--data`.")
 
 
+def check_batches(recipe: Recipe, run: Run) -> None:
+    """Check that every forward of a loss that compares pairs with each other sees all pairs of its process.
+
+    Raises:
+        ValueError: If a step has one pair, or accumulates gradients of several forwards.
+    """
+    if isinstance(recipe, CaptionRecipe | DialogueRecipe):
+        return
+    for phase in recipe.phases:
+        if not phase.steps or phase.batches:
+            continue
+        if phase.batch_size == 1:
+            raise ValueError(
+                "A step has one pair, but this loss compares the pairs of a step with each other: give a "
+                "`--batch-size` of 2 or more."
+            )
+        share = phase.batch_size // num_processes()
+        steps = run.arguments.get("gradient_accumulation_steps", 1)
+        if steps > 1 or run.arguments.get("per_device_train_batch_size", share) < share:
+            raise ValueError(
+                "This loss compares the pairs of a step with each other, which accumulated gradients of several "
+                "forwards would not: leave `--gradient-accumulation-steps` out, and give the whole batch by "
+                "`--batch-size`. Memory is bounded by the recipe's `grad_cache_chunk_size` (here "
+                f"{recipe.grad_cache_chunk_size}), with the gradients of the whole batch."
+            )
+
+
 def _pair_data(
     recipe: Recipe,
     shards: list[str] | None,
@@ -86,6 +114,7 @@ def _pair_data(
     `collate` makes a collator, given the settings of the image processor; `encode` makes inputs from scenes.
     """
     check_data(recipe, shards)
+    check_batches(recipe, run)
 
     def data(number: int, phase: Phase, arguments: TrainingArguments) -> Data:
         if phase.batches and encode is not None:

@@ -294,11 +294,24 @@ def pair_data(
 
 
 def num_rows(files: Sequence[str], is_streamed: bool = False) -> int:
-    """The rows of one pass over the data; where they are streamed, as pairs are, those of all sources together."""
+    """The samples of one pass over the data.
+
+    Args:
+        files: As for `dialogue_data` or `pair_data`.
+        is_streamed: Rows are read front to back, as those of pairs are.
+
+    Raises:
+        ValueError: If there is no row.
+    """
     sources = sources_of(files)
     if is_streamed:
-        return sum(1 for source in sources for _ in read_shards(find_shards(source.data)))
-    return sum(_counts([sum(map(len, open_all_rows(source.data))) for source in sources], sources))
+        lengths = [sum(1 for _ in read_shards(find_shards(source.data))) for source in sources]
+    else:
+        lengths = [sum(map(len, open_all_rows(source.data))) for source in sources]
+    for source, length in zip(sources, lengths, strict=True):
+        if not length:
+            raise ValueError(f"There is no row in {', '.join(source.data)}.")
+    return sum(_counts(lengths, sources))
 
 
 def _counts(lengths: Sequence[int], sources: Sequence[MixtureSource]) -> list[int]:

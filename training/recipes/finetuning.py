@@ -30,6 +30,9 @@ PARTS_OF_TASK: dict[str, dict[str, tuple[str, ...]]] = {
         "head": ("queries", "language_head"),
     },
 }
+# Parts that a task's loss reaches beside those of "whole"; queries and QLLaMA of a chat model where it has them.
+_MORE_PARTS_OF_TASK = {"dialogue": ("vision",)}
+_PARTS_OF_QUERIES = ("qllama", "queries")
 # Peak learning rates: LLaVA's of dialogues, BLIP-2's of captions; the others lie between the paper's stage 1 (1e-3
 # from nothing) and its retrieval fine-tuning (1e-6 for ten epochs).
 LEARNING_RATES = {
@@ -39,6 +42,17 @@ LEARNING_RATES = {
     "captions": {"whole": 1e-5, "lora": 1e-4, "head": 1e-4},
 }
 WARMUP_SHARE = 0.03
+
+
+def parts_that_learn(task: str, config: Any) -> tuple[str, ...]:
+    """Return the parts of a model that the loss of a task reaches.
+
+    Args:
+        task: One of `TASKS`.
+        config: Configuration of the model.
+    """
+    parts = (*PARTS_OF_TASK[task]["whole"], *_MORE_PARTS_OF_TASK.get(task, ()))
+    return (*parts, *_PARTS_OF_QUERIES) if getattr(config, "connector", None) == "queries_and_patches" else parts
 
 
 @dataclass(frozen=True)
