@@ -1,6 +1,9 @@
 """The kind of model that a folder holds, read from its configuration, to reject a wrong one before loading weights."""
 
+import json
 import os
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 
@@ -30,6 +33,9 @@ MODEL_TYPES = {
 }
 
 
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
 def kind_of(config: "PretrainedConfig") -> str | None:
     """A key of `KIND_NAMES`; None for models of any other kind."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -40,10 +46,46 @@ def kind_of(config: "PretrainedConfig") -> str | None:
     return MODEL_TYPES.get(config.model_type, "language" if is_language else None)
 
 
+# Formats of the package's conversion, by the `model_type` in which they come.
+CONVERTED = {
+    "internvl_chat": "a published chat checkpoint",
+    "internvl": "a published InternVL-C or InternVL-G, or a native InternVL of transformers",
+}
+
+
 def wrong_kind(folder: str | os.PathLike, what: str, *expected: str, door: str) -> ValueError:
     """The error that a folder holds `what` where `door` needs one of `expected`, keys of `KIND_NAMES`."""
     wanted = " or ".join(KIND_NAMES[kind] for kind in expected)
     return ValueError(f"{os.fspath(folder)} holds {what}, but {door} needs {wanted}.")
+
+
+def check_folder(folder: str | os.PathLike, subfolder: str = "") -> None:
+    """Check that a model may be in a folder, without asking the network for what can only be a path.
+
+    Raises:
+        OSError: If it is no folder, or holds no model that transformers loads.
+        ValueError: If its model has to be converted first.
+    """
+    path = Path(folder, subfolder)
+    if path.is_file():
+        raise FileNotFoundError(f"`{path}` is a file: give the folder of a model, here perhaps `{path.parent}`.")
+    if not path.is_dir():
+        if _HUB_NAME.fullmatch(os.fspath(folder)) and not Path(folder).exists():
+            return  # a name on the Hub
+        raise FileNotFoundError(f"`{path}` is not there: give the folder of a model, or its name on the Hub.")
+    if not (path / "config.json").is_file():
+        is_adapter = (path / "adapter_config.json").is_file()
+        hint = ", but LoRA adapters: give the folder of the merged model, or of the model that they belong to"
+        raise FileNotFoundError(f"`{path}` is a folder without config.json, so it holds no model{hint * is_adapter}.")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"`{path / 'config.json'}` cannot be read: {error}") from error
+    if isinstance(config, dict) and config.get("model_type") in CONVERTED:
+        raise ValueError(
+            f"{path} holds {CONVERTED[config['model_type']]}, which is turned into one that loads here by `python -m "
+            f"internvl.conversion {path} NEW_FOLDER`."
+        )
 
 
 def check_kind(folder: str | os.PathLike, *expected: str, door: str, **where: Any) -> "PretrainedConfig":
@@ -57,12 +99,18 @@ def check_kind(folder: str | os.PathLike, *expected: str, door: str, **where: An
 
     Raises:
         OSError: If there is no configuration.
-        ValueError: If it is one of another kind.
+        ValueError: If it is one of another kind, or of a format that has to be converted first.
     """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    config = AutoConfig.from_pretrained(folder, **where)
+    check_folder(folder, where.get("subfolder") or "")
+    try:
+        config = AutoConfig.from_pretrained(folder, **where)
+    except OSError as error:
+        if Path(folder).exists():
+            raise
+        raise OSError(f"There is no folder `{folder}`, and no such model can be read from the Hub: {error}") from error
     found = kind_of(config)
     # A type that transformers does not have belongs to remote code, and may well be a language model.
     is_language = found == "llama" or (found is None and config.model_type not in CONFIG_MAPPING_NAMES)

@@ -48,9 +48,27 @@ def folder(tmp_path_factory) -> Path:
     rows.append(llava("What is it?", ANSWER))
     (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "pairs.csv").write_text("".join(["image,caption\n", *(f"{n}.png,number {n}\n" for n in range(8))]))
+    write_wrong(folder)
+    return folder
+
+
+def write_wrong(folder: Path) -> None:
+    """Models and rows that cannot be used."""
+    for name, file, content in (
+        ("published", "config.json", {"model_type": "internvl_chat", "auto_map": {"AutoConfig": "a.B"}}),
+        ("native", "config.json", {"model_type": "internvl"}),
+        ("adapter", "adapter_config.json", {}),
+        ("no processor", "config.json", json.loads((folder / "patches/config.json").read_text())),
+    ):
+        (folder / name).mkdir()
+        (folder / name / file).write_text(json.dumps(content))
+    (folder / "empty").mkdir()
+    rows = [llava(QUESTION, ANSWER, image="absent.png")] * 2
+    (folder / "elsewhere.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "pairs.jsonl").write_text(json.dumps({"image": "0.png", "caption": "seven"}) + "\n")
+    (folder / "nameless.csv").write_text("0.png,number 0\n1.png,number 1\n")
     (folder / "empty.csv").write_text("image,caption\n")
     (folder / "empty.jsonl").write_text("")
-    return folder
 
 
 def finetune(folder: Path, model: str, output: Path, *words: str, data: str = "own.jsonl") -> None:
@@ -259,6 +277,19 @@ WRONG = {
         "All of language are frozen",
     ),
     "two batch sizes": (("--model", "patches", "--per-device-train-batch-size", "2"), "contradicts"),
+    "a file": (("--model", "patches/config.json"), "is a file: give the folder of a model, here perhaps `patches`"),
+    "an image": (("--model", "0.png"), "is a file: give the folder of a model"),
+    "a folder without a model": (("--model", "empty"), "a folder without config.json"),
+    "adapters alone": (("--model", "adapter"), "LoRA adapters: give the folder of the merged model"),
+    "a path that is not there": (("--model", "some/path/of/mine"), "`some/path/of/mine` is not there"),
+    "a published chat model": (("--model", "published"), "`python -m internvl.conversion published NEW_FOLDER`"),
+    "a native model": (("--model", "native"), "`python -m internvl.conversion native NEW_FOLDER`"),
+    "no processor": (("--model", "no processor"), "`no processor` has no processor"),
+    "no image is there": (
+        ("--model", "patches", "--data", "elsewhere.jsonl"),
+        "None of 2 rows can be used: 2 x The image * is missing. The first: elsewhere.jsonl:1: The image `absent.png`",
+    ),
+    "pairs for a chat model": (("--model", "patches", "--data", "pairs.jsonl"), "The first: pairs.jsonl:1: "),
     "no row": (("--model", "patches", "--data", "empty.jsonl", "--epochs", "1"), "no row in empty.jsonl"),
     "no model": (("--model", "./stage9"), "stage9"),
     "no data": (("--model", "patches", "--data", "absent.jsonl"), "absent.jsonl"),
@@ -269,6 +300,11 @@ WRONG_PAIRS = {
     "one pair a step": (("--batch-size", "1"), "a `--batch-size` of 2 or more"),
     "one pair a process": (("--per-device-train-batch-size", "1"), "a `--batch-size` of 2 or more"),
     "accumulation": (("--batch-size", "4", "--gradient-accumulation-steps", "2"), "`grad_cache_chunk_size` (here 32)"),
+    "no names of columns": (
+        ("--data", "nameless.csv"),
+        "nameless.csv:2: A column is missing: the row needs one of jpg, jpeg, png, webp, image, image_bytes, bytes, "
+        "image_path, file_name, filepath, and has 0.png, number 0. The first line of the file must name the columns.",
+    ),
     "no pair": (("--epochs", "1", "--data", "empty.csv"), "no row in empty.csv"),
     "an empty file of rows": (("--epochs", "1", "--data", "empty.jsonl"), "no row in empty.jsonl"),
 }

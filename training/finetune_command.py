@@ -9,6 +9,7 @@ from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging
 
 from ..kinds import check_kind, kind_of
+from ..processing_internvl import InternVLProcessor
 from .arguments import apply_flags, batch_size_of, parse_flags
 from .data.sources import num_rows
 from .models.parameter_groups import LORA_PARTS
@@ -68,7 +69,7 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
         pack=options.pack,
         seed=options.seed,
     )
-    max_text_length = AutoProcessor.from_pretrained(options.model).max_text_length
+    max_text_length = _processor_of(options.model).max_text_length
     recipe = with_video_frames(finetuning_recipe(choice, config, max_text_length), options)
     recipe, how = apply_flags(recipe, run_of(options, **adapters), flags, options.learning_rates)
     rates = ", ".join(f"{part} at {rate:g}" for part, rate in recipe.phases[0].learning_rates.items())
@@ -82,6 +83,16 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     if is_first_process():
         print_fn(f"The model is in {options.output}.")
     return 0
+
+
+def _processor_of(model: str) -> InternVLProcessor:
+    try:
+        processor = AutoProcessor.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise OSError(f"`{model}` has no processor that can be read: {error}") from error
+    if not isinstance(processor, InternVLProcessor):
+        raise ValueError(f"`{model}` has no processor of an InternVL: files beside its weights are missing.")
+    return processor
 
 
 def _method_of(options: argparse.Namespace, config: Any) -> str:

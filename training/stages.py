@@ -347,7 +347,9 @@ def run_stage3(
         model, processor = build_chat_model(recipe, source, decoder)
     images = run.images if images is None else images
     encoder = DialogueEncoder(processor, recipe.max_length, video_frames=recipe.video_frames)
-    indexed = None if run.is_streamed or not files else dialogue_data(files, encoder, images, seed=recipe.seed)
+    indexed: Any = None if run.is_streamed or not files else dialogue_data(files, encoder, images, seed=recipe.seed)
+    for rows in [] if indexed is None else getattr(indexed, "datasets", [indexed]):
+        rows.check_has_rows()
 
     def data(number: int, phase: Phase, arguments: TrainingArguments) -> Data:
         if phase.batches or not files:

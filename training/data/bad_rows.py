@@ -14,6 +14,7 @@ from ...renaming_internvl import renamed_names
 logger = logging.get_logger(__name__)
 
 MAX_KINDS = 100  # of faults that are counted apart
+MAX_EXAMPLES = 3
 
 
 class UnusableRowError(ValueError):
@@ -34,6 +35,7 @@ class BadRows:
         seen: Rows so far, broken ones included.
         broken: Broken rows so far.
         reasons: How often each kind of fault was met: what is wrong, without names and numbers.
+        examples: The first row of the first kinds: where it is, and what is wrong with it.
     """
 
     max_rate: float = 0.01
@@ -41,6 +43,7 @@ class BadRows:
     seen: int = 0
     broken: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_rate <= 1:
@@ -62,6 +65,8 @@ class BadRows:
         self.broken += 1
         reason = printable(str(reason))
         kind = _kind_of(reason)
+        if kind not in self.reasons and len(self.examples) < MAX_EXAMPLES:
+            self.examples.append(f"{place}: {reason}")
         self.reasons[kind if kind in self.reasons or len(self.reasons) < MAX_KINDS else "other"] += 1
         if self.broken > self.max_rate * max(self.seen, self.grace):
             faults = ", ".join(f"{number} x {name}" for name, number in self.reasons.most_common())
@@ -72,6 +77,11 @@ class BadRows:
             )
         if self.broken & (self.broken - 1) == 0:  # 1, 2, 4, 8... keeps the log short
             logger.warning(f"{self.broken} of {self.seen} rows left out so far. The last one: {place}: {reason}")
+
+    def told(self) -> str:
+        """What was broken, for messages: how often each kind, the first rows, and what names all of them."""
+        kinds = ", ".join(f"{number} x {name}" for name, number in self.reasons.most_common())
+        return f"{kinds}. The first: {' '.join(self.examples)} `python -m internvl.training validate` names all."
 
     def state_dict(self) -> dict[str, Any]:
         """The count, to go on with after a stop."""

@@ -8,6 +8,7 @@ Shapes: B rows, L tokens, T tiles of the whole batch.
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from itertools import accumulate, count
 from pathlib import Path
@@ -246,7 +247,17 @@ class DialogueDataset(Dataset):
             encoded = self._encode((index + offset) % len(self), epoch)
             if encoded is not None:
                 return encoded
-        raise ValueError(f"None of {len(self)} rows can be used.")
+        raise ValueError(f"None of {len(self)} rows can be used: {self.bad_rows.told()}")
+
+    def check_has_rows(self) -> None:
+        """Looks for a first row that can be used, without counting it.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        probe = copy(self)
+        probe.bad_rows = BadRows(self.bad_rows.max_rate, self.bad_rows.grace)
+        probe.encoded(0)
 
     def _locate(self, index: int) -> tuple[Rows, int]:
         """The source of a row, and its number there."""

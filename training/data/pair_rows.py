@@ -9,7 +9,7 @@ from ...image_loading_internvl import read_image_size
 from ...image_processing_internvl import InternVLImageProcessor
 from .image_files import image_file, is_path
 from .json_rows import Row
-from .shards import FAULT_COLUMN
+from .shards import CSV_ENDINGS, FAULT_COLUMN
 from .texts import check_text
 
 
@@ -129,5 +129,7 @@ def _first_of(row: Row, columns: Sequence[str]) -> Any:
     value = next((row[column] for column in columns if row.get(column) is not None), None)
     if value is None:
         has = ", ".join(column for column in row if not column.startswith("__"))
-        raise ValueError(f"A column is missing: the row needs one of {', '.join(columns)}, and has {has}.")
+        is_table = str(row.get("__shard__", "")).lower().endswith(tuple(CSV_ENDINGS))
+        hint = " The first line of the file must name the columns." if is_table else ""
+        raise ValueError(f"A column is missing: the row needs one of {', '.join(columns)}, and has {has}.{hint}")
     return value

@@ -183,10 +183,13 @@ class RowStream(torch.utils.data.IterableDataset):
                     num_samples += 1
                     yield sample
             if is_whole and num_rows > 0 and num_samples == 0:
-                faults = ", ".join(f"{count} x {kind}" for kind, count in self.bad_rows.reasons.items())
                 raise ValueError(
                     f"None of {num_rows} samples is left to train on. "
-                    + (f"Broken: {faults}." if faults else "Look at the rules of the funnel.")
+                    + (
+                        f"Broken: {self.bad_rows.told()}"
+                        if self.bad_rows.reasons
+                        else "Look at the rules of the funnel."
+                    )
                 )
             self._is_over = True
             is_idle = is_whole and num_rows == 0
