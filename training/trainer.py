@@ -9,10 +9,8 @@ Not covered: LoRA under ZeRO-3, where no process could merge the adapters at the
 import json
 import multiprocessing
 import os
-import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,8 +35,9 @@ from .models.build import set_dtypes, set_up_phase
 from .models.dense_supervision import TokenReader
 from .models.parameter_groups import lora_targets, parameter_groups, train_parts
 from .models.sharding import unshard
-from .models.whole_folders import checkpoints_in, recovered, written_whole
+from .models.whole_folders import recovered, written_whole
 from .optimizers import MuonWithAdamW
+from .output_folder import check_output, cleared_on_failure, is_begun, remove_start
 from .recipes import Phase, Recipe, RecipeType
 
 
@@ -401,7 +400,8 @@ def train(stage: Stage) -> PreTrainedModel:
     Returns:
         The model.
     """
-    with _cleared_on_failure(stage.run):
+    phases = [phase.name for phase in stage.recipe.phases]
+    with cleared_on_failure(stage.run.output, phases, is_first_process()):
         _train_phases(stage)
     return stage.model
 
@@ -517,25 +517,29 @@ def _add_adapters(model: PreTrainedModel, run: Run) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------- the output folder
-def finished_model(recipe: Recipe, run: Run) -> PreTrainedModel | None:
+def finished_model(recipe: Recipe, run: Run, *inputs: str | Path | None) -> PreTrainedModel | None:
     """Inspect the output folder before anything else is done.
 
     Args:
         recipe: The recipe.
         run: How to run it.
+        *inputs: What it reads: models and files of data.
 
     Returns:
         The model of a finished stage that was to be resumed, which nothing changes any more; None where there is work.
 
     Raises:
-        ValueError: If the folder holds a run of another recipe, or a stopped one that was not to be resumed.
+        ValueError: If the folder holds anything but a run, a run of another recipe, or one that was not to be resumed.
     """
+    check_output(run.output, (*inputs, *run.eval_data, run.images))
     if is_first_process():
         recovered(run.output)
     is_finished = (run.output / LOG_FILE).is_file()
     if run.resume:
         check_same_recipe(run.output, recipe, **run.settings())
-    elif not is_finished and any(checkpoints_in(folder) for folder in (run.output / "trainer").glob("*")):
+    elif is_finished:
+        raise ValueError(f"{run.output} holds a finished run: take another folder, or delete it.")
+    elif is_begun(run.output):
         raise ValueError(
             f"{run.output} holds a run that was stopped: go on with it by `--resume`, or take another folder."
         )
@@ -545,23 +549,8 @@ def finished_model(recipe: Recipe, run: Run) -> PreTrainedModel | None:
     return AutoModel.from_pretrained(run.output)
 
 
-@contextmanager
-def _cleared_on_failure(run: Run) -> Iterator[None]:
-    """A start that fails before its first checkpoint leaves no folder behind."""
-    trainer, was_there = run.output / "trainer", run.output.exists()
-    try:
-        yield
-    finally:
-        is_of_use = (run.output / LOG_FILE).exists() or any(map(checkpoints_in, trainer.glob("*")))
-        if is_first_process() and not is_of_use:
-            shutil.rmtree(trainer, ignore_errors=True)
-            if not was_there and run.output.exists() and not any(run.output.iterdir()):
-                run.output.rmdir()
-
-
 def _mark_begun(recipe: Recipe, run: Run) -> None:
-    """Removes what a finished run has left, and records the recipe of this one."""
+    """Records the recipe of this run, in place of one that was stopped before its first checkpoint."""
     if not run.resume:
-        shutil.rmtree(run.output / "trainer", ignore_errors=True)
-        (run.output / LOG_FILE).unlink(missing_ok=True)
+        remove_start(run.output, [phase.name for phase in recipe.phases])
     record_recipe(run.output, recipe, **run.settings())

@@ -14,7 +14,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from transformers.utils import logging
 
@@ -70,12 +70,16 @@ def written_whole(folder: str | os.PathLike, is_writer: bool = True) -> Iterator
 
 
 def recovered(folder: str | Path) -> Path:
-    """Complete what a kill cut off between the last byte written and the last file moved; return the folder."""
+    """Complete what a kill cut off between the last byte written and the last file moved; return the folder.
+
+    Raises:
+        ValueError: If the list of what has to be moved names anything outside of the folder.
+    """
     folder = Path(folder)
     ready = folder / READY
     if not ready.is_dir():
         return folder
-    names = json.loads((ready / NAMES_FILE).read_text(encoding="utf-8"))
+    names = _names_in(ready / NAMES_FILE)
     for name in OPENING_FILES:
         if (ready / name).exists():
             (folder / name).unlink(missing_ok=True)
@@ -91,6 +95,21 @@ def recovered(folder: str | Path) -> Path:
             source.replace(target)
     shutil.rmtree(ready)
     return folder
+
+
+def _names_in(file: Path) -> list[str]:
+    """The names that `written_whole` listed. The folder may come from others, so none leads out of it."""
+    try:
+        names = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) and _is_plain(name) for name in names):
+        raise ValueError(f"{file} is not a list of plain file names, as an interrupted write leaves it.")
+    return names
+
+
+def _is_plain(name: str) -> bool:
+    return name not in ("", ".", "..") and PureWindowsPath(name).name == name and "\0" not in name
 
 
 def write_text_whole(path: Path, text: str) -> None:
