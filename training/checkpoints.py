@@ -215,12 +215,29 @@ def check_same_recipe(folder: Path, recipe: Any, **settings: Any) -> None:
 
 
 def recorded(folder: Path) -> dict[str, Any] | None:
-    """The recipe and settings of the run in a folder, None where there is no run."""
+    """The recipe and settings of the run in a folder, None where there is no run.
+
+    Raises:
+        ValueError: If the file that has them is not a record.
+    """
     for name in (LOG_FILE, RECORD_FILE):
         if (folder / name).is_file():
-            record = json.loads((folder / name).read_text(encoding="utf-8"))
-            return _renewed({**record.get("recipe", {}), **record.get("settings", {})})
+            return _renewed(_record_in(folder / name))
     return None
+
+
+def _record_in(file: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is broken JSON: {error}") from error
+    parts = [record.get("recipe"), record.get("settings", {})] if isinstance(record, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError(f"{file} is not the record of a run: take another folder.")
+    phases = parts[0].get("phases", [])
+    if not isinstance(phases, list) or not all(isinstance(phase, dict) for phase in phases):
+        raise ValueError(f"{file} has no list of phases: take another folder.")
+    return {**parts[0], **parts[1]}
 
 
 def _renewed(record: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .checkpoints import LOG_FILE, RECORD_FILE
-from .models.whole_folders import INCOMPLETE, READY, checkpoints_in
+from .models.whole_folders import INCOMPLETE, READY, check_weights, checkpoints_in
 
 
 TRAINER_FOLDER = "trainer"  # of the record, and of a folder of checkpoints for each phase
@@ -18,14 +18,14 @@ NAMED_ENTRIES = 3
 
 
 def check_output(output: Path, inputs: Iterable[str | os.PathLike | None]) -> None:
-    """Check that a run may write to a folder: an empty one, or one with an earlier run.
+    """Check that a run may write to a folder, an empty one or one with an earlier run, and that models are whole.
 
     Args:
         output: The folder, which need not exist.
         inputs: Files and folders that the run reads; names that are no path here pass.
 
     Raises:
-        ValueError: If the folder holds anything else, or an input.
+        ValueError: If the folder holds anything else, or an input, or the weights of an input are cut off.
     """
     here = output.resolve()
     for path in (Path(given) for given in inputs if given is not None and os.path.exists(given)):
@@ -33,6 +33,7 @@ def check_output(output: Path, inputs: Iterable[str | os.PathLike | None]) -> No
             is_itself = here == path.resolve()
             where = "is read by the run" if is_itself else f"holds {path}, which the run reads"
             raise ValueError(f"The output {output} {where}: take another folder.")
+        check_weights(path)
     if output.exists() and not output.is_dir():
         raise ValueError(f"The output {output} is a file: take another name.")
     foreign = [] if holds_run(output) else _entries(output)
@@ -65,7 +66,10 @@ def _entries(output: Path) -> list[str]:
 
 
 def _has_files(folder: Path) -> bool:
-    return not folder.is_dir() or any(not entry.is_dir() for entry in folder.rglob("*"))
+    """Whether more than empty folders, and a record that was being written, are in a folder."""
+    unfinished = f".{Path(RECORD_FILE).name}."
+    files = (entry for entry in folder.rglob("*") if not entry.is_dir() and not entry.name.startswith(unfinished))
+    return not folder.is_dir() or any(files)
 
 
 def remove_start(output: Path, phases: Iterable[str]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, Sampler
 from transformers import AutoModel, PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
@@ -464,6 +465,8 @@ def _write(stage: Stage, log: dict[str, Any], adapters: Any, trainer: StageTrain
     is_writer = is_first_process() if trainer is None else trainer.is_world_process_zero()
     if trainer is not None and trainer.average is not None:
         trainer.average.swap()
+    if trainer is not None:
+        _check_finite(model)
     with written_whole(run.output, is_writer) as folder:
         if adapters is not None and trainer is not None:
             # Where weights are in pieces, all processes put them together, and each merges its pieces.
@@ -481,6 +484,22 @@ def _write(stage: Stage, log: dict[str, Any], adapters: Any, trainer: StageTrain
             (folder / LOG_FILE).write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
     if trainer is not None:
         trainer.accelerator.wait_for_everyone()
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Refuses, in all processes alike, a model whose training diverged."""
+    found = []
+    for name, parameter in model.named_parameters():
+        values = getattr(parameter, "ds_tensor", parameter.data)  # of a parameter that ZeRO-3 has cut up
+        values = values.to_local() if isinstance(values, DTensor) else values
+        if not torch.isfinite(values).all():
+            found.append(name)
+    names = sorted(set(gather_object(found)))
+    if names:
+        raise ValueError(
+            f"{len(names)} weights are not finite ({names[0]}), so no model is written: train in another folder, with "
+            "lower learning rates."
+        )
 
 
 def check_has_pairs(stream: Stream) -> None:

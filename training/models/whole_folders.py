@@ -189,6 +189,17 @@ def fault_of(checkpoint: Path, processes: int = 1) -> str | None:
     return None
 
 
+def check_weights(folder: str | Path) -> None:
+    """Check that the weights in a folder were written to their end; a name on the Hub passes.
+
+    Raises:
+        ValueError: Naming the first file that was not.
+    """
+    for path in sorted(Path(folder).glob("*.safetensors")) if os.path.isdir(folder) else ():
+        if path.is_file() and (fault := _fault_in_file(path)):
+            raise ValueError(f"{path} {fault}: copy or convert it again.")
+
+
 def _fault_in_folder(path: Path) -> str | None:
     """torch.distributed.checkpoint writes its table of contents last."""
     return "has no .metadata" if any(path.glob("*.distcp")) and not (path / ".metadata").exists() else None
