@@ -231,7 +231,7 @@ def _record_in(file: Path) -> dict[str, Any]:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is broken JSON: {error}") from error
-    parts = [record.get("recipe"), record.get("settings", {})] if isinstance(record, dict) else [None]
+    parts: list[Any] = [record.get("recipe"), record.get("settings", {})] if isinstance(record, dict) else [None]
     if not all(isinstance(part, dict) for part in parts):
         raise ValueError(f"{file} is not the record of a run: take another folder.")
     phases = parts[0].get("phases", [])
