@@ -364,6 +364,43 @@ def test_parts_that_the_loss_reaches_learn_and_all_others_are_refused(folder, na
         assert f"no part {part} that learns" in capsys.readouterr().err
 
 
+REFUSED = {
+    "no deepspeed": ("patches", "--deepspeed absent.json", "cannot be set up"),
+    "no liger": ("patches", "--use-liger-kernel", "needs the library"),
+    "no tracker": ("patches", "--report-to clearml", "cannot be set up"),
+    "an incomplete schedule": ("patches", "--lr-scheduler-type warmup_stable_decay", "num_decay_steps"),
+    "a schedule's settings": ("patches", '--lr-scheduler-kwargs {"nope":1}', "nope"),
+    "a list of settings": ("patches", "--lr-scheduler-kwargs []", "must be a JSON object"),
+    "no such mode": ("patches", "--torch-compile-mode nonsense", "nonsense"),
+    "no such backend": ("patches", "--torch-compile-backend nonsense", "nonsense"),
+    "an uneven batch": ("patches", "--gradient-accumulation-steps 3", "3 steps of accumulation"),
+    "a metric": (
+        "patches",
+        "--eval-data own.jsonl --metric-for-best-model nonsense",
+        "take one of loss, exact_match.",
+    ),
+    "a metric of pairs": (
+        "stage 1 start",
+        "--data pairs.csv --eval-data pairs.csv --metric-for-best-model recall_at_1",
+        "take one of loss, recall_at_1_InternVL-C.",
+    ),
+    "videos of pairs": ("stage 1 start", "--data pairs.csv --video-frames 3", "is for chat models"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_settings_that_a_library_refuses_are_one_line_before_training(folder, name, tmp_path, monkeypatch, capsys):
+    model, words, message = REFUSED[name]
+    monkeypatch.chdir(folder)
+    arguments = ["--model", model, "--data", "own.jsonl", "--output", str(tmp_path / "out"), *SHORT]
+    if "schedule" in name:
+        arguments = arguments[: arguments.index("--lr-scheduler-type")]
+    assert main(["finetune", *arguments, *words.split(" ")]) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_what_does_not_go_together_is_one_line_and_leaves_no_folder(folder, name, tmp_path, monkeypatch, capsys):
     words, message = WRONG[name]

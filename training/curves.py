@@ -8,6 +8,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..evaluation.captioning import generate_captions
+from ..evaluation.embeddings import modes_of
 from ..evaluation.generated import CLASSES, class_prompts, held_out_scenes, labelled_images
 from ..evaluation.metrics import cider, is_correct
 from ..evaluation.retrieval import retrieve
@@ -57,6 +58,10 @@ class RetrievalCurve:
         self.images = images
         self.captions = {"all": [[text] for text in captions]}
 
+    def names(self, model: Any) -> tuple[str, ...]:
+        """Return the names of what is measured of this model."""
+        return tuple(f"recall_at_1_{mode}" for mode in modes_of(model))
+
     @classmethod
     def of_scenes(cls, processor: InternVLProcessor, num_pairs: int) -> "RetrievalCurve":
         """Return the curve on held-out generated scenes with English captions."""
@@ -87,6 +92,10 @@ class CaptionCurve:
         self.captions = captions
         self.samples: list[dict[str, str]] = []
 
+    def names(self, model: Any) -> tuple[str, ...]:
+        """Return the names of what is measured."""
+        return ("cider",)
+
     def __call__(self, model: Any) -> dict[str, float]:
         """Return `cider`, the mean; `samples` then holds expected and generated captions."""
         found = generate_captions(model, self.processor, self.images, language=None)
@@ -109,6 +118,10 @@ class AnswerCurve:
         self.processor = processor
         self.rows = [rows[index] for index in range(min(num_rows, len(rows)))]  # type: ignore[arg-type]
         self.samples: list[dict[str, str]] = []
+
+    def names(self, model: Any) -> tuple[str, ...]:
+        """Return the names of what is measured."""
+        return ("exact_match",)
 
     def __call__(self, model: Any) -> dict[str, float]:
         """Return `exact_match`; `samples` then holds question, expected and generated answer of each row."""

@@ -40,6 +40,7 @@ from .models.whole_folders import recovered, written_whole
 from .optimizers import MuonWithAdamW
 from .output_folder import check_output, cleared_on_failure, is_begun, remove_start
 from .recipes import Phase, Recipe, RecipeType
+from .settings_checks import check_best_metric, check_late_settings, settings_of
 
 
 logger = logging.get_logger(__name__)
@@ -329,17 +330,9 @@ def training_arguments(
         rows_per_process: As in `Stage`.
 
     Raises:
-        ValueError: If the batch cannot be shared out evenly.
+        ValueError: If the batch cannot be shared out evenly, or a library refuses a setting.
     """
-    share, rest = divmod(phase.batch_size, num_processes())
-    steps = run.arguments.get("gradient_accumulation_steps")  # of several forwards
-    rows_per_process = share // steps if steps and not share % steps else rows_per_process
-    rows = min(run.arguments.get("per_device_train_batch_size") or rows_per_process or share, share)
-    if rest or not rows or share % rows:
-        raise ValueError(
-            f"A batch of {phase.batch_size} cannot be shared out evenly to {num_processes()} processes with {rows} "
-            "rows at a time. Change `batch_size` or `grad_cache_chunk_size` of the recipe."
-        )
+    rows, num_forwards = _rows_and_forwards(phase, run, rows_per_process)
     settings: dict[str, Any] = {"lr_scheduler_type": "cosine"}
     if phase.cooldown_fraction is not None and "lr_scheduler_type" not in run.arguments:
         settings["lr_scheduler_type"] = "warmup_stable_decay"
@@ -375,9 +368,27 @@ def training_arguments(
         **run.arguments,
     }
     # What the batch of the recipe comes to.
-    settings |= {"per_device_train_batch_size": rows, "gradient_accumulation_steps": share // rows}
+    settings |= {"per_device_train_batch_size": rows, "gradient_accumulation_steps": num_forwards}
     settings.setdefault("per_device_eval_batch_size", rows)
-    return TrainingArguments(**settings)
+    with settings_of("`TrainingArguments` of these flags"):
+        arguments = TrainingArguments(**settings)
+    check_late_settings(arguments)
+    return arguments
+
+
+def _rows_and_forwards(phase: Phase, run: Run, rows_per_process: int | None) -> tuple[int, int]:
+    """Rows of a process in one forward, and the forwards of a step."""
+    share, rest = divmod(phase.batch_size, num_processes())
+    steps = run.arguments.get("gradient_accumulation_steps")  # of several forwards
+    rows_per_process = share // steps if steps else rows_per_process
+    rows = min(run.arguments.get("per_device_train_batch_size") or rows_per_process or share, share)
+    if rest or not rows or share % rows or (steps and rows * steps != share):
+        forwards = f" in {steps} steps of accumulation" if steps else ""
+        raise ValueError(
+            f"A batch of {phase.batch_size} cannot be shared out evenly to {num_processes()} processes with {rows} "
+            f"rows at a time{forwards}. Change `batch_size` or `grad_cache_chunk_size` of the recipe."
+        )
+    return rows, share // rows
 
 
 def with_lora(recipe: RecipeType, parts: Iterable[str], learning_rate: float = LORA_LEARNING_RATE) -> RecipeType:
@@ -444,19 +455,22 @@ def _phase_trainer(stage: Stage, number: int) -> StageTrainer:
     if idle:
         logger.warning(f"Phase {phase.name}: no forward uses {', '.join(idle)}, which stay as they are.")
     arguments = training_arguments(recipe, phase, run, stage.rows_per_process)
+    if stage.evaluation is not None:
+        check_best_metric(arguments, stage.evaluation.measure, stage.model)
     dataset, collator = stage.data(number, phase, arguments)
     if isinstance(dataset, Stream):
         check_has_pairs(dataset)
-    return StageTrainer(
-        stage,
-        phase,
-        model=trained,
-        args=arguments,
-        data_collator=collator,
-        train_dataset=dataset,
-        eval_dataset=None if stage.evaluation is None else stage.evaluation.dataset,
-        processing_class=stage.processor,
-    )
+    with settings_of("`Trainer` with these flags"):
+        return StageTrainer(
+            stage,
+            phase,
+            model=trained,
+            args=arguments,
+            data_collator=collator,
+            train_dataset=dataset,
+            eval_dataset=None if stage.evaluation is None else stage.evaluation.dataset,
+            processing_class=stage.processor,
+        )
 
 
 def _write(stage: Stage, log: dict[str, Any], adapters: Any, trainer: StageTrainer | None) -> None:
