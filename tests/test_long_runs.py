@@ -174,11 +174,11 @@ def test_the_best_model_is_the_average_that_was_measured(data, tmp_path, monkeyp
 
     def evaluated(self, *_, **__):
         measured.append({name: value.clone() for name, value in self.model.state_dict().items()})
-        return EvalLoopOutput(None, None, {"eval_error": next(points)}, 1)
+        return EvalLoopOutput(None, None, {"eval_recall_at_1_InternVL-C": next(points)}, 1)
 
     monkeypatch.setattr(trainer.StageTrainer, "evaluation_loop", evaluated)
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
-    best |= {"metric_for_best_model": "error", "greater_is_better": False}
+    best |= {"metric_for_best_model": "recall_at_1_InternVL-C", "greater_is_better": False}
     shards = tuple(sorted(str(path) for path in data.glob("*.tar")))
     how = Run(tmp_path / "out", eval_data=shards, arguments=best)
     run_stage1(AVERAGED, list(shards), how, data / "tokenizer")
