@@ -384,6 +384,9 @@ REFUSED = {
         "--data pairs.csv --eval-data pairs.csv --metric-for-best-model recall_at_1",
         "take one of loss, recall_at_1_InternVL-C.",
     ),
+    "settings that are no JSON": ("patches", "--lr-scheduler-kwargs {bad", "`TrainingArguments` of these flags"),
+    "tiles of pairs": ("stage 1 start", "--data pairs.csv --max-tiles 3", "`--max-tiles` is for chat models"),
+    "a frozen part of another model": ("patches", "--freeze pooling", "no part pooling"),
     "videos of pairs": ("stage 1 start", "--data pairs.csv --video-frames 3", "is for chat models"),
 }
 

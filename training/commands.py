@@ -142,7 +142,9 @@ def add_finetune(commands: Any) -> None:
     parser.add_argument(
         "--video-frames", metavar="N", nargs="+", type=positive_int, help="frames of a video: one number, or two"
     )
-    parser.add_argument("--max-length", metavar="N", type=positive_int, default=4096, help="most tokens of a dialogue")
+    parser.add_argument(
+        "--max-length", metavar="N", type=positive_int, help="most tokens of a dialogue (default: 4096)"
+    )
     parser.add_argument("--pack", action="store_true", help="pack the dialogues of a batch into one row")
     parser.set_defaults(module=".finetune_command", stage="finetune")
 

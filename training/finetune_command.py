@@ -65,7 +65,7 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
         parts=parts,
         image_size=options.image_size,
         max_tiles=options.max_tiles,
-        max_length=options.max_length,
+        max_length=options.max_length or FineTuning.max_length,
         pack=options.pack,
         seed=options.seed,
     )
@@ -126,9 +126,12 @@ def _parts_of(options: argparse.Namespace, task: str, method: str) -> tuple[tupl
 
 
 def _check_parts(options: argparse.Namespace, task: str, config: Any) -> None:
-    """Refuses parts that the loss of a task does not reach in a model."""
+    """Refuses parts that the loss of a task does not reach in a model, and options of dialogues for pairs."""
+    of_dialogues = {"--pack": options.pack, "--max-tiles": options.max_tiles, "--max-length": options.max_length}
+    if task != "dialogue" and (given := [flag for flag, value in of_dialogues.items() if value]):
+        raise ValueError(f"`{given[0]}` is for chat models: image-text pairs have a tile and a short text.")
     learning = parts_that_learn(task, config)
-    for name in ("train", "lora_parts"):
+    for name in ("train", "lora_parts", "freeze"):
         if idle := [part for part in getattr(options, name) if part not in learning]:
             raise ValueError(
                 f"`--{name.replace('_', '-')} {' '.join(idle)}`: in this model and `--task {task}` there is no part "

@@ -10,7 +10,7 @@ from transformers.utils import is_liger_kernel_available
 
 
 # What transformers, accelerate and torch raise for settings that are wrong or need a library that is not installed.
-LIBRARY_ERRORS = (AssertionError, AttributeError, ImportError, KeyError, RuntimeError, TypeError)
+LIBRARY_ERRORS = (AssertionError, AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError)
 MEASURED_ALWAYS = ("loss", "runtime", "samples_per_second", "steps_per_second")
 
 
