@@ -412,3 +412,10 @@ def test_what_does_not_go_together_is_one_line_and_leaves_no_folder(folder, name
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
     assert message in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_diverged_is_not_written(folder, tmp_path, capsys):
+    words = ("--model", str(folder / "patches"), "--data", str(folder / "own.jsonl"), "--output", str(tmp_path))
+    assert main(["finetune", *words, *SHORT, "--learning-rate", "1e30"]) == 2
+    assert "weights are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "config.json").exists()
