@@ -18,7 +18,7 @@ from internvl.training.stages import Run, run_stage1
 from internvl.training.throughput import Throughput, samples_in, tokens_in
 
 from . import two_processes
-from .test_stage_faults import RECIPE, assert_same_weights, data, run, stopped_after  # noqa: F401
+from .test_stage_faults import RECIPE, assert_same_weights, data, run, stopped_run  # noqa: F401
 
 
 ALONE = SimpleNamespace(device="cpu", num_processes=1, reduce=lambda tensor, _: tensor)
@@ -163,7 +163,7 @@ def test_the_average_is_logged_resumed_and_exported(data, tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr("tests.test_stage_faults.RECIPE", AVERAGED)
         patch.setattr("tests.test_stage_faults.run", lambda *given: run(*given, recipe=AVERAGED))
-        stopped_after(data, tmp_path / "out", 3, monkeypatch)
+        stopped_run(data, tmp_path / "out", 3)
     run(data, tmp_path / "out", resume=True, recipe=AVERAGED)
     assert_same_weights(tmp_path / "out", tmp_path / "whole")
 
