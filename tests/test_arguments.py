@@ -194,8 +194,9 @@ def test_a_learning_curve_and_held_out_data_are_both_measured(tmp_path, monkeypa
 
 
 def test_a_resumed_run_is_held_to_flags_that_decide_about_weights_and_to_no_others(tmp_path):
-    _, run = applied(tmp_path, "--lr-scheduler-type", "linear", "--report-to", "tensorboard", "--run-name", "a")
-    assert run.settings()["arguments"] == {"lr_scheduler_type": "linear"}
+    deciding = ("--lr-scheduler-type", "linear", "--data-seed", "3")
+    _, run = applied(tmp_path, *deciding, "--report-to", "tensorboard", "--run-name", "a")
+    assert run.settings()["arguments"] == {"lr_scheduler_type": "linear", "data_seed": 3}
 
 
 def test_unknown_flags_end_the_command_before_anything_is_loaded(tmp_path, capsys):

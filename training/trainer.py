@@ -60,10 +60,14 @@ CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _NAM
 DECIDING_ARGUMENTS = frozenset(
     {
         "adam_epsilon",
+        "data_seed",
         "fp16",
         "gradient_accumulation_steps",
+        "ignore_data_skip",
+        "load_best_model_at_end",
         "lr_scheduler_kwargs",
         "lr_scheduler_type",
+        "metric_for_best_model",
         "neftune_noise_alpha",
         "optim",
         "optim_args",
