@@ -5,14 +5,14 @@ are encoded only in the turn that adds them, and generated ids are kept, so that
 """
 
 import argparse
-import json
+import os
 import sys
 import uuid
 from pathlib import Path
 from typing import Any
 
 from .console import exit_status
-from .kinds import KIND_NAMES, MODEL_TYPES, check_kind, wrong_kind
+from .kinds import KIND_NAMES, MODEL_TYPES, check_folder, check_kind, wrong_kind
 
 
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent
@@ -120,24 +120,13 @@ def check_model(model: str | Path) -> None:
         ValueError: If it is not a chat checkpoint.
         OSError: If it is neither a folder nor a Hub name.
     """
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        is_hub_name = not folder.exists() and str(model)[:1] not in "./~" and str(model).count("/") <= 1
-        if not is_hub_name:
-            raise FileNotFoundError(f"`{model}` is {'a file' if folder.exists() else 'not there'}: expected a folder.")
-        return
-    if not (folder / "config.json").is_file():
-        if folder == DEFAULT_CHECKPOINT:
-            raise FileNotFoundError(
-                "The bundled checkpoint comes with a clone of the repository, not with the installed package: give "
-                "`--model DIR`."
-            )
-        raise FileNotFoundError(f"`{model}` is a folder without config.json, so it holds no model.")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"`{folder / 'config.json'}` cannot be read: {error}") from error
-    kind = MODEL_TYPES.get(str(config.get("model_type"))) if isinstance(config, dict) else None
+    folder = os.path.expanduser(model)
+    if Path(folder) == DEFAULT_CHECKPOINT and not (DEFAULT_CHECKPOINT / "config.json").is_file():
+        raise FileNotFoundError(
+            "The bundled checkpoint comes with a clone of the repository, not with the installed package: give "
+            "`--model DIR`."
+        )
+    kind = MODEL_TYPES.get(str(check_folder(folder)))
     if kind not in (None, "chat"):
         raise wrong_kind(model, KIND_NAMES[kind], "chat", door="a conversation")
 

@@ -59,8 +59,11 @@ def wrong_kind(folder: str | os.PathLike, what: str, *expected: str, door: str) 
     return ValueError(f"{os.fspath(folder)} holds {what}, but {door} needs {wanted}.")
 
 
-def check_folder(folder: str | os.PathLike, subfolder: str = "") -> None:
+def check_folder(folder: str | os.PathLike, subfolder: str = "") -> str | None:
     """Check that a model may be in a folder, without asking the network for what can only be a path.
+
+    Returns:
+        Its `model_type`; None where that is not known yet, as of a name on the Hub.
 
     Raises:
         OSError: If it is no folder, or holds no model that transformers loads.
@@ -71,7 +74,7 @@ def check_folder(folder: str | os.PathLike, subfolder: str = "") -> None:
         raise FileNotFoundError(f"`{path}` is a file: give the folder of a model, here perhaps `{path.parent}`.")
     if not path.is_dir():
         if _HUB_NAME.fullmatch(os.fspath(folder)) and not Path(folder).exists():
-            return  # a name on the Hub
+            return None  # a name on the Hub
         raise FileNotFoundError(f"`{path}` is not there: give the folder of a model, or its name on the Hub.")
     if not (path / "config.json").is_file():
         is_adapter = (path / "adapter_config.json").is_file()
@@ -81,11 +84,13 @@ def check_folder(folder: str | os.PathLike, subfolder: str = "") -> None:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"`{path / 'config.json'}` cannot be read: {error}") from error
-    if isinstance(config, dict) and config.get("model_type") in CONVERTED:
+    model_type = str(config.get("model_type")) if isinstance(config, dict) else None
+    if model_type in CONVERTED:
         raise ValueError(
-            f"{path} holds {CONVERTED[config['model_type']]}, which is turned into one that loads here by `python -m "
+            f"{path} holds {CONVERTED[model_type]}, which is turned into one that loads here by `python -m "
             f"internvl.conversion {path} NEW_FOLDER`."
         )
+    return model_type
 
 
 def check_kind(folder: str | os.PathLike, *expected: str, door: str, **where: Any) -> "PretrainedConfig":
@@ -120,4 +125,4 @@ def check_kind(folder: str | os.PathLike, *expected: str, door: str, **where: An
     raise wrong_kind(folder, what, *expected, door=door)
 
 
-__all__ = ["KIND_NAMES", "MODEL_TYPES", "check_kind", "kind_of", "wrong_kind"]
+__all__ = ["KIND_NAMES", "MODEL_TYPES", "check_folder", "check_kind", "kind_of", "wrong_kind"]
