@@ -156,7 +156,8 @@ def test_a_resumed_run_trains_only_what_is_not_finished(finished_default_run, tm
     monkeypatch.setattr(stages, "train", lambda stage: trained.append(stage.run))
     with few_scenes_and_one_thread():
         bundled_run.train_all_stages(tiny_run(), folder, resume=True)
-    assert trained == [Run(folder / "full", resume=True, num_workers=1)]
+    run = Run(folder / "full", resume=True, num_workers=1)
+    assert trained == [run.reading(folder / "stage2")]
 
 
 def test_the_assembled_checkpoint_holds_every_model_of_the_run_and_is_small(finished_default_run, tmp_path):

@@ -262,6 +262,19 @@ def test_a_stopped_run_goes_on_to_the_weights_of_an_unbroken_one(folder, tmp_pat
         assert torch.equal(value, weights(tmp_path / "stopped")[name]), name
 
 
+def test_a_stopped_run_does_not_go_on_with_other_data_or_from_another_model(folder, tmp_path, capsys):
+    words = (*SHORT, "--save-steps", "1")
+    finetune(folder, "patches", tmp_path / "out", *words)
+    (tmp_path / "out/training_log.json").unlink()  # as if stopped at its end
+    for given in ({"model": "converted"}, {"data": "other.jsonl"}):
+        shutil.copy(folder / "own.jsonl", folder / "other.jsonl")
+        names = {"model": "patches", "data": "own.jsonl", **given}
+        arguments = ["--model", str(folder / names["model"]), "--data", str(folder / names["data"])]
+        assert main(["finetune", *arguments, "--output", str(tmp_path / "out"), *words, "--resume"]) == 2
+        assert "holds a run of another recipe" in capsys.readouterr().err
+    finetune(folder, "patches", tmp_path / "out", *words, "--resume")
+
+
 WRONG = {
     "a task of another kind": (("--model", "patches", "--task", "retrieval"), "`--task retrieval` needs"),
     "nothing to train": (("--model", "patches", "--freeze", "projector", "language"), "nothing to train"),

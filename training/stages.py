@@ -205,7 +205,8 @@ def run_stage1(
         ValueError: If there is no tokenizer, or the data does not fit the recipe.
     """
     recipe = fit_image_sizes(recipe, source)
-    if (finished := finished_model(recipe, run, source, tokenizer, llama, *(shards or ()))) is not None:
+    run = run.reading(source, tokenizer, llama, *(shards or ()))
+    if (finished := finished_model(recipe, run)) is not None:
         return finished
     set_seed(recipe.seed)
     if source is None or tokenizer is not None:
@@ -239,7 +240,8 @@ def run_stage2(
         ValueError: If the data does not fit the recipe.
     """
     recipe = fit_image_sizes(recipe, source)
-    if (finished := finished_model(recipe, run, source, llama, *(shards or ()))) is not None:
+    run = run.reading(source, llama, *(shards or ()))
+    if (finished := finished_model(recipe, run)) is not None:
         return finished
     set_seed(recipe.seed)
     processor = load_pair_processor(source, recipe)
@@ -267,7 +269,8 @@ def run_retrieval(recipe: RetrievalRecipe, shards: list[str], run: Run, source: 
         ValueError: If there is no data.
     """
     recipe = fit_image_sizes(recipe, source)
-    if (finished := finished_model(recipe, run, source, *shards)) is not None:
+    run = run.reading(source, *shards)
+    if (finished := finished_model(recipe, run)) is not None:
         return finished
     set_seed(recipe.seed)
     processor = load_pair_processor(source, recipe)
@@ -299,7 +302,8 @@ def run_captions(recipe: CaptionRecipe, shards: list[str], run: Run, source: Fol
         ValueError: If there is no data.
     """
     recipe = fit_image_sizes(recipe, source)
-    if (finished := finished_model(recipe, run, source, *shards)) is not None:
+    run = run.reading(source, *shards)
+    if (finished := finished_model(recipe, run)) is not None:
         return finished
     set_seed(recipe.seed)
     processor = load_pair_processor(source, recipe)
@@ -337,7 +341,8 @@ def run_stage3(
         ValueError: If the data does not fit the recipe, or there is no decoder.
     """
     recipe = fit_image_sizes(recipe, source)
-    if (finished := finished_model(recipe, run, source, decoder, images, *(files or ()))) is not None:
+    run = run.reading(source, decoder, images, *(files or ()))
+    if (finished := finished_model(recipe, run)) is not None:
         return finished
     check_data(recipe, files)
     set_seed(recipe.seed)

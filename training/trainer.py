@@ -90,6 +90,7 @@ class Run:
         is_streamed: Read dialogues front to back, without an index of their rows.
         funnel_stage: Leave out pairs by the filters of the data funnel up to this stage; None takes all.
         images: Folder of the images that rows name by a path; None takes the folder of each file.
+        inputs: Models and files of data that the stage reads, as `reading` sets them.
         eval_data: Files of held-out data, on which the stage is measured as it trains.
         eval_samples: Most held-out samples that are searched, or whose questions are answered.
         profile_steps: Steps of each phase that are recorded by torch's profiler, in `profile/PHASE`.
@@ -104,6 +105,7 @@ class Run:
     is_streamed: bool = False
     funnel_stage: int | None = None
     images: str | None = None
+    inputs: tuple[str | Path, ...] = ()
     eval_data: tuple[str, ...] = ()
     eval_samples: int = 200
     profile_steps: int = 0
@@ -118,7 +120,12 @@ class Run:
             "funnel_stage": self.funnel_stage,
             "is_streamed": self.is_streamed,
             "arguments": deciding,
+            "inputs": [Path(os.path.abspath(path)).name for path in self.inputs],  # a resumed run may have moved
         }
+
+    def reading(self, *inputs: str | Path | None) -> "Run":
+        """Return the run with what it reads."""
+        return replace(self, inputs=tuple(path for path in inputs if path is not None))
 
 
 @dataclass(frozen=True)
@@ -554,13 +561,12 @@ def _add_adapters(model: PreTrainedModel, run: Run) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------- the output folder
-def finished_model(recipe: Recipe, run: Run, *inputs: str | Path | None) -> PreTrainedModel | None:
+def finished_model(recipe: Recipe, run: Run) -> PreTrainedModel | None:
     """Inspect the output folder before anything else is done.
 
     Args:
         recipe: The recipe.
         run: How to run it.
-        *inputs: What it reads: models and files of data.
 
     Returns:
         The model of a finished stage that was to be resumed, which nothing changes any more; None where there is work.
@@ -568,7 +574,7 @@ def finished_model(recipe: Recipe, run: Run, *inputs: str | Path | None) -> PreT
     Raises:
         ValueError: If the folder holds anything but a run, a run of another recipe, or one that was not to be resumed.
     """
-    check_output(run.output, (*inputs, *run.eval_data, run.images))
+    check_output(run.output, (*run.inputs, *run.eval_data, run.images))
     if is_first_process():
         recovered(run.output)
     is_finished = (run.output / LOG_FILE).is_file()
