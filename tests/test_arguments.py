@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from internvl.training import arguments, trainer
+from internvl.training import arguments, stage_command, trainer
 from internvl.training.__main__ import main
 from internvl.training.arguments import RANGES, REFUSED, apply_flags, parse_flags
 from internvl.training.commands import training_parser, with_hyphens
@@ -191,6 +191,17 @@ def test_a_learning_curve_and_held_out_data_are_both_measured(tmp_path, monkeypa
         stage_trainer = trainer_for(tmp_path, curve=lambda model: dict(curve), eval_dataset=dataset)
         assert stage_trainer.evaluate() == {**expected, "epoch": 0}
         assert stage_trainer.state.log_history[-1]["zero_shot"] == 0.5
+
+
+def test_an_interrupted_stage_says_how_to_go_on_in_one_line(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage_command, "run", interrupted)
+    assert main(["stage1", "--output", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == (
+        "stopped: the same command with `--resume` goes on from the last checkpoint, if any.\n"
+    )
 
 
 def test_a_resumed_run_is_held_to_flags_that_decide_about_weights_and_to_no_others(tmp_path):

@@ -305,6 +305,10 @@ WRONG = {
     "pairs for a chat model": (("--model", "patches", "--data", "pairs.jsonl"), "The first: pairs.jsonl:1: "),
     "no row": (("--model", "patches", "--data", "empty.jsonl", "--epochs", "1"), "no row in empty.jsonl"),
     "no model": (("--model", "./stage9"), "stage9"),
+    "a table of pairs for a chat model": (
+        ("--model", "patches", "--data", "pairs.csv"),
+        "holds image-text pairs, from which an",
+    ),
     "no data": (("--model", "patches", "--data", "absent.jsonl"), "absent.jsonl"),
 }
 

@@ -8,6 +8,9 @@ from ..console import exit_status
 from .commands import training_parser, with_hyphens
 
 
+INTERRUPTED = 130  # as shells have it
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command.
 
@@ -15,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: Of the command line; None takes the process's own.
 
     Returns:
-        Exit code of the command, or 2 where it was refused.
+        Exit code of the command, 2 where it was refused, or 130 where training was interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["costs"]:
@@ -27,7 +30,13 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     options.flags = flags
     register()
-    return exit_status(lambda: import_module(options.module, __package__).run(options, print))
+    try:
+        return exit_status(lambda: import_module(options.module, __package__).run(options, print))
+    except KeyboardInterrupt:
+        if not options.takes_trainer_flags:
+            raise
+        print("stopped: the same command with `--resume` goes on from the last checkpoint, if any.", file=sys.stderr)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

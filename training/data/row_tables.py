@@ -12,7 +12,7 @@ from ...extras import extra
 from .bad_rows import UnusableRowError
 from .image_files import NO_FOLDER
 from .json_rows import MAX_ROW_BYTES, JsonRows, Row
-from .shards import JSON_ENDINGS, PARQUET_ENDINGS, SHARD_ERRORS
+from .shards import CSV_ENDINGS, JSON_ENDINGS, PARQUET_ENDINGS, SHARD_ERRORS
 
 
 if TYPE_CHECKING:
@@ -96,6 +96,11 @@ def open_rows(source: str | Path) -> Rows:
         ValueError: If it is something else as a whole, or damaged.
     """
     path, name = Path(source), str(source)
+    if path.suffix.lower() in CSV_ENDINGS:
+        raise ValueError(
+            f"{path} holds image-text pairs, from which an InternVL-C or -G learns. Dialogues of a chat model are "
+            "JSON, JSON lines, parquet, or a data set."
+        )
     if path.is_file() and path.suffix.lower() in PARQUET_ENDINGS:
         return TableRows(_loaded("parquet", data_files={"train": [name]}, split="train"), path, path.parent)
     found, *choice = [name] if path.exists() else name.split(":")

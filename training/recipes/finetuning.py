@@ -104,6 +104,7 @@ def finetuning_recipe(choice: FineTuning, config: Any, max_text_length: int) -> 
         batch_size=choice.batch_size,
     )
     shared: dict[str, Any] = {"phases": (phase,), "seed": choice.seed, "betas": (0.9, 0.999), "save_steps": 500}
+    shared["logging_steps"] = max(1, min(10, choice.steps // 10))  # short runs show their loss too
     if choice.task == "dialogue":
         return DialogueRecipe(
             **shared,
