@@ -27,7 +27,9 @@ _KEPT_NAMES = {
     ),
     ("training", "planning"): "cluster costs",
     ("training", "synthetic"): "captions digits scenes tokenizer",
-    ("training", "training.data"): "collators dialogues json_rows pair_rows pairs shards texts",
+    ("training", "rows"): "json_rows pair_rows shards texts",
+    ("training", "training.data"): "collators dialogues pairs",
+    ("training.data", "rows"): "bad_rows image_files json_rows pair_rows row_tables shards texts videos",
     ("training", "training.models"): "gradient_cache parameter_groups parts pretraining saving whole_folders",
 }
 # Old name: new name, both without `internvl.`.
@@ -54,7 +56,7 @@ MOVED = {
     "memory": "planning.memory",
     "planner": "planning.memory",
     "training.ablation": "reproduction.ablation",
-    "training.broken_rows": "training.data.bad_rows",
+    "training.broken_rows": "rows.bad_rows",
     "training.default_phases": "training.data.generated",
     "training.default_run": "reproduction.run",
     "training.default_tower": "training.models.vision_start",
@@ -62,7 +64,7 @@ MOVED = {
     "training.learning_curves": "training.callbacks",
     "training.muon": "training.optimizers",
     "training.objectives": "training.models.losses",
-    "training.picture_files": "training.data.image_files",
+    "training.picture_files": "rows.image_files",
     "training.stage1_default": "training.recipes.bundled",
     "training.stage2_default": "training.recipes.bundled",
     "training.stage3_default": "training.recipes.bundled",

@@ -15,12 +15,12 @@ from PIL import Image, ImageOps
 
 from internvl.image_processing_internvl import InternVLImageProcessor
 from internvl.processing_internvl import InternVLProcessor
+from internvl.rows.texts import simple_caption
 from internvl.training.data.augmentation import Augmentation, random_crop_box
 from internvl.training.data.collators import CaptionCollator, GenerativeCollator, RetrievalCollator
 from internvl.training.data.negatives import CaptionPool
 from internvl.training.data.pairs import PairCollator, PairStream
 from internvl.training.data.sources import pair_data
-from internvl.training.data.texts import simple_caption
 
 from .fixtures_pairs import png, sample, write_parquet, write_tar
 from .fixtures_text import make_image, make_tokenizer

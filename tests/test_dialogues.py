@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from internvl.conversation_internvl import get_conversation_template, list_conversation_templates
 from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
 from internvl.processing_internvl import InternVLProcessor
-from internvl.training.data.bad_rows import BadRows, TooManyBadRowsError, UnusableRowError
+from internvl.rows.bad_rows import BadRows, TooManyBadRowsError, UnusableRowError
 from internvl.training.data.dialogues import DialogueCollator, DialogueDataset, DialogueEncoder, read_dialogue
 
 from . import fixtures_processing

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
+from internvl.rows.bad_rows import BadRows
 from internvl.training.__main__ import main
-from internvl.training.data.bad_rows import BadRows
 from internvl.training.data.filters import (
     COLUMNS,
     DERIVED,

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from internvl.rows.bad_rows import MAX_KINDS, BadRows, UnusableRowError
+from internvl.rows.json_rows import JsonRows
+from internvl.rows.pair_rows import MAX_CAPTION
+from internvl.rows.shards import find_shards
 from internvl.training.__main__ import main
-from internvl.training.data.bad_rows import MAX_KINDS, BadRows, UnusableRowError
 from internvl.training.data.dialogues import read_dialogue
 from internvl.training.data.filters import Filter, Funnel
-from internvl.training.data.json_rows import JsonRows
-from internvl.training.data.pair_rows import MAX_CAPTION
 from internvl.training.data.pairs import PairStream
-from internvl.training.data.shards import find_shards
 from internvl.training.data.validate import find_invalid_rows
 
 from .fixtures_dialogues import llava
@@ -148,7 +148,7 @@ def test_what_is_no_json_is_told_in_one_line(name, tmp_path, capsys):
 
 
 def test_rows_beyond_the_limit_are_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("internvl.training.data.json_rows.MAX_ROW_BYTES", 100)
+    monkeypatch.setattr("internvl.rows.json_rows.MAX_ROW_BYTES", 100)
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"a": "b" * 200}) + '\n{"a": 1}\n')
     rows = JsonRows(path)

@@ -23,11 +23,11 @@ from transformers import TrainingArguments
 
 from internvl.image_processing_internvl import InternVLImageProcessor
 from internvl.processing_internvl import InternVLProcessor
+from internvl.rows.bad_rows import BadRows, TooManyBadRowsError
+from internvl.rows.shards import find_shards, read_shard
 from internvl.training import stages
-from internvl.training.data.bad_rows import BadRows, TooManyBadRowsError
 from internvl.training.data.filters import Filter, Funnel, MissingColumnError
 from internvl.training.data.pairs import PairCollator, PairStream
-from internvl.training.data.shards import find_shards, read_shard
 from internvl.training.recipes import stage2_small
 
 from .engine_jobs import StreamTrainer

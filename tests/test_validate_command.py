@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from internvl.rows.bad_rows import UnusableRowError
+from internvl.rows.json_rows import JsonRows
 from internvl.training.__main__ import main
-from internvl.training.data.bad_rows import UnusableRowError
-from internvl.training.data.json_rows import JsonRows
 
 from .fixtures_dialogues import BAD_ROWS, llava
 from .fixtures_text import make_image

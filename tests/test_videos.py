@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from internvl.rows.bad_rows import UnusableRowError
+from internvl.rows.videos import frames_of_video, middle_frames, read_frames
 from internvl.training.__main__ import main
 from internvl.training.data import videos
-from internvl.training.data.bad_rows import UnusableRowError
 from internvl.training.data.dialogue_rows import read_dialogue
 from internvl.training.data.dialogues import DialogueCollator, DialogueDataset, DialogueEncoder
-from internvl.training.data.videos import frames_of_video, middle_frames, read_frames
 
 from . import engine_jobs
 from .fixtures_dialogues import llava

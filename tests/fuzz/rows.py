@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from internvl.training.data.bad_rows import BadRows
-from internvl.training.data.json_rows import JsonRows
+from internvl.rows.bad_rows import BadRows
+from internvl.rows.json_rows import JsonRows
 from internvl.training.data.pairs import PairStream
 from internvl.training.data.validate import find_invalid_rows
 

@@ -20,8 +20,8 @@ from PIL import Image
 from ...layers_internvl import IGNORE_INDEX
 from ...processing_internvl import InternVLProcessor
 from ...renaming_internvl import renamed_names
+from ...rows.texts import simple_caption
 from .negatives import CaptionPool
-from .texts import simple_caption
 
 
 PADDINGS = ("max_length", "longest")

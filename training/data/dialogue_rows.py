@@ -11,9 +11,9 @@ from typing import Any
 
 from ...conversation_internvl import IMAGE_PLACEHOLDER
 from ...messages_internvl import Message
-from .image_files import image_file, is_path
-from .json_rows import Row
-from .texts import check_text
+from ...rows.image_files import image_file, is_path
+from ...rows.json_rows import Row
+from ...rows.texts import check_text
 
 
 ROLES = {

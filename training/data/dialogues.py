@@ -26,12 +26,12 @@ from ...layers_internvl import IGNORE_INDEX
 from ...messages_internvl import Message
 from ...processing_internvl import InternVLProcessor
 from ...renaming_internvl import renamed_arguments
+from ...rows.bad_rows import BadRows, UnusableRowError
+from ...rows.json_rows import Row
+from ...rows.row_tables import Rows, open_all_rows
+from ...rows.videos import check_library_of, frames_of_video
 from .augmentation import Augmentation
-from .bad_rows import BadRows, UnusableRowError
 from .dialogue_rows import read_dialogue
-from .json_rows import Row
-from .row_tables import Rows, open_all_rows
-from .videos import check_library_of, frames_of_video
 
 
 TOO_LONG = ("drop", "cut", "error")

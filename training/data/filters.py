@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from ...extras import extra
 from ...renaming_internvl import renamed_arguments, renamed_names
-from .bad_rows import BadRows
-from .pair_rows import IMAGE_COLUMNS, add_size, caption_in, image_source, metadata_of
-from .shards import find_shards, place_of_row, read_shards
+from ...rows.bad_rows import BadRows
+from ...rows.pair_rows import IMAGE_COLUMNS, add_size, caption_in, image_source, metadata_of
+from ...rows.shards import find_shards, place_of_row, read_shards
 
 
 STAGES = (1, 2)  # whose data the funnel filters

@@ -20,8 +20,8 @@ from typing import Any
 
 import yaml
 
+from ...rows.shards import ENDINGS
 from .augmentation import Augmentation
-from .shards import ENDINGS
 
 
 MAX_BYTES = 2**24

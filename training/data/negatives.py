@@ -11,10 +11,10 @@ from typing import Any
 import numpy
 from accelerate.utils import gather_object
 
+from ...rows.pair_rows import caption_in, image_source, metadata_of
+from ...rows.shards import SHARD_ERRORS, read_shard
 from .augmentation import sample_random
-from .pair_rows import caption_in, image_source, metadata_of
 from .pairs import PairStream
-from .shards import SHARD_ERRORS, read_shard
 
 
 # The place of a caption (number of the shard, number of the row), its sample and image as digests, and the caption.

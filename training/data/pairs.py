@@ -14,10 +14,10 @@ from ...image_loading_internvl import DEFAULT_BACKGROUND, Background, read_image
 from ...image_processing_internvl import InternVLImageProcessor
 from ...processing_internvl import InternVLProcessor
 from ...renaming_internvl import renamed_arguments
+from ...rows.json_rows import Row
+from ...rows.pair_rows import IMAGE_COLUMNS, TEXT_COLUMNS, add_size, caption_in, image_source, metadata_of
+from ...rows.shards import place_of_row
 from .filters import Funnel, MissingColumnError
-from .json_rows import Row
-from .pair_rows import IMAGE_COLUMNS, TEXT_COLUMNS, add_size, caption_in, image_source, metadata_of
-from .shards import place_of_row
 from .stream_batches import stream_loader
 from .streams import RowStream
 

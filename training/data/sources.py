@@ -13,15 +13,15 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from ...rows.bad_rows import UnusableRowError
+from ...rows.image_files import NO_FOLDER
+from ...rows.json_rows import Row
+from ...rows.row_tables import open_all_rows
+from ...rows.shards import FAULT_COLUMN, find_shards, place_of_row, read_shards
 from .augmentation import Augmentation
-from .bad_rows import UnusableRowError
 from .dialogues import DialogueDataset, DialogueEncoder
-from .image_files import NO_FOLDER
-from .json_rows import Row
 from .mixtures import MixtureSource, is_mixture, read_mixture
 from .pairs import PairStream
-from .row_tables import open_all_rows
-from .shards import FAULT_COLUMN, find_shards, place_of_row, read_shards
 from .streams import RowStream
 
 

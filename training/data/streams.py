@@ -18,9 +18,9 @@ from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
 from ...extras import extra
-from .bad_rows import BadRows
-from .json_rows import Row
-from .shards import Shard, find_shards, has_lines, pieces_of, read_shards
+from ...rows.bad_rows import BadRows
+from ...rows.json_rows import Row
+from ...rows.shards import Shard, find_shards, has_lines, pieces_of, read_shards
 
 
 with extra("train"):

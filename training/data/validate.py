@@ -14,15 +14,15 @@ from ...image_loading_internvl import read_image
 from ...image_processing_internvl import InternVLImageProcessor
 from ...kinds import check_kind
 from ...renaming_internvl import renamed_names
+from ...rows.json_rows import Row
+from ...rows.row_tables import Rows, open_rows
+from ...rows.shards import find_shards, place_of_row, read_shards
+from ...rows.videos import frames_of_video
 from .dialogue_rows import read_dialogue
 from .dialogues import VIDEO_FRAMES, DialogueEncoder
-from .json_rows import Row
 from .mixtures import MixtureSource
 from .pairs import PairStream
-from .row_tables import Rows, open_rows
-from .shards import find_shards, place_of_row, read_shards
 from .sources import encoder_of, sources_of
-from .videos import frames_of_video
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from ...extras import extra
+from ..extras import extra
 from .bad_rows import UnusableRowError
 from .json_rows import MAX_ROW_BYTES, Row, stream_json_rows
 

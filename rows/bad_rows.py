@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ...console import printable
-from ...renaming_internvl import renamed_names
+from ..console import printable
+from ..renaming_internvl import renamed_names
 
 
 logger = logging.get_logger(__name__)

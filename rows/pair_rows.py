@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...image_loading_internvl import read_image_size
-from ...image_processing_internvl import InternVLImageProcessor
+from ..image_loading_internvl import read_image_size
+from ..image_processing_internvl import InternVLImageProcessor
 from .image_files import image_file, is_path
 from .json_rows import Row
 from .shards import CSV_ENDINGS, FAULT_COLUMN

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ...extras import extra
+from ..extras import extra
 from .bad_rows import UnusableRowError
 from .image_files import NAME_LENGTH
 from .row_tables import Rows

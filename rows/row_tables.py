@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ...extras import extra
+from ..extras import extra
 from .bad_rows import UnusableRowError
 from .image_files import NO_FOLDER
 from .json_rows import MAX_ROW_BYTES, JsonRows, Row
