@@ -60,7 +60,7 @@ def read_report(path: str | Path) -> Report:
     missing = [key for key in KEYS if key not in report] if isinstance(report, dict) else list(KEYS)
     if missing or not isinstance(report["metrics"], dict):
         raise ValueError(
-            f"{path} is no report of `python -m internvl.evaluation TASK MODEL --output`: it lacks {', '.join(missing)}."
+            f"{path} is no report of `python -m internvl.evaluation TASK --output`: it lacks {', '.join(missing)}."
         )
     for name, metric in report["metrics"].items():
         if not isinstance(metric, dict) or not isinstance(metric.get("value"), (int, float)):
