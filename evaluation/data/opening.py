@@ -1,0 +1,205 @@
+"""Opens the data of a protocol below a root, or anyone's own data in one of the known layouts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ...rows.shards import ENDINGS
+from ..protocols import Protocol, shipped_protocols
+from .annotations import captioned_items, read_annotations, read_parallel
+from .folders import (
+    class_folders,
+    class_names_beside,
+    imagenet,
+    labelled_items,
+    match_folders,
+    readable_name,
+    real_labels,
+)
+from .items import EvaluationData, Item, check_items, taken
+from .prompts import SIMPLE_TEMPLATES, benchmark_classes, benchmark_templates
+from .tables import items_of_shards
+
+
+REAL_LABELS_FILE = "real.json"
+
+
+def open_data(protocol: Protocol, root: str, limit: int | None = None) -> EvaluationData:
+    """Opens the data of a protocol, and checks that all of it is there.
+
+    Args:
+        protocol: What is measured.
+        root: A folder with data sets, the folder of this one, a file of annotations, or shards (also at an address).
+        limit: How many images are taken, evenly over all.
+
+    Raises:
+        OSError: If something cannot be read.
+        ValueError: If it is not there, or bad; the message says which file to give.
+    """
+    if _are_shards(root):
+        found = _from_shards(protocol, root, limit)
+    else:
+        found = LAYOUTS[_layout(protocol)](protocol, _place(protocol, Path(root)))
+    items = taken(found.items, limit)
+    check_items(items, found.place)
+    return replace(found, items=items)
+
+
+def find_data(protocol: Protocol, root: Path) -> Path | None:
+    """The folder of a protocol's data below a root; None if it is not there."""
+    return next((folder for folder in protocol.folders_below(root) if _is_there(protocol, folder)), None)
+
+
+def protocols_below(root: str, task: str | None = None) -> list[Protocol]:
+    """The protocols whose data lie below a root.
+
+    Raises:
+        OSError: If there is no such folder.
+    """
+    folder = Path(root)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder} with data sets in it.")
+    return [
+        protocol
+        for protocol in shipped_protocols().values()
+        if task in (None, protocol.task) and find_data(protocol, folder) is not None
+    ]
+
+
+def _are_shards(root: str) -> bool:
+    name = root.lower().split("::")[-1]
+    return "://" in root or (name.endswith(ENDINGS) and not name.endswith((".json", ".csv")))
+
+
+def _layout(protocol: Protocol) -> str:
+    layout = str(protocol.data["layout"])
+    if layout not in LAYOUTS:
+        raise ValueError(f"The protocol {protocol.name}: layout {layout!r} is none of {', '.join(LAYOUTS)}.")
+    return layout
+
+
+def _is_there(protocol: Protocol, folder: Path) -> bool:
+    needed = _annotation_names(protocol)
+    if protocol.data["layout"] == "xtd":
+        return all((folder / name).is_file() for name in needed)
+    if needed:
+        return any((folder / name).is_file() for name in needed)
+    return folder.is_dir()
+
+
+def _place(protocol: Protocol, root: Path) -> Path:
+    found = find_data(protocol, root)
+    if found is not None:
+        return found
+    if root.exists() and (root.is_file() or _is_there(protocol, root)):
+        return root
+    if not root.exists():
+        raise FileNotFoundError(f"There is no file or folder {root}.")
+    needed = _annotation_names(protocol)
+    names = " or ".join(str(folder) for folder in protocol.folders_below(root)) or str(root)
+    what = f", with {' or '.join(needed)}" if needed else ", with a sub-folder for each class"
+    raise ValueError(f"The data of {protocol.title or protocol.name} are not below {root}: give {names}{what}.")
+
+
+def _annotation_names(protocol: Protocol) -> list[str]:
+    language = str(protocol.prompts.get("language", "en"))
+    names = protocol.data.get("annotations", [])
+    return [str(name).format(language=language) for name in ([names] if isinstance(names, str) else names)]
+
+
+def _templates(prompts: Mapping[str, Any]) -> tuple[str, ...]:
+    templates = prompts.get("templates", list(SIMPLE_TEMPLATES))
+    if isinstance(templates, str):
+        templates = benchmark_templates(templates, prompts.get("language", "en"))
+    return tuple(templates)
+
+
+def _class_folders(protocol: Protocol, folder: Path) -> EvaluationData:
+    prompts = protocol.prompts
+    names = [path.name for path in class_folders(folder)]
+    subset = imagenet()[protocol.data["subset"]] if "subset" in protocol.data else None
+    classes = class_names_beside(folder, names)
+    labels = {name: place for place, name in enumerate(names)}
+    if classes is None and "classes" in prompts:
+        known = benchmark_classes(prompts["classes"], prompts.get("language", "en"))
+        if known is not None:
+            classes = known if subset is None else [known[number] for number in subset]
+            labels = match_folders(names, classes, subset)
+    if classes is None:
+        classes = [readable_name(name) for name in names]
+    items: Sequence[Item] = labelled_items(folder, labels)
+    if protocol.data.get("labels") == "real":
+        places = [at / REAL_LABELS_FILE for at in (folder, folder.parent)]
+        path = next((path for path in places if path.is_file()), places[-1])
+        items = real_labels(items, path)
+    return EvaluationData(items, str(folder), tuple(classes), _templates(prompts))
+
+
+def _objectnet(protocol: Protocol, folder: Path) -> EvaluationData:
+    """The classes that ObjectNet shares with ImageNet, by the files that come with it."""
+    import json
+
+    of_folder, shared = (
+        json.loads(_either(folder, name).read_text(encoding="utf-8"))
+        for name in ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json")
+    )
+    images = folder / "images" if (folder / "images").is_dir() else folder
+    kept = sorted(name for name, label in of_folder.items() if label in shared)
+    labels = {name: place for place, name in enumerate(kept)}
+    classes = tuple(of_folder[name].lower() for name in kept)
+    return EvaluationData(labelled_items(images, labels), str(images), classes, _templates(protocol.prompts))
+
+
+def _either(folder: Path, name: str) -> Path:
+    places = [folder / name, folder / "mappings" / name, folder.parent / name]
+    found = next((path for path in places if path.is_file()), None)
+    if found is None:
+        raise ValueError(f"{folder} lacks {name}, which comes with ObjectNet in its folder mappings.")
+    return found
+
+
+def _captions(protocol: Protocol, folder: Path) -> EvaluationData:
+    data = protocol.data
+    if folder.is_file():
+        captioned, at = read_annotations(folder, data.get("split", "test")), folder.parent
+    else:
+        names = _annotation_names(protocol)
+        path = next((folder / name for name in names if (folder / name).is_file()), None)
+        if path is None:
+            raise ValueError(f"{folder} has no captions: give {' or '.join(names) or 'a file of annotations'} in it.")
+        captioned, at = read_annotations(path, data.get("split", "test")), folder
+    return EvaluationData(captioned_items(captioned, at, data.get("images", ())), str(folder))
+
+
+def _xtd(protocol: Protocol, folder: Path) -> EvaluationData:
+    names, captions = (folder / name for name in _annotation_names(protocol))
+    items = captioned_items(read_parallel(names, captions), folder, protocol.data.get("images", ()))
+    return EvaluationData(items, str(folder))
+
+
+def _from_shards(protocol: Protocol, root: str, limit: int | None) -> EvaluationData:
+    items, classes = items_of_shards(root, limit)
+    is_labelled = LAYOUTS[_layout(protocol)] is _class_folders
+    lacking = next((item.name for item in items if not (item.labels if is_labelled else item.captions)), None)
+    if lacking:
+        what = "class (a column cls or label)" if is_labelled else "caption (a column txt, caption or text)"
+        raise ValueError(f"{root}: the sample {lacking} has no {what}.")
+    if not is_labelled:
+        return EvaluationData(items, root)
+    prompts = protocol.prompts
+    known = benchmark_classes(prompts["classes"], prompts.get("language", "en")) if "classes" in prompts else None
+    if known is not None and not classes:
+        classes = known
+    highest = max((label for item in items for label in item.labels), default=-1)
+    if highest >= len(classes):
+        raise ValueError(f"{root} has the class {highest} and no names of classes: give them in the column label.")
+    return EvaluationData(items, root, tuple(classes), _templates(prompts))
+
+
+LAYOUTS: dict[str, Callable[[Protocol, Path], EvaluationData]] = {
+    "class_folders": _class_folders,
+    "objectnet": _objectnet,
+    "captions": _captions,
+    "xtd": _xtd,
+}

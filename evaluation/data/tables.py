@@ -1,0 +1,93 @@
+"""Shards as data of a task: WebDataset tar files, parquet, CSV and JSON lines, on disk or at an address such as `hf://`.
+
+Images in a column `jpg`, `png`, `image` and so on; classes as numbers or names in `cls` or `label`; captions in `txt`,
+`caption` or `text`, one or several (a list, or a line each, as clip-benchmark exports them).
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...rows.image_files import is_path
+from ...rows.pair_rows import TEXT_COLUMNS, image_source, metadata_of
+from ...rows.shards import find_shards, place_of_row, read_shards
+from .items import Item
+
+
+LABEL_COLUMNS = ("cls", "label", "class", "labels")
+
+
+def items_of_shards(shards: str | Sequence[str], limit: int | None = None) -> tuple[list[Item], list[str]]:
+    """Reads shards into memory, images undecoded.
+
+    Args:
+        shards: Paths, patterns or addresses.
+        limit: How many rows are read, from the front.
+
+    Returns:
+        Items with captions or labels, as far as the rows have them, and the names of the classes where labels are names.
+
+    Raises:
+        OSError: If there is no such shard.
+        ValueError: If a row is bad; the message names it.
+    """
+    found: list[Item] = []
+    labels: list[Any] = []
+    for row in read_shards(find_shards(shards)):
+        if limit is not None and len(found) == limit:
+            break
+        place = place_of_row(row)
+        try:
+            row = metadata_of(row)
+            source = image_source(row)
+            captions, label = _captions(row), _label(row)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        if isinstance(source, str) and not is_path(source):
+            raise ValueError(f"{place}: the image is an address; data to measure on have to be files or contents.")
+        labels.append(label)
+        found.append(Item(f"{Path(str(row['__shard__'])).name}/{row['__key__']}", _content(source), (), captions))
+    classes, numbers = _classes(labels)
+    return [
+        Item(item.name, item.source, own, item.captions) for item, own in zip(found, numbers, strict=True)
+    ], classes
+
+
+def _content(source: str | bytes) -> Path | bytes:
+    return source if isinstance(source, bytes) else Path(source)
+
+
+def _captions(row: dict[str, Any]) -> tuple[str, ...]:
+    value = next((row[column] for column in TEXT_COLUMNS if row.get(column) is not None), None)
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", errors="strict")
+    if value is None:
+        return ()
+    texts = value if isinstance(value, list) else str(value).splitlines()
+    if bad := [text for text in texts if not isinstance(text, str)]:
+        raise ValueError(f"A caption is no text: it is of type {type(bad[0]).__name__}.")
+    return tuple(text.strip() for text in texts if text.strip())
+
+
+def _label(row: dict[str, Any]) -> int | str | None:
+    value = next((row[column] for column in LABEL_COLUMNS if row.get(column) is not None), None)
+    if isinstance(value, bytes):
+        value = value.decode("utf-8").strip()
+    if isinstance(value, str) and value.strip().isdigit():
+        return int(value)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, str))):
+        raise ValueError(f"The class {json.dumps(value, default=str)} is neither a number nor a name.")
+    return value
+
+
+def _classes(labels: Sequence[int | str | None]) -> tuple[list[str], list[tuple[int, ...]]]:
+    """Names of classes, and the labels as numbers of them; numbers stay what they are."""
+    names = sorted({label for label in labels if isinstance(label, str)})
+    if names and any(isinstance(label, int) for label in labels):
+        raise ValueError("Some classes are numbers and some are names: give all in one way.")
+    number = {name: place for place, name in enumerate(names)}
+    return names, [() if label is None else (number.get(label, label),) for label in labels]  # type: ignore[arg-type]
+
+
+__all__ = ["items_of_shards"]

@@ -1,0 +1,1 @@
+"""How published figures were measured: a JSON file each, and what reads them."""
