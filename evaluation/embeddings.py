@@ -39,6 +39,33 @@ def pixel_values_of(model: PreTrainedModel, processor: ProcessorMixin, images: S
 
 
 @torch.inference_mode()
+def embed_frames(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    frames: Sequence[Sequence[Image.Image]],
+    modes: Sequence[str],
+) -> dict[str, torch.Tensor]:
+    """Embeds images or videos in several modes; the features of a video's frames are averaged before normalising.
+
+    Args:
+        model: An InternVL-C or -G.
+        processor: Its processor.
+        frames: Those of every video; an image is one frame.
+        modes: Of `modes_of`.
+
+    Returns:
+        Unit vectors (videos, E) by mode, on the CPU.
+    """
+    pixels = pixel_values_of(model, processor, [image for of_video in frames for image in of_video])
+    counts = [len(of_video) for of_video in frames]
+    found = {}
+    for mode in modes:
+        parts = model.get_image_features(pixels, mode=mode).float().split(counts)
+        found[mode] = F.normalize(torch.stack([part.mean(dim=0) for part in parts]), dim=-1).cpu()
+    return found
+
+
+@torch.inference_mode()
 def embed_images_by_mode(
     model: PreTrainedModel,
     processor: ProcessorMixin,
@@ -51,12 +78,11 @@ def embed_images_by_mode(
     Returns:
         Unit vectors (images, E) by mode, "InternVL-C" or "InternVL-G".
     """
-    rows: dict[str, list[torch.Tensor]] = {mode: [] for mode in modes}
-    for batch in batches(images, batch_size, "embedding images"):
-        pixels = pixel_values_of(model, processor, batch)
-        for mode in modes:
-            rows[mode].append(F.normalize(model.get_image_features(pixels, mode=mode).float(), dim=-1).cpu())
-    return {mode: torch.cat(found) for mode, found in rows.items()}
+    parts = [
+        embed_frames(model, processor, [[image] for image in batch], modes)
+        for batch in batches(images, batch_size, "embedding images")
+    ]
+    return {mode: torch.cat([part[mode] for part in parts]) for mode in modes}
 
 
 @renamed_arguments(pictures="images")

@@ -19,7 +19,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ...rows.image_files import image_file
 from .items import IMAGE_ENDINGS, VIDEO_ENDINGS, Item
 
 
@@ -87,16 +86,17 @@ def captioned_items(captioned: Captioned, folder: Path, folders: Sequence[str] =
 
 
 def _located(name: str, places: Sequence[Path], folder: Path) -> Path:
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"The image {name} lies outside of {folder}: annotations may only name images below it.")
     has_ending = name.lower().endswith((*IMAGE_ENDINGS, *VIDEO_ENDINGS))
     endings = ("",) if has_ending else ("", *VIDEO_ENDINGS, *IMAGE_ENDINGS)
     for place in places:
         for ending in endings:
             if (place / f"{name}{ending}").is_file():
-                return image_file(f"{name}{ending}", place)
+                return place / f"{name}{ending}"
     where = ", ".join(sorted(place.name or "." for place in places if place != folder))
-    raise ValueError(
-        f"The image {name} is missing below {folder}" + (f" (looked in it and in {where})." * bool(where))
-    )
+    looked = f" (looked in it and in {where})" if where else ""
+    raise ValueError(f"The image {name} is missing below {folder}{looked}.")
 
 
 def _read_json(path: Path, split: str) -> Captioned:

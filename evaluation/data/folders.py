@@ -16,7 +16,7 @@ _WORDNET_ID = re.compile(r"n\d{8}")
 
 @cache
 def imagenet() -> dict[str, list[Any]]:
-    """The WordNet ids of the 1,000 classes of ImageNet-1K, and which of these ImageNet-A and -R hold ("imagenet-a")."""
+    """The WordNet ids of ImageNet's 1,000 classes, and which of them ImageNet-A and -R have ("imagenet-a")."""
     return json.loads(Path(__file__).with_name("imagenet.json").read_text(encoding="utf-8"))
 
 
@@ -68,9 +68,8 @@ def class_names_beside(folder: Path, folders: Sequence[str]) -> list[str] | None
     if isinstance(content, dict):
         lacking = [name for name in folders if name not in content]
         if lacking:
-            raise ValueError(
-                f"{expected}; it lacks {lacking[0]!r}" + f" and {len(lacking) - 1} more" * (len(lacking) > 1)
-            )
+            more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+            raise ValueError(f"{expected}; it lacks {lacking[0]!r}{more}.")
         content = [content[name] for name in folders]
     if not isinstance(content, list) or len(content) != len(folders):
         number = f"{len(content)} names" if isinstance(content, list) else type(content).__name__
@@ -124,7 +123,7 @@ def _plain(name: str) -> str:
 
 
 def real_labels(items: Iterable[Item], path: Path) -> list[Item]:
-    """Gives the images of ImageNet's validation set their ReaL labels (arXiv 2006.07159); those without any are left out.
+    """Gives images of ImageNet's validation set their ReaL labels (arXiv 2006.07159) and leaves out those without any.
 
     Args:
         items: Named `.../ILSVRC2012_val_00000001.JPEG`.

@@ -1,12 +1,13 @@
 """Opens the data of a protocol below a root, or anyone's own data in one of the known layouts."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...rows.shards import ENDINGS
-from ..protocols import Protocol, shipped_protocols
+from ..protocols.protocol import Protocol, shipped_protocols
 from .annotations import captioned_items, read_annotations, read_parallel
 from .folders import (
     class_folders,
@@ -138,8 +139,6 @@ def _class_folders(protocol: Protocol, folder: Path) -> EvaluationData:
 
 def _objectnet(protocol: Protocol, folder: Path) -> EvaluationData:
     """The classes that ObjectNet shares with ImageNet, by the files that come with it."""
-    import json
-
     of_folder, shared = (
         json.loads(_either(folder, name).read_text(encoding="utf-8"))
         for name in ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json")

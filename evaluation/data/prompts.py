@@ -1,6 +1,6 @@
-"""Names of classes and templates of prompts: those that `clip-benchmark` ships as JSON, read without running its code.
+"""Names of classes and templates of prompts, which `clip-benchmark` ships as JSON; none of its code runs.
 
-It is installed with `pip install --no-deps clip-benchmark`: only its files are wanted, not the libraries of its data sets.
+`pip install --no-deps clip-benchmark` installs it: only its files are wanted, not the libraries of its data sets.
 """
 
 import importlib.util

@@ -6,6 +6,7 @@ Images in a column `jpg`, `png`, `image` and so on; classes as numbers or names 
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def items_of_shards(shards: str | Sequence[str], limit: int | None = None) -> tu
         limit: How many rows are read, from the front.
 
     Returns:
-        Items with captions or labels, as far as the rows have them, and the names of the classes where labels are names.
+        Items with captions or labels, as the rows have them, and the names of the classes where labels are names.
 
     Raises:
         OSError: If there is no such shard.
@@ -49,9 +50,7 @@ def items_of_shards(shards: str | Sequence[str], limit: int | None = None) -> tu
         labels.append(label)
         found.append(Item(f"{Path(str(row['__shard__'])).name}/{row['__key__']}", _content(source), (), captions))
     classes, numbers = _classes(labels)
-    return [
-        Item(item.name, item.source, own, item.captions) for item, own in zip(found, numbers, strict=True)
-    ], classes
+    return [replace(item, labels=own) for item, own in zip(found, numbers, strict=True)], classes
 
 
 def _content(source: str | bytes) -> Path | bytes:

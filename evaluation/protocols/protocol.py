@@ -1,4 +1,4 @@
-"""Protocols: how a published figure was measured, one JSON file each under `protocols/`, so that a new one needs no code.
+"""Protocols: how a published figure was measured. A new one is a JSON file more in this folder, and needs no code.
 
 A protocol has these keys, of which all but `task` and `data` may be missing:
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 
-FOLDER = Path(__file__).with_name("protocols")
+FOLDER = Path(__file__).parent
 TASKS = ("zero_shot", "retrieval", "caption", "probe", "segmentation")
 MODES = ("InternVL-C", "InternVL-G")
 
