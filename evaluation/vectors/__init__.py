@@ -1,0 +1,1 @@
+"""Embeddings of data sets on disk and the search over them; nothing here knows a model."""
