@@ -5,7 +5,8 @@ questions about small text are about large images only, and are asked twice: wit
 tile.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..renaming_internvl import renamed_names
+from ..synthetic.scenes import QUESTION_KINDS, Question
 from .embeddings import batches
-from .generated import SMALL_TEXT, ImageQuestion, held_out_questions
-from .metrics import accuracy_by_kind, is_correct  # noqa: F401 (this module had it as `is_right`)
+from .generated import SMALL_TEXT, ImageQuestion, held_out_question
+from .metrics import accuracy_by_kind, is_correct
+from .samples import Sample, SampleLog
 
 
 @torch.inference_mode()
@@ -47,6 +50,41 @@ def answer_questions(
     return answers
 
 
+def answer_samples(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    asked: Iterable[tuple[str, ImageQuestion]],
+    batch_size: int = 8,
+    metric: str = "accuracy",
+    **image_settings: Any,
+) -> Iterator[Sample]:
+    """Answers questions with their ids as `answer_questions` does; yields a sample of each once its batch is answered.
+
+    Questions are drawn a batch at a time. A sample counts under `metric`, and under `metric/KIND`.
+    """
+    for batch in batches(asked, batch_size, "answering"):
+        items = [(item.image, item.question.text) for _, item in batch]
+        answers = answer_questions(model, processor, items, batch_size, **image_settings)
+        for (name, item), answer in zip(batch, answers, strict=True):
+            question = item.question
+            score = int(is_correct(answer, question.answer))
+            yield {
+                "id": name,
+                "scores": {metric: score, f"{metric}/{question.kind}": score},
+                "kind": question.kind,
+                "question": question.text,
+                "expected": question.answer,
+                "answer": answer,
+            }
+
+
+def _summary(samples: Sequence[Sample]) -> dict[str, Any]:
+    questions = [Question(sample["kind"], sample["question"], sample["expected"]) for sample in samples]
+    by_kind = accuracy_by_kind(questions, [sample["answer"] for sample in samples])
+    right = sum(kind["right"] for kind in by_kind.values())
+    return {"questions": len(samples), "accuracy": right / len(samples) if samples else 0.0, "by_kind": by_kind}
+
+
 def evaluate_questions(
     model: PreTrainedModel,
     processor: ProcessorMixin,
@@ -59,29 +97,62 @@ def evaluate_questions(
     Returns:
         "questions" (how many), "accuracy", and "by_kind" (see `accuracy_by_kind`).
     """
-    asked = list(asked)
-    questions = [item.question for item in asked]
-    items = [(item.image, item.question.text) for item in asked]
-    answers = answer_questions(model, processor, items, batch_size, **image_settings)
-    by_kind = accuracy_by_kind(questions, answers)
-    right = sum(kind["right"] for kind in by_kind.values())
-    return {"questions": len(asked), "accuracy": right / len(asked) if asked else 0.0, "by_kind": by_kind}
+    named = ((str(number), item) for number, item in enumerate(asked))
+    return _summary(list(answer_samples(model, processor, named, batch_size, **image_settings)))
 
 
 def evaluate_dialogue(
-    model: PreTrainedModel, processor: ProcessorMixin, questions: int = 500, seed: int = 0, batch_size: int = 8
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    questions: int = 500,
+    seed: int = 0,
+    batch_size: int = 8,
+    log: SampleLog | None = None,
 ) -> dict[str, Any]:
     """Asks a chat model questions about held-out generated scenes, of the stream with this seed.
+
+    Args:
+        model: The chat model.
+        processor: Its processor.
+        questions: How many; their kinds are interleaved.
+        seed: Of the stream.
+        batch_size: Questions at a time.
+        log: An open log, which gets every answer, and whose questions are not asked again. The metrics are "accuracy",
+            "accuracy/KIND", and "one_tile" for the questions about small text with the image as one tile.
 
     Returns:
         What `evaluate_questions` gives, and "small_text_one_tile": the questions about small text again, with every
         image as one tile.
     """
-    asked = held_out_questions(questions, seed)
-    small = [item for item in asked if item.question.kind == SMALL_TEXT]
-    report = evaluate_questions(model, processor, asked, batch_size)
-    blurred = evaluate_questions(model, processor, small, batch_size, max_num=1)
-    return {**report, "small_text_one_tile": blurred["by_kind"].get(SMALL_TEXT)}
+    numbers = range(questions)
+    small = [number for number in numbers if QUESTION_KINDS[number % len(QUESTION_KINDS)] == SMALL_TEXT]
+    ask = partial(_ask_generated, model, processor, seed=seed, batch_size=batch_size, log=log)
+    blurred = _summary(ask(small, "one_tile", "/one_tile", max_num=1))
+    return {**_summary(ask(numbers, "accuracy")), "small_text_one_tile": blurred["by_kind"].get(SMALL_TEXT)}
+
+
+def _ask_generated(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    numbers: Iterable[int],
+    metric: str,
+    suffix: str = "",
+    *,
+    seed: int,
+    batch_size: int,
+    log: SampleLog | None,
+    **image_settings: Any,
+) -> list[Sample]:
+    """Asks held-out generated questions that `log` has no answers to; returns samples of all, in order."""
+    names = {f"generated/{seed}/{number}{suffix}": number for number in numbers}
+    done = dict(log.done) if log else {}
+    left = ((name, held_out_question(number, seed)) for name, number in names.items() if name not in done)
+    for sample in answer_samples(model, processor, left, batch_size, metric, **image_settings):
+        cluster = {"cluster": sample["id"].removesuffix(suffix)} if suffix else {}
+        done[sample["id"]] = {**sample, **cluster}
+        if log:
+            log.add(done[sample["id"]])
+    return [done[name] for name in names]
 
 
 __getattr__ = renamed_names(globals(), ask="evaluate_questions", is_right="is_correct")
