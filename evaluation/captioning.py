@@ -29,22 +29,34 @@ def generate_captions(
     language: str | None = "en",
     batch_size: int = 32,
     max_new_tokens: int = 160,
+    prompt: str | None = None,
+    **generation: Any,
 ) -> list[str]:
-    """Generates captions of images, each seen as one tile, greedily, after the language's prompt of `CAPTION_PROMPTS`;
-    without a language, after the processor's own.
+    """Generates captions of images, each seen as one tile.
+
+    Args:
+        model: InternVL-G.
+        processor: Its processor.
+        images: The images.
+        language: Captions follow its prompt of `CAPTION_PROMPTS`; None takes the processor's own.
+        batch_size: Images at a time.
+        max_new_tokens: Most tokens of a caption.
+        prompt: What captions follow instead.
+        **generation: Further arguments of `generate`, such as `num_beams`; without any the search is greedy.
     """
     texts: list[str] = []
     end, pad = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
-    text = processor.caption_prompt if language is None else CAPTION_PROMPTS[language]
+    text = prompt or (processor.caption_prompt if language is None else CAPTION_PROMPTS[language])
     for batch in batches(images, batch_size, f"captioning ({language or text})"):
-        prompt = processor(text=[text] * len(batch), mode="caption", return_tensors="pt")
+        inputs = processor(text=[text] * len(batch), mode="caption", return_tensors="pt")
         tokens = model.generate(
             pixel_values=pixel_values_of(model, processor, batch),
-            **prompt.to(model.device),
+            **inputs.to(model.device),
             do_sample=False,
             max_new_tokens=max_new_tokens,
             eos_token_id=end,
             pad_token_id=pad,
+            **generation,
         )
         texts += [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
     return texts

@@ -126,9 +126,10 @@ def _split_of(row: Any) -> Any:
 def _read_coco(path: Path, content: dict[str, Any]) -> Captioned:
     names: dict[Any, str] = {}
     for number, row in enumerate(content["images"], start=1):
-        if not isinstance(row, dict) or "id" not in row or not isinstance(row.get("file_name"), str):
+        name = row.get("file_name", row.get("image")) if isinstance(row, dict) else None
+        if not isinstance(name, str) or "id" not in row:
             raise ValueError(f'{path}: image {number} needs "id" and "file_name".')
-        names[row["id"]] = row["file_name"]
+        names[row["id"]] = name
     order = sorted(names) if all(isinstance(key, int) for key in names) else list(names)
     found: Captioned = {names[key]: [] for key in order}
     for number, row in enumerate(content["annotations"], start=1):
