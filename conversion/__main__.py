@@ -52,6 +52,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the result to this repository, e.g. user/name")
     parser.add_argument("--private", action="store_true", help="with --push-to-hub, make a new repository private")
+    parser.add_argument(
+        "--with-heads",
+        action="store_true",
+        help="of a UperNet of mmsegmentation keep the heads too: the result is transformers' UperNet, which loads "
+        "where this package is installed",
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
     return parser
 
@@ -110,7 +116,13 @@ def _convert(options: argparse.Namespace) -> None:
     from .convert import convert
     from .plan import ConversionOptions, plan_conversion
     from .repository.publish import create_repository, upload
+    from .upernet import convert_upernet
 
+    if options.with_heads:
+        if options.out is None:
+            raise ValueError("`--with-heads` writes a model: name a folder to write.")
+        convert_upernet(options.source, options.out, overwrite=options.overwrite, report=print)
+        return
     choices = {field.name: getattr(options, field.name) for field in fields(ConversionOptions)}
     if options.dry_run:
         for line in plan_conversion(options.source, ConversionOptions(**choices)).describe():

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..synthetic.scenes import Question
@@ -180,3 +181,61 @@ def _clipped_cosine(candidate: dict[tuple[str, ...], float], reference: dict[tup
     dot = sum(min(candidate[gram], weight) * weight for gram, weight in reference.items() if gram in candidate)
     lengths = [math.sqrt(sum(weight**2 for weight in part.values())) for part in (candidate, reference)]
     return dot / math.prod(lengths) if all(lengths) else 0.0
+
+
+# -------------------------------------------------------------------------------------------------------- segmentation
+def class_areas(
+    predicted: torch.Tensor, expected: torch.Tensor, num_classes: int, ignore_index: int = 255
+) -> torch.Tensor:
+    """Counts the pixels of every class in maps of class indices.
+
+    Args:
+        predicted: Any shape.
+        expected: The same shape; where it is `ignore_index` nothing counts.
+        num_classes: Number of classes.
+        ignore_index: Of pixels without a class.
+
+    Returns:
+        (3, num_classes): pixels that are right, predicted, expected.
+    """
+    counted = expected != ignore_index
+    predicted, expected = predicted[counted], expected[counted]
+    parts = (expected[predicted == expected], predicted, expected)
+    return torch.stack([torch.bincount(part, minlength=num_classes) for part in parts])
+
+
+def mean_iou(areas: np.ndarray) -> np.ndarray:
+    """Computes mean intersection over union, over the classes that are predicted or expected anywhere.
+
+    Args:
+        areas: (..., 3, classes), as from `class_areas`, summed over the images of a set.
+
+    Returns:
+        (...); NaN without any class.
+    """
+    iou = class_ious(areas)
+    present = ~np.isnan(iou)
+    number = present.sum(axis=-1)
+    return np.where(number > 0, np.nansum(iou, axis=-1) / np.maximum(number, 1), np.nan)
+
+
+def class_ious(areas: np.ndarray) -> np.ndarray:
+    """Computes the IoU of every class (..., classes), NaN for one that is nowhere; for `areas` see `mean_iou`."""
+    right, predicted, expected = np.moveaxis(areas, -2, 0)
+    union = predicted + expected - right
+    return np.where(union > 0, right / np.maximum(union, 1), np.nan)
+
+
+def pixel_accuracy(areas: np.ndarray) -> np.ndarray:
+    """Computes the share of pixels with a class that are right (...); for `areas` see `mean_iou`."""
+    return areas[..., 0, :].sum(axis=-1) / np.maximum(areas[..., 2, :].sum(axis=-1), 1)
+
+
+def mean_accuracy(areas: np.ndarray) -> np.ndarray:
+    """Computes the share of right pixels of every class that is expected anywhere, and their mean (...); for `areas`
+    see `mean_iou`.
+    """
+    expected = areas[..., 2, :]
+    present = expected > 0
+    share = np.where(present, areas[..., 0, :] / np.maximum(expected, 1), 0)
+    return share.sum(axis=-1) / np.maximum(present.sum(axis=-1), 1)

@@ -15,6 +15,7 @@ from .models.parts import PARTS
 
 
 METHODS = ("whole", "lora", "head")
+SEGMENTATION_METHODS = ("linear", "head", "full", "few-shot")
 TASKS = ("dialogue", "contrastive", "retrieval", "captions")
 DIALOGUE_FILES = "JSON, JSON lines, parquet, names on the Hub, or a mixture file"
 PAIR_FILES = "tar, parquet, JSON, JSON lines, CSV, or a mixture file"
@@ -22,6 +23,10 @@ SCALES = ("small", "full", "bundled")
 LATER_SCALES = ("v1.2", "v2.5")  # of stage 3
 RETRIEVAL_DATA = ("flickr30k", "flickr30k-cn", "coco")
 FUNNEL_STAGES = (1, 2)  # whose data the funnel filters
+TRAINER_FLAGS = (
+    "Every flag of transformers' TrainingArguments is taken as well, under its own name, and overrides the recipe: "
+    "--learning-rate 1e-5, --report-to tensorboard, --eval-strategy steps, --torch-compile..."
+)
 
 
 def _whole_number(text: str, least: int) -> int:
@@ -76,7 +81,7 @@ def training_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m internvl.training", description="Training, and what prepares it.")
     parser.set_defaults(takes_trainer_flags=False)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_validate, add_funnel, add_finetune, add_stages):
+    for add in (add_validate, add_funnel, add_finetune, add_stages, add_segmentation):
         add(commands)
     return parser
 
@@ -196,6 +201,54 @@ def add_stages(commands: Any) -> None:
     )
 
 
+def fraction(text: str) -> float:
+    """A share in (0, 1], as a number or as `1/16`."""
+    above, _, below = text.partition("/")
+    try:
+        share = float(above) / float(below or 1)
+    except (ValueError, ZeroDivisionError):
+        share = math.nan
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"must be a share above 0 and at most 1, such as 1/16, got {text!r}")
+    return share
+
+
+def add_segmentation(commands: Any) -> None:
+    """Adds `segmentation` to the sub-commands of a command line."""
+    parser = commands.add_parser(
+        "segmentation", help="a head on InternViT that names every pixel", epilog=TRAINER_FLAGS, allow_abbrev=False
+    )
+    parser.set_defaults(takes_trainer_flags=True, module=".segmentation_command")
+    parser.add_argument("--model", metavar="DIR", required=True, help="InternViT: folder or name on the Hub")
+    parser.add_argument("--data", metavar="DIR", required=True, help="ADE20K, or data in its layout")
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of the finished model")
+    parser.add_argument(
+        "--method",
+        choices=SEGMENTATION_METHODS,
+        default="linear",
+        help="linear head or UperNet (head) on a frozen tower, UperNet and tower (full), or linear head and tower on "
+        "a share of the images (few-shot); default: linear",
+    )
+    parser.add_argument(
+        "--fraction", metavar="SHARE", type=fraction, default=1.0, help="of the images, such as 1/16 (default: all)"
+    )
+    parser.add_argument("--image-size", metavar="N", type=positive_int, help="side of the crops (default: 504)")
+    parser.add_argument("--steps", metavar="N", type=positive_int, help="steps, instead of the recipe's")
+    parser.add_argument("--batch-size", metavar="N", type=positive_int, help="images of a step (default: 16)")
+    parser.add_argument(
+        "--eval-images", metavar="N", type=positive_int, help="validation images at --eval-steps (default: all)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from what a stopped run left in the folder")
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=count,
+        default=default_workers(),
+        help="processes that prepare batches while the model trains (default here: %(default)s)",
+    )
+    parser.add_argument("--seed", type=count, default=0)
+
+
 def _add_stage(commands: Any, name: str, what: str, data: str) -> argparse.ArgumentParser:
     parser = _add_training(commands, name, what)
     files = PAIR_FILES if data == "pairs" else DIALOGUE_FILES
@@ -212,11 +265,7 @@ def _add_stage(commands: Any, name: str, what: str, data: str) -> argparse.Argum
 
 def _add_training(commands: Any, name: str, what: str) -> argparse.ArgumentParser:
     """Adds a command that trains, with what all of them take."""
-    epilog = (
-        "Every flag of transformers' TrainingArguments is taken as well, under its own name, and overrides the "
-        "recipe: --learning-rate 1e-5, --report-to tensorboard, --eval-strategy steps, --torch-compile..."
-    )
-    parser = commands.add_parser(name, help=what, epilog=epilog, allow_abbrev=False)
+    parser = commands.add_parser(name, help=what, epilog=TRAINER_FLAGS, allow_abbrev=False)
     parser.set_defaults(takes_trainer_flags=True)
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--images", metavar="DIR", help="folder of the images (default: the folder of each file)")

@@ -21,6 +21,21 @@ RAW_CLASSIFIER = (
 )
 RAW_LINEAR_SEGMENTER = (*within("backbone.", "vision_model.", RAW_TOWER), rename("decode_head.*", "decode_head.*"))
 RAW_PYRAMID = within("backbone.", "", (*RAW_TOWER, *(rename(f"up{i}.*", f"up{i}.*") for i in range(1, 5))))
+# mmsegmentation (left) calls the layers of a UperNet otherwise than transformers' `UperNetForSemanticSegmentation`.
+_UPERNET_LAYERS = (
+    "decode_head.psp_modules.{}.1",
+    "decode_head.bottleneck",
+    "decode_head.lateral_convs.{}",
+    "decode_head.fpn_convs.{}",
+    "decode_head.fpn_bottleneck",
+    "auxiliary_head.convs.{}",
+)
+RAW_UPERNET = (
+    *within("", "backbone.", RAW_PYRAMID),
+    *(rename(f"{head}.conv_seg.*", f"{head}.classifier.*") for head in ("decode_head", "auxiliary_head")),
+    *(rename(f"{layer}.conv.*", f"{layer}.conv.*") for layer in _UPERNET_LAYERS),
+    *(rename(f"{layer}.bn.*", f"{layer}.batch_norm.*") for layer in _UPERNET_LAYERS),
+)
 RAW_CONTRASTIVE = (
     *within("", "vision_model.", RAW_TOWER),
     rename("transformer.*", "qllama.model.*"),
