@@ -46,7 +46,7 @@ class Item:
         if self.is_video:
             source = self.source if isinstance(self.source, bytes) else str(self.source)
             return read_frames(source, self.name, num_frames)
-        return [read_image(self.source, self.name)]
+        return [read_image(self.source, self.name, InternVLImageProcessor.max_image_pixels)]
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,16 @@ class EvaluationData:
         classes: Names of the classes that labels count.
         place: Where it lies, for messages and reports.
         templates: Of prompts, if the data bring their own; `{c}` stands for the class.
+        training: What a probe is trained on.
+        candidates: The classes that may be answers; empty for all.
     """
 
     items: Sequence[Item]
     place: str
     classes: tuple[str, ...] = ()
     templates: tuple[str, ...] = field(default=())
+    training: Sequence[Item] = ()
+    candidates: tuple[int, ...] = ()
 
 
 def check_items(items: Sequence[Item], place: str) -> None:

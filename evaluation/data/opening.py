@@ -8,6 +8,7 @@ from typing import Any
 
 from ...rows.shards import ENDINGS
 from ..protocols.protocol import Protocol, shipped_protocols
+from .ade20k import class_names, segmented_images
 from .annotations import captioned_items, read_annotations, read_parallel
 from .folders import (
     class_folders,
@@ -82,6 +83,8 @@ def _layout(protocol: Protocol) -> str:
 
 def _is_there(protocol: Protocol, folder: Path) -> bool:
     needed = _annotation_names(protocol)
+    if protocol.data["layout"] == "probe_folders":
+        return (folder / "train").is_dir() and _held_out_folder(protocol, folder) is not None
     if protocol.data["layout"] == "xtd":
         return all((folder / name).is_file() for name in needed)
     if needed:
@@ -100,6 +103,8 @@ def _place(protocol: Protocol, root: Path) -> Path:
     needed = _annotation_names(protocol)
     names = " or ".join(str(folder) for folder in protocol.folders_below(root)) or str(root)
     what = f", with {' or '.join(needed)}" if needed else ", with a sub-folder for each class"
+    if protocol.data["layout"] == "probe_folders":
+        what = f", with train and {' or '.join(_held_out_names(protocol))}, and a sub-folder for each class in both"
     raise ValueError(f"The data of {protocol.title or protocol.name} are not below {root}: give {names}{what}.")
 
 
@@ -131,10 +136,13 @@ def _class_folders(protocol: Protocol, folder: Path) -> EvaluationData:
         classes = [readable_name(name) for name in names]
     items: Sequence[Item] = labelled_items(folder, labels)
     if protocol.data.get("labels") == "real":
-        places = [at / REAL_LABELS_FILE for at in (folder, folder.parent)]
-        path = next((path for path in places if path.is_file()), places[-1])
-        items = real_labels(items, path)
+        items = real_labels(items, _real_labels_file(folder))
     return EvaluationData(items, str(folder), tuple(classes), _templates(prompts))
+
+
+def _real_labels_file(folder: Path) -> Path:
+    places = [at / REAL_LABELS_FILE for at in (folder, folder.parent)]
+    return next((path for path in places if path.is_file()), places[-1])
 
 
 def _objectnet(protocol: Protocol, folder: Path) -> EvaluationData:
@@ -177,6 +185,39 @@ def _xtd(protocol: Protocol, folder: Path) -> EvaluationData:
     return EvaluationData(items, str(folder))
 
 
+def _probe_folders(protocol: Protocol, folder: Path) -> EvaluationData:
+    """Folders of classes to train a probe on, and others to measure it on, of all the classes or a part of them."""
+    training, held_out = folder / "train", _held_out_folder(protocol, folder)
+    if held_out is None or not training.is_dir():
+        raise ValueError(f"{folder} needs train and {' or '.join(_held_out_names(protocol))}, with a folder a class.")
+    names = [path.name for path in class_folders(training)]
+    number_of = {name: number for number, name in enumerate(names)}
+    found = [path.name for path in class_folders(held_out)]
+    labels = {name: number_of.get(name, int(name) if name.isdigit() else -1) for name in found}
+    if bad := [name for name, label in labels.items() if not 0 <= label < len(names)]:
+        raise ValueError(f"{held_out / bad[0]} is none of the {len(names)} classes of {training}.")
+    items: Sequence[Item] = labelled_items(held_out, labels)
+    if protocol.data.get("labels") == "real":
+        items = real_labels(items, _real_labels_file(held_out))
+    classes = class_names_beside(training, names) or [readable_name(name) for name in names]
+    candidates = tuple(sorted(labels.values())) if len(found) < len(names) else ()
+    trained = labelled_items(training, number_of)
+    return EvaluationData(items, str(held_out), tuple(classes), training=trained, candidates=candidates)
+
+
+def _held_out_names(protocol: Protocol) -> Sequence[str]:
+    return protocol.data.get("evaluate", ("val", "validation", "test"))
+
+
+def _held_out_folder(protocol: Protocol, folder: Path) -> Path | None:
+    return next((folder / name for name in _held_out_names(protocol) if (folder / name).is_dir()), None)
+
+
+def _segmentation(protocol: Protocol, folder: Path) -> EvaluationData:
+    images = segmented_images(folder, protocol.data.get("split", "validation"))
+    return EvaluationData([Item(one.name, one.image) for one in images], str(folder), tuple(class_names(folder)))
+
+
 def _from_shards(protocol: Protocol, root: str, limit: int | None) -> EvaluationData:
     items, classes = items_of_shards(root, limit)
     is_labelled = LAYOUTS[_layout(protocol)] is _class_folders
@@ -201,4 +242,6 @@ LAYOUTS: dict[str, Callable[[Protocol, Path], EvaluationData]] = {
     "objectnet": _objectnet,
     "captions": _captions,
     "xtd": _xtd,
+    "segmentation": _segmentation,
+    "probe_folders": _probe_folders,
 }

@@ -1,0 +1,110 @@
+"""Features of a frozen tower on disk, by model and images: computed once, and gone on with after a kill."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .data.items import Item
+from .embeddings import batches
+
+
+SAMPLED = 1024  # numbers of each weight that a model is known by
+STORED_AS = {torch.float32: "<f4", torch.float16: "<f2", torch.bfloat16: "<u2"}  # numpy has no bfloat16
+
+
+def fingerprint_of_model(model: nn.Module) -> str:
+    """Returns what tells a model from others: a hash of names, shapes and a sample of its weights."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, len(flat) // SAMPLED)].float().cpu().numpy()
+        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        found.update(sample.tobytes())
+    return found.hexdigest()
+
+
+def fingerprint_of_items(items: Iterable[Item]) -> str:
+    """Returns what tells images from others: a hash of their names and of size and date of their files."""
+    found = hashlib.sha256()
+    for item in items:
+        if isinstance(item.source, bytes):
+            found.update(f"{item.name}\0".encode() + hashlib.sha256(item.source).digest())
+        else:
+            status = item.source.stat()
+            found.update(f"{item.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    return found.hexdigest()
+
+
+class FeatureStore:
+    """Features of images, a file for each combination of what decides them.
+
+    Args:
+        folder: Where the files lie; it is made.
+        key: What decides the features; JSON.
+    """
+
+    def __init__(self, folder: Path, key: dict[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.key = key
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
+        self.path = folder / f"{name}.features"
+        self.state_path = folder / f"{name}.json"
+
+    def features(
+        self, items: Sequence[Item], compute: Callable[[Sequence[Item]], torch.Tensor], batch_size: int
+    ) -> torch.Tensor:
+        """Returns the features (images, ...), mapped from the file.
+
+        Args:
+            items: The images; those that the file has are not computed again.
+            compute: Computes the features of a batch.
+            batch_size: Images at a time.
+        """
+        state = self._state()
+        with self.path.open("r+b" if state else "w+b") as file:
+            for batch in batches(items[state.get("rows", 0) :], batch_size, "extracting features"):
+                rows = compute(batch).cpu()
+                state = state or {"rows": 0, "shape": list(rows.shape[1:]), "dtype": str(rows.dtype), "key": self.key}
+                size = rows[0].numel() * rows.element_size()
+                file.seek(state["rows"] * size)
+                file.write(_as_stored(rows).tobytes())
+                file.flush()
+                state["rows"] += len(rows)
+                self._write_state(state)
+        dtype = next(one for one in STORED_AS if str(one) == state["dtype"])
+        mapped = np.memmap(self.path, STORED_AS[dtype], "r+", shape=(len(items), *state["shape"]))
+        return torch.from_numpy(mapped).view(dtype)
+
+    def _state(self) -> dict[str, Any]:
+        try:
+            state = json.loads(self.state_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # not there, or torn by a kill: the features are computed again
+            return {}
+        return state if self.path.is_file() and state.get("key") == self.key else {}
+
+    def _write_state(self, state: dict[str, Any]) -> None:
+        beside = self.state_path.with_name(f".{self.state_path.name}.{os.getpid()}")
+        beside.write_text(json.dumps(state), encoding="utf-8")
+        beside.replace(self.state_path)
+
+
+def _as_stored(rows: torch.Tensor) -> np.ndarray:
+    rows = rows.contiguous()
+    return (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy()
+
+
+def rows_at_random(count: int, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
+    """Yields the places of all rows in a random order, so many at a time; the last few that fill no batch are left."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    for start in range(0, count - batch_size + 1, batch_size):
+        yield order[start : start + batch_size]
+
+
+__all__ = ["FeatureStore", "fingerprint_of_items", "fingerprint_of_model", "rows_at_random"]
