@@ -27,6 +27,7 @@ def answer_questions(
     processor: ProcessorMixin,
     items: Iterable[tuple[Image.Image, str]],
     batch_size: int = 8,
+    max_new_tokens: int = 12,
     **image_settings: Any,
 ) -> list[str]:
     """Answers one question about each image by a chat model, greedily; the answers have no special tokens.
@@ -44,7 +45,7 @@ def answer_questions(
         inputs = processor(
             text=prompts, images=images, padding=True, padding_side="left", return_tensors="pt", **image_settings
         ).to(model.device)
-        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=12)
+        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
         new_tokens = tokens[:, inputs["input_ids"].shape[1] :]
         answers += processor.batch_decode(new_tokens, skip_special_tokens=True)
     return answers

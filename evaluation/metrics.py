@@ -106,6 +106,45 @@ def accuracy_by_kind(questions: Sequence[Question], answers: Sequence[str]) -> d
     return report
 
 
+# --------------------------------------------------------------------------------------------------------------- boxes
+Box = tuple[float, float, float, float]
+_BOX = re.compile(r"\[([^\n]*?),([^\n]*?),([^\n]*?),([^\n]*?)\]")
+BOX_SCALE = 1000
+
+
+def box_in(answer: str, width: float, height: float) -> Box | None:
+    """Reads the first box of an answer, `[x1, y1, x2, y2]`, within more brackets or without.
+
+    As in the published evaluation, its numbers are thousandths of the image, or shares of it if their sum is below 4.
+
+    Returns:
+        (x1, y1, x2, y2) in pixels of an image of this width and height; None if the first four things in brackets are
+        no finite numbers.
+    """
+    found = _BOX.search(answer)
+    if found is None:
+        return None
+    try:
+        x1, y1, x2, y2 = (float(part.strip("[")) for part in found.groups())
+    except ValueError:
+        return None
+    total = x1 + y1 + x2 + y2
+    if not math.isfinite(total):
+        return None
+    scale = BOX_SCALE if total >= 4 else 1
+    return x1 / scale * width, y1 / scale * height, x2 / scale * width, y2 / scale * height
+
+
+def box_overlap(box: Box | None, other: Box) -> float:
+    """Computes what two boxes share over what they cover together (IoU); 0 if the first is none or inside out."""
+    if box is None or box[0] >= box[2] or box[1] >= box[3]:
+        return 0.0
+    sides = [min(box[2 + axis], other[2 + axis]) - max(box[axis], other[axis]) for axis in (0, 1)]
+    shared = max(0.0, sides[0]) * max(0.0, sides[1])
+    areas = [(one[2] - one[0]) * (one[3] - one[1]) for one in (box, other)]
+    return shared / (sum(areas) - shared)
+
+
 # ------------------------------------------------------------------------------------------------------------ captions
 def precision_and_recall(found: Sequence[Counter[Any]], expected: Sequence[Counter[Any]]) -> dict[str, float]:
     """Compares what was found with what should be, each a multiset.
