@@ -3,6 +3,7 @@
 Their handwritten digits are of writers that training never saw.
 """
 
+import re
 from dataclasses import dataclass
 
 from PIL import Image
@@ -76,11 +77,7 @@ def class_prompts(kind: str, language: str) -> list[list[str]]:
 
 def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
     """Draws scenes, interleaved by layout."""
-    layouts = [PAIR_LAYOUTS[name] for name in LAYOUTS_SEARCHED]
-    return [
-        sample_scene(scene_generator("held_out", seed, index), layouts[index % len(layouts)], "held_out")
-        for index in range(count)
-    ]
+    return [scene_named(scene_name("pairs", seed, index)) for index in range(count)]
 
 
 def held_out_question(index: int, seed: int = 0) -> ImageQuestion:
@@ -99,3 +96,25 @@ def held_out_question(index: int, seed: int = 0) -> ImageQuestion:
 def held_out_questions(count: int, seed: int = 0) -> list[ImageQuestion]:
     """Draws `count` questions, each about another image, balanced over `QUESTION_KINDS`."""
     return [held_out_question(index, seed) for index in range(count)]
+
+
+def scene_name(kind: str, seed: int, number: int) -> str:
+    """The name of a held-out scene: of "pairs" as `held_out_scenes` has them, or of "tiles", of one and of several."""
+    return f"generated/{kind}/{seed}/{number}"
+
+
+def scene_named(name: str) -> Scene:
+    """The scene of a name from `scene_name`."""
+    _, kind, seed, number = name.split("/")
+    layouts = [PAIR_LAYOUTS[name] for name in (EVERYWHERE if kind == "tiles" else LAYOUTS_SEARCHED)]
+    rng = scene_generator("held_out", int(seed), int(number))
+    return sample_scene(rng, layouts[int(number) % len(layouts)], "held_out")
+
+
+def image_named(name: str) -> Image.Image | None:
+    """Draws the image of a name from `scene_name`, or of a question; None if it is none."""
+    if re.fullmatch(r"generated/(pairs|tiles)/\d{1,9}/\d{1,9}", name):
+        return draw_scene(scene_named(name))
+    if question := re.fullmatch(r"generated/(\d{1,9})/(\d{1,9})(/one_tile)?", name):
+        return held_out_question(int(question[2]), int(question[1])).image
+    return None

@@ -266,6 +266,13 @@ def text_extent(text: str, font_size: int) -> tuple[int, int]:
     return math.ceil(right - left), font_size
 
 
+def bounding_box(item: SceneObject) -> tuple[float, float, float, float]:
+    """Return left, top, right and bottom of an object, in pixels."""
+    width, height = text_extent(item.value, item.size) if item.is_text else (item.size, item.size)
+    x, y = item.centre
+    return x - width / 2, y - height / 2, x + width / 2, y + height / 2
+
+
 def _crosses_tiles(centre: tuple[float, float], extent: tuple[int, int]) -> bool:
     return any(
         (middle - size / 2) // TILE_SIZE != (middle + size / 2) // TILE_SIZE

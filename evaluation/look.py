@@ -1,0 +1,122 @@
+"""Where did it look: `python -m internvl.evaluation look MODEL IMAGE --ask TEXT --output FILE`.
+
+Draws maps over an image, one for each word of a chat model's answer or of an InternVL-G's caption, or one for each
+query, see attention_maps. FILE is a picture (`.png`), or a page (`.html`), which has letters for every language.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+
+if TYPE_CHECKING:
+    from .attention_maps import AttentionMap
+
+
+HEAT = np.array(
+    [(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float32
+)  # viridis
+CELL = 200  # pixels of the longer side of an image in a sheet of several
+LABEL_HEIGHT = 22
+MARGIN = 8
+LANGUAGES = ("en", "zh", "ja", "ar", "it")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub name of an InternVL-G or a chat model")
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="a file")
+    parser.add_argument("--subfolder", default="", help="where in the folder the model lies")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--ask", metavar="TEXT", help="a question to a chat model: a map of each word of its answer")
+    what.add_argument("--text", metavar="TEXT", help="a caption, of which each word gets a map (default: its own)")
+    what.add_argument("--match", metavar="TEXT", help="a text, each word of which matches or does not")
+    what.add_argument("--queries", action="store_true", help="what each query of QLLaMA reads")
+    parser.add_argument("--language", choices=LANGUAGES, default="en", help="of captions (default: en)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="a .png or .html (default: IMAGE.maps.png)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Draws the maps of one image."""
+    output = options.output or options.image.with_suffix(".maps.png")
+    if output.suffix.lower() not in (".png", ".html"):
+        raise ValueError(f"{output} has to be a .png or a .html.")
+    from transformers import AutoModel, AutoProcessor
+
+    from ..kinds import check_kind, kind_of
+    from .sample_images import read_rgb
+
+    image = read_rgb(options.image)
+    where = {"pretrained_model_name_or_path": options.model, "subfolder": options.subfolder}
+    kinds = ("chat",) if options.ask else ("InternVL-G", "chat") if options.queries else ("InternVL-G",)
+    kind = kind_of(check_kind(options.model, *kinds, door="a map", subfolder=options.subfolder))
+    if kind == "chat" and not (options.ask or options.queries):
+        raise ValueError(f"{options.model} is a chat model: give a question by --ask.")
+    model = AutoModel.from_pretrained(**where, dtype=options.dtype).eval()
+    maps = _maps(model, AutoProcessor.from_pretrained(**where), image, options)
+    if output.suffix.lower() == ".html":
+        write_maps_page(output, [(options.ask or options.image.name, image, maps)])
+    else:
+        sheet_of(image, maps).save(output, optimize=True)
+    print(f"{' '.join(found.text for found in maps)}: {output}")  # noqa: T201
+
+
+def _maps(model: Any, processor: Any, image: Image.Image, options: argparse.Namespace) -> list["AttentionMap"]:
+    from .attention_maps import answer_maps, caption_maps, matching_maps, query_maps
+
+    if options.queries:
+        return query_maps(model, processor, image)
+    if options.ask:
+        return answer_maps(model, processor, image, options.ask)
+    if options.match:
+        return matching_maps(model, processor, image, options.match)
+    return caption_maps(model, processor, image, options.text, options.language)
+
+
+def drawn_over(image: Image.Image, found: "AttentionMap") -> Image.Image:
+    """Draws a map over an image: the higher, the more coloured; what has no part in it is left pale grey."""
+    heat = found.over(image.size).numpy()
+    grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None] * 0.6 + 255 * 0.4
+    steps = np.linspace(0, 1, len(HEAT))
+    colours = np.stack([np.interp(heat, steps, HEAT[:, channel]) for channel in range(3)], axis=-1)
+    share = np.sqrt(heat)[..., None] * 0.75
+    return Image.fromarray((grey * (1 - share) + colours * share).round().astype(np.uint8))
+
+
+def sheet_of(image: Image.Image, maps: Sequence["AttentionMap"], columns: int = 6, title: str = "") -> Image.Image:
+    """Draws an image and its maps side by side, with the text of each below; `title` stands below the image."""
+    cells = [(title, image.convert("RGB")), *((found.text, drawn_over(image, found)) for found in maps)]
+    scale = CELL / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    columns = min(columns, len(cells))
+    rows = -(-len(cells) // columns)
+    step = width + MARGIN, height + LABEL_HEIGHT + MARGIN
+    sheet = Image.new("RGB", (columns * step[0] + MARGIN, rows * step[1] + MARGIN), "white")
+    font = ImageFont.load_default(15)
+    for place, (text, cell) in enumerate(cells):
+        x, y = MARGIN + place % columns * step[0], MARGIN + place // columns * step[1]
+        sheet.paste(cell.resize((width, height), Image.Resampling.LANCZOS), (x, y))
+        ImageDraw.Draw(sheet).text((x + width / 2, y + height + LABEL_HEIGHT / 2), text, "black", font, "mm")
+    return sheet
+
+
+def write_maps_page(output: Path, rows: Sequence[tuple[str, Image.Image, Sequence["AttentionMap"]]]) -> None:
+    """Writes a page with a row for each image: its title, the image, and its maps."""
+    from .page import data_address, write_html
+
+    figures = [
+        {
+            "title": title,
+            "figures": [
+                {"source": data_address(image), "text": ""},
+                *({"source": data_address(drawn_over(image, found)), "text": found.text} for found in maps),
+            ],
+        }
+        for title, image, maps in rows
+    ]
+    write_html(output, title="Where it looked", rows=figures)

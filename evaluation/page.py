@@ -1,0 +1,162 @@
+"""A page of a report: `python -m internvl.evaluation page REPORT.json`.
+
+One HTML file without anything from elsewhere: figures with their intervals, and every sample with its image, texts and
+scores, worst first, to be filtered and searched. Texts of models and data are shown as texts: they go into the page
+escaped, and the only script that a browser runs there is the page's own.
+"""
+
+import argparse
+import base64
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import Environment, FileSystemLoader
+from PIL import Image
+
+from .reports import Report, read_report, samples_file
+from .sample_images import SampleImages
+from .samples import Sample, read_samples, values_by_metric
+
+
+TEMPLATES = Path(__file__).with_name("templates")
+WAYS = ("embed", "link", "none")
+THUMBNAIL_SIDE = 320
+NOT_FIELDS = ("id", "scores", "image")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("report", type=Path, metavar="REPORT.json", help="written by a task's --output")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="(default: REPORT.html)")
+    parser.add_argument("--data", metavar="ROOT", help="where the images lie, if not where they were measured")
+    parser.add_argument(
+        "--images", choices=WAYS, default="embed", help="small copies in the page, or links to files (default: embed)"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Writes the page of a report."""
+    output = options.output or options.report.with_suffix(".html")
+    print(f"{write_page(options.report, output, options.data, options.images)} samples: {output}")  # noqa: T201
+
+
+def write_page(report: Path, output: Path, data: str | None = None, images: str = "embed") -> int:
+    """Writes the page of a report, whole or not at all.
+
+    Args:
+        report: Written by a task; its samples lie beside it.
+        output: The HTML file.
+        data: Where the images lie, if not where the report says.
+        images: One of `WAYS`: small copies in the page, links to the files, or none.
+
+    Returns:
+        The number of samples.
+
+    Raises:
+        OSError: If a file is not there, or cannot be written.
+        ValueError: If a file is no report or no samples.
+    """
+    found = read_report(report)
+    samples = samples_of(report, found)
+    source = SampleImages({**found["settings"], "task": found["task"]}, report.parent, data)
+    embedded = {} if images == "none" else _sources(samples, source, images == "link", output.parent)
+    write_html(output, title=title_of(found), **_header(found), data=_data(samples, embedded))
+    return len(samples)
+
+
+def samples_of(path: Path, report: Report) -> list[Sample]:
+    """The samples that lie beside a report, of the name that it gives or the usual one."""
+    name = report.get("samples")
+    beside = path.parent / Path(name).name if isinstance(name, str) else samples_file(path)
+    if not beside.exists():
+        raise FileNotFoundError(f"{path} has no samples beside it: there is no {beside}.")
+    return read_samples(beside)[1]
+
+
+def title_of(report: Report) -> str:
+    """What a report is of, in one line."""
+    what = report.get("title") or report.get("protocol") or report["task"]
+    return f"{what}: {report['model']}"
+
+
+def write_html(output: Path, **content: Any) -> None:
+    """Writes a page with the content that the template takes, whole or not at all."""
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True)
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
+    script = (TEMPLATES / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    text = environment.get_template("page.html").render(script=script, digest=digest, **content)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    beside = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        beside.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
+        beside.replace(output)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def data_address(image: Image.Image, side: int = THUMBNAIL_SIDE) -> str:
+    """A `data:` address of an image, made smaller where a side is longer than `side`."""
+    small = image.convert("RGB")
+    small.thumbnail((side, side))
+    encoded = []
+    for kind, settings in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
+        file = BytesIO()
+        small.save(file, kind, **settings)
+        encoded.append(f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}")
+    return min(encoded, key=len)
+
+
+def _header(report: Report) -> dict[str, Any]:
+    """Figures and settings of a report, as the template takes them."""
+    published = report.get("published") or {}
+    rows = [
+        {
+            "name": name,
+            "value": _number(metric["value"]),
+            "interval": " to ".join(map(_number, metric.get("interval") or ())),
+            "samples": metric.get("samples", ""),
+            "published": _number(published.get(name, "")),
+        }
+        for name, metric in report["metrics"].items()
+    ]
+    lines = [f"{key}: {report[key]}" for key in ("task", "protocol") if report.get(key)]
+    return {"metrics": rows, "lines": lines, "settings": list(report["settings"].items())}
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _data(samples: Sequence[Sample], sources: Mapping[str, str]) -> dict[str, Any]:
+    """What the script of the page reads: samples, the addresses of images, and the names of metrics."""
+    place = {name: number for number, name in enumerate(sources)}
+    rows = [
+        {
+            "id": sample["id"],
+            "image": place.get(SampleImages.name_of(sample)),
+            "scores": sample["scores"],
+            "fields": {name: value for name, value in sample.items() if name not in NOT_FIELDS},
+        }
+        for sample in samples
+    ]
+    return {"samples": rows, "images": list(sources.values()), "metrics": list(values_by_metric(samples))}
+
+
+def _sources(samples: Iterable[Sample], images: SampleImages, is_linked: bool, folder: Path) -> dict[str, str]:
+    """The addresses of the images of samples, by their names; those that are not there are left out."""
+    from .embeddings import batches
+
+    found = {}
+    for (name,) in batches(list(dict.fromkeys(map(SampleImages.name_of, samples))), 1, "reading images"):
+        path = images.file_of(name) if is_linked else None
+        if path is not None:
+            found[name] = quote(Path(os.path.relpath(path, folder)).as_posix())
+        elif (image := images.read(name)) is not None:
+            found[name] = data_address(image)
+    return found
