@@ -79,7 +79,8 @@ def test_it_has_all_files_but_tests_and_weights(site):
     installed = {file.relative_to(site / "internvl").as_posix() for file in (site / "internvl").rglob("*")}
     sources = [path for path in ROOT.rglob("*.py") if not path.relative_to(ROOT).parts[0].startswith((".", "tests"))]
     expected = {path.relative_to(ROOT).as_posix() for path in sources if "build" not in path.parts}
-    for pattern in ("configs/*/*", "examples/*.png", "examples/*.json", "examples/*.ipynb", "[a-z]*/README.md"):
+    shipped = ("configs/*/*", "evaluation/templates/*", "examples/*.png", "examples/*.json", "examples/*.ipynb")
+    for pattern in (*shipped, "[a-z]*/README.md"):
         found = {path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern)}
         expected |= {name for name in found if not name.startswith(("tests", "docs"))}
     assert expected <= installed
