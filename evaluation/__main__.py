@@ -3,7 +3,8 @@
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
@@ -11,75 +12,128 @@ from .. import register
 from ..console import exit_status
 from ..kinds import check_kind
 from ..renaming_internvl import RenamedOption
+from .commands import add_data_arguments, measure_on_data, print_protocols, write_card
+
+
+CONTRASTIVE = ("InternVL-C", "InternVL-G")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task of the command line, run by `evaluate_TASK` of the module called TASK.
+    """A task of the command line.
 
     Args:
         summary: One line of help.
-        numbers: Its options besides `--seed`, with their defaults.
-        kinds: Models that it takes, see `check_kind`.
+        numbers: The numbers of its run on generated scenes, besides `--seed`, with their defaults; none if it has no
+            such run.
+        kinds: Models that this run takes, see `check_kind`.
+        module: Which holds `evaluate_MODULE`, the run on generated scenes.
+        takes_data: Whether it is measured on data too, with `--data`.
     """
 
     summary: str
-    numbers: dict[str, int]
-    kinds: tuple[str, ...] = ("InternVL-C", "InternVL-G")
+    numbers: dict[str, int] = field(default_factory=dict)
+    kinds: tuple[str, ...] = CONTRASTIVE
+    module: str = ""
+    takes_data: bool = True
 
 
+SCENES = {"images": 500, "batch_size": 64}
+CAPTIONS = Task("captions", {"images": 200, "batch_size": 64}, ("InternVL-G",), "captioning")
+PROBE = Task("a linear probe of frozen InternViT features", {"train_images": 1500, **SCENES}, module="linear_probe")
 TASKS = {
-    "zero_shot": Task(
-        "zero-shot classification of held-out generated images in five languages", {"images": 500, "batch_size": 64}
+    "zero_shot": Task("zero-shot classification", SCENES, module="zero_shot"),
+    "retrieval": Task("image-text retrieval, both ways", {"pairs": 500, "batch_size": 64}, module="retrieval"),
+    "caption": CAPTIONS,
+    "captioning": CAPTIONS,
+    "dialogue": Task(
+        "questions about images", {"questions": 500, "batch_size": 8}, ("chat",), "dialogue", takes_data=False
     ),
-    "retrieval": Task("image-text retrieval over held-out scenes in five languages", {"pairs": 500, "batch_size": 64}),
-    "captioning": Task(
-        "captions of held-out scenes in five languages", {"images": 200, "batch_size": 64}, ("InternVL-G",)
-    ),
-    "dialogue": Task("questions about held-out generated images", {"questions": 500, "batch_size": 8}, ("chat",)),
-    "linear_probe": Task(
-        "linear probe of frozen InternViT features", {"train_images": 1500, "images": 500, "batch_size": 64}
-    ),
+    "probe": PROBE,
+    "linear_probe": PROBE,
+    "segmentation": Task("semantic segmentation", {"batch_size": 1}),
 }
+OLD_NAMES = {"captioning": "caption", "linear_probe": "probe"}
 OLD_OPTIONS = {"images": "--pictures", "train_images": "--train-pictures"}
+# Commands of a module each, which has `add_arguments` and `run`.
+COMMANDS: dict[str, str] = {}
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m internvl.evaluation", description="Measures what a checkpoint gets right."
     )
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
     for name, task in TASKS.items():
-        command = tasks.add_parser(name, help=task.summary, description=f"Measures {task.summary}.")
-        command.add_argument("model", metavar="MODEL", help="folder or Hub name of a checkpoint")
-        command.add_argument("--subfolder", default="", help="where in the folder the model lies")
+        where = " on generated scenes, or with --data on yours" if task.takes_data else " on generated scenes"
+        command = tasks.add_parser(name, help=task.summary, description=f"Measures {task.summary}{where}.")
+        _add_model(command)
         for option, default in {"seed": 0, **task.numbers}.items():
-            name = f"--{option.replace('_', '-')}"
-            command.add_argument(name, type=int, default=default, metavar="N", help=f"(default: {default})")
+            flag = f"--{option.replace('_', '-')}"
+            command.add_argument(flag, type=int, default=default, metavar="N", help=f"(default: {default})")
             if option in OLD_OPTIONS:
                 old = OLD_OPTIONS[option]
                 command.add_argument(old, dest=option, type=int, action=RenamedOption, help=argparse.SUPPRESS)
         command.add_argument("--output", type=Path, metavar="FILE", help="write the report to this JSON file too")
+        if task.takes_data:
+            add_data_arguments(command)
+        if name == "retrieval":
+            command.add_argument("--rerank", type=int, metavar="K", help="order K candidates by matching (InternVL-G)")
+            command.add_argument("--dual-softmax", action="store_true", help="weight by a softmax over all queries")
+    command = tasks.add_parser("card", help="every protocol whose data are there, beside the paper's figures")
+    _add_model(command)
+    add_data_arguments(command, is_card=True)
+    command.add_argument("--batch-size", type=int, default=64, metavar="N", help="(default: 64)")
+    command.add_argument("--output", type=Path, metavar="DIR", help="a report each (default: MODEL-card)")
+    command.add_argument("--harness-results", nargs="+", metavar="FILE", help="results of other harnesses, shown too")
+    tasks.add_parser("protocols", help="lists the protocols, and where their data are looked for")
+    for name, summary in COMMANDS.items():
+        command = tasks.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if name in arguments[:1]:
+            import_module(f".{name}", __package__).add_arguments(command)
     return parser
 
 
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help="folder or Hub name of a checkpoint")
+    command.add_argument("--subfolder", default="", help="where in the folder the model lies")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns its exit code, 2 where the checkpoint is refused."""
-    options = vars(_parser().parse_args(arguments))
+    """Runs the command line; returns its exit code, 2 where the checkpoint or the data are refused."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser(arguments).parse_args(arguments)
     register()
-    return exit_status(lambda: _evaluate(**options))
+    return exit_status(lambda: _run(options))
 
 
-def _evaluate(task: str, model: str, subfolder: str, output: Path | None, **numbers: int) -> None:
+def _run(options: argparse.Namespace) -> int | None:
+    if options.task in COMMANDS:
+        return import_module(f".{options.task}", __package__).run(options)
+    if options.task == "protocols":
+        return print_protocols()
+    if options.task == "card":
+        return write_card(options)
+    task = TASKS[options.task]
+    if getattr(options, "data", None) is not None:
+        options.task = OLD_NAMES.get(options.task, options.task)
+        return measure_on_data(options)
+    if not task.module:
+        raise ValueError(f"There are no generated data of the task {options.task}: name yours by --data.")
+    return _evaluate_generated(options, task)
+
+
+def _evaluate_generated(options: argparse.Namespace, task: Task) -> None:
     from transformers import AutoModel, AutoProcessor
 
-    where = {"pretrained_model_name_or_path": model, "subfolder": subfolder}
-    check_kind(model, *TASKS[task].kinds, door="this evaluation", subfolder=subfolder)
-    evaluate = getattr(import_module(f".{task}", __package__), f"evaluate_{task}")
+    where = {"pretrained_model_name_or_path": options.model, "subfolder": options.subfolder}
+    check_kind(options.model, *task.kinds, door="this evaluation", subfolder=options.subfolder)
+    evaluate = getattr(import_module(f".{task.module}", __package__), f"evaluate_{task.module}")
+    numbers = {name: getattr(options, name) for name in ("seed", *task.numbers)}
     report = evaluate(AutoModel.from_pretrained(**where).eval(), AutoProcessor.from_pretrained(**where), **numbers)
     text = json.dumps(report, indent=2)
-    if output:
-        output.write_text(f"{text}\n", encoding="utf-8")
+    if options.output:
+        options.output.write_text(f"{text}\n", encoding="utf-8")
     print(text)
 
 

@@ -39,11 +39,99 @@ def recalls(similarity: torch.Tensor, is_match: torch.Tensor, cuts: Sequence[int
     Raises:
         ValueError: A query has no match.
     """
+    rank = ranks_of_matches(similarity, is_match)
+    return {f"R@{k}": (rank < k).float().mean().item() for k in cuts}
+
+
+def ranks_of_matches(similarity: torch.Tensor, is_match: torch.Tensor) -> torch.Tensor:
+    """Counts the items before the best match of each query.
+
+    Args:
+        similarity: (queries, items).
+        is_match: (queries, items), booleans; every query has at least one match.
+
+    Returns:
+        (queries,), 0 where a match comes first. Items as similar as the best match count as before it.
+
+    Raises:
+        ValueError: A query has no match, or a similarity is no number (it would come out as a perfect rank).
+    """
     if not bool(is_match.any(dim=1).all()):
         raise ValueError("Every query needs a match among the items, but a row of `is_match` has none.")
+    if not bool(torch.isfinite(similarity).all()):
+        raise ValueError("A similarity is not finite: the features that it was computed of are damaged.")
     best = similarity.masked_fill(~is_match, -torch.inf).amax(dim=1, keepdim=True)
-    rank = ((similarity >= best) & ~is_match).sum(dim=1)
-    return {f"R@{k}": (rank < k).float().mean().item() for k in cuts}
+    return ((similarity >= best) & ~is_match).sum(dim=1)
+
+
+def rank_in_blocks(
+    queries: torch.Tensor,
+    items: torch.Tensor,
+    matches: Sequence[Sequence[int]],
+    num_neighbours: int = 10,
+    dual_softmax: float | None = None,
+    block_bytes: int = 2**28,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ranks items by their similarity to queries, as many queries at a time as fit into memory.
+
+    Args:
+        queries: (queries, E), unit length; may be mapped from a file.
+        items: (items, E), likewise.
+        matches: The items that match each query.
+        num_neighbours: How many of the most similar items are returned.
+        dual_softmax: Logit scale with which similarities are weighted by their softmax over all queries (CAMoE,
+            arXiv 2109.04290); None leaves them as they are.
+        block_bytes: Of the similarities that are held at once.
+
+    Returns:
+        Ranks (queries,) as from `ranks_of_matches`, and the most similar items (queries, neighbours).
+    """
+    rows = max(1, block_bytes // (4 * max(1, len(items))))
+    shift = None if dual_softmax is None else _log_sums(queries, items, dual_softmax, rows)
+    ranks, neighbours = [], []
+    for start in range(0, len(queries), rows):
+        similarity = queries[start : start + rows] @ items.T
+        if dual_softmax is not None and shift is not None:
+            similarity = similarity * torch.exp(dual_softmax * similarity - shift)
+        is_match = torch.zeros_like(similarity, dtype=torch.bool)
+        for row, own in enumerate(matches[start : start + rows]):
+            is_match[row, list(own)] = True
+        ranks.append(ranks_of_matches(similarity, is_match))
+        neighbours.append(similarity.topk(min(num_neighbours, len(items)), dim=1).indices)
+    return torch.cat(ranks), torch.cat(neighbours)
+
+
+def _log_sums(queries: torch.Tensor, items: torch.Tensor, scale: float, rows: int) -> torch.Tensor:
+    """The logarithm of the sum over all queries of exp(scale * similarity), for each item."""
+    total = torch.full((len(items),), -torch.inf)
+    for start in range(0, len(queries), rows):
+        block = torch.logsumexp(scale * (queries[start : start + rows] @ items.T), dim=0)
+        total = torch.logaddexp(total, block)
+    return total
+
+
+def hubness(neighbours: torch.Tensor, num_items: int) -> float:
+    """Skewness of how often each item is among the nearest of the queries: 0 where none is a hub.
+
+    Args:
+        neighbours: (queries, k), as from `rank_in_blocks`.
+        num_items: How many items there are.
+
+    Returns:
+        The skewness of the k-occurrences (Radovanovic et al. 2010, JMLR 11); 0 where all occur as often.
+    """
+    counts = torch.bincount(neighbours.flatten(), minlength=num_items).double()
+    deviations = counts - counts.mean()
+    variance = deviations.square().mean()
+    return 0.0 if variance == 0 else float(deviations.pow(3).mean() / variance**1.5)
+
+
+def mean_per_class(is_right: Sequence[float], labels: Sequence[Any]) -> float:
+    """Averages the accuracies of the classes, each with the same weight."""
+    by_class: dict[Any, list[float]] = {}
+    for right, label in zip(is_right, labels, strict=True):
+        by_class.setdefault(label, []).append(right)
+    return sum(sum(found) / len(found) for found in by_class.values()) / len(by_class)
 
 
 def recalls_both_ways(

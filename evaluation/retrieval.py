@@ -6,14 +6,18 @@ InternVL-C and, where the model has queries, InternVL-G are measured, by R@1, R@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..synthetic.captions import LANGUAGES, caption
 from ..synthetic.scenes import draw_scene
-from .embeddings import embed_images_by_mode, embed_texts, modes_of
+from .embeddings import batches, embed_frames, embed_images_by_mode, embed_texts, modes_of
+from .feature_files import FeatureFile
 from .generated import held_out_scenes
-from .metrics import CUTS, recalls_both_ways
+from .metrics import CUTS, hubness, rank_in_blocks, recalls_both_ways
+from .reranking import reranked
+from .runs import TaskRun
 
 
 def retrieve(
@@ -44,6 +48,79 @@ def retrieve(
         }
         for mode, embeds in image_embeds.items()
     }
+
+
+def measure_retrieval(run: TaskRun) -> dict[str, dict[str, Any]]:
+    """Searches captions by images, or videos, and images by captions, in the modes of the protocol.
+
+    Embeddings are kept beside the results, mapped from files, so that a run that was stopped goes on. An image has the
+    sample "image_to_text/NAME", its captions "text_to_image/NAME/0" and so on; scores are called
+    "MODE/image_to_text/R@1". Equal captions match each other's images.
+
+    Options: `rerank` orders so many candidates by the matching head (InternVL-G), as the mode "InternVL-G+ITM";
+    `dual_softmax` weights similarities by their softmax over all queries.
+
+    Returns:
+        "MODE/DIRECTION/hubness": skewness of how often each result is among the ten nearest.
+    """
+    items = run.data.items
+    texts = list(dict.fromkeys(text for item in items for text in item.captions))
+    text_embeds = _stored_texts(run, texts)
+    image_embeds = {mode: _stored_images(run, mode) for mode in run.modes}
+    number = {text: place for place, text in enumerate(texts)}
+    texts_of = [sorted({number[text] for text in item.captions}) for item in items]
+    images_of: list[list[int]] = [[] for _ in texts]
+    for place, own in enumerate(texts_of):
+        for text in own:
+            images_of[text].append(place)
+    scale = float(run.model.logit_scale.exp()) if run.options.get("dual_softmax") else None
+    sides = {"image_to_text": (0, 1, texts_of), "text_to_image": (1, 0, images_of)}
+    ranks: dict[str, torch.Tensor] = {}
+    of_whole: dict[str, dict[str, Any]] = {}
+    for mode, images in image_embeds.items():
+        pair = (images, text_embeds)
+        for side, (queries, found, matches) in sides.items():
+            ranks[f"{mode}/{side}"], near = rank_in_blocks(pair[queries], pair[found], matches, dual_softmax=scale)
+            value = hubness(near, len(pair[found]))
+            of_whole[f"{mode}/{side}/hubness"] = {"value": value, "samples": len(matches)}
+    if run.options.get("rerank"):
+        ranks |= reranked(run, image_embeds["InternVL-G"], text_embeds, texts, sides)
+    _write_samples(run, ranks, number)
+    return of_whole
+
+
+def _write_samples(run: TaskRun, ranks: Mapping[str, torch.Tensor], number: Mapping[str, int]) -> None:
+    """Writes a sample for every image and every caption; equal captions have equal ranks."""
+
+    def scores(side: str, place: int) -> dict[str, float]:
+        own = {name: of_side for name, of_side in ranks.items() if name.endswith(side)}
+        return {f"{name}/R@{k}": float(of_side[place] < k) for name, of_side in own.items() for k in CUTS}
+
+    for place, item in enumerate(run.data.items):
+        rows = [(f"image_to_text/{item.name}", "image_to_text", place, item.captions[0])]
+        rows += [
+            (f"text_to_image/{item.name}/{turn}", "text_to_image", number[text], text)
+            for turn, text in enumerate(item.captions)
+        ]
+        for name, side, query, text in rows:
+            if name not in run.log.done:
+                sample = {"id": name, "cluster": item.name, "scores": scores(side, query), "caption": text}
+                run.log.add({**sample, "image": item.name})
+
+
+def _stored_texts(run: TaskRun, texts: Sequence[str]) -> torch.Tensor:
+    with FeatureFile(run.log.path, "texts") as stored:
+        for batch in batches(texts[len(stored) :], 4 * run.batch_size, "embedding texts"):
+            stored.add(embed_texts(run.model, run.processor, batch, len(batch)))
+    return stored.read()
+
+
+def _stored_images(run: TaskRun, mode: str) -> torch.Tensor:
+    with FeatureFile(run.log.path, mode) as stored:
+        for batch in batches(run.data.items[len(stored) :], run.batch_size, f"embedding images ({mode})"):
+            frames = [item.read(run.protocol.frames) for item in batch]
+            stored.add(embed_frames(run.model, run.processor, frames, [mode])[mode])
+    return stored.read()
 
 
 def evaluate_retrieval(

@@ -78,15 +78,15 @@ class SampleLog:
                 f"{self.path} holds results of other settings ({given}): delete it, or name another file."
             )
         self.done: dict[str, Sample] = {sample["id"]: sample for sample in samples}
-        self._is_new = not found
+        self.is_new = not found
         self._file: TextIO | None = None
 
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not self._is_new:
+        if not self.is_new:
             _cut_torn_line(self.path)
-        self._file = self.path.open("w" if self._is_new else "a", encoding="utf-8", newline="\n")
-        if self._is_new:
+        self._file = self.path.open("w" if self.is_new else "a", encoding="utf-8", newline="\n")
+        if self.is_new:
             self._write({SETTINGS: self.settings})
         return self
 

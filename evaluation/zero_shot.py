@@ -13,9 +13,14 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ..renaming_internvl import renamed_arguments, renamed_names
 from ..synthetic.captions import LANGUAGES
-from .embeddings import embed_images_by_mode, embed_texts, modes_of
+from .data.prompts import prompts_of
+from .embeddings import embed_frames, embed_images_by_mode, embed_texts, modes_of
 from .generated import CLASSES, class_prompts, labelled_images
-from .metrics import accuracy
+from .metrics import accuracy, mean_per_class, ranks_of_matches
+from .runs import TaskRun
+
+
+TOP = 5
 
 
 def ensemble(embeds: torch.Tensor, class_of: Sequence[int]) -> torch.Tensor:
@@ -70,6 +75,55 @@ def classify(
         mode: {name: accuracy(of_mode, of_set, labels) for name, of_set in classes.items()}
         for mode, of_mode in embeds.items()
     }
+
+
+def measure_zero_shot(run: TaskRun) -> dict[str, dict[str, Any]]:
+    """Classifies the images or videos of a data set, in the modes of the protocol.
+
+    Every sample has the scores "MODE/top-1", "MODE/top-5" and their mean, which is what Kinetics reports.
+
+    Returns:
+        "MODE/mean per class", which is no mean of samples.
+    """
+    classes = run.data.classes
+    if any(item.name not in run.log.done for item in run.data.items):
+        embeds = embed_classes(run.model, run.processor, prompts_of(classes, run.data.templates))
+    for batch in run.items_left("classifying"):
+        frames = [item.read(run.protocol.frames) for item in batch]
+        found = embed_frames(run.model, run.processor, frames, run.modes)
+        similarity = {mode: of_mode @ embeds.T for mode, of_mode in found.items()}
+        for row, item in enumerate(batch):
+            of_item = {mode: of_mode[row] for mode, of_mode in similarity.items()}
+            run.log.add({"id": item.name, **_classified(of_item, item.labels, classes)})
+    samples = list(run.log.done.values())
+    labels = [sample["expected"] for sample in samples]
+    return {
+        f"{mode}/mean per class": {
+            "value": mean_per_class([sample["scores"][f"{mode}/top-1"] for sample in samples], labels),
+            "samples": len(samples),
+        }
+        for mode in run.modes
+    }
+
+
+def _classified(
+    similarity: Mapping[str, torch.Tensor], labels: Sequence[int], classes: Sequence[str]
+) -> dict[str, Any]:
+    """What is kept of an image with similarities (classes,) by mode."""
+    scores, answers = {}, {}
+    is_match = torch.zeros(1, len(classes), dtype=torch.bool)
+    is_match[0, list(labels)] = True
+    for mode, row in similarity.items():
+        rank = int(ranks_of_matches(row[None], is_match))
+        top_1, top_5 = float(rank < 1), float(rank < TOP)
+        scores |= {
+            f"{mode}/top-1": top_1,
+            f"{mode}/top-5": top_5,
+            f"{mode}/mean of top-1 and top-5": (top_1 + top_5) / 2,
+        }
+        answers[mode] = classes[int(row.argmax())]
+    expected = " or ".join(classes[label] for label in labels)
+    return {"scores": scores, "expected": expected, "answer": next(iter(answers.values())), "answers": answers}
 
 
 @renamed_arguments(pictures="images")

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from typing import cast
+
 from PIL import Image
 from tqdm import tqdm
 
@@ -35,7 +37,8 @@ class Item:
     @property
     def is_video(self) -> bool:
         """Whether frames are to be read."""
-        return self.name.lower().endswith(VIDEO_ENDINGS)
+        name = self.source.name if isinstance(self.source, Path) else self.name
+        return name.lower().endswith(VIDEO_ENDINGS)
 
     def read(self, num_frames: int = 1) -> list[Image.Image]:
         """Reads the image, or so many frames of the video, the middle ones of as many intervals.

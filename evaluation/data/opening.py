@@ -89,7 +89,7 @@ def _is_there(protocol: Protocol, folder: Path) -> bool:
         return all((folder / name).is_file() for name in needed)
     if needed:
         return any((folder / name).is_file() for name in needed)
-    return folder.is_dir()
+    return folder.is_dir() and any(path.is_dir() for path in folder.iterdir())
 
 
 def _place(protocol: Protocol, root: Path) -> Path:

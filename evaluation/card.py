@@ -1,0 +1,62 @@
+"""The paper card: every protocol whose data are there, our figure beside the paper's, each with its interval."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .reports import Report
+
+
+ALWAYS_SHOWN = ("top-1", "R@1", "CIDEr", "accuracy", "mIoU")
+HEADER = ("protocol", "metric", "here", "95 % interval", "paper", "")
+
+
+def card_rows(report: Report) -> list[tuple[str, ...]]:
+    """The lines of a report: every metric with a published figure, and the main ones of the others.
+
+    A published figure stands beside ours only where it was measured in the same way; what differs is said.
+    """
+    published = report.get("published") or {}
+    rows = []
+    for name, metric in report["metrics"].items():
+        mode, _, own = name.partition("/")
+        figure = published.get(mode, {}).get(own, published.get(name))
+        if figure is None and not own.endswith(ALWAYS_SHOWN) and not name.endswith(ALWAYS_SHOWN):
+            continue
+        rows.append(_row(report, name, metric, figure))
+    return rows
+
+
+def _row(report: Report, name: str, metric: Mapping[str, Any], figure: float | None) -> tuple[str, ...]:
+    scale = float(metric.get("scale", 100.0))
+    low, high = metric.get("interval") or (None, None)
+    interval = "" if low is None else f"{scale * low:.1f} to {scale * high:.1f}"
+    paper = "" if figure is None or metric.get("comparable") is False else f"{figure:.1f}"
+    notes = [*metric.get("notes", ()), *(_differences(report) if figure is not None else ())]
+    if paper and low is not None and not notes:
+        notes.append("agrees" if scale * low <= float(figure or 0) <= scale * high else "differs")
+    title = report.get("title") or report.get("protocol") or report["task"]
+    return (str(title), name, f"{scale * metric['value']:.1f}", interval, paper, "; ".join(notes))
+
+
+def _differences(report: Report) -> list[str]:
+    """How the run differs from the published one."""
+    settings, found = report["settings"], []
+    if settings.get("limit"):
+        found.append(f"{settings['limit']} images of all")
+    own, theirs = settings.get("image_size"), settings.get("published_image_size")
+    if own and theirs and own != theirs:
+        found.append(f"at {own} px, the paper at {theirs}")
+    return found
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Lines in columns, as wide as their widest entry."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(entry.ljust(width) for entry, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths).rstrip())
+    return "\n".join(lines)
+
+
+def card(reports: Sequence[Report]) -> str:
+    """The card of several reports."""
+    return table([HEADER, *(row for report in reports for row in card_rows(report))])
