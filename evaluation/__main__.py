@@ -12,7 +12,7 @@ from .. import register
 from ..console import exit_status
 from ..kinds import check_kind
 from ..renaming_internvl import RenamedOption
-from .commands import add_data_arguments, measure_on_data, print_protocols, write_card
+from .commands import add_data_arguments, measure_card, measure_on_data, print_protocols
 
 
 CONTRASTIVE = ("InternVL-C", "InternVL-G")
@@ -56,10 +56,13 @@ TASKS = {
 OLD_NAMES = {"captioning": "caption", "linear_probe": "probe"}
 OLD_OPTIONS = {"images": "--pictures", "train_images": "--train-pictures"}
 # Commands of a module each, which has `add_arguments` and `run`.
-COMMANDS: dict[str, str] = {}
+COMMANDS = {
+    "embed": "images and texts as vectors on disk",
+    "search": "searches what `embed` wrote, by texts or images",
+}
 
 
-def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m internvl.evaluation", description="Measures what a checkpoint gets right."
     )
@@ -113,14 +116,15 @@ def _run(options: argparse.Namespace) -> int | None:
     if options.task == "protocols":
         return print_protocols()
     if options.task == "card":
-        return write_card(options)
+        return measure_card(options)
     task = TASKS[options.task]
     if getattr(options, "data", None) is not None:
         options.task = OLD_NAMES.get(options.task, options.task)
         return measure_on_data(options)
     if not task.module:
         raise ValueError(f"There are no generated data of the task {options.task}: name yours by --data.")
-    return _evaluate_generated(options, task)
+    _evaluate_generated(options, task)
+    return None
 
 
 def _evaluate_generated(options: argparse.Namespace, task: Task) -> None:

@@ -28,12 +28,12 @@ def card_rows(report: Report) -> list[tuple[str, ...]]:
 
 def _row(report: Report, name: str, metric: Mapping[str, Any], figure: float | None) -> tuple[str, ...]:
     scale = float(metric.get("scale", 100.0))
-    low, high = metric.get("interval") or (None, None)
-    interval = "" if low is None else f"{scale * low:.1f} to {scale * high:.1f}"
+    bounds = [scale * bound for bound in metric.get("interval") or ()]
+    interval = " to ".join(f"{bound:.1f}" for bound in bounds)
     paper = "" if figure is None or metric.get("comparable") is False else f"{figure:.1f}"
     notes = [*metric.get("notes", ()), *(_differences(report) if figure is not None else ())]
-    if paper and low is not None and not notes:
-        notes.append("agrees" if scale * low <= float(figure or 0) <= scale * high else "differs")
+    if figure is not None and paper and bounds and not notes:
+        notes.append("agrees" if bounds[0] <= figure <= bounds[1] else "differs")
     title = report.get("title") or report.get("protocol") or report["task"]
     return (str(title), name, f"{scale * metric['value']:.1f}", interval, paper, "; ".join(notes))
 

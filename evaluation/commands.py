@@ -71,7 +71,7 @@ def measure_on_data(options: argparse.Namespace) -> int:
     return 0
 
 
-def write_card(options: argparse.Namespace) -> int:
+def measure_card(options: argparse.Namespace) -> int:
     """Measures every protocol whose data lie below a root; what was measured before is read."""
     from tqdm import tqdm
 
@@ -214,4 +214,4 @@ def _measured(
     return report
 
 
-__all__ = ["KINDS", "TASKS", "add_data_arguments", "measure_on_data", "print_protocols", "write_card"]
+__all__ = ["KINDS", "TASKS", "add_data_arguments", "measure_card", "measure_on_data", "print_protocols"]

@@ -110,7 +110,8 @@ def _classified(
     similarity: Mapping[str, torch.Tensor], labels: Sequence[int], classes: Sequence[str]
 ) -> dict[str, Any]:
     """What is kept of an image with similarities (classes,) by mode."""
-    scores, answers = {}, {}
+    scores: dict[str, float] = {}
+    answers: dict[str, str] = {}
     is_match = torch.zeros(1, len(classes), dtype=torch.bool)
     is_match[0, list(labels)] = True
     for mode, row in similarity.items():

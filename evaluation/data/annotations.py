@@ -168,7 +168,7 @@ def _gather(path: Path, rows: Iterable[Any], read: Callable[[Any], tuple[Any, li
 
 def _of_row(row: dict[str, Any]) -> tuple[Any, list[Any]]:
     name = next((row[column] for column in NAME_COLUMNS if row.get(column)), None)
-    captions = next((row[column] for column in CAPTION_COLUMNS if row.get(column)), [])
+    captions: Any = next((row[column] for column in CAPTION_COLUMNS if row.get(column)), [])
     return name, captions if isinstance(captions, list) else [captions]
 
 

@@ -9,7 +9,7 @@ from typing import cast
 from PIL import Image
 from tqdm import tqdm
 
-from ...image_loading_internvl import read_image, read_image_size
+from ...image_loading_internvl import read_image, read_image_size, to_pil
 from ...image_processing_internvl import InternVLImageProcessor
 from ...rows.videos import read_frames
 
@@ -49,7 +49,7 @@ class Item:
         if self.is_video:
             source = self.source if isinstance(self.source, bytes) else str(self.source)
             return read_frames(source, self.name, num_frames)
-        return [read_image(self.source, self.name, InternVLImageProcessor.max_image_pixels)]
+        return [to_pil(read_image(self.source, self.name, InternVLImageProcessor.max_image_pixels))]
 
 
 @dataclass(frozen=True)
