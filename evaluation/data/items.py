@@ -3,13 +3,12 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
 from typing import cast
 
 from PIL import Image
 from tqdm import tqdm
 
-from ...image_loading_internvl import read_image, read_image_size, to_pil
+from ...image_loading_internvl import read_image, read_image_size
 from ...image_processing_internvl import InternVLImageProcessor
 from ...rows.videos import read_frames
 
@@ -49,7 +48,8 @@ class Item:
         if self.is_video:
             source = self.source if isinstance(self.source, bytes) else str(self.source)
             return read_frames(source, self.name, num_frames)
-        return [to_pil(read_image(self.source, self.name, InternVLImageProcessor.max_image_pixels))]
+        image = read_image(self.source, self.name, InternVLImageProcessor.max_image_pixels)
+        return [cast(Image.Image, image)]  # as files and their contents give it
 
 
 @dataclass(frozen=True)
