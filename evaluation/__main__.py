@@ -12,7 +12,7 @@ from .. import register
 from ..console import exit_status
 from ..kinds import check_kind
 from ..renaming_internvl import RenamedOption
-from .commands import add_data_arguments, measure_card, measure_on_data, print_protocols
+from .commands import add_data_arguments, add_task_arguments, measure_card, measure_on_data, print_protocols
 
 
 CONTRASTIVE = ("InternVL-C", "InternVL-G")
@@ -53,10 +53,12 @@ TASKS = {
     "linear_probe": PROBE,
     "segmentation": Task("semantic segmentation", {"batch_size": 1}),
 }
+SHARED = ("batch_size",)  # of generated scenes and of data
 OLD_NAMES = {"captioning": "caption", "linear_probe": "probe"}
 OLD_OPTIONS = {"images": "--pictures", "train_images": "--train-pictures"}
 # Commands of a module each, which has `add_arguments` and `run`.
 COMMANDS = {
+    "compare": "says whether B is better than A, by the samples of two reports",
     "embed": "images and texts as vectors on disk",
     "search": "searches what `embed` wrote, by texts or images",
 }
@@ -73,16 +75,15 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         _add_model(command)
         for option, default in {"seed": 0, **task.numbers}.items():
             flag = f"--{option.replace('_', '-')}"
-            command.add_argument(flag, type=int, default=default, metavar="N", help=f"(default: {default})")
+            shown = f"(default: {default})" if option in SHARED else f"of generated scenes (default: {default})"
+            command.add_argument(flag, type=int, default=default, metavar="N", help=shown)
             if option in OLD_OPTIONS:
                 old = OLD_OPTIONS[option]
                 command.add_argument(old, dest=option, type=int, action=RenamedOption, help=argparse.SUPPRESS)
         command.add_argument("--output", type=Path, metavar="FILE", help="write the report to this JSON file too")
         if task.takes_data:
             add_data_arguments(command)
-        if name == "retrieval":
-            command.add_argument("--rerank", type=int, metavar="K", help="order K candidates by matching (InternVL-G)")
-            command.add_argument("--dual-softmax", action="store_true", help="weight by a softmax over all queries")
+            add_task_arguments(command, OLD_NAMES.get(name, name))
     command = tasks.add_parser("card", help="every protocol whose data are there, beside the paper's figures")
     _add_model(command)
     add_data_arguments(command, is_card=True)

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +24,27 @@ OWN_LAYOUTS = {
     "probe": "probe_folders",
     "segmentation": "segmentation",
 }
-KINDS = {
-    "zero_shot": ("InternVL-C", "InternVL-G"),
-    "retrieval": ("InternVL-C", "InternVL-G"),
-    "caption": ("InternVL-G",),
+CONTRASTIVE = ("InternVL-C", "InternVL-G")
+KINDS: dict[str, tuple[str, ...]] = {
+    "zero_shot": CONTRASTIVE,
+    "retrieval": CONTRASTIVE,
+    "caption": ("InternVL-G", "chat"),
     "probe": ("vision", "InternVL-C", "InternVL-G", "chat"),
-    "segmentation": ("vision",),
+}
+# Options of a task besides those of all: the flag, and what argparse is told.
+TASK_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "retrieval": {
+        "--rerank": {"type": int, "metavar": "K", "help": "order K candidates by matching (InternVL-G)"},
+        "--dual-softmax": {"action": "store_true", "help": "weight similarities by a softmax over all queries"},
+    },
+    "probe": {
+        "--pooling": {"choices": ("linear", "attention"), "help": "of the probe (default: linear, paper table 22)"},
+        "--epochs": {"type": int, "metavar": "N", "help": "of training (default: 10)"},
+        "--views": {"type": int, "metavar": "N", "help": "random crops of a training image that are stored"},
+        "--sweep": {"action": "store_true", "help": "choose the learning rate on a tenth of the training images"},
+        "--features": {"metavar": "DIR", "help": "where features are kept (default: beside the report)"},
+        "--training-limit": {"type": int, "metavar": "N", "help": "training images (default: all)"},
+    },
 }
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -44,6 +60,12 @@ def add_data_arguments(parser: argparse.ArgumentParser, is_card: bool = False) -
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as they are saved)")
     parser.add_argument("--image-size", type=_positive, metavar="PIXELS", help="(default: the model's own)")
     parser.add_argument("--device", metavar="NAME", help="(default: a GPU if there is one)")
+
+
+def add_task_arguments(parser: argparse.ArgumentParser, task: str) -> None:
+    """The options that only one task has on data."""
+    for flag, settings in TASK_OPTIONS.get(task, {}).items():
+        parser.add_argument(flag, **settings)
 
 
 def _positive(text: str) -> int:
@@ -63,9 +85,9 @@ def measure_on_data(options: argparse.Namespace) -> int:
     if options.mode:
         protocol = replace(protocol, modes=(options.mode,))
     data = open_data(protocol, options.data, options.limit)
-    where = _checked(options, (protocol,))
+    _check_model(options, protocol.task)
     output = options.output or Path(f"{Path(options.model).name or 'model'}-{protocol.name}.json")
-    report = _measured(protocol, data, lambda: _load(options, where), options, output)
+    report = _measured(protocol, data, lambda: _load(options, protocol.task), options, output)
     print(card([report]))  # noqa: T201
     print(f"The report is {output}, its samples {samples_file(output)}.", file=sys.stderr)  # noqa: T201
     return 0
@@ -84,23 +106,17 @@ def measure_card(options: argparse.Namespace) -> int:
             f"No data of a protocol lie below {options.data}: `python -m internvl.evaluation protocols` lists where "
             "each is looked for."
         )
-    kind = _kind(options)
-    fitting = [one for one in protocols if kind in KINDS[one.task] and _has_mode(one, kind)]
+    fitting = [one for one in protocols if _fits(options, one)]
     if not fitting:
-        raise ValueError(f"{options.model} is {kind}: no protocol below {options.data} measures such a model.")
+        tasks = ", ".join(dict.fromkeys(one.task for one in protocols))
+        raise ValueError(f"{options.model} is no model that the protocols below {options.data} measure: {tasks}.")
     opened = [(one, open_data(one, options.data, options.limit)) for one in fitting]
-    where = _checked(options, fitting)
     folder = options.output or Path(f"{Path(options.model).name or 'model'}-card")
-    loaded: list[Any] = []
-
-    def load() -> Any:
-        if not loaded:
-            loaded.append(_load(options, where))
-        return loaded[0]
-
+    load = cache(partial(_load, options))
     reports = []
     for protocol, data in tqdm(opened, desc="protocols", disable=None):
-        reports.append(_measured(protocol, data, load, options, folder / f"{protocol.name}.json"))
+        loaded = partial(load, "segmentation" if protocol.task == "segmentation" else "")
+        reports.append(_measured(protocol, data, loaded, options, folder / f"{protocol.name}.json"))
     for path in options.harness_results or ():
         from .harness_results import read_harness_results
 
@@ -135,31 +151,42 @@ def _chosen(options: argparse.Namespace) -> Protocol:
     return found[0] if found else own
 
 
-def _kind(options: argparse.Namespace) -> str | None:
-    everything = tuple(dict.fromkeys(kind for kinds in KINDS.values() for kind in kinds))
-    return kind_of(check_kind(options.model, *everything, door="this evaluation", subfolder=options.subfolder))
+def _check_model(options: argparse.Namespace, task: str) -> None:
+    """Check that the model is one that a task measures, by its configuration alone."""
+    if task == "segmentation":
+        from .segmentation import check_segmenter
+
+        check_segmenter(options.model, options.subfolder)
+    else:
+        check_kind(options.model, *KINDS[task], door=f"the task {task}", subfolder=options.subfolder)
 
 
-def _has_mode(protocol: Protocol, kind: str | None) -> bool:
-    return not protocol.modes or "InternVL-C" in protocol.modes or kind == "InternVL-G"
+def _fits(options: argparse.Namespace, protocol: Protocol) -> bool:
+    """Whether a model can be measured by a protocol."""
+    try:
+        _check_model(options, protocol.task)
+    except ValueError:
+        return False
+    if not protocol.modes or "InternVL-C" in protocol.modes:
+        return True
+    return kind_of(check_kind(options.model, *CONTRASTIVE, door="", subfolder=options.subfolder)) == "InternVL-G"
 
 
-def _checked(options: argparse.Namespace, protocols: Any) -> dict[str, str]:
-    """Where the model lies, once it is known to be one that the protocols take."""
-    kinds = [kind for kind in KINDS[protocols[0].task] if all(kind in KINDS[one.task] for one in protocols)]
-    if len(protocols) == 1:
-        check_kind(options.model, *kinds, door=f"the task {protocols[0].task}", subfolder=options.subfolder)
-    return {"pretrained_model_name_or_path": options.model, "subfolder": options.subfolder}
-
-
-def _load(options: argparse.Namespace, where: dict[str, str]) -> tuple[Any, Any]:
+def _load(options: argparse.Namespace, task: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModel, AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(**where)
+    if task == "segmentation":
+        from .segmentation import load_segmenter
+
+        model, processor = load_segmenter(options.model, options.subfolder, options.dtype)
+    else:
+        where = {"pretrained_model_name_or_path": options.model, "subfolder": options.subfolder}
+        model = AutoModel.from_pretrained(**where, dtype=options.dtype).eval()
+        processor = AutoProcessor.from_pretrained(**where)
     if options.image_size:
-        processor.image_processor.size = {"height": options.image_size, "width": options.image_size}
-    model = AutoModel.from_pretrained(**where, dtype=options.dtype).eval()
+        image_processor = getattr(processor, "image_processor", processor)
+        image_processor.size = {"height": options.image_size, "width": options.image_size}
     return model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu")), processor
 
 
@@ -185,7 +212,8 @@ def _measured(
     from .runs import TaskRun, measure, report_of
     from .samples import SampleLog
 
-    extra = {name: value for name in ("rerank", "dual_softmax") if (value := getattr(options, name, None))}
+    names = [flag.removeprefix("--").replace("-", "_") for flag in TASK_OPTIONS.get(protocol.task, {})]
+    extra = {name: value for name in names if (value := getattr(options, name, None))}
     settings = {
         "model": f"{options.model}/{options.subfolder}" if options.subfolder else options.model,
         "protocol": protocol.name,

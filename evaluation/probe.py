@@ -291,7 +291,7 @@ def recipe_of(options: dict[str, Any]) -> ProbeRecipe:
 
 def trained_probe(run: TaskRun, source: FeatureSource, recipe: ProbeRecipe, does_sweep: bool) -> Probe:
     """Trains the probe of a run, or reads the one that another run with the same images has trained."""
-    items = taken(run.data.training, run.options.get("train_images"))
+    items = taken(run.data.training, run.options.get("training_limit"))
     labels = torch.tensor([item.labels[0] for item in items])
     num_classes = len(run.data.classes)
     views = [source.key(items, view) for view in range(1, recipe.views + 1)] or [source.key(items, 0)]
