@@ -2,7 +2,7 @@
 
 Every topic is a module here with a function `rows(options)`. Each writes `benchmarks/results/TOPIC-DEVICE.json`: the
 calibration of its run, the versions, and its rows. `benchmarks.conversion` needs 40 GB of disk and runs only when
-named.
+named; `search` needs 12 GB in the temporary folder.
 """
 
 import argparse
@@ -31,6 +31,7 @@ TOPICS = (
     "quantizers",
     "contrastive",
     "fine_tuning",
+    "search",
 )
 
 

@@ -49,7 +49,7 @@ class StoredVectors:
         self._files = folder.files()
         if not self._is_fresh():
             self._make()
-        self.stored = np.load(self.path / "vectors.npy", mmap_mode="r")
+        self.stored = np.load(self.path / "vectors.npy", mmap_mode="c")  # never written, but torch asks for that
         self._places = np.load(self.path / "places.npy", mmap_mode="r")  # (rows, 2): number of the file, row in it
 
     def __len__(self) -> int:

@@ -7,6 +7,7 @@
 """
 
 import numpy as np
+import torch
 
 
 PRECISIONS = ("float32", "float16", "int8", "binary")
@@ -55,9 +56,11 @@ def dequantize(stored: np.ndarray, precision: str) -> np.ndarray:
     if precision == "binary":
         signs = np.unpackbits(stored, axis=-1).astype(np.float32)
         return (signs * 2 - 1) / np.float32(np.sqrt(signs.shape[-1]))
-    vectors = np.asarray(stored, dtype=np.float32)
-    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return vectors / np.maximum(length, np.finfo(np.float32).tiny)
+    vectors = torch.from_numpy(np.ascontiguousarray(stored)).float().numpy()  # many times as fast as NumPy's own
+    if precision == "int8":
+        length = np.sqrt(np.einsum("...e,...e->...", vectors, vectors))[..., None]
+        vectors /= np.maximum(length, np.finfo(np.float32).tiny)
+    return vectors
 
 
 __all__ = ["PRECISIONS", "check_precision", "dequantize", "dtype_of", "quantize", "stored_size"]
