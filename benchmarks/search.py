@@ -49,12 +49,9 @@ def draw_vectors(decay: float) -> Iterator[np.ndarray]:
         yield vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def write_vectors(folder: Path, precision: str, decay: float) -> StoredVectors:
+def write_vectors(folder: Path, precision: str, blocks: Iterator[np.ndarray]) -> StoredVectors:
     """The vectors as those of images in a folder of embeddings."""
-    description = Description("", "InternVL-C", precision, SIZE, 1, BLOCK, 1, "")
-    found = EmbeddingFolder(folder, description)
-    blocks = draw_vectors(decay)
-    next(blocks)
+    found = EmbeddingFolder(folder, Description("", "InternVL-C", precision, SIZE, 1, BLOCK, 1, ""))
     number = 0
     for number, vectors in enumerate(blocks):
         items = [EmbeddedItem(str(row), "", "image") for row in range(len(vectors))]
@@ -73,18 +70,19 @@ def bytes_of(vectors: StoredVectors, index: str, candidates: int) -> int:
 
 def rows(options: Options) -> Iterator[Row]:
     """Recall, bytes and time of every search, on each set of vectors. The work is always the CPU's."""
-    options = Options("cpu", options.at_most(5).rounds)
+    options = Options("cpu", options.at_most(3).rounds)
     for name, decay in DECAY.items():
         with TemporaryDirectory() as folder:
             yield from _rows_of_set(Path(folder), name, decay, options)
 
 
 def _rows_of_set(folder: Path, name: str, decay: float, options: Options) -> Iterator[Row]:
-    queries = next(draw_vectors(decay))
-    stored = {
-        precision: write_vectors(folder / precision, precision, decay)
-        for precision in dict.fromkeys(["float32", *(search[1] for search in SEARCHES)])
-    }
+    blocks = draw_vectors(decay)
+    queries = next(blocks)
+    stored = {"float32": write_vectors(folder / "float32", "float32", blocks)}
+    for precision in dict.fromkeys(search[1] for search in SEARCHES):
+        parts = (block[:, 0] for _, block in stored["float32"].blocks())
+        stored[precision] = write_vectors(folder / precision, precision, parts)
     whole = partial(search_vectors, queries, stored["float32"], TOP, "flat")
     _, exact = whole()
     for what, precision, index, candidates, target in SEARCHES:
