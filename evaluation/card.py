@@ -41,8 +41,11 @@ def _row(report: Report, name: str, metric: Mapping[str, Any], figure: float | N
 def _differences(report: Report) -> list[str]:
     """How the run differs from the published one."""
     settings, found = report["settings"], []
-    if settings.get("limit"):
-        found.append(f"{settings['limit']} images of all")
+    count, all_of_them = settings.get("images"), settings.get("published_images")
+    if count and all_of_them and count != all_of_them:
+        found.append(f"{count:,} of {all_of_them:,} images")
+    elif settings.get("limit"):
+        found.append(f"{settings['limit']:,} images")
     own, theirs = settings.get("image_size"), settings.get("published_image_size")
     if own and theirs and own != theirs:
         found.append(f"at {own} px, the paper at {theirs}")

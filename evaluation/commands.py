@@ -223,6 +223,8 @@ def _measured(
         "dtype": options.dtype,
         "image_size": _image_size(options),
         "published_image_size": protocol.image_size,
+        "images": len(data.items),
+        "published_images": protocol.data.get("count"),
         "batch_size": options.batch_size,
         **extra,
     }

@@ -70,7 +70,7 @@ def rank_in_blocks(
     matches: Sequence[Sequence[int]],
     num_neighbours: int = 10,
     dual_softmax: float | None = None,
-    block_bytes: int = 2**28,
+    block_bytes: int = 2**27,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ranks items by their similarity to queries, as many queries at a time as fit into memory.
 

@@ -23,6 +23,10 @@ def metrics_of(samples: Iterable[Sample]) -> dict[str, dict[str, Any]]:
     summary = {}
     for metric, (scores, clusters) in values_by_metric(samples).items():
         low, high = mean_interval(scores, clusters)
+        if min(scores) >= 0:
+            low = max(low, 0.0)
+        if set(scores) <= {0.0, 0.5, 1.0}:  # shares
+            high = min(high, 1.0)
         mean = sum(scores) / len(scores)
         summary[metric] = {"value": mean, "interval": [low, high], "samples": len(scores)}
     return summary

@@ -321,7 +321,7 @@ def test_the_card_measures_what_is_there_beside_the_papers_figures(data, tmp_pat
     assert main(arguments) == 0
     shown = capsys.readouterr().out
     assert "79.4" in shown
-    assert "6 images of all; at 56 px, the paper at 224" in shown
+    assert "6 images; at 56 px, the paper at 224" in shown
     report = read_report(tmp_path / "card" / "eurosat.json")
     assert card_rows(report)[0][:2] == ("EuroSAT", "InternVL-C/top-1")
     before = (tmp_path / "card" / "eurosat.json").stat().st_mtime_ns
