@@ -7,6 +7,7 @@ tile.
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..synthetic.scenes import QUESTION_KINDS, Question
 from .embeddings import batches
 from .generated import SMALL_TEXT, ImageQuestion, held_out_question
 from .metrics import accuracy_by_kind, is_correct
+from .reports import Report, metrics_of, samples_file, write_report
 from .samples import Sample, SampleLog
 
 
@@ -130,6 +132,52 @@ def evaluate_dialogue(
     ask = partial(_ask_generated, model, processor, seed=seed, batch_size=batch_size, log=log)
     blurred = _summary(ask(small, "one_tile", "/one_tile", max_num=1))
     return {**_summary(ask(numbers, "accuracy")), "small_text_one_tile": blurred["by_kind"].get(SMALL_TEXT)}
+
+
+def report_dialogue(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    output: Path,
+    name: str,
+    state: str | None = None,
+    questions: int = 500,
+    seed: int = 0,
+    batch_size: int = 8,
+) -> Report:
+    """Runs `evaluate_dialogue` and writes its report, and beside it every answer; one that was stopped goes on.
+
+    Args:
+        model: The chat model.
+        processor: Its processor.
+        output: The report's file. Answers in its file of samples are kept, so more questions can be asked later.
+        name: Of the model, for the report.
+        state: Of its weights, see `checkpoint_state`.
+        questions: How many.
+        seed: Of the stream.
+        batch_size: Questions at a time.
+
+    Raises:
+        OSError: If a file cannot be written.
+        ValueError: If the samples are those of another run, or of more questions.
+    """
+    settings = {"task": "dialogue", "model": name, "state": state, "seed": seed, "batch_size": batch_size}
+    with SampleLog(samples_file(output), settings) as log:
+        found = evaluate_dialogue(model, processor, questions, seed, batch_size, log)
+        asked = found["questions"] + (found["small_text_one_tile"] or {"asked": 0})["asked"]
+        if len(log.done) > asked:
+            raise ValueError(f"{log.path} has answers to more than {questions} questions: name another file.")
+    report = {
+        "task": "dialogue",
+        "protocol": None,
+        "model": name,
+        "settings": {**settings, "questions": questions},
+        "metrics": metrics_of(log.done.values()),
+        "published": None,
+        "samples": samples_file(output).name,
+        **found,
+    }
+    write_report(output, report)
+    return report
 
 
 def _ask_generated(

@@ -192,6 +192,7 @@ def run(options: argparse.Namespace) -> None:
     import json
 
     from ..kinds import check_kind
+    from .checkpoints import checkpoint_state
     from .reports import samples_file, write_report
     from .samples import SampleLog
 
@@ -200,6 +201,7 @@ def run(options: argparse.Namespace) -> None:
     settings = {
         "task": "grounding",
         "model": f"{options.model}/{options.subfolder}" if options.subfolder else options.model,
+        "state": checkpoint_state(options.model, options.subfolder),
         "data": str(options.data),
         **{name: getattr(options, name) for name in ("limit", "batch_size", "max_num", "dtype")},
     }
