@@ -6,12 +6,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from .. import register
 from ..console import exit_status
 from ..kinds import check_kind
 from ..renaming_internvl import RenamedOption
+from .checkpoints import checkpoint_state
 from .commands import add_data_arguments, add_task_arguments, measure_card, measure_on_data, print_protocols
 
 
@@ -29,6 +30,7 @@ class Task:
         kinds: Models that this run takes, see `check_kind`.
         module: Which holds `evaluate_MODULE`, the run on generated scenes.
         takes_data: Whether it is measured on data too, with `--data`.
+        keeps_samples: Whether `report_MODULE` writes a report of the run on generated scenes with its samples.
     """
 
     summary: str
@@ -36,6 +38,7 @@ class Task:
     kinds: tuple[str, ...] = CONTRASTIVE
     module: str = ""
     takes_data: bool = True
+    keeps_samples: bool = False
 
 
 SCENES = {"images": 500, "batch_size": 64}
@@ -47,7 +50,12 @@ TASKS = {
     "caption": CAPTIONS,
     "captioning": CAPTIONS,
     "dialogue": Task(
-        "questions about images", {"questions": 500, "batch_size": 8}, ("chat",), "dialogue", takes_data=False
+        "questions about images",
+        {"questions": 500, "batch_size": 8},
+        ("chat",),
+        "dialogue",
+        takes_data=False,
+        keeps_samples=True,
     ),
     "probe": PROBE,
     "linear_probe": PROBE,
@@ -59,6 +67,7 @@ OLD_OPTIONS = {"images": "--pictures", "train_images": "--train-pictures"}
 # Commands of a module each, which has `add_arguments` and `run`.
 COMMANDS = {
     "compare": "says whether B is better than A, by the samples of two reports",
+    "grounding": "boxes that a chat model answers, over files in RefCOCO's layout",
     "embed": "images and texts as vectors on disk",
     "search": "searches what `embed` wrote, by texts or images",
 }
@@ -133,11 +142,17 @@ def _evaluate_generated(options: argparse.Namespace, task: Task) -> None:
 
     where = {"pretrained_model_name_or_path": options.model, "subfolder": options.subfolder}
     check_kind(options.model, *task.kinds, door="this evaluation", subfolder=options.subfolder)
-    evaluate = getattr(import_module(f".{task.module}", __package__), f"evaluate_{task.module}")
+    module = import_module(f".{task.module}", __package__)
     numbers = {name: getattr(options, name) for name in ("seed", *task.numbers)}
-    report = evaluate(AutoModel.from_pretrained(**where).eval(), AutoProcessor.from_pretrained(**where), **numbers)
+    loaded = AutoModel.from_pretrained(**where).eval(), AutoProcessor.from_pretrained(**where)
+    if options.output and task.keeps_samples:
+        name = str(PurePath(options.model, options.subfolder))
+        state = checkpoint_state(options.model, options.subfolder)
+        report = getattr(module, f"report_{task.module}")(*loaded, options.output, name, state, **numbers)
+    else:
+        report = getattr(module, f"evaluate_{task.module}")(*loaded, **numbers)
     text = json.dumps(report, indent=2)
-    if options.output:
+    if options.output and not task.keeps_samples:
         options.output.write_text(f"{text}\n", encoding="utf-8")
     print(text)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..kinds import check_kind, kind_of
+from .checkpoints import checkpoint_state
 from .protocols.protocol import TASKS, Protocol, find_protocol
 
 
@@ -216,6 +217,7 @@ def _measured(
     extra = {name: value for name in names if (value := getattr(options, name, None))}
     settings = {
         "model": f"{options.model}/{options.subfolder}" if options.subfolder else options.model,
+        "state": checkpoint_state(options.model, options.subfolder),
         "protocol": protocol.name,
         "data": data.place,
         "modes": list(protocol.modes),
