@@ -72,6 +72,8 @@ COMMANDS = {
     "search": "searches what `embed` wrote, by texts or images",
 }
 
+WITHOUT_MODEL = ("compare", "protocols")  # these import neither torch nor transformers
+
 
 def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -116,7 +118,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns its exit code, 2 where the checkpoint or the data are refused."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser(arguments).parse_args(arguments)
-    register()
+    if options.task not in WITHOUT_MODEL:
+        register()
     return exit_status(lambda: _run(options))
 
 

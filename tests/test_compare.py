@@ -3,6 +3,9 @@
 import argparse
 import json
 import random
+import re
+import subprocess
+import sys
 
 import pytest
 
@@ -199,3 +202,14 @@ def test_names_of_others_cannot_break_the_table(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "\x1b" not in said
     assert "a \\| b\\x1b" in said
+
+
+def test_the_command_compares_without_loading_torch(tmp_path):
+    samples = answers(50)
+    paths = [str(report(tmp_path, name, samples)) for name in "ab"]
+    command = [sys.executable, "-X", "importtime", "-m", "internvl.evaluation", "compare", *paths]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("| task |")
+    imported = set(re.findall(r"^import time:.*\| +(\w+)$", done.stderr, re.MULTILINE))
+    assert {"argparse", "numpy", "scipy"} <= imported
+    assert not imported & {"torch", "transformers"}
