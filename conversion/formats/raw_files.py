@@ -212,7 +212,7 @@ def _without_unused(source: Source) -> Source:
     elif found in (PYRAMID_RAW, SEGMENTATION_TOWER_RAW):
         unused, reason = (
             ("decode_head.", "auxiliary_head."),
-            "a head of mmsegmentation; of these only linear ones are converted",
+            "a head of mmsegmentation, which `--with-heads` keeps",
         )
     dropped = {name: reason for name in source.tensors if name.startswith(unused)} if unused else {}
     kept = {name: tensor for name, tensor in source.tensors.items() if name not in dropped}
