@@ -18,6 +18,13 @@ if TYPE_CHECKING:  # `--help` and wrong arguments need no torch
     from .reports import Report
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
 OWN_LAYOUTS = {
     "zero_shot": "class_folders",
     "retrieval": "captions",
@@ -40,13 +47,14 @@ TASK_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "probe": {
         "--pooling": {"choices": ("linear", "attention"), "help": "of the probe (default: linear, paper table 22)"},
-        "--epochs": {"type": int, "metavar": "N", "help": "of training (default: 10)"},
-        "--views": {"type": int, "metavar": "N", "help": "random crops of a training image that are stored"},
+        "--epochs": {"type": _positive, "metavar": "N", "help": "of training (default: 10)"},
+        "--views": {"type": _positive, "metavar": "N", "help": "random crops of a training image that are stored"},
         "--sweep": {"action": "store_true", "help": "choose the learning rate on a tenth of the training images"},
         "--features": {"metavar": "DIR", "help": "where features are kept (default: beside the report)"},
-        "--training-limit": {"type": int, "metavar": "N", "help": "training images (default: all)"},
+        "--training-limit": {"type": _positive, "metavar": "N", "help": "training images (default: all)"},
     },
 }
+PLACES = ("features",)  # options that decide no result
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -67,13 +75,6 @@ def add_task_arguments(parser: argparse.ArgumentParser, task: str) -> None:
     """The options that only one task has on data."""
     for flag, settings in TASK_OPTIONS.get(task, {}).items():
         parser.add_argument(flag, **settings)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
 
 
 def measure_on_data(options: argparse.Namespace) -> int:
@@ -164,6 +165,10 @@ def _check_model(options: argparse.Namespace, task: str) -> None:
 
 def _fits(options: argparse.Namespace, protocol: Protocol) -> bool:
     """Whether a model can be measured by a protocol."""
+    from .segmentation import is_segmenter
+
+    if protocol.task != "segmentation" and is_segmenter(options.model, options.subfolder):
+        return False
     try:
         _check_model(options, protocol.task)
     except ValueError:
@@ -175,7 +180,7 @@ def _fits(options: argparse.Namespace, protocol: Protocol) -> bool:
 
 def _load(options: argparse.Namespace, task: str) -> tuple[Any, Any]:
     import torch
-    from transformers import AutoModel, AutoProcessor
+    from transformers import AutoImageProcessor, AutoModel, AutoProcessor
 
     if task == "segmentation":
         from .segmentation import load_segmenter
@@ -184,7 +189,8 @@ def _load(options: argparse.Namespace, task: str) -> tuple[Any, Any]:
     else:
         where = {"pretrained_model_name_or_path": options.model, "subfolder": options.subfolder}
         model = AutoModel.from_pretrained(**where, dtype=options.dtype).eval()
-        processor = AutoProcessor.from_pretrained(**where)
+        reads_text = hasattr(model.config, "vision_config")
+        processor = (AutoProcessor if reads_text else AutoImageProcessor).from_pretrained(**where)
     if options.image_size:
         image_processor = getattr(processor, "image_processor", processor)
         image_processor.size = {"height": options.image_size, "width": options.image_size}
@@ -228,7 +234,7 @@ def _measured(
         "images": len(data.items),
         "published_images": protocol.data.get("count"),
         "batch_size": options.batch_size,
-        **extra,
+        **{name: value for name, value in extra.items() if name not in PLACES},
     }
     if output.exists():
         known = read_report(output)

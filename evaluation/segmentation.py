@@ -28,6 +28,21 @@ TOWER = "intern_vit_6b"
 METHOD_KEY = "segmentation_method"  # of the configuration of what this package trains
 
 
+def is_segmenter(folder: str, subfolder: str = "") -> bool:
+    """Returns whether a folder, or a name on the Hub, is of an InternViT with a head for segmentation.
+
+    Raises:
+        OSError: If there is no model.
+        ValueError: If its model has to be converted first.
+    """
+    check_folder(folder, subfolder)
+    config = AutoConfig.from_pretrained(folder, subfolder=subfolder)
+    backbone = getattr(config, "backbone_config", None)
+    if config.model_type == UPERNET:
+        return getattr(backbone, "model_type", None) == TOWER
+    return config.model_type == TOWER and any("Segmentation" in name for name in config.architectures or [])
+
+
 def check_segmenter(folder: str, subfolder: str = "") -> Any:
     """Reads the configuration of a segmentation model.
 
@@ -35,12 +50,9 @@ def check_segmenter(folder: str, subfolder: str = "") -> Any:
         OSError: If there is none.
         ValueError: If it is another model.
     """
-    check_folder(folder, subfolder)
+    is_fit = is_segmenter(folder, subfolder)
     config = AutoConfig.from_pretrained(folder, subfolder=subfolder)
-    backbone = getattr(config, "backbone_config", None)
-    is_upernet = config.model_type == UPERNET and backbone is not None and backbone.model_type == TOWER
-    is_linear = config.model_type == TOWER and any("Segmentation" in name for name in config.architectures or [])
-    if not (is_upernet or is_linear):
+    if not is_fit:
         what = ", ".join(config.architectures or [config.model_type])
         raise ValueError(
             f"{folder} holds {what}, but segmentation needs an InternViT with a segmentation head: `python -m "

@@ -65,8 +65,16 @@ def protocols_below(root: str, task: str | None = None) -> list[Protocol]:
     return [
         protocol
         for protocol in shipped_protocols().values()
-        if task in (None, protocol.task) and find_data(protocol, folder) is not None
+        if task in (None, protocol.task) and _is_complete(protocol, find_data(protocol, folder))
     ]
+
+
+def _is_complete(protocol: Protocol, folder: Path | None) -> bool:
+    """Whether a folder is there, and for ReaL labels the file that has them."""
+    if folder is None or protocol.data.get("labels") != "real":
+        return folder is not None
+    images = _held_out_folder(protocol, folder) if protocol.data["layout"] == "probe_folders" else folder
+    return images is not None and _real_labels_file(images).is_file()
 
 
 def _are_shards(root: str) -> bool:
