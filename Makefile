@@ -9,9 +9,11 @@ endif
 .PHONY: help demo test test-all check style bench bench-conversion conformance deepspeed faults versions engines fuzz default-run ablation clean
 .DEFAULT_GOAL := test
 
+# clip-benchmark alone, of which JSON files are read: with it would come libraries that nothing here needs.
 .venv/ready: constraints.txt pyproject.toml
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,plot]'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps clip-benchmark
 	touch $@
 
 help: ## this list
