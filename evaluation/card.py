@@ -19,8 +19,9 @@ def card_rows(report: Report) -> list[tuple[str, ...]]:
     rows = []
     for name, metric in report["metrics"].items():
         mode, _, own = name.partition("/")
-        figure = published.get(mode, {}).get(own, published.get(name))
-        if figure is None and not own.endswith(ALWAYS_SHOWN) and not name.endswith(ALWAYS_SHOWN):
+        figure = published[mode].get(own) if own and mode in published else published.get(name)
+        is_shown = name.endswith(ALWAYS_SHOWN) or "harness" in report["settings"]
+        if figure is None and not is_shown:
             continue
         rows.append(_row(report, name, metric, figure))
     return rows

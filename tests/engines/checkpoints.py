@@ -23,7 +23,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "versions")]
 from tiny_checkpoints import chat, contrastive, qllama_config, write  # noqa: E402
 
 from internvl.conversion.convert import convert  # noqa: E402
-from internvl.evaluation.dialogue import answer_questions  # noqa: E402
 from tests.fixtures_published import published, published_14b  # noqa: E402
 from tests.fixtures_text import make_image, make_tokenizer  # noqa: E402
 
@@ -108,14 +107,6 @@ def with_answers(folder: Path, questions: list[dict[str, Any]]) -> list[dict[str
     return answered
 
 
-def own_evaluation() -> list[str]:
-    """What the root checkpoint answers to examples/questions.json in this package's own evaluation, one by one."""
-    rows = json.loads((EXAMPLES / "questions.json").read_text())
-    items = [(Image.open(EXAMPLES / row["file"]).convert("RGB"), row["question"]) for row in rows]
-    model = AutoModelForImageTextToText.from_pretrained(ROOT, dtype=torch.float32).eval()
-    return answer_questions(model, AutoProcessor.from_pretrained(ROOT), items, batch_size=1)
-
-
 def main(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     model, processor = contrastive()
@@ -126,7 +117,6 @@ def main(out: Path) -> None:
         name: {"folder": str(folder), "questions": with_answers(folder, questions.get(name, questions["random"]))}
         for name, folder in make_checkpoints(out).items()
     }
-    asked["root"]["examples"] = own_evaluation()
     (out / "questions.json").write_text(json.dumps(asked, indent=1))
 
 

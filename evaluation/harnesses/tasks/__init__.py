@@ -1,0 +1,1 @@
+"""The task of lm-eval and lmms-eval, for their `--include_path`."""
