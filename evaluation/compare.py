@@ -46,7 +46,7 @@ class ComparedMetric:
         task: The task or protocol.
         metric: Its name.
         comparison: What `compare_scores` found.
-        p_value: That of the comparison, adjusted after Holm for all metrics compared at once.
+        p_value: That of the comparison, adjusted after Holm, see `compare_results`.
         p_equivalent: The same of equivalence; None without a margin.
     """
 
@@ -150,6 +150,9 @@ def compare_results(
 ) -> list[list[ComparedMetric]]:
     """Compares pairs of results; p values are adjusted for all of their metrics together.
 
+    Metrics of a part of the samples, such as `accuracy/count` beside `accuracy`, are adjusted among themselves: that
+    they are shown too makes nothing less certain of the whole.
+
     Args:
         pairs: A and B, as often as there are tasks.
         margin: Points (hundredths of a score) below which a difference does not matter.
@@ -163,16 +166,25 @@ def compare_results(
     """
     found = [list(_compare_pair(*pair, margin, metrics)) for pair in pairs]
     rows = [row for of_pair in found for row in of_pair]
-    p_values = iter(holm([comparison.p_value for _, _, comparison in rows]))
-    beyond = [comparison.p_equivalent for _, _, comparison in rows if comparison.p_equivalent is not None]
-    p_equivalent = iter(holm(beyond))
-    return [
-        [
-            ComparedMetric(task, metric, comparison, next(p_values), next(p_equivalent, None))
-            for task, metric, comparison in of_pair
-        ]
-        for of_pair in found
-    ]
+    wholes = {(task, metric) for task, metric, _ in rows}
+    families: dict[bool, list[int]] = {True: [], False: []}
+    for place, (task, metric, _) in enumerate(rows):
+        families[any((task, whole) in wholes for whole in _wholes_of(metric))].append(place)
+    p_values: dict[int, float] = {}
+    p_equivalent: dict[int, float] = {}
+    for places in families.values():
+        beyond = [(place, rows[place][2].p_equivalent) for place in places]
+        tested = {place: p for place, p in beyond if p is not None}
+        p_values |= dict(zip(places, holm([rows[place][2].p_value for place in places]), strict=True))
+        p_equivalent |= dict(zip(tested, holm(list(tested.values())), strict=True))
+    adjusted = iter([ComparedMetric(*row, p_values[place], p_equivalent.get(place)) for place, row in enumerate(rows)])
+    return [[next(adjusted) for _ in of_pair] for of_pair in found]
+
+
+def _wholes_of(metric: str) -> list[str]:
+    """What a metric may be a part of: `a/b` and `a` for `a/b/c`."""
+    parts = metric.split("/")
+    return ["/".join(parts[:length]) for length in range(1, len(parts))]
 
 
 def _compare_pair(
@@ -290,8 +302,8 @@ def run(options: argparse.Namespace) -> None:
 
 def _notes(pairs: Iterable[tuple[Results, Results]], rows: Sequence[ComparedMetric], is_choice: bool) -> Iterable[str]:
     yield (
-        f"In points, hundredths of a score. p: adjusted after Holm for {len(rows)} comparison(s). detectable: the "
-        "smallest difference that these samples show with probability 0.8."
+        f"In points, hundredths of a score. p: adjusted after Holm for {len(rows)} comparison(s), parts of a metric "
+        "among themselves. detectable: the smallest difference that these samples show with probability 0.8."
     )
     compared = {row.metric for row in rows}
     for number, (first, second) in enumerate(pairs, start=1):

@@ -23,6 +23,9 @@ from .reports import Report, metrics_of, samples_file, write_report
 from .samples import Sample, SampleLog
 
 
+ACCURACY = "accuracy"
+
+
 @torch.inference_mode()
 def answer_questions(
     model: PreTrainedModel,
@@ -58,12 +61,12 @@ def answer_samples(
     processor: ProcessorMixin,
     asked: Iterable[tuple[str, ImageQuestion]],
     batch_size: int = 8,
-    metric: str = "accuracy",
+    metric: str = ACCURACY,
     **image_settings: Any,
 ) -> Iterator[Sample]:
     """Answers questions with their ids as `answer_questions` does; yields a sample of each once its batch is answered.
 
-    Questions are drawn a batch at a time. A sample counts under `metric`, and under `metric/KIND`.
+    Questions are drawn a batch at a time. A sample counts under `metric`, and under `accuracy/KIND` if that is it.
     """
     for batch in batches(asked, batch_size, "answering"):
         items = [(item.image, item.question.text) for _, item in batch]
@@ -73,7 +76,7 @@ def answer_samples(
             score = int(is_correct(answer, question.answer))
             yield {
                 "id": name,
-                "scores": {metric: score, f"{metric}/{question.kind}": score},
+                "scores": {metric: score, **({f"{metric}/{question.kind}": score} if metric == ACCURACY else {})},
                 "kind": question.kind,
                 "question": question.text,
                 "expected": question.answer,
@@ -131,7 +134,7 @@ def evaluate_dialogue(
     small = [number for number in numbers if QUESTION_KINDS[number % len(QUESTION_KINDS)] == SMALL_TEXT]
     ask = partial(_ask_generated, model, processor, seed=seed, batch_size=batch_size, log=log)
     blurred = _summary(ask(small, "one_tile", "/one_tile", max_num=1))
-    return {**_summary(ask(numbers, "accuracy")), "small_text_one_tile": blurred["by_kind"].get(SMALL_TEXT)}
+    return {**_summary(ask(numbers, ACCURACY)), "small_text_one_tile": blurred["by_kind"].get(SMALL_TEXT)}
 
 
 def report_dialogue(

@@ -1,6 +1,7 @@
 """Reports of tasks: one JSON with figures and their intervals, beside the file of its samples."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,7 +19,8 @@ def metrics_of(samples: Iterable[Sample]) -> dict[str, dict[str, Any]]:
     """Summarises samples.
 
     Returns:
-        For every metric its "value" (the mean), the 95 % "interval" of it, and how many "samples" it is of.
+        For every metric its "value" (the mean), the 95 % "interval" of it, None where one sample or cluster alone
+        shows none, and how many "samples" it is of.
     """
     summary = {}
     for metric, (scores, clusters) in values_by_metric(samples).items():
@@ -28,7 +30,8 @@ def metrics_of(samples: Iterable[Sample]) -> dict[str, dict[str, Any]]:
         if set(scores) <= {0.0, 0.5, 1.0}:  # shares
             high = min(high, 1.0)
         mean = sum(scores) / len(scores)
-        summary[metric] = {"value": mean, "interval": [low, high], "samples": len(scores)}
+        interval = [low, high] if math.isfinite(high - low) else None
+        summary[metric] = {"value": mean, "interval": interval, "samples": len(scores)}
     return summary
 
 

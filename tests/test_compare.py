@@ -134,6 +134,22 @@ def test_several_tasks_share_one_error_rate(tmp_path, capsys):
         assert pair["metrics"]["accuracy"]["p_holm"] == pytest.approx(4 * expected)
 
 
+def test_parts_of_a_metric_take_nothing_from_the_whole(tmp_path, capsys):
+    """A p of 0.03 for all questions stays, with four parts beside it, and the parts are adjusted for four."""
+    samples = answers(1000)
+    paths = []
+    for name, rows in (("a", samples), ("b", changed(samples, 4, 14))):
+        for index, row in enumerate(rows):
+            row["scores"][f"accuracy/{'abcd'[index % 4]}"] = row["scores"]["accuracy"]
+        paths.append(report(tmp_path, name, rows))
+    assert compare(*paths, "--output", tmp_path / "out.json") == 0
+    assert cells(capsys)[0][-1] == "worse"
+    found = json.loads((tmp_path / "out.json").read_text())["pairs"][0]["metrics"]
+    assert found["accuracy"]["p_holm"] == found["accuracy"]["p_value"]
+    parts = [metric for name, metric in found.items() if "/" in name]
+    assert min(part["p_holm"] for part in parts) == min(1, 4 * min(part["p_value"] for part in parts))
+
+
 def test_chosen_metrics_alone_are_compared_and_what_has_no_samples_is_named(tmp_path, capsys):
     samples = answers(100)
     for sample in samples:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from internvl.evaluation.reports import metrics_of
 from internvl.evaluation.samples import SampleLog, read_samples, values_by_metric
 
 
@@ -93,3 +94,8 @@ def test_scores_are_gathered_by_metric_with_their_clusters():
     samples = [sample(0, cluster="x"), {"id": "b", "scores": {"top-5": 1, "top-1": True}}]
     assert values_by_metric(samples) == {"top-1": ([0.0, 1.0], ["x", "b"]), "top-5": ([1.0], ["b"])}
     assert json.loads(json.dumps(samples)) == samples
+
+
+def test_a_single_score_has_no_interval():
+    (metric,) = metrics_of([{"id": "a", "scores": {"cider": 0.7}}]).values()
+    assert metric == {"value": 0.7, "interval": None, "samples": 1}
