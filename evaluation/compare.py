@@ -170,15 +170,14 @@ def compare_results(
     families: dict[bool, list[int]] = {True: [], False: []}
     for place, (task, metric, _) in enumerate(rows):
         families[any((task, whole) in wholes for whole in _wholes_of(metric))].append(place)
-    p_values: dict[int, float] = {}
-    p_equivalent: dict[int, float] = {}
+    adjusted = {}
     for places in families.values():
-        beyond = [(place, rows[place][2].p_equivalent) for place in places]
-        tested = {place: p for place, p in beyond if p is not None}
-        p_values |= dict(zip(places, holm([rows[place][2].p_value for place in places]), strict=True))
-        p_equivalent |= dict(zip(tested, holm(list(tested.values())), strict=True))
-    adjusted = iter([ComparedMetric(*row, p_values[place], p_equivalent.get(place)) for place, row in enumerate(rows)])
-    return [[next(adjusted) for _ in of_pair] for of_pair in found]
+        p_values = holm([rows[place][2].p_value for place in places])
+        beyond = holm([rows[place][2].p_equivalent or 0.0 for place in places])  # 0 without a margin
+        for place, *both in zip(places, p_values, beyond, strict=True):
+            adjusted[place] = ComparedMetric(*rows[place], both[0], None if margin is None else both[1])
+    in_order = iter(sorted(adjusted.items()))
+    return [[next(in_order)[1] for _ in of_pair] for of_pair in found]
 
 
 def _wholes_of(metric: str) -> list[str]:
