@@ -5,12 +5,13 @@ query, see attention_maps. FILE is a picture (`.png`), or a page (`.html`), whic
 """
 
 import argparse
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 if TYPE_CHECKING:
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
 HEAT = np.array(
     [(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float32
 )  # viridis
-CELL = 200  # pixels of the longer side of an image in a sheet of several
-LABEL_HEIGHT = 22
+# Of a sheet of several images: the longer side of each, and its texts, in pixels and letters.
+CELL = 200
 MARGIN = 8
+LINE_HEIGHT = 18
+LINE_LENGTH = 26
 LANGUAGES = ("en", "zh", "ja", "ar", "it")
 
 
@@ -62,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
     if output.suffix.lower() == ".html":
         write_maps_page(output, [(options.ask or options.image.name, image, maps)])
     else:
-        sheet_of(image, maps).save(output, optimize=True)
+        sheet_of(cells_of(image, maps)).save(output, optimize=True)
     print(f"{' '.join(found.text for found in maps)}: {output}")  # noqa: T201
 
 
@@ -88,21 +91,27 @@ def drawn_over(image: Image.Image, found: "AttentionMap") -> Image.Image:
     return Image.fromarray((grey * (1 - share) + colours * share).round().astype(np.uint8))
 
 
-def sheet_of(image: Image.Image, maps: Sequence["AttentionMap"], columns: int = 6, title: str = "") -> Image.Image:
-    """Draws an image and its maps side by side, with the text of each below; `title` stands below the image."""
-    cells = [(title, image.convert("RGB")), *((found.text, drawn_over(image, found)) for found in maps)]
-    scale = CELL / max(image.size)
-    width, height = (max(1, round(side * scale)) for side in image.size)
+def sheet_of(cells: Sequence[tuple[str, Image.Image]], columns: int = 6) -> Image.Image:
+    """Draws images side by side, row by row, with a text below each."""
+    small = [(textwrap.wrap(text, LINE_LENGTH), ImageOps.contain(cell, (CELL, CELL))) for text, cell in cells]
+    width, height = (max(cell.size[axis] for _, cell in small) for axis in (0, 1))
+    below = LINE_HEIGHT * max(1, *(len(lines) for lines, _ in small)) + MARGIN
     columns = min(columns, len(cells))
-    rows = -(-len(cells) // columns)
-    step = width + MARGIN, height + LABEL_HEIGHT + MARGIN
-    sheet = Image.new("RGB", (columns * step[0] + MARGIN, rows * step[1] + MARGIN), "white")
-    font = ImageFont.load_default(15)
-    for place, (text, cell) in enumerate(cells):
+    step = width + MARGIN, height + below + MARGIN
+    sheet = Image.new("RGB", (columns * step[0] + MARGIN, -(-len(cells) // columns) * step[1] + MARGIN), "white")
+    font = ImageFont.load_default(14)
+    for place, (lines, cell) in enumerate(small):
         x, y = MARGIN + place % columns * step[0], MARGIN + place // columns * step[1]
-        sheet.paste(cell.resize((width, height), Image.Resampling.LANCZOS), (x, y))
-        ImageDraw.Draw(sheet).text((x + width / 2, y + height + LABEL_HEIGHT / 2), text, "black", font, "mm")
+        sheet.paste(cell, (x + (width - cell.width) // 2, y + (height - cell.height) // 2))
+        for number, line in enumerate(lines):
+            middle = (x + width / 2, y + height + LINE_HEIGHT * (number + 0.5) + MARGIN / 2)
+            ImageDraw.Draw(sheet).text(middle, line, "black", font, "mm")
     return sheet
+
+
+def cells_of(image: Image.Image, maps: Sequence["AttentionMap"], title: str = "") -> list[tuple[str, Image.Image]]:
+    """An image and its maps, with their texts, for `sheet_of`."""
+    return [(title, image.convert("RGB")), *((found.text, drawn_over(image, found)) for found in maps)]
 
 
 def write_maps_page(output: Path, rows: Sequence[tuple[str, Image.Image, Sequence["AttentionMap"]]]) -> None:

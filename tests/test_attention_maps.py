@@ -28,7 +28,7 @@ from internvl.evaluation.attention_maps import (
     words_of_tokens,
 )
 from internvl.evaluation.generated import image_named
-from internvl.evaluation.look import drawn_over, sheet_of
+from internvl.evaluation.look import cells_of, drawn_over, sheet_of
 from internvl.evaluation.pointing import (
     chance,
     evaluate_pointing,
@@ -290,8 +290,11 @@ def test_a_map_is_drawn_where_it_is_high():
     assert drawn.size == image.size
     assert min(red, green) > 2 * blue  # yellow
     assert len(set(drawn.getpixel((4, 28)))) == 1  # grey
-    sheet = sheet_of(image, [found] * 7, columns=4)
-    assert sheet.size == (4 * 208 + 8, 2 * (100 + 22 + 8) + 8)
+    cells = cells_of(image, [found] * 7, "a title that takes two lines below its image")
+    sheet = sheet_of(cells, columns=4)
+    assert sheet.size == (4 * 208 + 8, 2 * (100 + 2 * 18 + 8 + 8) + 8)
+    second = sheet.crop((8 + 208, 8, 8 + 408, 108))
+    assert second.resize((64, 32)).getpixel((60, 2))[2] < 100  # yellow again
 
 
 # ------------------------------------------------------------------------------------------ the bundled checkpoint
