@@ -57,6 +57,13 @@ TASKS = {
         takes_data=False,
         keeps_samples=True,
     ),
+    "pointing": Task(
+        "whether maps of what was read point at what was named",
+        {"images": 100},
+        ("InternVL-G", "chat"),
+        "pointing",
+        takes_data=False,
+    ),
     "probe": PROBE,
     "linear_probe": PROBE,
     "segmentation": Task("semantic segmentation", {"batch_size": 1}),
@@ -69,6 +76,8 @@ COMMANDS = {
     "compare": "says whether B is better than A, by the samples of two reports",
     "grounding": "boxes that a chat model answers, over files in RefCOCO's layout",
     "embed": "images and texts as vectors on disk",
+    "look": "draws where a model looked in an image",
+    "page": "a page of a report, with every sample",
     "search": "searches what `embed` wrote, by texts or images",
 }
 

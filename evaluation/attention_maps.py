@@ -184,13 +184,18 @@ def query_maps(model: PreTrainedModel, processor: ProcessorMixin, image: Image.I
 
 # ---------------------------------------------------------------------------------------------- InternVL-G, of texts
 def _caption_scores(
-    model: PreTrainedModel, processor: ProcessorMixin, pixels: torch.Tensor, texts: Sequence[str], prompt: str
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    pixels: torch.Tensor,
+    texts: Sequence[str],
+    prompts: Sequence[str],
 ) -> tuple[torch.Tensor, torch.Tensor, list[list[int]]]:
     """Margins (R, L - 1) of the tokens of texts behind the prompt, where they are those of the texts, and the ids."""
-    start, *rows = encode_batch(
-        processor.tokenizer, [prompt, *(f"{prompt} {text}" for text in texts)], False, padding=False
-    )["input_ids"]
-    begin = [_common_length(start, row) for row in rows]
+    whole = [f"{prompt} {text}" for prompt, text in zip(prompts, texts, strict=True)]
+    starts, rows = (
+        encode_batch(processor.tokenizer, rows, False, padding=False)["input_ids"] for rows in (prompts, whole)
+    )
+    begin = [_common_length(start, row) for start, row in zip(starts, rows, strict=True)]
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=pixels.device)
     is_text = torch.tensor(
@@ -227,27 +232,39 @@ def _matching_inputs(
 
 
 def _caption_score(
-    model: PreTrainedModel, processor: ProcessorMixin, pixels: torch.Tensor, texts: Sequence[str], prompt: str
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    pixels: torch.Tensor,
+    texts: Sequence[str],
+    prompts: Sequence[str],
 ) -> torch.Tensor:
-    found, is_text, _ = _caption_scores(model, processor, pixels, texts, prompt)
+    found, is_text, _ = _caption_scores(model, processor, pixels, texts, prompts)
     return (found * is_text).sum(dim=1)
 
 
 def _matching_score(
-    model: PreTrainedModel, processor: ProcessorMixin, pixels: torch.Tensor, texts: Sequence[str], prompt: str
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    pixels: torch.Tensor,
+    texts: Sequence[str],
+    prompts: Sequence[str],
 ) -> torch.Tensor:
     logits = model.get_matching_logits(pixels, *_matching_inputs(processor, texts, pixels.device))
     return logits[:, 1] - logits[:, 0]
 
 
 def _similarity_score(
-    model: PreTrainedModel, processor: ProcessorMixin, pixels: torch.Tensor, texts: Sequence[str], prompt: str
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    pixels: torch.Tensor,
+    texts: Sequence[str],
+    prompts: Sequence[str],
 ) -> torch.Tensor:
     image = F.normalize(model.get_image_features(pixels, mode="InternVL-G").float(), dim=-1)
     return (embed_texts(model, processor, texts).clone().to(image.device) @ image.T)[:, 0]
 
 
-Score = Callable[[PreTrainedModel, ProcessorMixin, torch.Tensor, Sequence[str], str], torch.Tensor]
+Score = Callable[[PreTrainedModel, ProcessorMixin, torch.Tensor, Sequence[str], Sequence[str]], torch.Tensor]
 # What is asked of a model about a text: to write it, whether it matches, how similar it is.
 SCORES: dict[str, Score] = {
     "caption": _caption_score,
@@ -262,7 +279,7 @@ def text_maps(
     image: Image.Image,
     texts: Sequence[str],
     score: str = "caption",
-    language: str = "en",
+    language: str | Sequence[str] = "en",
 ) -> list[AttentionMap]:
     """What an InternVL-G reads in an image, as one tile, for each of several texts.
 
@@ -272,7 +289,7 @@ def text_maps(
         image: The image.
         texts: Captions, or the names of things.
         score: One of `SCORES`.
-        language: Whose prompt of `CAPTION_PROMPTS` stands before captions.
+        language: Of all texts, or of each; its prompt of `CAPTION_PROMPTS` stands before captions.
 
     Raises:
         ValueError: No queries, or an unknown score.
@@ -280,10 +297,11 @@ def text_maps(
     if score not in SCORES:
         raise ValueError(f"`score` must be one of {list(SCORES)}, got {score!r}.")
     _check_is_internvl_g(model)
+    languages = [language] * len(texts) if isinstance(language, str) else language
     pixels = pixel_values_of(model, processor, [image]).requires_grad_()
     num_queries, grid = model.query_tokens.shape[1], _grid(pixels, model)
     with torch.enable_grad(), recorded_attention(model) as recorded:
-        scores = SCORES[score](model, processor, pixels, texts, CAPTION_PROMPTS[language])
+        scores = SCORES[score](model, processor, pixels, texts, [CAPTION_PROMPTS[one] for one in languages])
     if recorded[0].shape[2] == len(texts) * num_queries:  # a row for each text, which others do not reach
         values = _over_patches(relevance(scores.sum(), recorded), num_queries, grid).sum(dim=1)
     else:
@@ -315,7 +333,7 @@ def caption_maps(
         (text,) = generate_captions(model, processor, [image], language)
     pixels = pixel_values_of(model, processor, [image]).requires_grad_()
     with torch.enable_grad(), recorded_attention(model) as recorded:
-        found, is_text, (ids,) = _caption_scores(model, processor, pixels, [text], CAPTION_PROMPTS[language])
+        found, is_text, (ids,) = _caption_scores(model, processor, pixels, [text], [CAPTION_PROMPTS[language]])
         of_tokens = found[0][is_text[0]]
     maps = []
     for word, places in words_of_tokens(processor.tokenizer, ids):

@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
 
     image = read_rgb(options.image)
     where = {"pretrained_model_name_or_path": options.model, "subfolder": options.subfolder}
-    kinds = ("chat",) if options.ask else ("InternVL-G", "chat") if options.queries else ("InternVL-G",)
+    kinds = ("chat",) if options.ask else ("InternVL-G",) if options.text or options.match else ("InternVL-G", "chat")
     kind = kind_of(check_kind(options.model, *kinds, door="a map", subfolder=options.subfolder))
     if kind == "chat" and not (options.ask or options.queries):
         raise ValueError(f"{options.model} is a chat model: give a question by --ask.")

@@ -7,6 +7,7 @@ is asked questions about one object each, and its map is that of the right answe
 
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..synthetic.scenes import PLACES, Scene, SceneObject, bounding_box, draw_sc
 from .attention_maps import SCORES, AttentionMap, answer_maps, text_maps
 from .embeddings import batches
 from .generated import scene_name, scene_named
-from .reports import metrics_of
+from .reports import Report, metrics_of, samples_file, write_report
 from .samples import Sample, SampleLog
 
 
@@ -68,12 +69,12 @@ def point_at_names(
 ) -> list[Sample]:
     """Whether the maps of objects' names point at them: "scores" and the English name of each."""
     image, samples = draw_scene(scene), [Sample(scores={}, text=LANGUAGES["en"].names_of(item)[0]) for item in items]
+    asked = [(language, number) for language in LANGUAGES for number in range(len(items))]
+    names = [LANGUAGES[language].names_of(items[number])[0] for language, number in asked]
     for score in SCORES:
-        for language, words in LANGUAGES.items():
-            names = [words.names_of(item)[0] for item in items]
-            maps = text_maps(model, processor, image, names, score, language)
-            for sample, found, item in zip(samples, maps, items, strict=True):
-                sample["scores"][f"{score}/{language}"] = float(is_pointed_at(found, item))
+        maps = text_maps(model, processor, image, names, score, [language for language, _ in asked])
+        for (language, number), found in zip(asked, maps, strict=True):
+            samples[number]["scores"][f"{score}/{language}"] = float(is_pointed_at(found, items[number]))
     for sample, item in zip(samples, items, strict=True):
         sample["scores"].update(chance(scene, item))
     return samples
@@ -144,3 +145,43 @@ def evaluate_pointing(
         if log:
             log.add(sample)
     return {"images": images, "metrics": metrics_of(samples.values())}
+
+
+def report_pointing(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    output: Path,
+    name: str,
+    state: str | None = None,
+    images: int = 100,
+    seed: int = 0,
+) -> Report:
+    """Runs `evaluate_pointing` and writes its report, and beside it every sample; one that was stopped goes on.
+
+    Args:
+        model: An InternVL-G or a chat model.
+        processor: Its processor.
+        output: The report's file.
+        name: Of the model, for the report.
+        state: Of its weights, see `checkpoint_state`.
+        images: How many scenes.
+        seed: Of the stream of scenes.
+
+    Raises:
+        OSError: If a file cannot be written.
+        ValueError: If the samples are those of another run.
+    """
+    settings = {"task": "pointing", "model": name, "state": state, "seed": seed, "images": images}
+    with SampleLog(samples_file(output), settings) as log:
+        found = evaluate_pointing(model, processor, images, seed, log)
+    report = {
+        "task": "pointing",
+        "protocol": None,
+        "model": name,
+        "settings": settings,
+        "published": None,
+        "samples": samples_file(output).name,
+        **found,
+    }
+    write_report(output, report)
+    return report

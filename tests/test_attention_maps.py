@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageChops
 from transformers import AutoModel, AutoProcessor
 
+from internvl.evaluation.__main__ import main
 from internvl.evaluation.attention_maps import (
     SCORES,
     AttentionMap,
@@ -143,9 +144,12 @@ def test_margins_are_over_the_best_other_token():
 # ---------------------------------------------------------------------------------------------------------------- maps
 @pytest.mark.parametrize("score", SCORES)
 def test_maps_of_several_texts_are_those_of_each_alone(score, model, processor):
-    image, texts = draw_scene(scene_of("mixed")), ["a red star", "the digit 7 at the top left", "a ring"]
-    together = text_maps(model, processor, image, texts, score)
-    alone = [text_maps(model, processor, image, [text], score)[0] for text in texts]
+    image, texts = draw_scene(scene_of("mixed")), ["a red star", "il numero 7 in alto a sinistra", "a ring"]
+    together = text_maps(model, processor, image, texts, score, languages := ["en", "it", "en"])
+    alone = [
+        text_maps(model, processor, image, [text], score, language)[0]
+        for text, language in zip(texts, languages, strict=True)
+    ]
     for found, expected in zip(together, alone, strict=True):
         assert found.text == expected.text
         assert found.values.shape == (4, 4)
@@ -402,3 +406,33 @@ def test_a_game_goes_on_where_it_was_stopped(model, processor, tmp_path):
     names = [f"{score}/{language}" for score in SCORES for language in LANGUAGES]
     assert list(report["metrics"]) == [*names, "chance", "chance among objects"]
     assert all(image_named(sample["image"]).size == (448, 448) for sample in whole)
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+def test_the_command_draws_a_picture_or_a_page(root, tmp_path, capsys):
+    star, picture, page = root / "examples" / "star.png", tmp_path / "maps.png", tmp_path / "maps.html"
+    ask = ["look", str(root), str(star), "--ask", "What colour is the star?"]
+    assert main([*ask, "--output", str(picture)]) == 0
+    assert "red" in capsys.readouterr().out
+    assert Image.open(picture).size[0] > 400
+    arabic = ["look", str(root), str(star), "--subfolder", "internvl_g", "--language", "ar", "--output", str(page)]
+    assert main(arabic) == 0
+    assert "نجمة" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["star.png", "--output", "maps.txt"], "has to be a .png or a .html"),
+        (["no.png", "--ask", "What?"], "no.png"),
+        (["star.png"], "is a chat model: give a question by --ask"),
+        (["star.png", "--text", "a star"], "InternVL-G"),
+    ],
+)
+def test_the_command_refuses_in_one_line(arguments, message, root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(AutoModel, "from_pretrained", None)
+    monkeypatch.chdir(root / "examples")
+    assert main(["look", str(root), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
