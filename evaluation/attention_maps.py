@@ -143,6 +143,12 @@ class AttentionMap:
         return over
 
 
+def joined(maps: Sequence[AttentionMap]) -> AttentionMap:
+    """The map of a whole text from those of its words."""
+    values = torch.stack([found.values for found in maps]).sum(dim=0)
+    return AttentionMap(" ".join(found.text for found in maps), values, maps[0].box)
+
+
 def seen_box(size: tuple[int, int], image_processor: Any) -> Box:
     """What an image processor shows of an image of `size` (width, height): left, top, right, bottom in its pixels."""
     width, height = size

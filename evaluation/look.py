@@ -6,7 +6,7 @@ query, see attention_maps. FILE is a picture (`.png`), or a page (`.html`), whic
 
 import argparse
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +79,34 @@ def _maps(model: Any, processor: Any, image: Image.Image, options: argparse.Name
     if options.match:
         return matching_maps(model, processor, image, options.match)
     return caption_maps(model, processor, image, options.text, options.language)
+
+
+def drawer(model: str, subfolder: str = "") -> Callable[[Image.Image, Mapping[str, Any]], Image.Image | None]:
+    """Loads a model, and returns what draws where it looked for the answer, text or caption of a sample.
+
+    Raises:
+        ValueError: It has no maps.
+    """
+    from transformers import AutoModel, AutoProcessor
+
+    from ..kinds import check_kind, kind_of
+    from .attention_maps import answer_maps, caption_maps, joined
+
+    where = {"pretrained_model_name_or_path": model, "subfolder": subfolder}
+    kind = kind_of(check_kind(model, "InternVL-G", "chat", door="a map", subfolder=subfolder))
+    loaded = AutoModel.from_pretrained(**where, dtype="float32").eval(), AutoProcessor.from_pretrained(**where)
+
+    def draw(image: Image.Image, sample: Mapping[str, Any]) -> Image.Image | None:
+        answer = sample.get("answer", sample.get("expected"))
+        text = sample.get("text", sample.get("caption"))
+        maps: list[AttentionMap] = []
+        if kind == "chat" and isinstance(sample.get("question"), str) and isinstance(answer, str):
+            maps = answer_maps(*loaded, image, sample["question"], answer)
+        elif kind == "InternVL-G" and isinstance(text, str):
+            maps = caption_maps(*loaded, image, text)
+        return drawn_over(image, joined(maps)) if maps else None
+
+    return draw
 
 
 def drawn_over(image: Image.Image, found: "AttentionMap") -> Image.Image:

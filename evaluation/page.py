@@ -9,9 +9,10 @@ import argparse
 import base64
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
@@ -37,45 +38,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", choices=WAYS, default="embed", help="small copies in the page, or links to files (default: embed)"
     )
+    parser.add_argument("--look", metavar="MODEL", help="draw where this model looked for its worst answers or texts")
+    parser.add_argument("--subfolder", default="", help="where in the folder that model lies")
+    parser.add_argument("--look-limit", type=int, default=24, metavar="N", help="(default: 24)")
 
 
 def run(options: argparse.Namespace) -> None:
     """Writes the page of a report."""
     output = options.output or options.report.with_suffix(".html")
-    print(f"{write_page(options.report, output, options.data, options.images)} samples: {output}")  # noqa: T201
+    report, samples = read_results(options.report)
+    images = SampleImages({**report["settings"], "task": report["task"]}, options.report.parent, options.data)
+    maps = {}
+    if options.look:
+        from .look import drawer
+
+        maps = _maps(worst(samples, options.look_limit), images, drawer(options.look, options.subfolder))
+    write_page(report, samples, images, output, options.images, maps)
+    print(f"{len(samples)} samples: {output}")  # noqa: T201
 
 
-def write_page(report: Path, output: Path, data: str | None = None, images: str = "embed") -> int:
+def write_page(
+    report: Report,
+    samples: Sequence[Sample],
+    images: SampleImages,
+    output: Path,
+    way: str = "embed",
+    maps: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Writes the page of a report, whole or not at all.
 
     Args:
-        report: Written by a task; its samples lie beside it.
+        report: Of a task.
+        samples: Its samples.
+        images: Finds their images.
         output: The HTML file.
-        data: Where the images lie, if not where the report says.
-        images: One of `WAYS`: small copies in the page, links to the files, or none.
+        way: One of `WAYS`: small copies of images in the page, links to the files, or none.
+        maps: Addresses of further images, by the ids of samples.
+    """
+    sources = {} if way == "none" else _sources(samples, images, way == "link", output.parent)
+    write_html(output, title=title_of(report), **_header(report), data=_data(samples, sources, maps))
 
-    Returns:
-        The number of samples.
+
+def read_results(path: Path) -> tuple[Report, list[Sample]]:
+    """Reads a report and the samples that lie beside it, under the name that it gives or the usual one.
 
     Raises:
-        OSError: If a file is not there, or cannot be written.
+        OSError: If a file is not there.
         ValueError: If a file is no report or no samples.
     """
-    found = read_report(report)
-    samples = samples_of(report, found)
-    source = SampleImages({**found["settings"], "task": found["task"]}, report.parent, data)
-    embedded = {} if images == "none" else _sources(samples, source, images == "link", output.parent)
-    write_html(output, title=title_of(found), **_header(found), data=_data(samples, embedded))
-    return len(samples)
-
-
-def samples_of(path: Path, report: Report) -> list[Sample]:
-    """The samples that lie beside a report, of the name that it gives or the usual one."""
+    report = read_report(path)
     name = report.get("samples")
     beside = path.parent / Path(name).name if isinstance(name, str) else samples_file(path)
     if not beside.exists():
         raise FileNotFoundError(f"{path} has no samples beside it: there is no {beside}.")
-    return read_samples(beside)[1]
+    return report, read_samples(beside)[1]
+
+
+def worst(samples: Sequence[Sample], limit: int) -> list[Sample]:
+    """So many samples with the lowest scores, by the metric that the page opens with."""
+    metric = next(iter(values_by_metric(samples)), None)
+    scored = [sample for sample in samples if metric in sample["scores"]]
+    return sorted(scored, key=lambda sample: sample["scores"][metric])[:limit]
 
 
 def title_of(report: Report) -> str:
@@ -133,13 +156,14 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _data(samples: Sequence[Sample], sources: Mapping[str, str]) -> dict[str, Any]:
+def _data(samples: Sequence[Sample], sources: Mapping[str, str], maps: Mapping[str, str]) -> dict[str, Any]:
     """What the script of the page reads: samples, the addresses of images, and the names of metrics."""
     place = {name: number for number, name in enumerate(sources)}
     rows = [
         {
             "id": sample["id"],
             "image": place.get(SampleImages.name_of(sample)),
+            "map": maps.get(sample["id"]),
             "scores": sample["scores"],
             "fields": {name: value for name, value in sample.items() if name not in NOT_FIELDS},
         }
@@ -159,4 +183,19 @@ def _sources(samples: Iterable[Sample], images: SampleImages, is_linked: bool, f
             found[name] = quote(Path(os.path.relpath(path, folder)).as_posix())
         elif (image := images.read(name)) is not None:
             found[name] = data_address(image)
+    return found
+
+
+def _maps(
+    samples: Sequence[Sample], images: SampleImages, draw: Callable[[Image.Image, Sample], Image.Image | None]
+) -> dict[str, str]:
+    """The addresses of what is drawn over the images of samples, by their ids."""
+    from .embeddings import batches
+
+    found = {}
+    for (sample,) in batches(samples, 1, "drawing maps"):
+        image = images.read(SampleImages.name_of(sample))
+        drawn = None if image is None else draw(image, sample)
+        if drawn is not None:
+            found[sample["id"]] = data_address(drawn)
     return found

@@ -10,12 +10,11 @@ from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..synthetic.captions import LANGUAGES
 from ..synthetic.scenes import PLACES, Scene, SceneObject, bounding_box, draw_scene
-from .attention_maps import SCORES, AttentionMap, answer_maps, text_maps
+from .attention_maps import SCORES, AttentionMap, answer_maps, joined, text_maps
 from .embeddings import batches
 from .generated import scene_name, scene_named
 from .reports import Report, metrics_of, samples_file, write_report
@@ -89,9 +88,7 @@ def point_at_answers(
     """Whether the maps of right answers point at the objects that were asked about."""
     image, samples = draw_scene(scene), []
     for kind, item, question, answer in questions:
-        words = answer_maps(model, processor, image, question, answer)
-        values = torch.stack([found.values for found in words]).sum(dim=0)
-        hit = float(is_pointed_at(AttentionMap(answer, values, words[0].box), item))
+        hit = float(is_pointed_at(joined(answer_maps(model, processor, image, question, answer)), item))
         scores = {"answer": hit, f"answer/{kind}": hit, **chance(scene, item)}
         samples.append({"scores": scores, "question": question, "expected": answer})
     return samples

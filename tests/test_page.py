@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 from internvl.evaluation import page, sample_images
+from internvl.evaluation.__main__ import main
 from internvl.evaluation.generated import held_out_question, image_named, scene_name
-from internvl.evaluation.page import data_address, write_page
+from internvl.evaluation.page import data_address, read_results, worst, write_page
 from internvl.evaluation.reports import metrics_of, write_report
 from internvl.evaluation.samples import SampleLog
 
@@ -46,6 +47,14 @@ def report_in(folder, samples, **changes):
     report = {"task": "dialogue", "protocol": "own", "model": "a model", "settings": settings, "metrics": metrics}
     write_report(folder / "own.json", {**report, "published": None, "samples": "own.samples.jsonl", **changes})
     return folder / "own.json"
+
+
+def write(report, output, way="embed", maps=None):
+    """Writes the page of a report; returns how many samples it has."""
+    found, samples = read_results(report)
+    images = sample_images.SampleImages(found["settings"], report.parent)
+    write_page(found, samples, images, output, way, maps or {})
+    return len(samples)
 
 
 def sample(number, **fields):
@@ -105,7 +114,7 @@ def folder(tmp_path_factory):
     for number in range(0, 200, 40):
         make_image(900, 500, seed=number).save(folder / f"{number:04}.png")
     report = report_in(folder, samples, model=HOSTILE[0], protocol=HOSTILE[1], settings={HOSTILE[2]: HOSTILE[0]})
-    assert write_page(report, folder / "own.html") == 200
+    assert write(report, folder / "own.html") == 200
     return folder
 
 
@@ -158,18 +167,18 @@ def test_images_may_be_links_and_may_be_left_out(tmp_path):
     name = "a b#1 \"'<javascript:x>.png"
     make_image().save(tmp_path / name)
     report = report_in(tmp_path, [sample(1, image=name), sample(2, image="../nowhere.png")])
-    write_page(report, tmp_path / "out" / "own.html", images="link")
+    write(report, tmp_path / "out" / "own.html", "link")
     _, data, _ = read(tmp_path / "out" / "own.html")
     assert [unquote(address) for address in data["images"]] == [f"../{name}"]
     assert not set("\"'<>#: ") & set(data["images"][0])
-    write_page(report, tmp_path / "own.html", images="none")
+    write(report, tmp_path / "own.html", "none")
     assert read(tmp_path / "own.html")[1]["images"] == []
 
 
 def test_images_of_generated_scenes_are_drawn_again(tmp_path):
     names = ["generated/0/5", "generated/1/6/one_tile", scene_name("tiles", 0, 1)]
     samples = [sample(0, id=names[0]), sample(1, id=names[1], cluster="generated/1/6"), sample(2, image=names[2])]
-    write_page(report_in(tmp_path, samples), tmp_path / "own.html")
+    write(report_in(tmp_path, samples), tmp_path / "own.html")
     _, data, _ = read(tmp_path / "own.html")
     images = [held_out_question(5).image, held_out_question(6, 1).image, image_named(names[2])]
     assert [data["images"][found["image"]] for found in data["samples"]] == [data_address(image) for image in images]
@@ -182,7 +191,7 @@ def test_what_is_no_image_is_left_out(tmp_path):
     (tmp_path / "text.png").write_text("no image")
     hostile = ["text.png", "\0", "a" * 5000, "", ".", "/"]
     samples = [sample(number, image=name) for number, name in enumerate(hostile)]
-    write_page(report_in(tmp_path, [*samples, sample(9, image=["a"])]), tmp_path / "own.html")
+    write(report_in(tmp_path, [*samples, sample(9, image=["a"])]), tmp_path / "own.html")
     assert all(found["image"] is None for found in read(tmp_path / "own.html")[1]["samples"])
 
 
@@ -202,7 +211,7 @@ def test_reports_without_samples_are_refused(tmp_path):
     report = report_in(tmp_path, [sample(1)])
     (tmp_path / "own.samples.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match="has no samples beside it"):
-        write_page(report, tmp_path / "own.html")
+        write(report, tmp_path / "own.html")
     assert not (tmp_path / "own.html").exists()
 
 
@@ -211,8 +220,31 @@ def test_texts_that_are_no_utf_8_are_shown_all_the_same(tmp_path):
     file = tmp_path / "own.samples.jsonl"
     file.write_text(file.read_text(encoding="utf-8").replace('"colour"', r'"\ud800"').replace('"shape"', r'"\ud800"'))
     report.write_text(report.read_text(encoding="utf-8").replace('"a model"', r'"a \ud800"'))
-    write_page(report, tmp_path / "own.html")
+    write(report, tmp_path / "own.html")
     assert read(tmp_path / "own.html")[1]["samples"][0]["fields"]["kind"] == "\ud800"
+
+
+def test_the_command_draws_where_a_model_looked_for_its_worst_answers(root, tmp_path, capsys):
+    asked = {f"generated/0/{number}": held_out_question(number).question for number in (0, 7, 14)}
+    samples = [
+        {"id": name, "scores": {"accuracy": score}, "question": question.text, "answer": question.answer}
+        for (name, question), score in zip(asked.items(), (1.0, 0.0, 0.0), strict=True)
+    ]
+    report = report_in(tmp_path, samples)
+    assert main(["page", str(report), "--look", str(root), "--look-limit", "1"]) == 0
+    assert capsys.readouterr().out == f"3 samples: {tmp_path / 'own.html'}\n"
+    _, data, _ = read(tmp_path / "own.html")
+    assert [found["map"] is not None for found in data["samples"]] == [False, True, False]
+    assert data["samples"][1]["map"] not in data["images"]
+    assert main(["page", str(report), "--look", str(root / "internvit")]) == 2
+    assert "InternVL-G" in capsys.readouterr().err
+    assert main(["page", str(tmp_path / "no.json")]) == 2
+
+
+def test_the_worst_are_those_of_the_metric_that_the_page_opens_with():
+    samples = [{"id": str(number), "scores": {"b": score, "a": -score}} for number, score in enumerate((3, 1, 2))]
+    assert [one["id"] for one in worst(samples, 2)] == ["1", "2"]
+    assert worst([], 2) == []
 
 
 # -------------------------------------------------------------------------------------------------------- in a browser

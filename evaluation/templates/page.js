@@ -94,11 +94,12 @@ function chosen() {
 function card(sample, metric, isHigh) {
   const article = make("article");
   article.className = metric === undefined ? "" : isHigh(sample) ? "good" : "bad";
-  if (sample.image !== null) {
+  for (const source of [images[sample.image], sample.map]) {
+    if (!source) continue;
     const image = make("img", undefined, article);
     image.loading = "lazy";
     image.alt = "";
-    image.src = images[sample.image];
+    image.src = source;
   }
   make("h2", sample.id, article);
   const list = make("dl", undefined, article);
