@@ -144,7 +144,7 @@ def cells_of(image: Image.Image, maps: Sequence["AttentionMap"], title: str = ""
 
 def write_maps_page(output: Path, rows: Sequence[tuple[str, Image.Image, Sequence["AttentionMap"]]]) -> None:
     """Writes a page with a row for each image: its title, the image, and its maps."""
-    from .page import data_address, write_html
+    from .html_files import data_address, write_html
 
     figures = [
         {

@@ -6,27 +6,22 @@ escaped, and the only script that a browser runs there is the page's own.
 """
 
 import argparse
-import base64
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
+from .html_files import data_address, write_html
 from .reports import Report, read_report, samples_file
 from .sample_images import SampleImages
 from .samples import Sample, read_samples, values_by_metric
 
 
-TEMPLATES = Path(__file__).with_name("templates")
 WAYS = ("embed", "link", "none")
-THUMBNAIL_SIDE = 320
 NOT_FIELDS = ("id", "scores", "image")
 
 
@@ -46,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Writes the page of a report."""
     output = options.output or options.report.with_suffix(".html")
-    report, samples = read_results(options.report)
+    report, samples = report_and_samples(options.report)
     images = SampleImages({**report["settings"], "task": report["task"]}, options.report.parent, options.data)
     maps = {}
     if options.look:
@@ -79,7 +74,7 @@ def write_page(
     write_html(output, title=title_of(report), **_header(report), data=_data(samples, sources, maps))
 
 
-def read_results(path: Path) -> tuple[Report, list[Sample]]:
+def report_and_samples(path: Path) -> tuple[Report, list[Sample]]:
     """Reads a report and the samples that lie beside it, under the name that it gives or the usual one.
 
     Raises:
@@ -105,34 +100,6 @@ def title_of(report: Report) -> str:
     """What a report is of, in one line."""
     what = report.get("title") or report.get("protocol") or report["task"]
     return f"{what}: {report['model']}"
-
-
-def write_html(output: Path, **content: Any) -> None:
-    """Writes a page with the content that the template takes, whole or not at all."""
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True)
-    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
-    script = (TEMPLATES / "page.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    text = environment.get_template("page.html").render(script=script, digest=digest, **content)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
-        beside.replace(output)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def data_address(image: Image.Image, side: int = THUMBNAIL_SIDE) -> str:
-    """A `data:` address of an image, made smaller where a side is longer than `side`."""
-    small = image.convert("RGB")
-    small.thumbnail((side, side))
-    encoded = []
-    for kind, settings in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
-        file = BytesIO()
-        small.save(file, kind, **settings)
-        encoded.append(f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}")
-    return min(encoded, key=len)
 
 
 def _header(report: Report) -> dict[str, Any]:

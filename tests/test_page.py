@@ -15,10 +15,11 @@ from urllib.parse import unquote
 import pytest
 from PIL import Image
 
-from internvl.evaluation import page, sample_images
+from internvl.evaluation import html_files, sample_images
 from internvl.evaluation.__main__ import main
 from internvl.evaluation.generated import held_out_question, image_named, scene_name
-from internvl.evaluation.page import data_address, read_results, worst, write_page
+from internvl.evaluation.html_files import data_address
+from internvl.evaluation.page import report_and_samples, worst, write_page
 from internvl.evaluation.reports import metrics_of, write_report
 from internvl.evaluation.samples import SampleLog
 
@@ -51,7 +52,7 @@ def report_in(folder, samples, **changes):
 
 def write(report, output, way="embed", maps=None):
     """Writes the page of a report; returns how many samples it has."""
-    found, samples = read_results(report)
+    found, samples = report_and_samples(report)
     images = sample_images.SampleImages(found["settings"], report.parent)
     write_page(found, samples, images, output, way, maps or {})
     return len(samples)
@@ -130,7 +131,7 @@ def test_the_page_holds_every_sample_and_its_own_script_alone(folder):
         {"type": "application/json", "id": "data"},
         {},
     ]
-    own = (page.TEMPLATES / "page.js").read_text(encoding="utf-8")
+    own = (html_files.TEMPLATES / "page.js").read_text(encoding="utf-8")
     assert script == own.strip()
     assert not [tag for tag, _ in elements if tag in ("iframe", "object", "base", "form", "link", "img")]
     assert not [name for _, attributes in elements for name in attributes if name.startswith("on")]
@@ -153,7 +154,7 @@ def test_images_are_in_the_page_once_and_small(folder):
         kind, content = address.removeprefix("data:image/").split(";base64,")
         image = Image.open(BytesIO(base64.b64decode(content)))
         assert image.format.lower() == kind
-        assert max(image.size) == page.THUMBNAIL_SIDE
+        assert max(image.size) == html_files.THUMBNAIL_SIDE
 
 
 def test_small_copies_look_like_the_image():
