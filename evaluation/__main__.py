@@ -63,6 +63,7 @@ TASKS = {
         ("InternVL-G", "chat"),
         "pointing",
         takes_data=False,
+        keeps_samples=True,
     ),
     "probe": PROBE,
     "linear_probe": PROBE,

@@ -38,8 +38,8 @@ from internvl.evaluation.pointing import (
     pointing_samples,
     questions_about_objects,
 )
-from internvl.evaluation.reports import metrics_of
-from internvl.evaluation.samples import SampleLog
+from internvl.evaluation.reports import metrics_of, read_report, samples_file
+from internvl.evaluation.samples import SampleLog, read_samples
 from internvl.image_processing_internvl import InternVLImageProcessor
 from internvl.layers_internvl_chat import pixel_shuffle
 from internvl.modeling_internvl import InternVLModel
@@ -436,3 +436,16 @@ def test_the_command_refuses_in_one_line(arguments, message, root, tmp_path, cap
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_game_of_the_command_line_has_a_page_of_its_samples(root, tmp_path, capsys):
+    report = tmp_path / "pointing.json"
+    game = ["pointing", str(root), "--images", "1", "--output", str(report)]
+    assert main(game) == 0
+    assert main(["page", str(report)]) == 0
+    metrics, samples = read_report(report)["metrics"], read_samples(samples_file(report))[1]
+    assert metrics["answer"]["samples"] == len(samples) > 2
+    assert capsys.readouterr().out.endswith(f"{len(samples)} samples: {tmp_path / 'pointing.html'}\n")
+    text = (tmp_path / "pointing.html").read_text(encoding="utf-8")
+    assert text.count('"data:image/') == 1  # all questions are about one scene, drawn again
+    assert samples[0]["question"] in text
