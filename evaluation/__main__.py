@@ -13,7 +13,7 @@ from ..console import exit_status
 from ..kinds import check_kind
 from ..renaming_internvl import RenamedOption
 from .checkpoints import checkpoint_state
-from .commands import add_data_arguments, add_task_arguments, measure_card, measure_on_data, print_protocols
+from .commands import add_data_arguments, add_task_arguments, measure_card, measure_on_data, positive, print_protocols
 
 
 CONTRASTIVE = ("InternVL-C", "InternVL-G")
@@ -97,7 +97,8 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         for option, default in {"seed": 0, **task.numbers}.items():
             flag = f"--{option.replace('_', '-')}"
             shown = f"(default: {default})" if option in SHARED else f"of generated scenes (default: {default})"
-            command.add_argument(flag, type=int, default=default, metavar="N", help=shown)
+            kind = int if option == "seed" else positive
+            command.add_argument(flag, type=kind, default=default, metavar="N", help=shown)
             if option in OLD_OPTIONS:
                 old = OLD_OPTIONS[option]
                 command.add_argument(old, dest=option, type=int, action=RenamedOption, help=argparse.SUPPRESS)
@@ -108,7 +109,7 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     command = tasks.add_parser("card", help="every protocol whose data are there, beside the paper's figures")
     _add_model(command)
     add_data_arguments(command, is_card=True)
-    command.add_argument("--batch-size", type=int, default=64, metavar="N", help="(default: 64)")
+    command.add_argument("--batch-size", type=positive, default=64, metavar="N", help="(default: 64)")
     command.add_argument("--output", type=Path, metavar="DIR", help="a report each (default: MODEL-card)")
     command.add_argument("--harness-results", nargs="+", metavar="FILE", help="results of other harnesses, shown too")
     tasks.add_parser("protocols", help="lists the protocols, and where their data are looked for")

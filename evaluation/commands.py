@@ -18,7 +18,8 @@ if TYPE_CHECKING:  # `--help` and wrong arguments need no torch
     from .reports import Report
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A number above 0, as argparse reads it."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
@@ -47,11 +48,11 @@ TASK_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "probe": {
         "--pooling": {"choices": ("linear", "attention"), "help": "of the probe (default: linear, paper table 22)"},
-        "--epochs": {"type": _positive, "metavar": "N", "help": "of training (default: 10)"},
-        "--views": {"type": _positive, "metavar": "N", "help": "random crops of a training image that are stored"},
+        "--epochs": {"type": positive, "metavar": "N", "help": "of training (default: 10)"},
+        "--views": {"type": positive, "metavar": "N", "help": "random crops of a training image that are stored"},
         "--sweep": {"action": "store_true", "help": "choose the learning rate on a tenth of the training images"},
         "--features": {"metavar": "DIR", "help": "where features are kept (default: beside the report)"},
-        "--training-limit": {"type": _positive, "metavar": "N", "help": "training images (default: all)"},
+        "--training-limit": {"type": positive, "metavar": "N", "help": "training images (default: all)"},
     },
 }
 PLACES = ("features",)  # options that decide no result
@@ -65,9 +66,9 @@ def add_data_arguments(parser: argparse.ArgumentParser, is_card: bool = False) -
     if not is_card:
         parser.add_argument("--protocol", metavar="NAME", help="a shipped protocol, or the path of one as JSON")
         parser.add_argument("--mode", choices=("InternVL-C", "InternVL-G"), help="instead of the protocol's")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="images, spread evenly over all")
+    parser.add_argument("--limit", type=positive, metavar="N", help="images, spread evenly over all")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as they are saved)")
-    parser.add_argument("--image-size", type=_positive, metavar="PIXELS", help="(default: the model's own)")
+    parser.add_argument("--image-size", type=positive, metavar="PIXELS", help="(default: the model's own)")
     parser.add_argument("--device", metavar="NAME", help="(default: a GPU if there is one)")
 
 

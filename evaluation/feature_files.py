@@ -1,5 +1,6 @@
 """Embeddings beside the results of a run: rows of float32 that grow batch by batch and are mapped into memory."""
 
+import glob
 import os
 from pathlib import Path
 from types import TracebackType
@@ -69,5 +70,5 @@ class FeatureFile:
 
 def remove_features(results: Path) -> None:
     """Removes the embeddings beside the results of a run."""
-    for path in results.parent.glob(f"{results.with_suffix('').name}.*.features"):
+    for path in results.parent.glob(f"{glob.escape(results.with_suffix('').name)}.*.features"):
         path.unlink()

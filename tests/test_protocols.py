@@ -392,3 +392,33 @@ def test_unknown_languages_folders_and_protocols_are_refused(capsys, monkeypatch
 def test_a_model_of_another_kind_is_refused(capsys, monkeypatch, data):
     call = ["retrieval", str(ROOT), "--data", str(data), "--protocol", "coco"]
     assert "InternVL-Chat" in refused(capsys, monkeypatch, *call)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"images": 3, "annotations": []}', '"images" has to be a list'),
+        ('{"images": [{"id": [1], "file_name": "a.jpg"}], "annotations": []}', "image 1 needs"),
+        ('{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": {}}]}', "annotation 1 has no"),
+        ('{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}', "have no caption"),
+        ('{"images": [{"filename": "a.jpg", "sentences": 7}]}', "row 1 has no caption"),
+        ('{"videos": [{"video_id": []}], "sentences": [{"video_id": []}]}', "names no image"),
+        ('[{"image": "../../etc/passwd", "caption": "a"}]', "lies outside"),
+        ('[{"image": "a.jpg", "caption": [1]}]', "row 1 has no caption"),
+        ("[3]", "row 1 is no JSON object"),
+        ("7", "none of the known layouts"),
+        ("[" * 100_000, "no JSON"),
+    ],
+)
+def test_annotations_of_another_form_are_refused_by_their_row(capsys, monkeypatch, tmp_path, content, message):
+    (tmp_path / "own.json").write_text(content)
+    assert message in refused(
+        capsys, monkeypatch, "retrieval", str(ROOT), *MODEL, "--data", str(tmp_path / "own.json")
+    )
+
+
+def test_numbers_below_1_are_refused(capsys):
+    for option in ("--batch-size", "--limit", "--image-size"):
+        with pytest.raises(SystemExit):
+            main(["zero_shot", str(ROOT), "--data", ".", option, "0"])
+        assert "not above 0" in capsys.readouterr().err

@@ -107,6 +107,9 @@ def _read_json(path: Path, split: str) -> Captioned:
     if isinstance(content, list):
         return _gather(path, content, _of_row)
     keys = set(content) if isinstance(content, dict) else set()
+    for key in keys & {"images", "annotations", "videos", "sentences"}:
+        if not isinstance(content[key], list) or not all(isinstance(row, dict) for row in content[key]):
+            raise ValueError(f'{path}: "{key}" has to be a list of JSON objects.')
     if {"images", "annotations"} <= keys:
         return _read_coco(path, content)
     if {"videos", "sentences"} <= keys:
@@ -126,14 +129,15 @@ def _split_of(row: Any) -> Any:
 def _read_coco(path: Path, content: dict[str, Any]) -> Captioned:
     names: dict[Any, str] = {}
     for number, row in enumerate(content["images"], start=1):
-        name = row.get("file_name", row.get("image")) if isinstance(row, dict) else None
-        if not isinstance(name, str) or "id" not in row:
-            raise ValueError(f'{path}: image {number} needs "id" and "file_name".')
+        name = row.get("file_name", row.get("image"))
+        if not isinstance(name, str) or not isinstance(row.get("id"), (int, str)):
+            raise ValueError(f'{path}: image {number} needs "id", a number or text, and "file_name".')
         names[row["id"]] = name
     order = sorted(names) if all(isinstance(key, int) for key in names) else list(names)
     found: Captioned = {names[key]: [] for key in order}
     for number, row in enumerate(content["annotations"], start=1):
-        image = names.get(row.get("image_id")) if isinstance(row, dict) else None
+        key = row.get("image_id")
+        image = names.get(key) if isinstance(key, (int, str)) else None
         if image is None:
             raise ValueError(f'{path}: annotation {number} has no "image_id" of an image in the file.')
         _add(found, image, row.get("caption"), f"{path}: annotation {number}")
@@ -144,10 +148,11 @@ def _read_coco(path: Path, content: dict[str, Any]) -> Captioned:
 
 
 def _read_msr_vtt(path: Path, content: dict[str, Any], split: str) -> Captioned:
-    ids = {row.get("video_id") for row in content["videos"] if row.get("split", split) == split}
+    ids = [row.get("video_id") for row in content["videos"] if row.get("split", split) == split]
+    wanted = {name for name in ids if isinstance(name, str)}
     found: Captioned = {}
     for number, row in enumerate(content["sentences"], start=1):
-        if row.get("video_id") in ids:
+        if isinstance(row.get("video_id"), str) and row["video_id"] in wanted:
             _add(found, row["video_id"], row.get("caption"), f"{path}: sentence {number}")
     return found
 
@@ -176,6 +181,7 @@ def _of_karpathy_row(row: dict[str, Any]) -> tuple[Any, list[Any]]:
     name = row.get("filename") or row.get("file_name")
     folder = row.get("filepath")
     sentences = row.get("sentences") or []
+    sentences = sentences if isinstance(sentences, list) else [sentences]
     texts = [sentence.get("raw") if isinstance(sentence, dict) else sentence for sentence in sentences]
     return f"{folder}/{name}" if folder and name else name, texts
 
@@ -183,7 +189,7 @@ def _of_karpathy_row(row: dict[str, Any]) -> tuple[Any, list[Any]]:
 def _read_table(path: Path) -> Captioned:
     text = path.read_text(encoding="utf-8-sig")
     lines = text.splitlines()
-    header = [name.strip() for name in next(csv.reader(lines[:1]), [])]
+    header = [name.strip() for name in (lines[0].split(",") if lines else [])]
     name_column = next((name for name in NAME_COLUMNS if name in header), None)
     caption_column = next((name for name in CAPTION_COLUMNS if name in header), None)
     if name_column is None or caption_column is None:

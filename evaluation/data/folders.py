@@ -137,7 +137,11 @@ def real_labels(items: Iterable[Item], path: Path) -> list[Item]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}.") from error
-    if not isinstance(content, list) or not all(isinstance(labels, list) for labels in content):
+    classes = range(len(imagenet()["wordnet_ids"]))
+    if not isinstance(content, list) or not all(
+        isinstance(labels, list) and all(isinstance(one, int) and one in classes for one in labels)
+        for labels in content
+    ):
         raise ValueError(f"{path} has to hold a list of labels for each image of ImageNet's validation set, in order.")
     found = []
     for item in items:

@@ -75,7 +75,8 @@ def _label(row: dict[str, Any]) -> int | str | None:
         value = value.decode("utf-8").strip()
     if isinstance(value, str) and value.strip().isdigit():
         return int(value)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, str))):
+    is_known = isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
+    if value is not None and not is_known:
         raise ValueError(f"The class {json.dumps(value, default=str)} is neither a number nor a name.")
     return value
 
