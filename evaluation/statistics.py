@@ -281,9 +281,11 @@ def compare_scores(
     is_binary = all(map(_is_binary, scores))
     if is_binary:
         interval, p_value, p_beyond, test = _binary_difference(differences, sums, sizes, mean, seed)
-    elif num_changed < RARE and num_changed <= len(sums) / 2:
-        values = np.concatenate(scores)
-        interval, p_value, p_beyond, test = _rare_differences(sums, float(np.ptp(values)))
+    elif len(sums) < 2:
+        interval, p_value, p_beyond, test = (-math.inf, math.inf), 1.0, lambda _: 1.0, BOOTSTRAP
+    elif mean.error <= 1e-12 * abs(mean.value) or (num_changed < RARE and num_changed <= len(sums) / 2):
+        usual = mean.value if num_changed == len(sums) else 0.0
+        interval, p_value, p_beyond, test = _rare_differences(sums, float(np.ptp(np.concatenate(scores))), usual)
     else:
         interval, p_value, p_beyond, test = _resampled_difference(sums, sizes, mean, seed)
     detectable = _detectable(mean, is_binary) if len(sums) > 1 else math.inf
@@ -330,8 +332,6 @@ def _binary_difference(differences: Floats, sums: Floats, sizes: Floats, mean: _
 
 
 def _resampled_difference(sums: Floats, sizes: Floats, mean: _Mean, seed: int) -> _Found:
-    if mean.clusters < 2:
-        return (-math.inf, math.inf), 1.0, lambda margin: 1.0, BOOTSTRAP
     drawn = bootstrapped_t(sums, sizes, seed=seed)
     reach = float(np.quantile(np.abs(drawn), LEVEL, method="higher")) * mean.error
 
@@ -347,20 +347,29 @@ SIGN_FLIPS = "exact sign flips"
 
 
 def _p_of(drawn: Floats, mean: _Mean) -> float:
+    if not mean.error:  # all clusters differ the same way
+        return _p_of_one_sign(mean.clusters)
     return float((1 + (np.abs(drawn) >= abs(mean.value) / mean.error * (1 - 1e-12)).sum()) / (1 + len(drawn)))
 
 
-def _rare_differences(sums: Floats, spread: float) -> _Found:
-    """A bound, from the few clusters that differ: a mean differs by no more than their share times the `spread` of all
-    scores.
+def _p_of_one_sign(count: int) -> float:
+    return math.ldexp(2.0, -count) if count < 1000 else 0.0
+
+
+def _rare_differences(sums: Floats, spread: float, usual: float = 0.0) -> _Found:
+    """A bound, from the few clusters whose difference is not the usual one: the mean is off it by no more than their
+    share times the `spread` of all scores. If the usual difference is not 0, there are none.
     """
-    changed = np.count_nonzero(sums)
-    most = _wilson(changed / len(sums), len(sums), float(stats.norm.ppf((1 + LEVEL) / 2)))[1] * spread
+    count, changed = len(sums), 0 if usual else np.count_nonzero(sums)
+    most = _wilson(changed / count, count, float(stats.norm.ppf((1 + LEVEL) / 2)))[1] * spread
 
     def p_beyond(margin: float) -> float:
-        return float(stats.binom.cdf(changed, len(sums), abs(margin) / spread)) if abs(margin) < spread else 0.0
+        room = abs(margin) - math.copysign(usual, usual * margin)
+        if room <= 0:
+            return 1.0
+        return float(stats.binom.cdf(changed, count, room / spread)) if room < spread else 0.0
 
-    return (-most, most), _sign_flips(sums), p_beyond, SIGN_FLIPS
+    return (usual - most, usual + most), _p_of_one_sign(count) if usual else _sign_flips(sums), p_beyond, SIGN_FLIPS
 
 
 def _sign_flips(sums: Floats) -> float:

@@ -255,6 +255,28 @@ def test_a_single_answer_that_differs_among_many_is_no_certain_difference():
             assert found.interval[0] < 0 < found.interval[1]
 
 
+@pytest.mark.parametrize("clusters", [None, np.arange(40) // 2])
+def test_a_difference_that_is_the_same_everywhere_is_certain_only_with_many_samples(clusters):
+    scores = np.linspace(0, 1, 40)
+    found = compare_scores(scores, scores + 0.125, clusters, margin=0.5)
+    number = 40 if clusters is None else 20
+    assert found.p_value == pytest.approx(2 * 0.5**number)
+    assert found.interval[0] < 0.125 < found.interval[1]
+    assert found.interval[1] - found.interval[0] == pytest.approx(0.24 if clusters is None else 0.35, abs=0.1)
+    assert found.p_equivalent == pytest.approx((1 - 0.375 / 1.125) ** number)
+    assert compare_scores(scores, scores + 0.125, clusters, margin=0.1).p_equivalent == 1
+    assert compare_scores(scores + 0.125, scores, clusters, margin=0.1).p_equivalent == 1
+    few = compare_scores([0.1, 0.4], [0.6, 0.9], margin=0.6)
+    assert few.p_value == 0.5
+    assert few.p_equivalent > 0.05
+
+
+def test_a_question_gained_in_every_image_is_a_difference():
+    found = compare_scores([0, 0] * 20, [0, 1] * 20, np.arange(40) // 2, margin=0.02)
+    assert found.p_value < 1e-3
+    assert found.p_equivalent > 0.9
+
+
 def test_the_method_follows_from_the_data():
     rng = np.random.default_rng(0)
     answers, scores = paired_answers(rng, 200, 0.2, 0.1), (rng.random(200), rng.random(200))
