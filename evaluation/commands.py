@@ -1,6 +1,7 @@
 """Commands that measure on anyone's data: one protocol, or all whose data lie below a root."""
 
 import argparse
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -215,8 +216,7 @@ def _measured(
     options: argparse.Namespace,
     output: Path,
 ) -> "Report":
-    from .feature_files import remove_features
-    from .reports import read_report, samples_file, write_report
+    from .reports import features_folder, read_report, samples_file, write_report
     from .runs import TaskRun, measure, report_of
     from .samples import SampleLog
 
@@ -242,14 +242,15 @@ def _measured(
         if known["settings"] == settings:
             return known
         raise ValueError(f"{output} is the report of other settings: delete it, or name another by --output.")
+    features = features_folder(samples_file(output))
     with SampleLog(samples_file(output), settings) as log:
         if log.is_new:
-            remove_features(log.path)
+            shutil.rmtree(features, ignore_errors=True)
         model, processor = load()
         run = TaskRun(protocol, data, model, processor, log, options.batch_size, {**protocol.options, **extra})
         report = report_of(run, measure(run))
     write_report(output, report)
-    remove_features(samples_file(output))
+    shutil.rmtree(features, ignore_errors=True)
     return report
 
 

@@ -1,4 +1,4 @@
-"""Features of a frozen tower on disk, by model and images: computed once, and gone on with after a kill."""
+"""Features on disk, by what decides them, such as model and images: computed once, and gone on with after a kill."""
 
 import hashlib
 import json
@@ -43,7 +43,7 @@ def fingerprint_of_items(items: Iterable[Item]) -> str:
 
 
 class FeatureStore:
-    """Features of images, a file for each combination of what decides them.
+    """Features of images or texts, a file for each combination of what decides them.
 
     Args:
         folder: Where the files lie; it is made.
@@ -58,14 +58,14 @@ class FeatureStore:
         self.state_path = folder / f"{name}.json"
 
     def features(
-        self, items: Sequence[Item], compute: Callable[[Sequence[Item]], torch.Tensor], batch_size: int
+        self, items: Sequence[Any], compute: Callable[[Sequence[Any]], torch.Tensor], batch_size: int
     ) -> torch.Tensor:
-        """Returns the features (images, ...), mapped from the file.
+        """Returns the features (items, ...), mapped from the file.
 
         Args:
-            items: The images; those that the file has are not computed again.
+            items: Images or texts; those that the file has are not computed again.
             compute: Computes the features of a batch.
-            batch_size: Images at a time.
+            batch_size: Items at a time.
         """
         state = self._state()
         with self.path.open("r+b" if state else "w+b") as file:

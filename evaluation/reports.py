@@ -40,6 +40,11 @@ def samples_file(report: str | Path) -> Path:
     return Path(report).with_suffix(".samples.jsonl")
 
 
+def features_folder(samples: str | Path) -> Path:
+    """The folder of the embeddings of an unfinished run, beside the file of its samples."""
+    return Path(samples).with_suffix(".features")
+
+
 def write_report(path: str | Path, report: Mapping[str, Any]) -> None:
     """Writes a report as JSON, whole or not at all."""
     path = Path(path)
@@ -75,4 +80,4 @@ def read_report(path: str | Path) -> Report:
     return report
 
 
-__all__ = ["Report", "metrics_of", "read_report", "samples_file", "write_report"]
+__all__ = ["Report", "features_folder", "metrics_of", "read_report", "samples_file", "write_report"]

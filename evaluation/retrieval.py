@@ -12,10 +12,12 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ..synthetic.captions import LANGUAGES, caption
 from ..synthetic.scenes import draw_scene
-from .embeddings import batches, embed_frames, embed_images_by_mode, embed_texts, modes_of
-from .feature_files import FeatureFile
+from .data.items import Item
+from .embeddings import embed_frames, embed_images_by_mode, embed_texts, modes_of
+from .feature_store import FeatureStore
 from .generated import held_out_scenes
 from .metrics import CUTS, hubness, rank_in_blocks, recalls_both_ways
+from .reports import features_folder
 from .reranking import reranked
 from .runs import TaskRun
 
@@ -109,18 +111,16 @@ def _write_samples(run: TaskRun, ranks: Mapping[str, torch.Tensor], number: Mapp
 
 
 def _stored_texts(run: TaskRun, texts: Sequence[str]) -> torch.Tensor:
-    with FeatureFile(run.log.path, "texts") as stored:
-        for batch in batches(texts[len(stored) :], 4 * run.batch_size, "embedding texts"):
-            stored.add(embed_texts(run.model, run.processor, batch, len(batch)))
-    return stored.read()
+    store = FeatureStore(features_folder(run.log.path), {"of": "texts"})
+    return store.features(texts, lambda batch: embed_texts(run.model, run.processor, batch), 4 * run.batch_size)
 
 
 def _stored_images(run: TaskRun, mode: str) -> torch.Tensor:
-    with FeatureFile(run.log.path, mode) as stored:
-        for batch in batches(run.data.items[len(stored) :], run.batch_size, f"embedding images ({mode})"):
-            frames = [item.read(run.protocol.frames) for item in batch]
-            stored.add(embed_frames(run.model, run.processor, frames, [mode])[mode])
-    return stored.read()
+    def embed(batch: Sequence[Item]) -> torch.Tensor:
+        frames = [item.read(run.protocol.frames) for item in batch]
+        return embed_frames(run.model, run.processor, frames, [mode])[mode]
+
+    return FeatureStore(features_folder(run.log.path), {"of": mode}).features(run.data.items, embed, run.batch_size)
 
 
 def evaluate_retrieval(

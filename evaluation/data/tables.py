@@ -1,4 +1,4 @@
-"""Shards as data of a task: WebDataset tar files, parquet, CSV and JSON lines, on disk or at an address such as `hf://`.
+"""Shards as data of a task: WebDataset tar files, parquet, CSV and JSON lines, on disk or at an address (`hf://`).
 
 Images in a column `jpg`, `png`, `image` and so on; classes as numbers or names in `cls` or `label`; captions in `txt`,
 `caption` or `text`, one or several (a list, or a line each, as clip-benchmark exports them).
