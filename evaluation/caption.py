@@ -96,9 +96,8 @@ def measure_caption(run: TaskRun) -> dict[str, dict[str, Any]]:
         "KIND/CIDEr", "KIND/ROUGE-L" and "KIND/BLEU-4"; without Java with a note that they are over other words than
         published figures.
     """
-    kind = str(kind_of(run.model.config))
-    texts = captions_of(run, kind)
-    items, tokenizer = run.data.items, available_tokenizer()
+    kind, tokenizer = str(kind_of(run.model.config)), available_tokenizer()
+    texts, items = captions_of(run, kind), run.data.items
     tokenized = tokenize_captions([[texts[item.name]] for item in items], tokenizer)
     references = tokenize_captions([item.captions for item in items], tokenizer)
     scores = score_captions([text for (text,) in tokenized], references)

@@ -4,9 +4,11 @@ Published figures are over words of its Penn Treebank tokenizer, which runs on J
 `words_of`, and the scores are not to be set beside published ones. Not covered: METEOR and SPICE.
 """
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -23,8 +25,24 @@ LAST_CAPTION = "last caption"
 
 
 def available_tokenizer() -> str:
-    """Returns `PTB_TOKENIZER` where Java is installed, else `OTHER_TOKENIZER`."""
-    return PTB_TOKENIZER if shutil.which("java") else OTHER_TOKENIZER
+    """Returns `PTB_TOKENIZER` where Java is installed, else `OTHER_TOKENIZER`.
+
+    Raises:
+        OSError: If the PTB tokenizer, which writes into its own folder, may not.
+        ValueError: If pycocoevalcap is not installed.
+    """
+    with extra("evaluate"):
+        from pycocoevalcap.tokenizer import ptbtokenizer
+
+    if not shutil.which("java"):
+        return OTHER_TOKENIZER
+    folder = Path(ptbtokenizer.__file__).parent
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(
+            f"pycocoevalcap's tokenizer writes captions into {folder}, which this user may not: install it in a "
+            "virtual environment of your own."
+        )
+    return PTB_TOKENIZER
 
 
 def tokenize_captions(captions: Sequence[Sequence[str]], tokenizer: str | None = None) -> list[list[str]]:

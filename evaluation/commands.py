@@ -158,11 +158,17 @@ def _chosen(options: argparse.Namespace) -> Protocol:
 def _check_model(options: argparse.Namespace, task: str) -> None:
     """Check that the model is one that a task measures, by its configuration alone."""
     if task == "segmentation":
-        from .segmentation import check_segmenter
+        from .segmentation import check_segmenter, window_of
 
-        check_segmenter(options.model, options.subfolder)
+        config = check_segmenter(options.model, options.subfolder)
+        if options.image_size:
+            window_of(config, options.image_size)
     else:
         check_kind(options.model, *KINDS[task], door=f"the task {task}", subfolder=options.subfolder)
+    if task == "caption":
+        from .caption_scores import available_tokenizer
+
+        available_tokenizer()
 
 
 def _fits(options: argparse.Namespace, protocol: Protocol) -> bool:

@@ -1,6 +1,7 @@
 """Caption scores against pycocoevalcap's own evaluation and against slow formulas, adversarial captions included."""
 
 import math
+import os
 import shutil
 from collections import Counter
 from random import Random
@@ -118,6 +119,13 @@ def test_without_java_the_other_tokenizer_is_named(monkeypatch):
     monkeypatch.setattr(caption_scores.shutil, "which", lambda name: None)
     assert caption_scores.available_tokenizer() == OTHER_TOKENIZER
     assert tokenize_captions([["A dog, two: cats!"]]) == [["a dog two cats"]]
+
+
+@needs_java
+def test_a_tokenizer_that_may_not_write_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr(caption_scores.os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(PermissionError, match="virtual environment"):
+        caption_scores.available_tokenizer()
 
 
 def test_the_cider_of_generated_scenes_is_that_of_pycocoevalcap():

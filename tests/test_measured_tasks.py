@@ -1,6 +1,7 @@
 """Captions, probes and segmentation from the command line, on data in their real layouts, by bundled checkpoints."""
 
 import json
+import sys
 
 import pytest
 
@@ -146,6 +147,17 @@ def test_models_of_other_kinds_are_refused(data, tmp_path, capsys, monkeypatch):
     error = refused(capsys, monkeypatch, "caption", VIT, "--data", data, "--protocol", "coco-captions")
     assert "vision tower" in error
     assert "name yours by --data" in refused(capsys, monkeypatch, "segmentation", VIT)
+
+
+def test_a_window_without_whole_patches_is_refused(data, segmenter, capsys, monkeypatch):
+    error = refused(capsys, monkeypatch, "segmentation", segmenter, "--data", data, "--image-size", "60")
+    assert "whole patches of 28" in error
+
+
+def test_captions_need_their_scorers_before_the_model(data, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.tokenizer", None)
+    error = refused(capsys, monkeypatch, "caption", *G, "--data", data, "--protocol", "coco-captions")
+    assert "internvl[evaluate]" in error
 
 
 def test_a_model_with_other_classes_is_refused(data, tmp_path, capsys):
