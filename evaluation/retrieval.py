@@ -4,6 +4,7 @@ InternVL-C and, where the model has queries, InternVL-G are measured, by R@1, R@
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ def measure_retrieval(run: TaskRun) -> dict[str, dict[str, Any]]:
 
     Embeddings are kept beside the results, mapped from files, so that a run that was stopped goes on. An image has the
     sample "image_to_text/NAME", its captions "text_to_image/NAME/0" and so on; scores are called
-    "MODE/image_to_text/R@1". Equal captions match each other's images.
+    "MODE/image_to_text/R@1". As published, a caption is to find its own image, even where another image has the same
+    caption; an image may find a caption that is equal to one of its own.
 
     Options: `rerank` orders so many candidates by the matching head (InternVL-G), as the mode "InternVL-G+ITM";
     `dual_softmax` weights similarities by their softmax over all queries.
@@ -66,15 +68,15 @@ def measure_retrieval(run: TaskRun) -> dict[str, dict[str, Any]]:
         "MODE/DIRECTION/hubness": skewness of how often each result is among the ten nearest.
     """
     items = run.data.items
-    texts = list(dict.fromkeys(text for item in items for text in item.captions))
+    texts = [text for item in items for text in item.captions]
+    owner = [place for place, item in enumerate(items) for _ in item.captions]
     text_embeds = _stored_texts(run, texts)
     image_embeds = {mode: _stored_images(run, mode) for mode in run.modes}
-    number = {text: place for place, text in enumerate(texts)}
-    texts_of = [sorted({number[text] for text in item.captions}) for item in items]
-    images_of: list[list[int]] = [[] for _ in texts]
-    for place, own in enumerate(texts_of):
-        for text in own:
-            images_of[text].append(place)
+    places: dict[str, list[int]] = {}
+    for place, text in enumerate(texts):
+        places.setdefault(text, []).append(place)
+    texts_of = [sorted({place for text in item.captions for place in places[text]}) for item in items]
+    images_of = [[image] for image in owner]
     scale = float(run.model.logit_scale.exp()) if run.options.get("dual_softmax") else None
     sides = {"image_to_text": (0, 1, texts_of), "text_to_image": (1, 0, images_of)}
     ranks: dict[str, torch.Tensor] = {}
@@ -87,21 +89,22 @@ def measure_retrieval(run: TaskRun) -> dict[str, dict[str, Any]]:
             of_whole[f"{mode}/{side}/hubness"] = {"value": value, "samples": len(matches)}
     if run.options.get("rerank"):
         ranks |= reranked(run, image_embeds["InternVL-G"], text_embeds, texts, sides)
-    _write_samples(run, ranks, number)
+    _write_samples(run, ranks)
     return of_whole
 
 
-def _write_samples(run: TaskRun, ranks: Mapping[str, torch.Tensor], number: Mapping[str, int]) -> None:
-    """Writes a sample for every image and every caption; equal captions have equal ranks."""
+def _write_samples(run: TaskRun, ranks: Mapping[str, torch.Tensor]) -> None:
+    """Writes a sample for every image and every caption."""
 
     def scores(side: str, place: int) -> dict[str, float]:
         own = {name: of_side for name, of_side in ranks.items() if name.endswith(side)}
         return {f"{name}/R@{k}": float(of_side[place] < k) for name, of_side in own.items() for k in CUTS}
 
+    number = count()
     for place, item in enumerate(run.data.items):
         rows = [(f"image_to_text/{item.name}", "image_to_text", place, item.captions[0])]
         rows += [
-            (f"text_to_image/{item.name}/{turn}", "text_to_image", number[text], text)
+            (f"text_to_image/{item.name}/{turn}", "text_to_image", next(number), text)
             for turn, text in enumerate(item.captions)
         ]
         for name, side, query, text in rows:

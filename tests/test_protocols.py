@@ -268,6 +268,21 @@ def test_retrieval_equals_a_slow_evaluation_by_hand(data, model_and_processor, t
     assert not list(tmp_path.glob("*.features"))  # embeddings go when the report is there
 
 
+def test_a_caption_of_two_images_finds_its_own_only_and_either_image_finds_it(data, tmp_path):
+    """As published for captions; which of two equal captions an image finds is chance."""
+    images = [f"COCO_val2014_{number:012d}.jpg" for number in range(2)]
+    rows = [{"image": image, "caption": "the same words"} for image in images]
+    place = data / "mscoco_captions" / "val2014"
+    for image in images:
+        (tmp_path / image).symlink_to(place / image)
+    (tmp_path / "own.json").write_text(json.dumps(rows))
+    call = ["retrieval", str(ROOT), *MODEL, "--mode", "InternVL-C", "--output", str(tmp_path / "report.json")]
+    assert main([*call, "--data", str(tmp_path / "own.json")]) == 0
+    metrics = read_report(tmp_path / "report.json")["metrics"]
+    assert metrics["InternVL-C/text_to_image/R@1"]["value"] == 0.5
+    assert metrics["InternVL-C/image_to_text/R@1"]["value"] == 1
+
+
 def test_candidates_are_ordered_again_by_matching(data, tmp_path):
     report = evaluate("retrieval", data, "xtd-en", tmp_path / "report.json", "--rerank", "2")
     assert "InternVL-G+ITM/image_to_text/R@1" in report["metrics"]
