@@ -1,4 +1,5 @@
-"""Search over many vectors: recall@10, bytes and time of narrow vectors and indexes, against whole ones in float32.
+"""Search over many vectors: recall@10, bytes and time of narrow vectors and indexes, against whole ones in float32;
+and what several vectors for an image find that one does not.
 
 Two sets of a million vectors are searched by vectors drawn in the same way: with a spectrum that decays, as those of
 trained models have, and without any structure, which is the hardest there is: all neighbours are nearly as far.
@@ -11,15 +12,23 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
+from transformers import AutoModel, AutoProcessor
 
+from internvl.evaluation.embeddings import embed_images, embed_texts
+from internvl.evaluation.generated import held_out_scenes
+from internvl.evaluation.multi_vectors import embed_queries
 from internvl.evaluation.vectors.files import Description, EmbeddingFolder
-from internvl.evaluation.vectors.indexes import StoredVectors, search_vectors
+from internvl.evaluation.vectors.indexes import StoredVectors, max_similarity, search_vectors
 from internvl.evaluation.vectors.quantization import quantize
 from internvl.evaluation.vectors.sources import EmbeddedItem
+from internvl.synthetic.captions import caption
+from internvl.synthetic.scenes import draw_scene
 
 from .harness import Options, Row, interleave, row_of
 
 
+BUNDLED = Path(__file__).parents[1] / "internvl_g"
 COUNT, SIZE = 1_000_000, 768
 BLOCK = 2**15
 NUM_QUERIES = 100
@@ -36,6 +45,9 @@ SEARCHES = (
     ("signs, 40 candidates each compared in float16", "float16", "binary", 40, 0.9),
     ("signs alone", "binary", "binary", 40, None),
 )
+
+
+NUM_SCENES = 300
 
 
 def draw_vectors(decay: float) -> Iterator[np.ndarray]:
@@ -70,6 +82,7 @@ def bytes_of(vectors: StoredVectors, index: str, candidates: int) -> int:
 
 def rows(options: Options) -> Iterator[Row]:
     """Recall, bytes and time of every search, on each set of vectors. The work is always the CPU's."""
+    yield from part_rows()
     options = Options("cpu", options.at_most(3).rounds)
     for name, decay in DECAY.items():
         with TemporaryDirectory() as folder:
@@ -108,3 +121,36 @@ def _rows_of_set(folder: Path, name: str, decay: float, options: Options) -> Ite
                 interleave(calls, options, warmups=1),
                 queries=number,
             )
+
+
+# --------------------------------------------------------------------------------------- several vectors for an image
+def part_rows() -> Iterator[Row]:
+    """One vector for each query of the bundled InternVL-G against one for the image, over generated scenes.
+
+    Phrases name one object, such as "a red star"; right is every scene that has it. Captions name all that there is.
+    """
+    model = AutoModel.from_pretrained(BUNDLED, dtype="float32").eval()
+    processor = AutoProcessor.from_pretrained(BUNDLED)
+    scenes = held_out_scenes(NUM_SCENES)
+    images = [draw_scene(scene) for scene in scenes]
+    one = embed_images(model, processor, images, "InternVL-G", 32)[:, None]
+    sets = torch.cat(
+        [embed_queries(model, processor, images[start : start + 32]) for start in range(0, len(images), 32)]
+    )
+    shown = [{(item.colour, item.value) for item in scene.objects if item.kind == "shape"} for scene in scenes]
+    phrases = {f"a {colour} {shape}": (colour, shape) for colour, shape in sorted(set().union(*shown))}
+    is_right = np.array([[wanted in of_scene for of_scene in shown] for wanted in phrases.values()])
+    captions = [caption(scene) for scene in scenes]
+    for name, texts, right in (
+        (f"{len(phrases)} phrases of one object", list(phrases), is_right),
+        (f"{len(captions)} captions", captions, np.eye(len(captions), dtype=bool)),
+    ):
+        embeds = embed_texts(model, processor, texts)[:, None].numpy()
+        first = [max_similarity(embeds, vectors.numpy()).argmax(axis=1) for vectors in (one, sets)]
+        of_one, of_sets = (float(right[np.arange(len(texts)), rows].mean()) for rows in first)
+        yield Row(
+            f"{name}, {len(scenes)} scenes: first image right by a vector for each query, against one vector",
+            of_sets / of_one if of_one else None,
+            details={"one": of_one, "sets": of_sets},
+            skipped=None if of_one else "one vector finds none",
+        )

@@ -22,7 +22,7 @@ class Hit:
     """What was found.
 
     Args:
-        score: Cosine with the query; after re-ranking, the probability that both match.
+        score: Cosine with the query; after re-ranking, the probability that both match is added to it, as in BLIP-2.
         id: Of the row.
         path: File or address of the image, or of the text; its place in a shard.
         text: That of the row, if it has one.
@@ -126,9 +126,9 @@ class Searcher:
         return [Hit(float(score), **item) for score, item in zip(scores[0], items, strict=True)]
 
     def _ordered(self, hits: list[Hit], images: list[Image.Image], texts: list[str]) -> list[Hit]:
-        """Puts the first hits, one for each text, in the order of how likely image and text match."""
-        scores = matching_scores(self._embedder.model, self._embedder.processor, images, texts).tolist()
-        scored = [replace(hit, score=score) for hit, score in zip(hits, scores, strict=False)]
+        """Puts the first hits, one for each text, in order by how likely image and text match, too."""
+        matches = matching_scores(self._embedder.model, self._embedder.processor, images, texts).tolist()
+        scored = [replace(hit, score=hit.score + match) for hit, match in zip(hits, matches, strict=False)]
         return sorted(scored, key=lambda hit: -hit.score) + hits[len(scored) :]
 
 

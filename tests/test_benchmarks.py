@@ -49,7 +49,7 @@ TINY = {
     },
     "loading": {"VISION": VISION, "TEXT": TEXT, "SHARD": "50KB"},
     "memory": {"VISION": VISION, "TEXT": TEXT},
-    "search": {"COUNT": 300, "SIZE": 32, "BLOCK": 128, "NUM_QUERIES": 5},
+    "search": {"COUNT": 300, "SIZE": 32, "BLOCK": 128, "NUM_QUERIES": 5, "NUM_SCENES": 3},
 }
 FULL_SIZE = full_size.FullSizes(
     vision=VISION,

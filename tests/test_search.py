@@ -1,15 +1,15 @@
 """Search over embeddings: whole, in 8 bits and by signs, of sets of vectors, by texts and images, re-ranked."""
 
-import argparse
 import json
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from internvl.console import exit_status
-from internvl.evaluation import embed, search
+from internvl.evaluation.__main__ import main
 from internvl.evaluation.embeddings import embed_images, embed_texts
 from internvl.evaluation.indexing import ModelPlace
 from internvl.evaluation.matching import matching_scores, matching_texts
@@ -150,14 +150,18 @@ def test_the_matching_head_orders_the_best_again(tmp_path):
     searcher = Searcher(folder, model(), processor())
     plain = searcher.by_text(CAPTIONS[0], top=5)
     best = [int(hit.path[-5]) for hit in plain[:3]]
-    scores = matching_scores(model(), processor(), [images()[n] for n in best], [CAPTIONS[0]] * 3, batch_size=2)
-    order = scores.argsort(descending=True).tolist()
+    matches = matching_scores(model(), processor(), [images()[n] for n in best], [CAPTIONS[0]] * 3, batch_size=2)
+    scores = [hit.score + match for hit, match in zip(plain, matches.tolist(), strict=False)]
+    order = sorted(range(3), key=lambda place: -scores[place])
+    assert order != [0, 1, 2]
     again = searcher.by_text(CAPTIONS[0], top=5, rerank=3)
     assert [hit.path for hit in again] == [plain[n].path for n in order] + [hit.path for hit in plain[3:]]
-    assert [hit.score for hit in again[:3]] == pytest.approx(scores.sort(descending=True).values.tolist(), abs=1e-5)
+    assert [hit.score for hit in again[:3]] == pytest.approx(sorted(scores, reverse=True), abs=1e-5)
+    plain = {hit.text: hit.score for hit in searcher.by_image(images()[1], "text", top=5)}
     (hit,) = searcher.by_image(images()[1], "text", top=1, rerank=5)
-    of_image = matching_scores(model(), processor(), images()[1:2], CAPTIONS)
-    assert (hit.text, hit.score) == (CAPTIONS[of_image.argmax()], pytest.approx(of_image.max().item(), abs=1e-5))
+    matches = matching_scores(model(), processor(), images()[1:2], CAPTIONS).tolist()
+    scores = {text: plain[text] + match for text, match in zip(CAPTIONS, matches, strict=True)}
+    assert (hit.text, hit.score) == (max(scores, key=scores.get), pytest.approx(max(scores.values()), abs=1e-5))
     with pytest.raises(ValueError, match="compares an image with texts"):
         searcher.by_image(images()[1], "image", rerank=2)
 
@@ -181,10 +185,7 @@ def test_what_lies_in_shards_cannot_be_looked_at_again(tmp_path):
 
 # --------------------------------------------------------------------------------------------------- the command lines
 def command(module, *words) -> int:
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    options = parser.parse_args([str(word) for word in words])
-    return exit_status(lambda: module.run(options))
+    return main([module, *map(str, words)])
 
 
 @pytest.fixture
@@ -197,15 +198,51 @@ def model_folder(tmp_path):
 def test_a_folder_is_embedded_and_searched_by_commands(model_folder, tmp_path, capsys):
     data, output = image_folder(tmp_path / "images"), tmp_path / "out"
     words = ["--mode", "G", "--precision", "int8", "--batch-size", "2", "--rows-per-file", "2"]
-    assert command(embed, model_folder, "--data", data, "--output", output, *words) == 0
+    assert command("embed", model_folder, "--data", data, "--output", output, *words) == 0
     assert capsys.readouterr().out == f"{output}: 5 images, 5 texts\n"
-    assert command(search, output, "--text", CAPTIONS[1], "--among", "texts", "--top", "2") == 0
+    assert command("search", output, "--text", CAPTIONS[1], "--among", "texts", "--top", "2") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert lines[0] == f"1.0000\t{data / '1.txt'}\t{CAPTIONS[1]}".replace("1.txt", "1.png")
-    assert command(search, output, "--image", data / "3.png", data / "4.png", "--top", "1", "--json") == 0
+    assert command("search", output, "--image", data / "3.png", data / "4.png", "--top", "1", "--json") == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(row["rank"], row["path"]) for row in found] == [(1, str(data / "3.png")), (1, str(data / "4.png"))]
+
+
+@pytest.mark.slow
+def test_two_processes_of_accelerate_embed_what_one_does(model_folder, tmp_path, capsys):
+    words = [
+        "embed",
+        model_folder,
+        "--data",
+        image_folder(tmp_path / "images"),
+        "--rows-per-file",
+        1,
+        "--mode",
+        "queries",
+    ]
+    assert main([*map(str, words), "--output", str(tmp_path / "one")]) == 0
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "internvl.evaluation", *words]
+    done = subprocess.run(
+        [*map(str, launch), "--output", tmp_path / "two"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{tmp_path / 'two'}: 5 images, 5 texts" in done.stdout
+    one, two = (EmbeddingFolder(tmp_path / name) for name in ("one", "two"))
+    two.check_is_finished()
+    for side in ("image", "text"):
+        stored = [[values for _, _, values in folder.read(side)] for folder in (one, two)]
+        assert np.array_equal(*map(np.concatenate, stored))
 
 
 @pytest.mark.parametrize(
@@ -223,7 +260,7 @@ def test_embedding_what_cannot_be_is_one_line_before_a_model_is_loaded(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ModelPlace, "load", lambda *_: pytest.fail("loaded"))
     image_folder(tmp_path / "images")
-    assert command(embed, model_folder, "--data", "images", "--output", "out", *words) == 2
+    assert command("embed", model_folder, "--data", "images", "--output", "out", *words) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -245,7 +282,7 @@ def test_searching_what_is_not_there_is_one_line_before_a_model_is_loaded(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ModelPlace, "load", lambda *_: pytest.fail("loaded"))
     embedded([image_folder(tmp_path / "images")], tmp_path / "out", sides=("image",))
-    assert command(search, *words) == 2
+    assert command("search", *words) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
