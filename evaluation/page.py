@@ -10,15 +10,17 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from PIL import Image
-
-from .html_files import data_address, write_html
 from .reports import Report, read_report, samples_file
-from .sample_images import SampleImages
 from .samples import Sample, read_samples, values_by_metric
+
+
+if TYPE_CHECKING:  # `--help` and a report that is not there need no torch
+    from PIL import Image
+
+    from .sample_images import SampleImages
 
 
 WAYS = ("embed", "link", "none")
@@ -42,10 +44,12 @@ def run(options: argparse.Namespace) -> None:
     """Writes the page of a report."""
     output = options.output or options.report.with_suffix(".html")
     report, samples = report_and_samples(options.report)
+    from .sample_images import SampleImages
+
     images = SampleImages({**report["settings"], "task": report["task"]}, options.report.parent, options.data)
     maps = {}
     if options.look:
-        from .look import drawer
+        from .map_drawing import drawer
 
         maps = _maps(worst(samples, options.look_limit), images, drawer(options.look, options.subfolder))
     write_page(report, samples, images, output, options.images, maps)
@@ -55,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
 def write_page(
     report: Report,
     samples: Sequence[Sample],
-    images: SampleImages,
+    images: "SampleImages",
     output: Path,
     way: str = "embed",
     maps: Mapping[str, str] = MappingProxyType({}),
@@ -70,6 +74,8 @@ def write_page(
         way: One of `WAYS`: small copies of images in the page, links to the files, or none.
         maps: Addresses of further images, by the ids of samples.
     """
+    from .html_files import write_html
+
     sources = {} if way == "none" else _sources(samples, images, way == "link", output.parent)
     write_html(output, title=title_of(report), **_header(report), data=_data(samples, sources, maps))
 
@@ -94,6 +100,12 @@ def worst(samples: Sequence[Sample], limit: int) -> list[Sample]:
     metric = next(iter(values_by_metric(samples)), None)
     scored = [sample for sample in samples if metric in sample["scores"]]
     return sorted(scored, key=lambda sample: sample["scores"][metric])[:limit]
+
+
+def image_name(sample: Sample) -> str:
+    """The name of a sample's image; samples about one image share it."""
+    image = sample.get("image")
+    return image if isinstance(image, str) else str(sample.get("cluster", sample["id"]))
 
 
 def title_of(report: Report) -> str:
@@ -129,7 +141,7 @@ def _data(samples: Sequence[Sample], sources: Mapping[str, str], maps: Mapping[s
     rows = [
         {
             "id": sample["id"],
-            "image": place.get(SampleImages.name_of(sample)),
+            "image": place.get(image_name(sample)),
             "map": maps.get(sample["id"]),
             "scores": sample["scores"],
             "fields": {name: value for name, value in sample.items() if name not in NOT_FIELDS},
@@ -139,12 +151,13 @@ def _data(samples: Sequence[Sample], sources: Mapping[str, str], maps: Mapping[s
     return {"samples": rows, "images": list(sources.values()), "metrics": list(values_by_metric(samples))}
 
 
-def _sources(samples: Iterable[Sample], images: SampleImages, is_linked: bool, folder: Path) -> dict[str, str]:
+def _sources(samples: Iterable[Sample], images: "SampleImages", is_linked: bool, folder: Path) -> dict[str, str]:
     """The addresses of the images of samples, by their names; those that are not there are left out."""
     from .embeddings import batches
+    from .html_files import data_address
 
     found = {}
-    for (name,) in batches(list(dict.fromkeys(map(SampleImages.name_of, samples))), 1, "reading images"):
+    for (name,) in batches(list(dict.fromkeys(map(image_name, samples))), 1, "reading images"):
         path = images.file_of(name) if is_linked else None
         if path is not None:
             found[name] = quote(Path(os.path.relpath(path, folder)).as_posix())
@@ -154,14 +167,15 @@ def _sources(samples: Iterable[Sample], images: SampleImages, is_linked: bool, f
 
 
 def _maps(
-    samples: Sequence[Sample], images: SampleImages, draw: Callable[[Image.Image, Sample], Image.Image | None]
+    samples: Sequence[Sample], images: "SampleImages", draw: "Callable[[Image.Image, Sample], Image.Image | None]"
 ) -> dict[str, str]:
     """The addresses of what is drawn over the images of samples, by their ids."""
     from .embeddings import batches
+    from .html_files import data_address
 
     found = {}
     for (sample,) in batches(samples, 1, "drawing maps"):
-        image = images.read(SampleImages.name_of(sample))
+        image = images.read(image_name(sample))
         drawn = None if image is None else draw(image, sample)
         if drawn is not None:
             found[sample["id"]] = data_address(drawn)

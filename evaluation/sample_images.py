@@ -12,7 +12,6 @@ from .data.items import Item
 from .data.opening import open_data
 from .generated import image_named
 from .protocols.protocol import find_protocol
-from .samples import Sample
 
 
 class SampleImages:
@@ -40,12 +39,6 @@ class SampleImages:
             return {item.name: item for item in open_data(find_protocol(protocol, task), self.data, None).items}
         except (OSError, ValueError):
             return {}
-
-    @staticmethod
-    def name_of(sample: Sample) -> str:
-        """The name of a sample's image; samples about one image share it."""
-        image = sample.get("image")
-        return image if isinstance(image, str) else str(sample.get("cluster", sample["id"]))
 
     def file_of(self, name: str) -> Path | None:
         """The file of an image; None if it is in none of its own, or not there."""

@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from ..evaluation.attention_maps import answer_maps, caption_maps
-from ..evaluation.look import drawn_over, sheet_of
+from ..evaluation.map_drawing import drawn_over, sheet_of
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageChops
 from transformers import AutoModel, AutoProcessor
 
+from internvl.evaluation import look
 from internvl.evaluation.__main__ import main
 from internvl.evaluation.attention_maps import (
     SCORES,
@@ -29,7 +30,7 @@ from internvl.evaluation.attention_maps import (
     words_of_tokens,
 )
 from internvl.evaluation.generated import image_named
-from internvl.evaluation.look import cells_of, drawn_over, sheet_of
+from internvl.evaluation.map_drawing import cells_of, drawn_over, sheet_of
 from internvl.evaluation.pointing import (
     chance,
     evaluate_pointing,
@@ -418,6 +419,11 @@ def test_the_command_draws_a_picture_or_a_page(root, tmp_path, capsys):
     arabic = ["look", str(root), str(star), "--subfolder", "internvl_g", "--language", "ar", "--output", str(page)]
     assert main(arabic) == 0
     assert "نجمة" in page.read_text(encoding="utf-8")
+
+
+def test_the_command_offers_every_language_of_captions():
+    """They are written out, because the table needs Pillow."""
+    assert tuple(LANGUAGES) == look.LANGUAGES
 
 
 @pytest.mark.parametrize(
