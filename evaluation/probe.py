@@ -127,7 +127,7 @@ def tower_features(tower: Any, pixel_values: torch.Tensor, pooling: str) -> torc
     tokens = tower(pixel_values.to(tower.device), return_dict=True).last_hidden_state
     if pooling == "attention":
         return tokens
-    return torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)
+    return torch.cat([tokens[:, 0], tokens[:, 1:].float().mean(dim=1).to(tokens.dtype)], dim=1)
 
 
 class FeatureSource:

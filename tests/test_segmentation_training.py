@@ -1,6 +1,7 @@
 """Training of segmentation heads: recipes, learning rates, distortions, a run, and the published UperNet."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,17 @@ def test_what_learns_is_what_the_method_says(method, head, tower):
     assert torch.equal(found[name], expected[name])
     assert found["embeddings.position_embedding"].shape[1] == 1 + 36**2  # for 504 pixels
     assert model.config.id2label == dict(enumerate(NAMES))
+
+
+@pytest.mark.parametrize("method", ["linear", "full"])
+def test_a_model_for_images_of_another_size_is_saved_and_loaded(method, tower, tmp_path):
+    model = build_segmenter(replace(segmentation_recipe(method), image_size=84), tower, NAMES).eval()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path).eval()
+    image = tiny.pixels(1, 84, 84)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(image).logits, model(image).logits)
+    assert getattr(loaded.config, "backbone_config", loaded.config).image_size == 84
 
 
 def test_layers_learn_at_the_published_rates(tower):

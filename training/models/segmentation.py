@@ -63,6 +63,7 @@ def _build_upernet(folder: str | Path, labels: dict[int, str], settings: dict[st
     with torch.device("meta"):  # its own backbone, of random weights, would fill the memory a second time
         model: Any = UperNetForSemanticSegmentation(upernet_config(config, UPERNET_CHANNELS, labels))
     model.backbone = InternViTBackbone.from_pretrained(folder, config=config, dtype=torch.float32)
+    model.config.backbone_config = model.backbone.config  # the image size may change
     for head in (model.decode_head, model.auxiliary_head):
         head.to_empty(device="cpu")
         # As in mmsegmentation; transformers' head has none.
