@@ -103,6 +103,7 @@ def measure_card(options: argparse.Namespace) -> int:
 
     from .card import card
     from .data.opening import open_data, protocols_below
+    from .harness_results import benchmark_commands, read_harness_results
 
     protocols = protocols_below(options.data)
     if not protocols:
@@ -122,10 +123,10 @@ def measure_card(options: argparse.Namespace) -> int:
         loaded = partial(load, "segmentation" if protocol.task == "segmentation" else "")
         reports.append(_measured(protocol, data, loaded, options, folder / f"{protocol.name}.json"))
     for path in options.harness_results or ():
-        from .harness_results import read_harness_results
-
         reports += read_harness_results(path)
     print(card(reports))  # noqa: T201
+    if kind_of(check_kind(options.model, *KINDS["probe"], door="a card", subfolder=options.subfolder)) == "chat":
+        print(benchmark_commands(options.model), file=sys.stderr)  # noqa: T201
     return 0
 
 

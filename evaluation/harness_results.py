@@ -12,7 +12,7 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,19 +81,33 @@ class Benchmark:
     note: str = ""
     scale: float = 100.0
 
-    def command(self, model: str | Path, output: str = "results") -> str:
-        """Returns the command that measures a chat model."""
-        settings = f"pretrained={model},trust_remote_code=True"
-        rest = f"--tasks {self.task} --batch_size 1 --log_samples --output_path {shlex.quote(output)}"
-        if self.harness == "lm-eval":
-            settings = shlex.quote(f"{settings},max_images=8")
-            return f"lm_eval run --model hf-multimodal --model_args {settings} --apply_chat_template {rest}"
-        return f"python -m lmms_eval --model huggingface --model_args {shlex.quote(settings)} {rest}"
-
 
 def harness_benchmarks() -> list[Benchmark]:
     """Returns the benchmarks of `harnesses/benchmarks.json`."""
     return [Benchmark(**row) for row in json.loads(BENCHMARKS_FILE.read_text(encoding="utf-8"))]
+
+
+def harness_command(harness: str, tasks: Sequence[str], model: str | Path, output: str | Path = "results") -> str:
+    """Returns the command with which "lm-eval" or "lmms-eval" measures a chat model on tasks of its own."""
+    settings = f"pretrained={model},trust_remote_code=True"
+    rest = f"--tasks {','.join(tasks)} --batch_size 1 --log_samples --output_path {shlex.quote(str(output))}"
+    if harness == "lm-eval":
+        settings = shlex.quote(f"{settings},max_images=8")
+        return f"lm_eval run --model hf-multimodal --model_args {settings} --apply_chat_template {rest}"
+    return f"python -m lmms_eval --model huggingface --model_args {shlex.quote(settings)} {rest}"
+
+
+def benchmark_commands(model: str | Path) -> str:
+    """Returns what to run for the benchmarks of chat models, and how to show the results: a line each."""
+    lines = []
+    by_harness: dict[str, list[Benchmark]] = {}
+    for benchmark in harness_benchmarks():
+        by_harness.setdefault(benchmark.harness, []).append(benchmark)
+    for harness, benchmarks in by_harness.items():
+        names = ", ".join(benchmark.name for benchmark in benchmarks)
+        lines += [f"{names}: by {harness}, whose results --harness-results FILE shows here", "  "]
+        lines[-1] += harness_command(harness, [benchmark.task for benchmark in benchmarks], model)
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------------------- results
@@ -395,7 +409,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 __all__ = [
     "Benchmark",
+    "benchmark_commands",
     "harness_benchmarks",
+    "harness_command",
     "read_harness_results",
     "read_harness_samples",
     "samples_beside",

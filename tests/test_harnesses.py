@@ -2,23 +2,26 @@
 write. What runs in environments of their own is in tests/engines.
 """
 
+import importlib
 import json
 import re
 import sys
 from functools import partial
 from pathlib import Path
 from random import Random
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 from PIL import Image
 
-from internvl.evaluation import harness_results
 from internvl.evaluation.card import card_rows
 from internvl.evaluation.embeddings import embed_images, embed_texts
 from internvl.evaluation.harness_results import (
+    benchmark_commands,
     harness_benchmarks,
+    harness_command,
     main,
     paper_configuration,
     read_harness_results,
@@ -191,6 +194,85 @@ def test_the_command_adds_the_model_type_to_that_of_clip_benchmark(monkeypatch):
     assert arguments == ["eval", "--model_type", "internvl", "--no_amp"]
     assert types == ["open_clip", "internvl"]
     assert load.keywords == {"dtype": "float32"}
+
+
+# ------------------------------------------------------------------------------- our model in MTEB, which is not here
+class Record(dict):
+    """What a class of MTEB was made with."""
+
+    def __init__(self, **arguments):
+        super().__init__(arguments)
+
+
+class Rows(list):
+    """A data loader: batches of a data set with columns."""
+
+    def __init__(self, batches):
+        super().__init__(batches)
+        self.dataset = SimpleNamespace(features=dict.fromkeys(batches[0]))
+
+
+@pytest.fixture
+def in_mteb(monkeypatch):
+    """The adapter over stand-ins for MTEB's classes; tests/engines runs it in MTEB."""
+    task = type("Task", (), {})
+    names = {
+        "": {},
+        ".abstasks": {},
+        ".abstasks.retrieval": {"AbsTaskRetrieval": task},
+        ".abstasks.task_metadata": {"TaskMetadata": Record},
+        ".abstasks.zeroshot_classification": {"AbsTaskZeroShotClassification": task},
+        ".models": {},
+        ".models.abs_encoder": {"AbsEncoder": object},
+        ".models.model_meta": {"ModelMeta": Record},
+    }
+    for name, content in names.items():
+        module = ModuleType(f"mteb{name}")
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, f"mteb{name}", module)
+    adapter = "internvl.evaluation.harnesses.mteb"
+    yield importlib.import_module(adapter)
+    sys.modules.pop(adapter)
+
+
+@pytest.mark.parametrize("mode", ["InternVL-C", "InternVL-G"])
+def test_mteb_gets_the_embeddings_of_this_package(mode, in_mteb, checkpoint):
+    meta = in_mteb.internvl_meta(checkpoint, mode)
+    assert meta["name"] == f"internvl/{checkpoint.name}"
+    assert meta["embed_dim"] == 12
+    encoder = meta["loader"](meta["name"], revision="local", **meta["loader_kwargs"], **meta["experiment_kwargs"])
+    images, texts = [*few_images(5)], ["a star", "7", "a ring", "the digit one", "a red ring"]
+    batches = [{"image": images[:3], "text": texts[:3]}, {"image": images[3:], "text": texts[3:]}]
+    of_images = embed_images(tiny_model(), tiny_processor(), images, mode)
+    of_texts = embed_texts(tiny_model(), tiny_processor(), texts)
+    for columns, expected in ((["image"], of_images), (["text"], of_texts), (["image", "text"], of_images + of_texts)):
+        rows = Rows([{column: batch[column] for column in columns} for batch in batches])
+        found = encoder.encode(rows, batch_size=2, task_metadata=None, hf_split="test", hf_subset="default")
+        torch.testing.assert_close(found, unit(expected))
+    with pytest.raises(ValueError, match="embeds texts and images, but the task has audio"):
+        encoder.encode(Rows([{"audio": []}]))
+    with pytest.raises(ValueError, match="`mode` is one of InternVL-C, InternVL-G"):
+        in_mteb.internvl_meta(checkpoint, "InternVL-D")
+
+
+def test_tasks_of_mteb_over_own_images(in_mteb, tmp_path):
+    paths = [tmp_path / f"{n}.png" for n in range(3)]
+    for path, image in zip(paths, few_images(3), strict=True):
+        image.save(path)
+    captions = [["a", "b"], ["c"], ["d"]]
+    task = in_mteb.ImageTextRetrieval("Own", paths, captions, to="text")
+    split = task.dataset["default"]["test"]
+    assert split["queries"]["id"] == ["image0", "image1", "image2"]
+    assert split["queries"][0]["image"].size == (60, 70)
+    assert split["corpus"]["text"] == ["a", "b", "c", "d"]
+    assert split["relevant_docs"]["image0"] == {"text0-0": 1, "text0-1": 1}
+    split = in_mteb.ImageTextRetrieval("Own", paths, captions, to="image").dataset["default"]["test"]
+    assert split["relevant_docs"] == {f"text{n}-{k}": {f"image{n}": 1} for n, k in ((0, 0), (0, 1), (1, 0), (2, 0))}
+    task = in_mteb.ImageClassification("Own", [*few_images(3)], [0, 1, 1], ["a star", "a ring"])
+    assert task.dataset["test"]["label"] == [0, 1, 1]
+    assert task.get_candidate_labels() == ["a star", "a ring"]
+    with pytest.raises(ValueError, match='`to` is "text" or "image"'):
+        in_mteb.ImageTextRetrieval("Own", paths, captions, to="video")
 
 
 def test_a_harness_that_is_not_there_is_one_line_that_says_how_to_install_it():
@@ -399,13 +481,14 @@ def test_a_line_that_is_no_sample_is_named(line, tmp_path):
 def test_benchmarks_have_a_command_with_the_harnesss_name_of_the_task():
     benchmarks = {benchmark.name: benchmark for benchmark in harness_benchmarks()}
     assert {"VQAv2", "GQA", "TextVQA", "MME, perception", "POPE", "DocVQA", "MMMU"} <= benchmarks.keys()
-    command = benchmarks["MME, perception"].command("a folder")
-    assert command.startswith("python -m lmms_eval --model huggingface --model_args 'pretrained=a folder,")
-    assert "--tasks mme " in command
+    first, command = benchmark_commands("a folder").splitlines()
+    assert "MME, perception, POPE" in first
+    assert command.startswith("  python -m lmms_eval --model huggingface --model_args 'pretrained=a folder,")
+    assert ",mme,pope," in command
     assert benchmarks["MME, perception"].published["QLLaMA, Vicuna-13B, 336 px"] == 1586.4
     names = {name for benchmark in benchmarks.values() for name in benchmark.published if benchmark.table == "table 9"}
     assert all(re.fullmatch(r"(MLP|QLLaMA), Vicuna-(7B|13B), \d+ px", name) for name in names)
-    in_lm_eval = harness_results.Benchmark("MMMU", "lm-eval", "mmmu_val", "acc").command("M")
+    in_lm_eval = harness_command("lm-eval", ["mmmu_val"], "M")
     assert in_lm_eval.startswith("lm_eval run --model hf-multimodal --model_args pretrained=M,")
 
 
