@@ -92,7 +92,8 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
     for name, task in TASKS.items():
         where = " on generated scenes, or with --data on yours" if task.takes_data else " on generated scenes"
-        command = tasks.add_parser(name, help=task.summary, description=f"Measures {task.summary}{where}.")
+        summary = f"the former name of {OLD_NAMES[name]}" if name in OLD_NAMES else task.summary
+        command = tasks.add_parser(name, help=summary, description=f"Measures {task.summary}{where}.")
         _add_model(command)
         for option, default in {"seed": 0, **task.numbers}.items():
             flag = f"--{option.replace('_', '-')}"

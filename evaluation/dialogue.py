@@ -133,8 +133,9 @@ def evaluate_dialogue(
     numbers = range(questions)
     small = [number for number in numbers if QUESTION_KINDS[number % len(QUESTION_KINDS)] == SMALL_TEXT]
     ask = partial(_ask_generated, model, processor, seed=seed, batch_size=batch_size, log=log)
+    whole = _summary(ask(numbers, ACCURACY))
     blurred = _summary(ask(small, "one_tile", "/one_tile", max_num=1))
-    return {**_summary(ask(numbers, ACCURACY)), "small_text_one_tile": blurred["by_kind"].get(SMALL_TEXT)}
+    return {**whole, "small_text_one_tile": blurred["by_kind"].get(SMALL_TEXT)}
 
 
 def report_dialogue(
