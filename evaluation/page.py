@@ -128,7 +128,12 @@ def _header(report: Report) -> dict[str, Any]:
         for name, metric in report["metrics"].items()
     ]
     lines = [f"{key}: {report[key]}" for key in ("task", "protocol") if report.get(key)]
-    return {"metrics": rows, "lines": lines, "settings": list(report["settings"].items())}
+    return {
+        "metrics": rows,
+        "published": any(row["published"] for row in rows),
+        "lines": lines,
+        "settings": list(report["settings"].items()),
+    }
 
 
 def _number(value: Any) -> str:
@@ -144,11 +149,19 @@ def _data(samples: Sequence[Sample], sources: Mapping[str, str], maps: Mapping[s
             "image": place.get(image_name(sample)),
             "map": maps.get(sample["id"]),
             "scores": sample["scores"],
-            "fields": {name: value for name, value in sample.items() if name not in NOT_FIELDS},
+            "fields": _fields(sample),
         }
         for sample in samples
     ]
     return {"samples": rows, "images": list(sources.values()), "metrics": list(values_by_metric(samples))}
+
+
+def _fields(sample: Sample) -> dict[str, Any]:
+    """What is shown of a sample beside its id, image and scores; not its cluster where that is its image."""
+    fields = {name: value for name, value in sample.items() if name not in NOT_FIELDS}
+    if fields.get("cluster") in (image_name(sample), sample["id"]):
+        del fields["cluster"]
+    return fields
 
 
 def _sources(samples: Iterable[Sample], images: "SampleImages", is_linked: bool, folder: Path) -> dict[str, str]:

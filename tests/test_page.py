@@ -145,6 +145,12 @@ def test_the_page_needs_nothing_from_elsewhere(folder):
     assert not re.findall(r"https?://|@import|url\(", text)
 
 
+def test_published_figures_stand_beside_ours(folder, tmp_path):
+    write(report_in(tmp_path, [sample(1)], published={"accuracy": 0.832}), tmp_path / "own.html")
+    assert "<td>0.832</td>" in (tmp_path / "own.html").read_text(encoding="utf-8")
+    assert ">published<" not in (folder / "own.html").read_text(encoding="utf-8")  # it has none
+
+
 def test_images_are_in_the_page_once_and_small(folder):
     _, data, _ = read(folder / "own.html")
     assert len(data["images"]) == 5
