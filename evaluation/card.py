@@ -15,19 +15,25 @@ def card_rows(report: Report) -> list[tuple[str, ...]]:
 
     A published figure stands beside ours only where it was measured in the same way; what differs is said.
     """
-    published = report.get("published") or {}
     rows = []
     for name, metric in report["metrics"].items():
-        mode, _, own = name.partition("/")
-        figure = published[mode].get(own) if own and mode in published else published.get(name)
+        figure = published_figure(report, name)
         is_shown = name.endswith(ALWAYS_SHOWN) or "harness" in report["settings"]
-        if figure is None and not is_shown:
-            continue
-        rows.append(_row(report, name, metric, figure))
+        if figure is not None or is_shown:
+            rows.append(metric_row(report, name, metric))
     return rows
 
 
-def _row(report: Report, name: str, metric: Mapping[str, Any], figure: float | None) -> tuple[str, ...]:
+def published_figure(report: Report, name: str) -> float | None:
+    """The published figure of a metric, of its mode where it names one."""
+    published = report.get("published") or {}
+    mode, _, own = name.partition("/")
+    return published[mode].get(own) if own and mode in published else published.get(name)
+
+
+def metric_row(report: Report, name: str, metric: Mapping[str, Any]) -> tuple[str, ...]:
+    """Title, metric, our figure with its interval, the published one, and notes of what differs."""
+    figure = published_figure(report, name)
     scale = float(metric.get("scale", 100.0))
     bounds = [scale * bound for bound in metric.get("interval") or ()]
     interval = " to ".join(f"{bound:.1f}" for bound in bounds)

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from .card import metric_row
 from .reports import Report, read_report, samples_file
 from .samples import Sample, read_samples, values_by_metric
 
@@ -115,29 +116,18 @@ def title_of(report: Report) -> str:
 
 
 def _header(report: Report) -> dict[str, Any]:
-    """Figures and settings of a report, as the template takes them."""
-    published = report.get("published") or {}
-    rows = [
-        {
-            "name": name,
-            "value": _number(metric["value"]),
-            "interval": " to ".join(map(_number, metric.get("interval") or ())),
-            "samples": metric.get("samples", ""),
-            "published": _number(published.get(name, "")),
-        }
-        for name, metric in report["metrics"].items()
-    ]
+    """Figures, as on the card, and settings of a report, as the template takes them."""
+    rows = []
+    for name, metric in report["metrics"].items():
+        _, _, value, interval, published, notes = metric_row(report, name, metric)
+        rows.append([name, value, interval, metric.get("samples", ""), published, notes])
     lines = [f"{key}: {report[key]}" for key in ("task", "protocol") if report.get(key)]
     return {
         "metrics": rows,
-        "published": any(row["published"] for row in rows),
+        "has_published": any(row[4] or row[5] for row in rows),
         "lines": lines,
         "settings": list(report["settings"].items()),
     }
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _data(samples: Sequence[Sample], sources: Mapping[str, str], maps: Mapping[str, str]) -> dict[str, Any]:

@@ -145,10 +145,13 @@ def test_the_page_needs_nothing_from_elsewhere(folder):
     assert not re.findall(r"https?://|@import|url\(", text)
 
 
-def test_published_figures_stand_beside_ours(folder, tmp_path):
-    write(report_in(tmp_path, [sample(1)], published={"accuracy": 0.832}), tmp_path / "own.html")
-    assert "<td>0.832</td>" in (tmp_path / "own.html").read_text(encoding="utf-8")
-    assert ">published<" not in (folder / "own.html").read_text(encoding="utf-8")  # it has none
+def test_figures_are_those_of_the_card(folder, tmp_path):
+    samples = [sample(number) for number in range(6)]
+    write(report_in(tmp_path, samples, published={"accuracy": 99.9}), tmp_path / "own.html")
+    text = (tmp_path / "own.html").read_text(encoding="utf-8")
+    cells = [re.sub("<.*?>", "|", line) for line in text.splitlines() if line.startswith("<tr><td>accuracy")]
+    assert re.fullmatch(r"\|+accuracy\|+66\.7\|+[\d.]+ to [\d.]+\|+6\|+99\.9\|+differs\|+", cells[0])
+    assert ">paper<" not in (folder / "own.html").read_text(encoding="utf-8")  # it has none
 
 
 def test_images_are_in_the_page_once_and_small(folder):
