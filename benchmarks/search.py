@@ -42,8 +42,9 @@ SEARCHES = (
     ("float16", "float16", "flat", 0, 0.99),
     ("8-bit index", "float16", "int8", 0, 0.95),
     ("signs, 10 candidates each compared in float16", "float16", "binary", 10, None),
-    ("signs, 40 candidates each compared in float16", "float16", "binary", 40, 0.9),
-    ("signs alone", "binary", "binary", 40, None),
+    ("signs, 40 candidates each compared in float16", "float16", "binary", 40, None),
+    ("signs, 100 candidates each compared in float16", "float16", "binary", 100, 0.95),
+    ("signs alone", "binary", "binary", 100, None),
 )
 
 

@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "are stored)",
     )  # fmt: skip
     parser.add_argument(
-        "--candidates", type=int, default=40, metavar="N",
-        help="with the index binary, compared whole for each that is shown (default: 40)",
+        "--candidates", type=int, default=100, metavar="N",
+        help="with the index binary, compared whole for each that is shown (default: 100)",
     )  # fmt: skip
     parser.add_argument(
         "--rerank", type=int, default=0, metavar="N",

@@ -22,7 +22,7 @@ with extra("search"):
 INDEXES = ("flat", "int8", "binary")
 BLOCK_BYTES = 2**22  # of vectors in float32 that are compared at once: they stay near the core
 TRAINING_ROWS = 100_000  # from which the ranges of the components are taken
-CANDIDATES = 40  # compared again by whole vectors, for each that is wanted, after a search by signs
+CANDIDATES = 100  # compared again by whole vectors, for each that is wanted, after a search by signs
 
 # Scores and rows, both (queries, k), the best first.
 Found = tuple[np.ndarray, np.ndarray]
