@@ -22,7 +22,7 @@ from .caption_scores import (
     tokenize_captions,
 )
 from .captioning import generate_captions
-from .corpus_intervals import interval_of_sums
+from .corpus_intervals import at_most_one, interval_of_sums
 from .reports import metrics_of
 from .runs import TaskRun
 from .samples import SampleLog
@@ -118,7 +118,8 @@ def measure_caption(run: TaskRun) -> dict[str, dict[str, Any]]:
 
 
 def _metrics(run: TaskRun, kind: str, scores: CaptionScores, tokenizer: str) -> dict[str, dict[str, Any]]:
-    found = {name: metric for name, metric in metrics_of(run.log.done.values()).items() if "sentence" not in name}
+    found = metrics_of(run.log.done.values())
+    found |= at_most_one({name: metric for name, metric in found.items() if not name.endswith("CIDEr")})
     found[f"{kind}/BLEU-4"] = {
         "value": scores.bleu_4,
         "interval": list(interval_of_sums(bleu_of_counts, np.asarray(scores.bleu_counts))),

@@ -1,6 +1,7 @@
 """Intervals of figures that are no mean over samples, but are computed from sums over them: BLEU and mean IoU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -35,4 +36,11 @@ def interval_of_sums(
     return float(low), float(high)
 
 
-__all__ = ["interval_of_sums"]
+def at_most_one(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Cuts the intervals of metrics that are shares, whatever their scores are, at 1."""
+    return {
+        name: {**metric, "interval": [min(end, 1.0) for end in metric["interval"]]} for name, metric in metrics.items()
+    }
+
+
+__all__ = ["at_most_one", "interval_of_sums"]

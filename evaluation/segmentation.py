@@ -13,10 +13,11 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel
 
 from ..kinds import check_folder
-from .corpus_intervals import interval_of_sums
+from .corpus_intervals import at_most_one, interval_of_sums
 from .data.ade20k import SegmentedImage
 from .embeddings import batches
 from .metrics import class_areas, class_ious, mean_accuracy, mean_iou, pixel_accuracy
+from .reports import metrics_of
 from .runs import TaskRun
 from .samples import Sample, SampleLog
 from .sliding_window import SlidingWindow, best_classes, fit_to_window, window_scores
@@ -155,7 +156,7 @@ def count_areas(
 def _sample(item: SegmentedImage, areas: np.ndarray) -> Sample:
     """An image with what is seen in it; only classes that are there are listed."""
     present = np.flatnonzero(areas.any(axis=0)).tolist()
-    scores = {"pixel accuracy": float(pixel_accuracy(areas)), "mIoU of the image": float(mean_iou(areas))}
+    scores = {"pixel accuracy of the image": float(pixel_accuracy(areas)), "mIoU of the image": float(mean_iou(areas))}
     return {
         "id": item.name,
         "image": str(item.image),
@@ -174,7 +175,7 @@ def _areas_of(sample: Sample, num_classes: int) -> np.ndarray:
 def measure_segmentation(run: TaskRun) -> dict[str, dict[str, Any]]:
     """Segments the images of a data set in the layout of ADE20K.
 
-    Every sample has the scores "pixel accuracy" and "mIoU of the image", and the areas of its classes.
+    Every sample has the scores "pixel accuracy of the image" and "mIoU of the image", and the areas of its classes.
 
     Returns:
         "METHOD/mIoU", "METHOD/mean accuracy", "METHOD/pixel accuracy" of the whole set, with the IoU of each class as
@@ -191,7 +192,8 @@ def measure_segmentation(run: TaskRun) -> dict[str, dict[str, Any]]:
     areas = count_areas(run.model, run.processor, images, window, run.log, run.batch_size)
     method = getattr(config, METHOD_KEY, None)
     prefix = f"{method}/" if method else ""
-    return {f"{prefix}{name}": metric for name, metric in summarise_segmentation(areas, names).items()}
+    of_set = {f"{prefix}{name}": metric for name, metric in summarise_segmentation(areas, names).items()}
+    return {**at_most_one(metrics_of(run.log.done.values())), **of_set}
 
 
 def summarise_segmentation(areas: np.ndarray, names: Sequence[str]) -> dict[str, dict[str, Any]]:

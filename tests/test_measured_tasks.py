@@ -101,6 +101,7 @@ def test_a_segmentation_model_is_measured(data, segmenter, tmp_path):
     assert metric["interval"][0] <= metric["value"] <= metric["interval"][1]
     assert set(metric["classes"]) <= {"wall", "building", "sky", "floor"}
     assert report["settings"]["image_size"] == 56
+    assert all(0 <= end <= 1 for metric in report["metrics"].values() for end in metric["interval"])
     assert {row[1]: row[4] for row in card_rows(report)}["linear/mIoU"] == "47.2"
 
 

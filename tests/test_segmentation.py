@@ -187,7 +187,7 @@ def test_a_stopped_measurement_goes_on_and_sums_to_the_same(tmp_path):
     with SampleLog(tmp_path / "samples.jsonl", {}) as log:
         assert np.array_equal(count_areas(model, PROCESSOR, items, window, log), expected)
     assert model.asked == 2  # the windows of the last image
-    assert log.done[items[0].name]["scores"].keys() == {"pixel accuracy", "mIoU of the image"}
+    assert log.done[items[0].name]["scores"].keys() == {"pixel accuracy of the image", "mIoU of the image"}
 
 
 # -------------------------------------------------------------------------------------------------------------- layout

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoImageProcessor, SchedulerType, TrainerControl, TrainingArguments
 from transformers.utils import logging
 
-from ..evaluation.data.ade20k import SegmentedImage, class_names, random_part, segmented_images
+from ..evaluation.data.ade20k import NUM_CLASSES, SegmentedImage, class_names, random_part, segmented_images
 from ..evaluation.metrics import mean_iou, pixel_accuracy
 from ..evaluation.segmentation import METHOD_KEY, count_areas, window_of
 from ..kinds import check_kind
@@ -144,7 +144,9 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
         _train(options, recipe, flags, names, items, held_out)
     if is_first_process():
         print_fn(f"The model is in {options.output}.")
-        print_fn(f"python -m internvl.evaluation segmentation {options.output} --data {options.data}  # measures it")
+        protocol = " --protocol ade20k" if len(names) == NUM_CLASSES else ""
+        command = f"python -m internvl.evaluation segmentation {options.output} --data {options.data}{protocol}"
+        print_fn(f"{command}  # measures it")
     return 0
 
 
