@@ -115,7 +115,9 @@ class SampleLog:
     def _write(self, row: Mapping[str, Any]) -> None:
         if self._file is None:
             raise ValueError(f"{self.path} is not open: write samples within `with SampleLog(...) as log`.")
-        self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+        is_unicode = text.isascii() or not any("\ud800" <= sign <= "\udfff" for sign in text)
+        self._file.write((text if is_unicode else json.dumps(row, allow_nan=False)) + "\n")
         self._file.flush()
 
 

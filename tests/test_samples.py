@@ -50,6 +50,14 @@ def test_a_kill_within_the_first_line_begins_anew(log_file):
     assert read_samples(log_file) == (SETTINGS, [sample(0)])
 
 
+def test_half_a_character_that_a_model_wrote_is_kept(tmp_path):
+    odd = sample(0, answer="half \ud83d")
+    with SampleLog(tmp_path / "log.jsonl", SETTINGS) as log:
+        log.add(odd)
+        log.add(sample(1, answer="whole 😀"))
+    assert read_samples(tmp_path / "log.jsonl")[1] == [odd, sample(1, answer="whole 😀")]
+
+
 def test_results_of_other_settings_are_refused_by_name(log_file):
     before = log_file.read_bytes()
     with pytest.raises(ValueError, match=r"batch_size 4, now 8"):
