@@ -50,7 +50,10 @@ def quantize(vectors: np.ndarray, precision: str) -> np.ndarray:
 
 
 def dequantize(stored: np.ndarray, precision: str) -> np.ndarray:
-    """Returns unit vectors (..., E) in float32 for what `quantize` gave; components of binary ones are +-E**-0.5."""
+    """Returns unit vectors (..., E) in float32 for what `quantize` gave.
+
+    Components of binary ones are +-E**-0.5. The length of those in float16 is off by a few ten-thousandths.
+    """
     if precision == "float32":
         return np.asarray(stored, dtype=np.float32)
     if precision == "binary":
