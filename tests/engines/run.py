@@ -175,6 +175,7 @@ def sentence_transformers(python: Path) -> Iterator[Row]:
         for line in call([python, HERE / "in_sentence_transformers.py", WORK / name], env).splitlines():
             if line.startswith("{"):
                 yield Row(name, **json.loads(line))
+    figures()
     script = HERE / "evaluators_of_sentence_transformers.py"
     said = call([python, script, ROOT / "internvl_g", FIGURES / "images.json"], with_package(env))
     yield from rows_of_modes(json.loads(said.splitlines()[-1]))
