@@ -102,8 +102,8 @@ def test_commands_that_the_documents_show_exist(monkeypatch, capsys):
     commands = commands_in([document for document in DOCUMENTS if document.name != "CHANGELOG.md"])
     assert len(commands) > 8
     for (name, command), options in commands.items():
-        if name.endswith("harnesses.clip_benchmark"):
-            continue  # clip-benchmark's own command line, whose libraries are in no environment of the tests
+        if ".harnesses." in name:
+            continue  # command lines of other libraries, which are in no environment of the tests
         monkeypatch.setattr(sys, "argv", [name, *([command] if command else []), "--help"])
         with pytest.raises(SystemExit) as stopped:
             runpy.run_module(name, run_name="__main__", alter_sys=True)
