@@ -64,7 +64,9 @@ def add_data_arguments(parser: argparse.ArgumentParser, is_card: bool = False) -
     """The options of a measurement on data."""
     where = "folder with data sets" if is_card else "folder, file of annotations, or shards (`hf://...` too)"
     parser.add_argument("--data", required=is_card, metavar="ROOT", help=where)
-    if not is_card:
+    if is_card:
+        parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="TASK", help="(default: all)")
+    else:
         parser.add_argument("--protocol", metavar="NAME", help="a shipped protocol, or the path of one as JSON")
         parser.add_argument("--mode", choices=("InternVL-C", "InternVL-G"), help="instead of the protocol's")
     parser.add_argument("--limit", type=positive, metavar="N", help="images, spread evenly over all")
@@ -105,7 +107,7 @@ def measure_card(options: argparse.Namespace) -> int:
     from .data.opening import open_data, protocols_below
     from .harness_results import benchmark_commands, read_harness_results
 
-    protocols = protocols_below(options.data)
+    protocols = [one for one in protocols_below(options.data) if one.task in options.tasks]
     if not protocols:
         raise ValueError(
             f"No data of a protocol lie below {options.data}: `python -m internvl.evaluation protocols` lists where "

@@ -343,6 +343,8 @@ def test_the_card_measures_what_is_there_beside_the_papers_figures(data, tmp_pat
     assert main(arguments) == 0  # read, not measured again
     assert (tmp_path / "card" / "eurosat.json").stat().st_mtime_ns == before
     assert capsys.readouterr().out == shown
+    assert main([*arguments, "--tasks", "retrieval"]) == 2
+    assert "No data of a protocol" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------ bad data, before the model
