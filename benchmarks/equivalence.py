@@ -42,7 +42,7 @@ MARGIN = 2.0  # points
 QUESTIONS = 2016  # 288 of each kind
 FEW_QUESTIONS = 504  # enough for a large difference, and where nothing is claimed
 BATCH_SIZE = 7
-NOISE = 0.5  # of the deviation of each matrix
+NOISE = 0.8  # of the deviation of each matrix
 SEED = 0
 
 
