@@ -132,7 +132,10 @@ def read_harness_results(path: str | Path) -> list[dict[str, Any]]:
         results = json.loads(path.read_text(encoding="utf-8"))
     except (RecursionError, ValueError) as error:
         raise ValueError(f"{path} holds no results of a harness: it is no JSON ({error}).") from error
-    reports = list(_reports_of(path, results)) if isinstance(results, dict) else []
+    try:
+        reports = list(_reports_of(path, results)) if isinstance(results, dict) else []
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} looks like results of a harness, but a part has another form: {error}.") from error
     if not reports:
         raise ValueError(f"{path} holds no results of {', '.join(HARNESSES[:-1])} or {HARNESSES[-1]}.")
     by_task = {benchmark.task: benchmark for benchmark in harness_benchmarks()}

@@ -77,6 +77,14 @@ def read_report(path: str | Path) -> Report:
     for name, metric in report["metrics"].items():
         if not isinstance(metric, dict) or not isinstance(metric.get("value"), (int, float)):
             raise ValueError(f'{path}: the metric {name!r} has no number called "value".')
+        bounds = metric.get("interval")
+        numbers = [one for one in bounds if isinstance(one, (int, float))] if isinstance(bounds, list) else []
+        if bounds is not None and not (len(numbers) == 2 == len(bounds)):
+            raise ValueError(f'{path}: the "interval" of the metric {name!r} is no list of two numbers.')
+    if not isinstance(report["settings"], dict):
+        raise ValueError(f'{path}: "settings" has to be a JSON object.')
+    if not isinstance(report.get("published") or {}, dict):
+        raise ValueError(f'{path}: "published" has to be a JSON object.')
     return report
 
 

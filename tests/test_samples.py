@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from internvl.evaluation.reports import metrics_of
+from internvl.evaluation.harness_results import read_harness_results
+from internvl.evaluation.reports import metrics_of, read_report, write_report
 from internvl.evaluation.samples import SampleLog, read_samples, values_by_metric
 
 
@@ -107,3 +108,41 @@ def test_scores_are_gathered_by_metric_with_their_clusters():
 def test_a_single_score_has_no_interval():
     (metric,) = metrics_of([{"id": "a", "scores": {"cider": 0.7}}]).values()
     assert metric == {"value": 0.7, "interval": None, "samples": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metrics": {"top-1": 0.5}}, "no number called"),
+        ({"metrics": {"top-1": {"value": "high"}}}, "no number called"),
+        ({"metrics": {"top-1": {"value": 0.5, "interval": 3}}}, "no list of two numbers"),
+        ({"metrics": {"top-1": {"value": 0.5, "interval": [0.1]}}}, "no list of two numbers"),
+        ({"metrics": []}, "no report"),
+        ({"settings": 3}, '"settings"'),
+        ({"published": [1]}, '"published"'),
+    ],
+)
+def test_reports_of_another_form_are_refused(tmp_path, change, message):
+    report = {"task": "zero_shot", "model": "here", "settings": SETTINGS, "metrics": {}}
+    write_report(tmp_path / "report.json", report)
+    assert read_report(tmp_path / "report.json") == report
+    write_report(tmp_path / "report.json", {**report, **change})
+    with pytest.raises(ValueError, match=message):
+        read_report(tmp_path / "report.json")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"results": {"task": 3}, "config": {}},
+        {"results": {"task": {"acc,none": 1}}, "config": {}, "n-samples": 7},
+        {"scores": {"test": 3}, "task_name": "a", "mteb_version": "2"},
+        {"scores": {"test": [3]}, "task_name": "a", "mteb_version": "2"},
+        {"metrics": {"acc1": 1}, "dataset": [], "pretrained": 3, "task": []},
+    ],
+)
+def test_results_of_a_harness_with_parts_of_another_form_are_refused(tmp_path, content):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="another form"):
+        read_harness_results(path)
