@@ -17,7 +17,9 @@ def harness(distribution: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         library = str(error.name).partition(".")[0]
-        message = f"This needs {library}, which is not installed: `pip install {distribution}`."
+        is_own = library.replace("_", "-") in distribution
+        needed = distribution if is_own else f"{distribution} {library}"  # what a harness imports and does not declare
+        message = f"This needs {library}, which is not installed: `pip install {needed}`."
         raise MissingLibraryError(message, name=error.name) from error
 
 

@@ -28,7 +28,7 @@ from ..embeddings import embed_images, embed_texts
 from . import harness
 
 
-with harness("mteb"):
+with harness("'mteb[image]'"):
     import datasets
     import mteb
     from mteb.abstasks.retrieval import AbsTaskRetrieval
