@@ -72,7 +72,7 @@ TASKS = {
 SHARED = ("batch_size",)  # of generated scenes and of data
 OLD_NAMES = {"captioning": "caption", "linear_probe": "probe"}
 OLD_OPTIONS = {"images": "--pictures", "train_images": "--train-pictures"}
-# Commands of a module each, which has `add_arguments` and `run`.
+# Commands of a module each, which has `add_COMMAND_arguments` and `run`.
 COMMANDS = {
     "compare": "says whether B is better than A, by the samples of two reports",
     "grounding": "boxes that a chat model answers, over files in RefCOCO's layout",
@@ -117,7 +117,7 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     for name, summary in COMMANDS.items():
         command = tasks.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         if name in arguments[:1]:
-            import_module(f".{name}", __package__).add_arguments(command)
+            getattr(import_module(f".{name}", __package__), f"add_{name}_arguments")(command)
     return parser
 
 

@@ -31,6 +31,7 @@ from ..texts_internvl import encode_batch
 from .captioning import generate_captions
 from .dialogue import answer_questions
 from .embeddings import embed_texts, pixel_values_of
+from .matching import matching_texts
 
 
 RECORDED = "internvl_recorded"  # name of the attention that is recorded, among those of transformers
@@ -228,15 +229,6 @@ def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
     return length
 
 
-def _matching_inputs(
-    processor: ProcessorMixin, texts: Sequence[str], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask of texts as the matching head was trained with: no prefix, an end token."""
-    inputs = encode_batch(processor.tokenizer, texts, with_end=True, padding=True)
-    ids, mask = (torch.tensor(inputs[name], device=device) for name in ("input_ids", "attention_mask"))
-    return ids, mask
-
-
 def _caption_score(
     model: PreTrainedModel,
     processor: ProcessorMixin,
@@ -255,7 +247,8 @@ def _matching_score(
     texts: Sequence[str],
     prompts: Sequence[str],
 ) -> torch.Tensor:
-    logits = model.get_matching_logits(pixels, *_matching_inputs(processor, texts, pixels.device))
+    ids, mask = (part.to(pixels.device) for part in matching_texts(processor, texts))
+    logits = model.get_matching_logits(pixels, ids, mask)
     return logits[:, 1] - logits[:, 0]
 
 
@@ -359,7 +352,7 @@ def matching_maps(
     """
     _check_is_internvl_g(model)
     pixels = pixel_values_of(model, processor, [image]).requires_grad_()
-    ids, mask = _matching_inputs(processor, [text], pixels.device)
+    ids, mask = (part.to(pixels.device) for part in matching_texts(processor, [text]))
     words = words_of_tokens(processor.tokenizer, ids[0].tolist())
     masks = mask.repeat(len(words) + 1, 1)
     for row, (_, places) in enumerate(words, start=1):

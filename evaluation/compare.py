@@ -249,7 +249,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `compare`."""
     parser.add_argument(
         "reports",

@@ -19,7 +19,7 @@ from ..synthetic.scenes import QUESTION_KINDS, Question
 from .embeddings import batches
 from .generated import SMALL_TEXT, ImageQuestion, held_out_question
 from .metrics import accuracy_by_kind, is_correct
-from .reports import Report, metrics_of, samples_file, write_report
+from .reports import Report, metrics_of, new_report, samples_file, write_report
 from .samples import Sample, SampleLog
 
 
@@ -170,16 +170,9 @@ def report_dialogue(
         asked = found["questions"] + (found["small_text_one_tile"] or {"asked": 0})["asked"]
         if len(log.done) > asked:
             raise ValueError(f"{log.path} has answers to more than {questions} questions: name another file.")
-    report = {
-        "task": "dialogue",
-        "protocol": None,
-        "model": name,
-        "settings": {**settings, "questions": questions},
-        "metrics": metrics_of(log.done.values()),
-        "published": None,
-        "samples": samples_file(output).name,
-        **found,
-    }
+    settings = {**settings, "questions": questions}
+    metrics = metrics_of(log.done.values())
+    report = new_report("dialogue", name, settings, metrics, samples=samples_file(output).name, **found)
     write_report(output, report)
     return report
 

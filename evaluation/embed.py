@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 from ..console import printable
+from .commands import DTYPES
 
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")
 SHORT_MODES = {"C": "InternVL-C", "G": "InternVL-G", "queries": "queries"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_embed_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument("model", metavar="MODEL", help="folder or Hub name of an InternVL-C or -G")
     parser.add_argument("--subfolder", default="", help="where in the folder the model lies")

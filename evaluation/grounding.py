@@ -158,7 +158,7 @@ def measure_grounding(
 
 
 # ------------------------------------------------------------------------------------------------------------- command
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_grounding_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `grounding`."""
     parser.add_argument("model", metavar="MODEL", help="folder or Hub name of a chat model")
     parser.add_argument("--subfolder", default="", help="where in the folder the model lies")
@@ -193,7 +193,7 @@ def run(options: argparse.Namespace) -> None:
 
     from ..kinds import check_kind
     from .checkpoints import checkpoint_state
-    from .reports import samples_file, write_report
+    from .reports import new_report, samples_file, write_report
     from .samples import SampleLog
 
     check_kind(options.model, "chat", door="the task grounding", subfolder=options.subfolder)
@@ -208,16 +208,8 @@ def run(options: argparse.Namespace) -> None:
     with SampleLog(samples_file(output), settings) as log:
         tiles = {} if options.max_num is None else {"max_num": options.max_num}
         metrics = measure_grounding(*_load_chat(options), expressions, log, options.batch_size, **tiles)
-    report = {
-        "task": "grounding",
-        "protocol": None,
-        "title": options.data.stem,
-        "model": settings["model"],
-        "settings": settings,
-        "metrics": metrics,
-        "published": None,
-        "samples": samples_file(output).name,
-    }
+    samples, title = samples_file(output).name, options.data.stem
+    report = new_report("grounding", settings["model"], settings, metrics, samples=samples, title=title)
     write_report(output, report)
     sys.stdout.write(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..console import exit_status
 from .protocols.protocol import shipped_protocols
-from .reports import metrics_of, samples_file, write_report
+from .reports import metrics_of, new_report, samples_file, write_report
 from .samples import SampleLog
 
 
@@ -189,18 +189,6 @@ def _reports_of(path: Path, results: dict[str, Any]) -> Iterator[dict[str, Any]]
         yield from _lm_eval_reports(results)
 
 
-def _report(task: str, protocol: str, model: str, settings: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "task": task,
-        "protocol": protocol,
-        "model": model,
-        "settings": settings,
-        "metrics": metrics,
-        "published": None,
-        "samples": None,
-    }
-
-
 def _metric(value: float, interval: list[float] | None = None, samples: int | None = None) -> dict[str, Any]:
     return {"value": float(value), "interval": interval, "samples": samples}
 
@@ -226,7 +214,7 @@ def _clip_benchmark_report(results: dict[str, Any]) -> dict[str, Any]:
         metrics[mode + name] = _metric(value)
     settings = {"harness": HARNESSES[0], "model": model, "language": language}
     task, data = CLIP_TASKS.get(results["task"], results["task"]), str(results["dataset"])
-    report = _report(task, data, results["pretrained"], settings, metrics)
+    report = new_report(task, results["pretrained"], settings, metrics, protocol=data)
     language = CLIP_LANGUAGES.get(language, language)
     data = data.removeprefix("wds/").removeprefix("vtab/")
     known = shipped_protocols()
@@ -252,7 +240,7 @@ def _mteb_reports(path: Path, results: dict[str, Any]) -> Iterator[dict[str, Any
             }
             metrics = {MTEB_METRICS[name]: _metric(v) for name, v in _numbers(scores).items() if name in MTEB_METRICS}
             task = "retrieval" if "ndcg_at_10" in scores else "zero_shot"
-            yield _report(task, results["task_name"], model.get("name") or "", settings, metrics)
+            yield new_report(task, model.get("name") or "", settings, metrics, protocol=results["task_name"])
 
 
 def _lm_eval_reports(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -269,7 +257,7 @@ def _lm_eval_reports(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for task, scores in results["results"].items():
         metrics = dict(_metrics_with_errors(scores, _samples_of(results, task)))
         if metrics:
-            yield _report("dialogue", task, _model_of(arguments), settings, metrics)
+            yield new_report("dialogue", _model_of(arguments), settings, metrics, protocol=task)
 
 
 def _metrics_with_errors(scores: Mapping[str, Any], samples: int | None) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # `--help` and wrong arguments need no torch
 LANGUAGES = ("en", "zh", "ja", "ar", "it")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_look_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("model", metavar="MODEL", help="folder or Hub name of an InternVL-G or a chat model")
     parser.add_argument("image", type=Path, metavar="IMAGE", help="a file")

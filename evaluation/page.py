@@ -28,7 +28,7 @@ WAYS = ("embed", "link", "none")
 NOT_FIELDS = ("id", "scores", "image")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_page_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("report", type=Path, metavar="REPORT.json", help="written by a task's --output")
     parser.add_argument("--output", type=Path, metavar="FILE", help="(default: REPORT.html)")

@@ -17,7 +17,7 @@ from ..synthetic.scenes import PLACES, Scene, SceneObject, bounding_box, draw_sc
 from .attention_maps import SCORES, AttentionMap, answer_maps, joined, text_maps
 from .embeddings import batches
 from .generated import scene_name, scene_named
-from .reports import Report, metrics_of, samples_file, write_report
+from .reports import Report, metrics_of, new_report, samples_file, write_report
 from .samples import Sample, SampleLog
 
 
@@ -171,14 +171,6 @@ def report_pointing(
     settings = {"task": "pointing", "model": name, "state": state, "seed": seed, "images": images}
     with SampleLog(samples_file(output), settings) as log:
         found = evaluate_pointing(model, processor, images, seed, log)
-    report = {
-        "task": "pointing",
-        "protocol": None,
-        "model": name,
-        "settings": settings,
-        "published": None,
-        "samples": samples_file(output).name,
-        **found,
-    }
+    report = new_report("pointing", name, settings, samples=samples_file(output).name, **found)
     write_report(output, report)
     return report

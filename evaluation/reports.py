@@ -35,6 +35,12 @@ def metrics_of(samples: Iterable[Sample]) -> dict[str, dict[str, Any]]:
     return summary
 
 
+def new_report(task: str, model: str, settings: Mapping[str, Any], metrics: Mapping[str, Any], **more: Any) -> Report:
+    """A report; `more` has its "protocol", "title", "published" figures and "samples" file, and what a task adds."""
+    kept = {"protocol": None, "published": None, "samples": None, **more}
+    return {"task": task, "model": model, "settings": dict(settings), "metrics": dict(metrics), **kept}
+
+
 def samples_file(report: str | Path) -> Path:
     """The file of the samples beside a report."""
     return Path(report).with_suffix(".samples.jsonl")
@@ -88,4 +94,4 @@ def read_report(path: str | Path) -> Report:
     return report
 
 
-__all__ = ["Report", "features_folder", "metrics_of", "read_report", "samples_file", "write_report"]
+__all__ = ["Report", "features_folder", "metrics_of", "new_report", "read_report", "samples_file", "write_report"]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from .data.items import EvaluationData, Item
 from .embeddings import batches, modes_of
 from .protocols.protocol import Protocol
-from .reports import Report, metrics_of
+from .reports import Report, metrics_of, new_report
 from .samples import SampleLog
 
 
@@ -75,13 +75,14 @@ def measure(run: TaskRun) -> dict[str, dict[str, Any]]:
 
 def report_of(run: TaskRun, metrics: dict[str, dict[str, Any]]) -> Report:
     """The report of a finished run."""
-    return {
-        "task": run.protocol.task,
-        "protocol": run.protocol.name,
-        "title": run.protocol.title,
-        "model": run.log.settings["model"],
-        "settings": run.log.settings,
-        "metrics": metrics,
-        "published": dict(run.protocol.published) or None,
-        "samples": Path(run.log.path).name,
-    }
+    protocol = run.protocol
+    return new_report(
+        protocol.task,
+        run.log.settings["model"],
+        run.log.settings,
+        metrics,
+        protocol=protocol.name,
+        title=protocol.title,
+        published=dict(protocol.published) or None,
+        samples=Path(run.log.path).name,
+    )

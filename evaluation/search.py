@@ -9,7 +9,7 @@ from pathlib import Path
 from ..console import printable
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument("folder", type=Path, metavar="DIR", help="embeddings, the output of `embed`")
     query = parser.add_mutually_exclusive_group(required=True)

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from internvl.console import exit_status
-from internvl.evaluation.compare import add_arguments, run
+from internvl.evaluation.compare import add_compare_arguments, run
 from internvl.evaluation.reports import metrics_of, samples_file, write_report
 from internvl.evaluation.samples import SampleLog
 from internvl.evaluation.statistics import compare_scores
@@ -50,7 +50,7 @@ def report(folder, name: str, samples: list, task: str = "dialogue", **extra):
 
 def compare(*arguments) -> int:
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_compare_arguments(parser)
     return exit_status(lambda: run(parser.parse_args([str(argument) for argument in arguments])))
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from internvl.console import exit_status
 from internvl.evaluation import dialogue, grounding
-from internvl.evaluation.grounding import PROMPT, add_arguments, read_expressions, run
+from internvl.evaluation.grounding import PROMPT, add_grounding_arguments, read_expressions, run
 from internvl.evaluation.metrics import box_in, box_overlap
 from internvl.evaluation.reports import read_report
 from internvl.evaluation.samples import read_samples
@@ -125,7 +125,7 @@ def test_a_bad_row_is_one_line_before_a_model_is_loaded(case, data, capsys, monk
 
 def command(*arguments: str) -> int:
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_grounding_arguments(parser)
     return exit_status(lambda: run(parser.parse_args(arguments)))
 
 

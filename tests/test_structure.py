@@ -17,9 +17,8 @@ SOURCES = {
     for path in sorted(ROOT.rglob("*.py"))
     if not any(part.startswith(".") or part in OUTSIDE for part in path.relative_to(ROOT).parts)
 }
-# What a command takes, what starts it, and what gives the rows of a topic of the benchmarks have the same names
-# everywhere.
-ENTRY_POINTS = {"main", "add_arguments", "run", "rows"}
+# What starts a command, and what gives the rows of a topic of the benchmarks, has the same name everywhere.
+ENTRY_POINTS = {"main", "run", "rows"}
 
 each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.as_posix())
 
