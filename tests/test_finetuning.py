@@ -10,13 +10,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
+from internvl.configuration_internvl import InternVLConfig
 from internvl.conversion import convert
 from internvl.training import finetune_command
 from internvl.training.__main__ import main
 from internvl.training.curves import AnswerCurve
 from internvl.training.models.parameter_groups import part_of
 from internvl.training.models.parts import PARTS
-from internvl.training.recipes.finetuning import PARTS_OF_TASK
+from internvl.training.recipes.finetuning import PARTS_OF_TASK, FineTuning, finetuning_recipe
 from internvl.training.trainer import StageTrainer
 
 from . import engine_jobs
@@ -149,6 +150,15 @@ def test_the_adapter_on_the_old_model_equals_the_merged_folder(folder, tmp_path)
     merged = adapted.merge_and_unload().state_dict()
     for name, value in AutoModelForImageTextToText.from_pretrained(tmp_path).state_dict().items():
         torch.testing.assert_close(value, merged[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("gpu", "instructions"), [(True, False), (False, True), (False, False)])
+def test_bfloat16_is_computed_in_only_where_it_is_fast(gpu, instructions, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: instructions)
+    choice = FineTuning("contrastive", "head", steps=1, batch_size=1, parts=("pooling",))
+    recipe = finetuning_recipe(choice, InternVLConfig(), max_text_length=80)
+    assert recipe.use_bf16 == (gpu or instructions)
 
 
 def test_held_out_rows_are_measured_and_their_answers_logged(folder, tmp_path):

@@ -6,6 +6,8 @@ A recipe keeps what the model has, its image size, template, connector and tiles
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .base import CaptionRecipe, ContrastiveRecipe, DialogueRecipe, Phase, RetrievalRecipe
 
 
@@ -53,6 +55,13 @@ def parts_that_learn(task: str, config: Any) -> tuple[str, ...]:
     """
     parts = (*PARTS_OF_TASK[task]["whole"], *_MORE_PARTS_OF_TASK.get(task, ()))
     return (*parts, *_PARTS_OF_QUERIES) if getattr(config, "connector", None) == "queries_and_patches" else parts
+
+
+def has_fast_bf16() -> bool:
+    """Whether this machine multiplies bfloat16 matrices faster than float32 ones: GPUs do, of CPUs only some."""
+    if torch.cuda.is_available():
+        return True
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,7 @@ def finetuning_recipe(choice: FineTuning, config: Any, max_text_length: int) -> 
         batch_size=choice.batch_size,
     )
     shared: dict[str, Any] = {"phases": (phase,), "seed": choice.seed, "betas": (0.9, 0.999), "save_steps": 500}
+    shared["use_bf16"] = has_fast_bf16()
     shared["logging_steps"] = max(1, min(10, choice.steps // 10))  # short runs show their loss too
     if choice.task == "dialogue":
         return DialogueRecipe(
