@@ -1,0 +1,69 @@
+"""docs/serving.md is followed top to bottom; `make serving` follows what needs an engine, in its environment."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT
+from .guide import Reader, blocks_of, copy_by_links, sections
+
+
+GUIDE = sections((ROOT / "docs" / "serving.md").read_text(encoding="utf-8"))
+OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    return copy_by_links(tmp_path_factory.mktemp("guide") / "clone")
+
+
+@pytest.mark.parametrize("section", GUIDE)
+def test_the_guide_is_right(section, clone):
+    reader = Reader(clone, Path(sys.executable), OFFLINE)
+    reader.follow(GUIDE[section])
+    if reader.lacking:
+        pytest.skip(f"what needs {', '.join(sorted(set(reader.lacking)))} was left out")
+
+
+SAMPLE = """
+<!-- serves -->
+```bash
+python -c 'import sys; from http.server import *; HTTPServer(("", int(sys.argv[2])), \
+    SimpleHTTPRequestHandler).serve_forever()' --port 8000
+```
+
+```python
+from urllib.request import urlopen
+
+page = urlopen("http://127.0.0.1:8000/LICENSE").read()
+```
+
+<!-- needs a_module_that_is_nowhere -->
+```bash
+false
+```
+
+```python
+print(page.decode().split()[0], "\\n")
+```
+
+```text
+{printed}
+```
+"""
+
+
+def test_following_sees_servers_needs_and_what_is_printed(clone):
+    reader = Reader(clone, Path(sys.executable), OFFLINE)
+    assert reader.follow(SAMPLE.format(printed="MIT")) == 3
+    assert reader.lacking == ["a_module_that_is_nowhere"]
+    for wrong in (SAMPLE.format(printed="GPL"), "```bash\nfalse\n```\n", "```python\n1 / 0\n```\n"):
+        with pytest.raises(AssertionError):
+            reader.follow(wrong)
+
+
+def test_every_command_of_the_guide_is_followed():
+    """A block in any other language would be shown and never run."""
+    assert {block.language for text in GUIDE.values() for block in blocks_of(text)} <= {"bash", "python"}
