@@ -4,6 +4,8 @@
 Every failure is a ValueError that names the image and describes what it is. `image_decoding_internvl.py` decides which
 files are decoded, `image_download_internvl.py` which URLs are fetched. Transparent images are composited over a
 background colour.
+
+Whether paths and `file:` URLs are read is decided in `local_files_are_read`, for every function and class above.
 """
 
 import base64
@@ -43,6 +45,8 @@ FLOAT_TOLERANCE = 1e-3
 DEFAULT_BACKGROUND = "white"
 NO_BACKGROUND = "none"
 MOST_NESTING = 32
+# Set to 0, no code of this process reads a local file as an image: for servers that load the processor themselves.
+LOCAL_FILES = "INTERNVL_ALLOW_LOCAL_FILES"
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]+(?=:)", re.IGNORECASE)
 KINDS_OF_FILE: list[tuple[Callable[[int], bool], str]] = [
     (stat.S_ISDIR, "a folder"),
@@ -69,6 +73,11 @@ Background = str | tuple[int, int, int] | list[int]
 
 
 # ---------------------------------------------------------------------------------------------------- sources
+def local_files_are_read(*settings: bool) -> bool:
+    """Whether paths and `file:` URLs are read: every setting given and the environment must allow it."""
+    return all(settings) and os.environ.get(LOCAL_FILES) in (None, "", "1")
+
+
 def _check_is_file(mode: int, name: str) -> None:
     """Raises a ValueError unless it is a regular file; opening a pipe would wait for a writer."""
     if not stat.S_ISREG(mode):
@@ -146,12 +155,12 @@ def _read_text(text: str, name: str, allow_local_files: bool) -> bytes | BinaryI
         return download(text, name)
     if scheme == "data":
         return _read_data_address(text, name)
-    if scheme == "file":
+    if scheme == "file" and allow_local_files:
         try:
             text = _path_of_file_address(text)
         except (ValueError, OSError) as error:
             raise ValueError(f"{name} is no file that is read here: {error}.") from error
-    elif scheme and text[len(scheme) :].startswith("://"):
+    elif scheme and scheme != "file" and text[len(scheme) :].startswith("://"):
         raise ValueError(f"{name} is a `{scheme}` address; http, https, file and data are read. Download it first.")
     elif _is_base64_of_a_file(text) and not (allow_local_files and _status(text, name)):
         return _decode_base64(text, name)
@@ -220,6 +229,7 @@ def _read_file_object(handle: Any, name: str) -> bytes:
 
 def _find(source: Any, name: str, allow_local_files: bool) -> bytes | BinaryIO:
     """Returns the bytes of a source, or its opened file."""
+    allow_local_files = local_files_are_read(allow_local_files)
     if isinstance(source, Mapping):
         source = _read_row(source, name)
     if isinstance(source, str):
@@ -248,7 +258,7 @@ def read_image(
             and `path` (a row of `datasets`), or an image that passes through.
         name: Name of the image in errors.
         max_image_pixels: Largest width times height that is decoded.
-        allow_local_files: Whether paths and `file:` URLs are read.
+        allow_local_files: Whether paths and `file:` URLs are read, if the environment allows it.
 
     Raises:
         ValueError: If it cannot be read; the message describes what it is.
@@ -260,11 +270,13 @@ def read_image(
         return decode_image(handle, name, max_image_pixels)
 
 
-def read_image_size(source: ImageSource, name: str, max_image_pixels: int) -> tuple[int, int]:
+def read_image_size(
+    source: ImageSource, name: str, max_image_pixels: int, allow_local_files: bool = True
+) -> tuple[int, int]:
     """Reads (width, height) from the header of a file without decoding it; see `read_image`."""
     if isinstance(source, Image.Image):
         return source.size
-    found = _find(source, name, True)
+    found = _find(source, name, allow_local_files)
     with BytesIO(found) if isinstance(found, bytes) else found as handle:
         return open_image(handle, name, max_image_pixels).size
 

@@ -35,6 +35,7 @@ from .image_loading_internvl import (
     ImageSource,
     NestedImages,
     flatten_images,
+    local_files_are_read,
     name_images,
     read_image,
     read_nested_images,
@@ -252,6 +253,8 @@ class InternVLImageProcessor(PilBackend):
     - Floats (PIL mode "F", arrays, tensors) must be in [0, 1] up to rounding errors and are rounded to 8 bits.
       `do_rescale` has no effect on such arrays and tensors, because they are scaled already.
     - Animations: the first frame of files, the current frame of PIL images.
+    - Local files: with `allow_local_files=False`, or INTERNVL_ALLOW_LOCAL_FILES=0 in the environment, paths and file
+      URLs raise a ValueError without being looked at. A setting of one call cannot allow them again.
     - URLs of private networks (also through a host name, a tunnel or a redirect) raise a ValueError, unless the
       environment variable INTERNVL_ALLOW_PRIVATE_HOSTS is 1. A download may take 60 seconds in all.
     - Broken, empty or truncated data, files that are not images, and images of more than `max_image_pixels` (checked
@@ -367,10 +370,12 @@ class InternVLImageProcessor(PilBackend):
         if not images:
             raise ValueError("`images` holds no image. Give at least one.")
         limits, max_pixels = tile_limits(len(images), settings), settings["max_image_pixels"]
+        # A request to a server may choose settings: it can close the processor to local files, and not open it.
+        reads_files = local_files_are_read(self.allow_local_files, settings["allow_local_files"])
 
         def prepare(source: ImageSource, name: str, limit: tuple[int, int, bool], loading: Lock) -> list[np.ndarray]:
             with loading if isinstance(source, Image.Image) or hasattr(source, "read") else nullcontext():
-                image = read_image(source, name, max_pixels, settings["allow_local_files"])
+                image = read_image(source, name, max_pixels, reads_files)
                 if isinstance(source, Image.Image):
                     load_image(source, name, max_pixels)
             options = (settings[key] for key in ("do_convert_rgb", "input_data_format", "background_color"))

@@ -45,8 +45,8 @@ class InternVLImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
         max_image_pixels: Largest width times height that is decoded.
         background_color: Background of transparent images: a colour name, "#rrggbb", three numbers from 0 to 255, or
             "none", which drops alpha and uncovers the colours below, as the published code does.
-        allow_local_files: Whether paths and `file:` URLs are read. A server whose clients name images should set it to
-            False.
+        allow_local_files: Whether paths and `file:` URLs are read. A server whose clients name images should load the
+            processor with False, which no call can undo.
     """
 
     resize_mode: str | None

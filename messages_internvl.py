@@ -152,7 +152,8 @@ def _prepare_part(part: Any, where: str, names: TemplateNames, is_frame: list[bo
         return [_image_part(part, where)]
     elif kind == "video":
         return _frames_as_parts(part, where, is_frame)
-    elif not isinstance(kind, str) or kind not in names.words:
+    elif not isinstance(kind, str) or kind not in names.words or kind == "audio":
+        # Of audio the base class opens the file or address, although nothing here takes it.
         raise ValueError(
             f"{where} has a content part of an unknown type, {_shown(kind)}: expected `text`, `image`, `image_url` or "
             "`video`."

@@ -109,21 +109,6 @@ def test_a_row_without_an_image_is_named(processor, row, message):
         processor([WIDE, row])
 
 
-def test_local_files_can_be_refused(tmp_path):
-    path = tmp_path / "image.png"
-    path.write_bytes(encoded(make_image(9, 9)))
-    processor = InternVLImageProcessor(size=TILE, allow_local_files=False)
-    for source in (path, str(path), path.as_uri(), {"bytes": None, "path": str(path)}, "no/such/file.png"):
-        for read in (processor, processor.fetch_images):
-            with pytest.raises(ValueError, match=r"Image 1 of 1 .* local files are not read here"):
-                read(source)
-    text = base64.b64encode(path.read_bytes()).decode()
-    for source in (path.read_bytes(), io.BytesIO(path.read_bytes()), text, f"data:image/png;base64,{text}"):
-        assert processor(source)["num_patches"] == [1]
-    processor.save_pretrained(tmp_path)
-    assert InternVLImageProcessor.from_pretrained(tmp_path).allow_local_files is False
-
-
 def test_grey_one_row_and_batched_arrays(processor):
     grey = np.array(make_image(20, 10).convert("L"))
     expected = np.stack([grey] * 3, axis=-1)
