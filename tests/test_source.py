@@ -21,7 +21,7 @@ FLAT = sorted(p for p in ROOT.glob("*_*.py") if p.name != "__init__.py")
 MODELING = [path for path in FLAT if path.name.startswith("modeling_")]
 SUBPACKAGES = [
     path
-    for folder in "conversion synthetic rows training evaluation planning publishing reproduction".split()
+    for folder in "conversion synthetic rows training evaluation planning publishing reproduction serving".split()
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 # The only file that may touch `pickle`; what it does with it has a test of its own.

@@ -1,0 +1,1 @@
+"""Models behind servers that others made: embeddings over HTTP, and a page."""
