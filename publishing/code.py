@@ -6,6 +6,7 @@
   `user/kernel` from the Hub, and follows an adapter without a model beside it to its base.
 - sentence-transformers instantiates the modules that modules.json names; PEFT imports the library of an adapter's
   `auto_mapping`.
+- Inference Endpoints import handler.py, or pipeline.py, and make its class.
 - Further tokenizers lie in sub-folders; the files that they name lie in the folder itself.
 """
 
@@ -25,7 +26,8 @@ from ..conversion.readers.links import hub_snapshot
 from ..conversion.repository.card import hub_id
 
 
-CUSTOM_GENERATE = "custom_generate/generate.py"
+# Run where they lie in a folder, whether or not a configuration names them.
+UNNAMED_CODE = ("custom_generate/generate.py", "handler.py", "pipeline.py")
 # No loader looks for code in these.
 DATA_FILES = ("conversion.json", "tokenizer.json", "vocab.json", "added_tokens.json")
 # Classes of these libraries are installed, not part of a repository.
@@ -90,7 +92,7 @@ class Listing:
         """Return the listing as lines of text."""
         if not self.files and not self.foreign:
             return [f"Nothing in `{self.folder}` names code: it loads without trust_remote_code."]
-        lines = [f"Loading `{self.folder}` with trust_remote_code=True runs:"]
+        lines = [f"Loading `{self.folder}` with trust_remote_code=True, or as an Inference Endpoint, runs:"]
         lines += [f"{file.sha256 or '-' * 64}  {file.name}  ({file.whose})" for file in self.files]
         lines += [f"{'elsewhere':64}  {reference}" for reference in self.foreign]
         missing = [file.name for file in self.files if file.sha256 is None]
@@ -124,9 +126,7 @@ def list_code(folder: Path) -> Listing:
             found.foreign.append(f"{reference!r} ({where})")
         else:
             waiting.append(module)
-    files = _with_imports(folder, waiting)
-    if (folder / CUSTOM_GENERATE).is_file():
-        files.add(CUSTOM_GENERATE)
+    files = _with_imports(folder, [*waiting, *(name for name in UNNAMED_CODE if (folder / name).is_file())])
     found.files = [_code_file(folder, name) for name in sorted(files)]
     return found
 

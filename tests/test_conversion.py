@@ -14,11 +14,14 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer, GenerationConf
 
 from internvl.configuration_internvl import InternViTConfig, InternVLChatConfig, InternVLConfig
 from internvl.conversion.__main__ import main
+from internvl.conversion.repository.card import write_card
 from internvl.conversion.repository.code import code_files
+from internvl.conversion.repository.result import CONTRASTIVE
 from internvl.modeling_internvl import InternVLModel
 from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
 
 from . import tiny
+from .conftest import ROOT
 from .fixtures_conversions import (
     ask,
     assert_same_weights,
@@ -91,7 +94,10 @@ def test_the_result_holds_the_code_of_its_auto_map_and_nothing_else(converted):
         modules |= {"image_processing_internvl"}
         if (folder / "processor_config.json").exists():
             modules |= {"processing_internvl"}
-        assert {file.name for file in folder.glob("*.py")} == {file.name for file in code_files(modules)}
+        endpoint = {"handler.py"} if config["model_type"] != "intern_vit_6b" else set()
+        assert {file.name for file in folder.glob("*.py")} == {file.name for file in code_files(modules)} | endpoint
+        for name in ("handler.py", "requirements.txt") if endpoint else ():
+            assert (folder / name).read_bytes() == (ROOT / name).read_bytes()
 
 
 def test_nested_configurations_lose_the_dump_of_old_releases_and_keep_their_own_keys(tmp_path):
@@ -254,6 +260,50 @@ def test_the_card_has_valid_front_matter(converted, tmp_path):
         assert data.library_name == "transformers"
         assert data.license
         assert "internvl" in data.tags
+
+
+def card_data(folder, tmp_path, front_matter, **files):
+    """Front matter of a card that is made of another, and the names of the files that lie beside it then."""
+    source, target = tmp_path / folder, tmp_path / "target"
+    for place in (source, target):
+        place.mkdir(parents=True)
+    (source / "README.md").write_text(f"---\n{front_matter}\n---\n")
+    for name, text in files.items():
+        (source / name).write_text(text)
+    write_card(target, "InternVL-14B", CONTRASTIVE, source, {}, "internvl")
+    return ModelCard.load(target / "README.md").data, {file.name for file in target.iterdir()}
+
+
+IN_CACHE = "models--user--name/snapshots/feed"
+
+
+@pytest.mark.parametrize(
+    ("folder", "front_matter", "files", "expected"),
+    [
+        ("plain", "license: MIT", {}, ("mit", None, None)),
+        ("plain", "tags: []", {}, ("unknown", None, None)),
+        ("plain", "tags: []", {"LICENSE": "text"}, ("other", "license-of-the-source", "LICENSE")),
+        (IN_CACHE, "tags: []", {}, ("other", "license-of-the-source", "https://huggingface.co/user/name")),
+        (IN_CACHE, "license: other", {"LICENSE": "x"}, ("other", "license-of-the-source", "LICENSE")),
+        (
+            IN_CACHE,
+            "license: other\nlicense_name: LLAMA 2 Terms\nlicense_link: USE_POLICY.md",
+            {},
+            ("other", "llama-2-terms", "https://huggingface.co/user/name/blob/main/USE_POLICY.md"),
+        ),
+        (
+            "plain",
+            "license: other\nlicense_link: https://a.b/c: d",
+            {},
+            ("other", "license-of-the-source", "https://a.b/c: d"),
+        ),
+        ("plain", "license: '[{'", {}, ("unknown", None, None)),
+    ],
+)
+def test_the_card_has_the_licence_of_the_source_and_its_text(folder, front_matter, files, expected, tmp_path):
+    data, written = card_data(folder, tmp_path, front_matter, **files)
+    assert (data.license, data.license_name, data.license_link) == expected
+    assert written == {"README.md", *files}
 
 
 def test_the_manifest_has_the_checksum_of_every_file_with_weights(converted):

@@ -138,12 +138,14 @@ def test_what_is_named_and_missing_is_marked(folder, capsys):
     assert "read it first" not in text
 
 
-def test_a_generation_of_its_own_is_listed(folder, capsys):
-    (folder / "custom_generate").mkdir()
-    (folder / "custom_generate" / "generate.py").write_text("def generate(): pass\n")
+@pytest.mark.parametrize("file", ["custom_generate/generate.py", "handler.py", "pipeline.py"])
+def test_code_that_no_configuration_names_is_listed(file, folder, capsys):
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_text("from .more import generate\n")
+    (folder / "more.py").write_text("def generate(): pass\n")
     code, text = said(capsys, folder)
     assert code == 1
-    assert "custom_generate/generate.py  (NOT this package's)" in text
+    assert f"{file}  (NOT this package's)" in text
 
 
 def test_the_snippet_is_pinned_to_a_commit(folder, tmp_path, capsys):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from ..readers.damages import DAMAGES
 from ..readers.source import Source
 from ..readers.tensors import Tensors
-from ..repository.code import copy_code, keep_written_code, write_json
+from ..repository.code import copy_code, copy_endpoint, keep_written_code, write_json
 from ..repository.generation import write_generation_config
 from ..repository.processor import write_processor
 from ..repository.records import Record, overlaid, restore_files
@@ -99,6 +99,8 @@ class OwnFormat(Format):
         auto_maps = write_processor(folder, content.result, content.config, content.image_processor, content.tokenizer)
         write_generation_config(folder, content.result, content.config, content.source, content.tokenizer)
         copy_code(folder, [content.result.auto_map, *auto_maps])
+        if content.result.kind != "vision" and content.tokenizer is not None:
+            copy_endpoint(folder)
         if content.result.kind == "contrastive" and content.tokenizer is not None:
             write_sentence_files(folder)
 

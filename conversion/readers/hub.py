@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 
 
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-SETTINGS = ["*.json", "*.jinja", "README.md", "merges.txt", "tokenizer.model", "vocab.txt"]
+SETTINGS = ["*.json", "*.jinja", "LICENSE*", "README.md", "merges.txt", "tokenizer.model", "vocab.txt"]
 SAFETENSORS = ["*.safetensors"]
 PICKLES = ["*.bin", "*.pth", "*.pt"]
 # Folders hold other formats of the weights, or states of a training.

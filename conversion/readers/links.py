@@ -11,7 +11,11 @@ DEPTH = 3
 
 
 # What is read, by the end of its name; other files may be links to anywhere.
-READ = (*WEIGHT_SUFFIXES, ".distcp", ".jinja", ".json", ".metadata", ".model", "README.md", "latest", "merges.txt")
+READ = (
+    *WEIGHT_SUFFIXES,
+    *(".distcp", ".jinja", ".json", ".metadata", ".model"),
+    *("LICENSE", "LICENSE.md", "LICENSE.txt", "README.md", "latest", "merges.txt"),
+)
 
 
 def check_links(folder: Path, depth: int = DEPTH) -> None:

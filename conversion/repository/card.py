@@ -4,6 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
+from .licence import UNKNOWN, copy_license, license_fields
 from .result import Result
 
 
@@ -168,13 +171,16 @@ def write_card(target: Path, name: str, result: Result, source_folder: Path, fac
     card = source_folder / "README.md"
     published = front_matter(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else {}
     base_model = hub_id(source_folder)
-    lines = ["---", f"license: {published.get('license', 'other')}"]
-    lines += [f"{key}: {published[key]}" for key in ("license_name", "license_link") if key in published]
-    lines += ["library_name: transformers", f"pipeline_tag: {result.pipeline_tag}"]
-    lines += [f"base_model: {base_model}"] if base_model else []
     code = () if to == "native" else ("custom_code",)
+    data = ModelCardData(
+        **license_fields(published, copy_license(source_folder, target), base_model),
+        library_name="transformers",
+        pipeline_tag=result.pipeline_tag,
+        base_model=base_model,
+        tags=["internvl", *code, *TAGS[result.kind]],
+    )
     title, remark = TARGET_TEXTS[to]
-    lines += ["tags:", *(f"- {tag}" for tag in ("internvl", *code, *TAGS[result.kind])), "---", ""]
+    lines = ["---", data.to_yaml(), "---", ""]
     title_name = base_model or name.partition(",")[0]
     lines += [
         f"# {title_name}, {title}",
@@ -187,6 +193,6 @@ def write_card(target: Path, name: str, result: Result, source_folder: Path, fac
         "",
         *(f"- {label}: {value}" for label, value in facts.items()),
     ]
-    if "license" not in published:
+    if data.license == UNKNOWN:
         lines += ["", "The source names no licence: look at where its weights come from before passing them on."]
     (target / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -13,6 +13,8 @@ from ..readers.foreign_settings import FILES, is_own_code
 
 
 PACKAGE = Path(__file__).resolve().parents[2]
+# Serve the model on Inference Endpoints.
+ENDPOINT_FILES = ("handler.py", "requirements.txt")
 
 
 def write_json(path: Path, content: dict[str, Any] | list[dict[str, Any]]) -> None:
@@ -32,6 +34,12 @@ def copy_code(target: Path, auto_maps: Iterable[dict[str, str]]) -> None:
     modules = {reference.partition(".")[0] for auto_map in auto_maps for reference in auto_map.values()}
     for file in code_files(modules):
         shutil.copyfile(file, target / file.name)
+
+
+def copy_endpoint(target: Path) -> None:
+    """Copies the handler of Inference Endpoints and its requirements."""
+    for name in ENDPOINT_FILES:
+        shutil.copyfile(PACKAGE / name, target / name)
 
 
 def keep_written_code(target: Path) -> None:
