@@ -58,14 +58,15 @@ def _is_public(place: str) -> bool:
     return address.is_global and not any(address in network for network in NOT_PUBLIC)
 
 
-def _too_slow() -> TimeoutError:
-    return TimeoutError(f"more than {DOWNLOAD_SECONDS} seconds")
+def _too_slow(seconds: float) -> TimeoutError:
+    return TimeoutError(f"more than {seconds:g} seconds")
 
 
 class _Deadline:
     """Time limit of one download, and the connection to cut when it is over."""
 
     def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
         self.end = time.monotonic() + seconds
         self.connection: socket.socket | None = None
 
@@ -73,7 +74,7 @@ class _Deadline:
         """Returns the seconds left; raises TimeoutError if there are none."""
         seconds = self.end - time.monotonic()
         if seconds <= 0:
-            raise _too_slow()
+            raise _too_slow(self.seconds)
         return seconds
 
     def watch(self, connection: socket.socket) -> None:
@@ -175,7 +176,7 @@ def _opener(deadline: _Deadline) -> OpenerDirector:
     return opener
 
 
-def _fetch(url: str, deadline: _Deadline, outcome: list[Any]) -> None:
+def _fetch(url: str, deadline: _Deadline, max_bytes: int, outcome: list[Any]) -> None:
     """Appends the body or the error to `outcome`."""
     body = bytearray()
     try:
@@ -184,29 +185,40 @@ def _fetch(url: str, deadline: _Deadline, outcome: list[Any]) -> None:
         with _opener(deadline).open(request, timeout=deadline.left()) as response:
             while chunk := response.read(2**16):
                 body += chunk
-                if len(body) > DOWNLOAD_BYTES:
-                    raise OSError(f"more than {DOWNLOAD_BYTES} bytes")
+                if len(body) > max_bytes:
+                    raise OSError(f"more than {max_bytes} bytes")
         deadline.left()  # a cut connection looks like the end of the body
         outcome.append(bytes(body))
     except (OSError, ValueError, OverflowError, HTTPException) as error:
         is_over = time.monotonic() >= deadline.end  # then the error comes from the cut connection
-        outcome.append(_too_slow() if is_over else error)
+        outcome.append(_too_slow(deadline.seconds) if is_over else error)
     finally:
         deadline.forget()
 
 
-def download(url: str, name: str) -> bytes:
-    """Downloads an http(s) URL within DOWNLOAD_BYTES and DOWNLOAD_SECONDS; a ValueError with `name` if it fails."""
-    deadline = _Deadline(DOWNLOAD_SECONDS)
+def download(url: str, name: str, max_seconds: float | None = None, max_bytes: int | None = None) -> bytes:
+    """Downloads an http(s) URL.
+
+    Args:
+        url: What is fetched.
+        name: Of the image, for the message.
+        max_seconds: From the name look-up to the last byte; DOWNLOAD_SECONDS by default.
+        max_bytes: Of the body; DOWNLOAD_BYTES by default.
+
+    Raises:
+        ValueError: If it fails.
+    """
+    deadline = _Deadline(DOWNLOAD_SECONDS if max_seconds is None else max_seconds)
     outcome: list[Any] = []
     # A socket timeout ends neither a name look-up nor a read from a server that sends a byte now and then. So a thread
     # does both, and is abandoned at the deadline.
-    thread = Thread(target=_fetch, args=(url, deadline, outcome), daemon=True)
+    most = DOWNLOAD_BYTES if max_bytes is None else max_bytes
+    thread = Thread(target=_fetch, args=(url, deadline, most, outcome), daemon=True)
     thread.start()
-    thread.join(DOWNLOAD_SECONDS)
+    thread.join(deadline.seconds)
     if not outcome:
         deadline.cut()
-        outcome.append(_too_slow())
+        outcome.append(_too_slow(deadline.seconds))
     if isinstance(outcome[0], bytes):
         return outcome[0]
     error = outcome[0]

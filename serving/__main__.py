@@ -10,7 +10,9 @@ from ..console import exit_status
 
 
 # The module of each command, imported where it is asked for, with `add_COMMAND_arguments` and `run`, and its summary.
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "embeddings": (".embeddings_api", "texts and images as vectors, in the form of OpenAI's embeddings API"),
+}
 
 
 def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
