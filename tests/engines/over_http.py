@@ -1,17 +1,22 @@
 """Asks a server that speaks the OpenAI API: `python over_http.py BASE_URL MODEL JOB.json OUT.json`, in an environment
 with `openai`.
 
-JOB.json holds `questions` (images, text) and `new_tokens`; OUT.json gets `whole` and `streamed`, the texts of the
-answers. Images go as data URIs.
+JOB.json holds `questions` (images, text) and `new_tokens`; OUT.json gets for every way of `WAYS` the answers, each with
+its `text` and, of servers that give them (vLLM), its `tokens`. Images go as data URIs.
 """
 
 import base64
 import json
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from openai import OpenAI
+
+
+IN_PARALLEL = 8
 
 
 def message(question: dict[str, Any]) -> dict[str, Any]:
@@ -22,17 +27,39 @@ def message(question: dict[str, Any]) -> dict[str, Any]:
     return {"role": "user", "content": [*images, {"type": "text", "text": question["text"]}]}
 
 
-def main(base_url: str, model: str, job: dict[str, Any]) -> dict[str, list[str]]:
+def whole(client: OpenAI, request: dict[str, Any]) -> dict[str, Any]:
+    choice = client.chat.completions.create(**request).choices[0]
+    return {"text": choice.message.content, "tokens": getattr(choice, "token_ids", None)}
+
+
+def streamed(client: OpenAI, request: dict[str, Any]) -> dict[str, Any]:
+    parts = [part.choices[0] for part in client.chat.completions.create(**request, stream=True) if part.choices]
+    tokens = [token for part in parts for token in getattr(part, "token_ids", None) or []]
+    return {"text": "".join(part.delta.content or "" for part in parts), "tokens": tokens or None}
+
+
+def one_by_one(way: Callable) -> Callable:
+    return lambda client, requests: [way(client, request) for request in requests]
+
+
+def in_parallel(client: OpenAI, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Never fewer at once than `IN_PARALLEL`: few questions are asked again and again."""
+    asked = requests * -(-IN_PARALLEL // len(requests))
+    with ThreadPoolExecutor(IN_PARALLEL) as threads:
+        return list(threads.map(lambda request: whole(client, request), asked))
+
+
+WAYS = {"whole": one_by_one(whole), "streamed": one_by_one(streamed), "in parallel": in_parallel}
+
+
+def main(base_url: str, model: str, job: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     client = OpenAI(base_url=base_url, api_key="none", timeout=600, max_retries=0)
-    found: dict[str, list[str]] = {"whole": [], "streamed": []}
-    for question in job["questions"]:
-        request = {
-            "model": model, "messages": [message(question)], "temperature": 0, "max_tokens": job["new_tokens"],
-        }  # fmt: skip
-        found["whole"].append(client.chat.completions.create(**request).choices[0].message.content)
-        parts = client.chat.completions.create(**request, stream=True)
-        found["streamed"].append("".join(part.choices[0].delta.content or "" for part in parts if part.choices))
-    return found
+    more = {"extra_body": {"return_token_ids": True}} if job.get("asks_for_tokens") else {}
+    requests = [
+        {"model": model, "messages": [message(question)], "temperature": 0, "max_tokens": job["new_tokens"], **more}
+        for question in job["questions"]
+    ]
+    return {way: ask(client, requests) for way, ask in WAYS.items()}
 
 
 if __name__ == "__main__":
