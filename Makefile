@@ -6,7 +6,7 @@ PYTHON := .venv/bin/python
 READY := .venv/ready
 endif
 
-.PHONY: help demo test test-all check style bench bench-conversion conformance deepspeed faults versions engines fuzz default-run ablation clean
+.PHONY: help demo test test-all check style bench bench-conversion conformance deepspeed faults versions engines serving fuzz default-run ablation clean
 .DEFAULT_GOAL := test
 
 # clip-benchmark alone, of which JSON files are read: with it would come libraries that nothing here needs.
@@ -85,6 +85,11 @@ fuzz: $(READY) ## damaged images, messages, checkpoints and rows; SEED=N for oth
 # Each in an environment of its own. Takes an hour on two cores, the first time, and 11 GB of disk.
 engines: $(READY) ## vLLM and others answer as `generate` does; ENGINES="vllm lm_eval" for some (tests/engines)
 	$(PYTHON) tests/engines/run.py $(ENGINES)
+
+# The chat servers among them; docs/serving.md says what was found.
+serving: $(READY) ## vLLM and `transformers serve` answer chat requests as `generate` does (docs/serving.md)
+	$(PYTHON) tests/engines/run.py --output benchmarks/results/serving.json $(CHAT_SERVERS)
+CHAT_SERVERS ?= vllm_serve vllm_lora vllm_native transformers_serve guide
 
 # The root checkpoint from nothing, stage by stage; what was stopped goes on. glibc returns large blocks to the system after
 # each use: keeping them makes a step a fifth faster.

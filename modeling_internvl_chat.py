@@ -411,14 +411,15 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
     def _find_placeholders(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, has_images: bool
     ) -> tuple[torch.Tensor, int | torch.Tensor] | None:
-        """Where the placeholders are (B, L), and how many; None in a decoding step, which never has one."""
+        """Where the placeholders are (B, L), and how many; None in a decoding step, which never has one, and in vLLM,
+        which places the features itself."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
                 "Give exactly one of `input_ids` and `inputs_embeds`; for the features of images alone use "
                 "`get_image_features`."
             )
         length = (inputs_embeds if input_ids is None else input_ids).shape[1]
-        if length == 1 and not has_images:
+        if not has_images and (length == 1 or is_for_vllm(self.config.text_config)):
             return None
         is_image = self._image_positions(input_ids, inputs_embeds)
         return is_image, on_host(is_image.sum())

@@ -80,6 +80,19 @@ def test_every_decoder_runs_on_vllms_attention(decoder, monkeypatch):
     torch.testing.assert_close(hidden, expected(inputs_embeds=embeddings).last_hidden_state, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_a_forward_in_vllm_embeds_nothing(monkeypatch):
+    """The engine has placed the features; its embeddings with adapters take no single token, either."""
+    model = AutoModel.from_config(as_vllm_asks(monkeypatch)).eval()
+    embeddings = model.get_input_embeddings()(tiny.text_ids(1))
+    asked = []
+    model.get_input_embeddings().register_forward_hook(lambda *_: asked.append(1))
+    model(inputs_embeds=embeddings, position_ids=torch.arange(embeddings.shape[1])[None], use_cache=False)
+    assert not asked
+    with pytest.raises(ValueError, match="exactly one"):
+        model()
+
+
 def test_internlm2_whose_heads_an_engine_has_cut_says_so():
     """transformers' plan never cuts one (tests/test_placement.py); vLLM shares out the columns of `wqkv` blindly."""
     model = tiny.chat_base_model("internlm2")

@@ -2,12 +2,14 @@
 
     python tests/engines/checkpoints.py OUT
 
-makes OUT/NAME for every checkpoint but "root", which is this repository's own, OUT/contrastive and OUT/converted-14b
-for features, and OUT/questions.json: by name the folder and the questions, each with the paths of its images, its
-text, and the expected tokens and text. Heads are 32 wide, which vLLM needs on a CPU.
+makes OUT/NAME for every checkpoint but "root", which is this repository's own, OUT/NAME-native of some,
+OUT/contrastive and OUT/converted-14b for features, and OUT/questions.json: by name the folder and the questions, each
+with the paths of its images, its text, and the expected tokens and text. "root in bf16" is the root with answers in
+that dtype. Heads are 32 wide, which vLLM needs on a CPU.
 """
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,8 @@ CONVERTED = {
     "converted-qwen2": ("chat_qwen2_v2", {"num_attention_heads": 2, "num_key_value_heads": 1}),
     "converted-llama": ("chat_llama_v1", {"num_attention_heads": 2, "num_key_value_heads": 2}),
 }
+# What transformers' own InternVL can hold: simple, with a decoder of transformers.
+NATIVE = ("converted-qwen2", "simple-tied")
 
 
 def built() -> dict[str, dict[str, Any]]:
@@ -49,7 +53,7 @@ def built() -> dict[str, dict[str, Any]]:
             "connector": "queries_and_patches",
             "qllama_config": queries,
         },
-        "simple-tied": {"decoder": "qwen3", "text_settings": tied, "tie_word_embeddings": True},
+        "simple-tied": {"decoder": "qwen3", "text_settings": tied, "tie_word_embeddings": True, "ps_version": "v2"},
     }
 
 
@@ -63,7 +67,23 @@ def make_checkpoints(out: Path) -> dict[str, Path]:
     for name, arguments in built().items():
         model, processor = chat(**arguments)
         write(model, out / name, processor)
-    return {"root": ROOT, **{name: out / name for name in [*CONVERTED, *built()]}}
+    for name in NATIVE:
+        convert(out / name, out / f"{name}-native", to="native", show_progress=False)
+    return {"root": ROOT, "fine-tuned": fine_tune(out), **{name: out / name for name in [*CONVERTED, *built()]}}
+
+
+def fine_tune(out: Path) -> Path:
+    """The root after a few steps that teach it another answer; beside the merged weights lies the adapter."""
+    rows = [
+        {"image": row["file"], "query": f"<image>\n{row['question']}", "response": "purple"}
+        for row in json.loads((EXAMPLES / "questions.json").read_text())
+    ]
+    (out / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = [sys.executable, "-m", "internvl.training", "finetune", "--model", ROOT, "--data", out / "own.jsonl"]
+    command += ["--images", EXAMPLES, "--output", out / "fine-tuned", "--method", "lora", "--lora-rank", 8]
+    command += ["--steps", 8, "--batch-size", 2, "--learning-rate", "3e-2", "--max-tiles", 1]
+    subprocess.run(list(map(str, command)), check=True, cwd=out)
+    return out / "fine-tuned"
 
 
 def make_questions(out: Path) -> dict[str, list[dict[str, Any]]]:
@@ -81,7 +101,8 @@ def make_questions(out: Path) -> dict[str, list[dict[str, Any]]]:
         {"images": noise, "text": "How many people are there?"},
         {"images": [], "text": "Answer briefly."},
     ]
-    return {"root": [*shown[::3], both], "random": random}
+    nothing = {"images": [], "text": "What colour is the star?"}
+    return {"root": [*shown[::3], both, nothing], "random": random}
 
 
 def conversation(question: dict[str, Any]) -> list[dict[str, Any]]:
@@ -91,16 +112,18 @@ def conversation(question: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @torch.inference_mode()
-def with_answers(folder: Path, questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def with_answers(
+    folder: Path, questions: list[dict[str, Any]], dtype: torch.dtype = torch.float32
+) -> list[dict[str, Any]]:
     """The questions with `tokens` and `answer`, what `generate` gives."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
     processor = AutoProcessor.from_pretrained(folder)
     answered = []
     for question in questions:
         inputs = processor.apply_chat_template(
             conversation(question), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
-        output = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
+        output = model.generate(**inputs.to(dtype), do_sample=False, max_new_tokens=NEW_TOKENS)
         tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
         answer = processor.decode(tokens, skip_special_tokens=True)
         answered.append({**question, "tokens": tokens, "answer": answer})
@@ -113,10 +136,16 @@ def main(out: Path) -> None:
     write(model, out / "contrastive", processor)
     convert(published_14b(out), out / "converted-14b", show_progress=False)
     questions = make_questions(out)
-    asked = {
-        name: {"folder": str(folder), "questions": with_answers(folder, questions.get(name, questions["random"]))}
-        for name, folder in make_checkpoints(out).items()
-    }
+    asked = {}
+    for name, folder in make_checkpoints(out).items():
+        own = questions["root" if name in ("root", "fine-tuned") else "random"]
+        asked[name] = {"folder": str(folder), "questions": with_answers(folder, own)}
+    asked["root in bf16"] = {"folder": str(ROOT), "questions": with_answers(ROOT, questions["root"], torch.bfloat16)}
+    before, after = ([row["answer"] for row in asked[name]["questions"]] for name in ("root", "fine-tuned"))
+    if before == after:
+        raise ValueError("Fine-tuning has changed no answer: an adapter without effect would not be seen.")
+    for name in NATIVE:
+        asked[name]["native"] = str(out / f"{name}-native")
     (out / "questions.json").write_text(json.dumps(asked, indent=1))
 
 

@@ -1,8 +1,8 @@
 """Asks a server that speaks the OpenAI API: `python over_http.py BASE_URL MODEL JOB.json OUT.json`, in an environment
 with `openai`.
 
-JOB.json holds `questions` (images, text) and `new_tokens`; OUT.json gets for every way of `WAYS` the answers, each with
-its `text` and, of servers that give them (vLLM), its `tokens`. Images go as data URIs.
+JOB.json holds `questions` (images, text) and `new_tokens`; OUT.json gets for every way of `WAYS` the answers, each
+with its `text` and, of servers that give them (vLLM), its `tokens`. Images go as data URIs.
 """
 
 import base64

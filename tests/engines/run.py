@@ -10,21 +10,28 @@ be run.
 import argparse
 import json
 import os
+import platform
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import environments
+from engine import WORK, FailedError, Row, answers_of, call, checkpoints
 from environments import ENGINES, HERE, ROOT, CannotBeMadeError, variables
+from served import (
+    guide,
+    server,
+    transformers_serve,
+    transformers_server,
+    vllm_lora,
+    vllm_native,
+    vllm_serve,
+    vllm_variables,
+)
 
 
 sys.path.insert(0, str(ROOT))
@@ -36,68 +43,15 @@ from internvl.evaluation.harness_results import (
 )
 
 
-WORK = ENGINES / "checkpoints"
 FIGURES = WORK / "figures"
 TASKS = ROOT / "evaluation" / "harnesses" / "tasks"
 MODES = ("InternVL-C", "InternVL-G")
 CUTS = (1, 5, 10)
-START_LIMIT_S = 900
-
-
-@dataclass
-class Row:
-    """One line of the table."""
-
-    checkpoint: str
-    asked: str
-    equal: int
-    of: int
-
-    def __str__(self) -> str:
-        return f"{self.checkpoint:<22} {self.asked:<34} {self.equal} of {self.of} equal"
-
-
-class FailedError(Exception):
-    """An engine ended with an error; the text is the end of what it printed."""
-
-
-def call(command: list[Any], env: dict[str, str], cwd: Path = WORK) -> str:
-    # Not in the repository: its folders would be importable there.
-    done = subprocess.run(list(map(str, command)), env=env, cwd=cwd, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise FailedError((done.stdout + done.stderr)[-3000:])
-    return done.stdout
-
-
-def checkpoints() -> dict[str, Any]:
-    """Questions and expected answers by checkpoint, made by the first engine that asks for them."""
-    answers = WORK / "questions.json"
-    if not answers.exists():
-        WORK.mkdir(parents=True, exist_ok=True)
-        # One thread: the models are tiny.
-        call(
-            [sys.executable, HERE / "checkpoints.py", WORK],
-            {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        )
-    return json.loads(answers.read_text())
-
-
-def answers_of(script: str, python: Path, arguments: list[str], job: dict[str, Any], env: dict[str, str]) -> Any:
-    """What a script of this folder says to a job, run by an engine's Python."""
-    (WORK / "job.json").write_text(json.dumps(job))
-    call([python, HERE / script, *arguments, WORK / "job.json", WORK / "out.json"], env)
-    return json.loads((WORK / "out.json").read_text())
-
-
-# --------------------------------------------------------------------------------------------------------------- vLLM
-def vllm_variables(processes: int) -> dict[str, str]:
-    bound = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(processes)))} if processes > 1 else {}
-    return variables("vllm", VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1", **bound)
 
 
 def vllm(python: Path) -> Iterator[Row]:
     """Offline, each checkpoint alone and two with tensor parallelism: the root's QLLaMA has three heads."""
-    jobs = [(name, 1) for name in checkpoints()] + [("root", 2), ("converted-llama", 2)]
+    jobs = [(name, 1) for name in checkpoints() if name != "root in bf16"] + [("root", 2), ("converted-llama", 2)]
     for name, processes in jobs:
         checkpoint = checkpoints()[name]
         job = {**checkpoint, "new_tokens": 12, "tensor_parallel": processes}
@@ -105,63 +59,6 @@ def vllm(python: Path) -> Iterator[Row]:
         expected = [question["tokens"] for question in checkpoint["questions"]]
         asked = "tokens" + (f", tensor parallel {processes}" if processes > 1 else "")
         yield Row(name, asked, sum(map(list.__eq__, found, expected)), len(expected))
-
-
-def vllm_serve(python: Path) -> Iterator[Row]:
-    """The command as a user types it, compiled; fp32, so that answers can be compared."""
-    command = [python.with_name("vllm"), "serve", ROOT, "--trust-remote-code", "--dtype", "float32"]
-    yield from over_http(python, command, vllm_variables(1))
-
-
-def transformers_serve(python: Path) -> Iterator[Row]:
-    yield from over_http(python, *transformers_server(python))
-
-
-def transformers_server(python: Path) -> tuple[list[Any], dict[str, str]]:
-    """The command and its environment."""
-    options = "serve --trust-remote-code --dtype float32 --device cpu".split()
-    env = variables("transformers_serve")
-    (Path(env["HF_HOME"]) / "hub").mkdir(parents=True, exist_ok=True)  # its list of models wants the folder
-    return [python.with_name("transformers"), *options], env
-
-
-def over_http(python: Path, command: list[Any], env: dict[str, str]) -> Iterator[Row]:
-    root = checkpoints()["root"]
-    expected = [question["answer"] for question in root["questions"]]
-    with serving(command, env) as url:
-        found = answers_of("over_http.py", python, [f"{url}/v1", str(ROOT)], {**root, "new_tokens": 12}, env)
-    for asked, answers in found.items():
-        yield Row("root", f"chat completions, {asked}", sum(map(str.__eq__, answers, expected)), len(expected))
-
-
-@contextmanager
-def serving(command: list[Any], env: dict[str, str]) -> Iterator[str]:
-    """A server on loopback; its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [*map(str, command), "--host", "127.0.0.1", "--port", port]
-    with (WORK / "server.log").open("w") as log:
-        server = subprocess.Popen(command, env=env, cwd=WORK, stdout=log, stderr=log, start_new_session=True)
-    url, end = f"http://127.0.0.1:{port}", time.monotonic() + START_LIMIT_S
-    try:
-        while not answers(f"{url}/health"):
-            if server.poll() is not None or time.monotonic() > end:
-                raise FailedError((WORK / "server.log").read_text()[-3000:])
-            time.sleep(1)
-        yield url
-    finally:
-        if server.poll() is None:
-            os.killpg(server.pid, signal.SIGTERM)
-        server.wait(timeout=60)
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return response.status == 200
-    except OSError:
-        return False
 
 
 # --------------------------------------------------------------------------------------------------- features, figures
@@ -263,7 +160,7 @@ def lmms_eval(python: Path) -> Iterator[Row]:
 
 def lmms_eval_openai(python: Path) -> Iterator[Row]:
     """Its client, asking `transformers serve`."""
-    with serving(*transformers_server(environments.make("transformers_serve"))) as url:
+    with server(*transformers_server(environments.make("transformers_serve"))) as url:
         settings = f"model_version={ROOT},base_url={url}/v1,api_key=none,num_concurrent=1,timeout=600,max_retries=1"
         command = [python, "-m", "lmms_eval", "--model", "openai", "--model_args", settings]
         yield from harness(command, variables("lmms_eval"), "internvl_lmms_eval")
@@ -291,7 +188,10 @@ def harness(command: list[Any], env: dict[str, str], task: str, dtype: str = "fl
 RUNS: dict[str, tuple[Callable[[Path], Iterator[Row]], str, str]] = {
     "vllm": (vllm, "vllm", "vllm-cpu"),
     "vllm_serve": (vllm_serve, "vllm", "vllm-cpu"),
+    "vllm_lora": (vllm_lora, "vllm", "vllm-cpu"),
+    "vllm_native": (vllm_native, "vllm", "vllm-cpu"),
     "transformers_serve": (transformers_serve, "transformers_serve", "transformers"),
+    "guide": (guide, "vllm", "vllm-cpu"),
     "sentence_transformers": (sentence_transformers, "sentence_transformers", "sentence-transformers"),
     "clip_benchmark": (clip_benchmark, "clip_benchmark", "clip-benchmark"),
     "mteb": (mteb, "mteb", "mteb"),
@@ -307,23 +207,31 @@ def version_of(python: Path, distribution: str) -> str:
     return own if distribution == "transformers" else f"{own} (transformers {transformers})"
 
 
-def run(name: str) -> tuple[int, bool]:
-    """Prints the lines of one engine: how many of them differ, and whether it was run at all."""
+def run(name: str) -> dict[str, Any] | None:
+    """Prints the lines of one engine as they come, and returns them; None if it was not run at all.
+
+    Lines before a failure stay, and `failed` says why there are no more.
+    """
     engine, environment, distribution = RUNS[name]
+    started, lines = time.monotonic(), []
     try:
         python = environments.make(environment)
-        print(f"{name} {version_of(python, distribution)}", flush=True)
-        differing = 0
+        report: dict[str, Any] = {"version": version_of(python, distribution), "lines": lines}
+        print(f"{name} {report['version']}", flush=True)
         for row in engine(python):
-            differing += row.equal != row.of
+            lines.append(asdict(row))
             print(f"  {row}", flush=True)
     except CannotBeMadeError as reason:
         print(f"{name}: not run, its environment cannot be made here: {reason}", flush=True)
-        return 0, False
+        return None
     except FailedError as error:
         print(f"{name}: FAILED\n{error}", flush=True)
-        return 1, True
-    return differing, True
+        report = {"lines": lines, "failed": str(error)}
+    return {**report, "minutes": round((time.monotonic() - started) / 60, 1)}
+
+
+def num_wrong(report: dict[str, Any]) -> int:
+    return sum(line["equal"] != line["of"] for line in report["lines"]) + ("failed" in report)
 
 
 def main() -> int:
@@ -331,15 +239,22 @@ def main() -> int:
         description="Compares the answers of engines and harnesses with those of `generate`."
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RUNS)} (default: all)")
-    names = parser.parse_args().names
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON of all lines")
+    options = parser.parse_args()
+    names = options.names
     if unknown := [name for name in names if name not in RUNS]:
         parser.error(f"there is no {', '.join(unknown)}")
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
-    outcomes = {name: run(name) for name in names or RUNS}
-    differing = sum(count for count, _ in outcomes.values())
-    not_run = [name for name, (_, was_run) in outcomes.items() if not was_run]
+    reports = {name: run(name) for name in names or RUNS}
+    was_run = {name: report for name, report in reports.items() if report}
+    differing = sum(map(num_wrong, was_run.values()))
+    not_run = [name for name in reports if name not in was_run]
     print(f"engines: {differing} lines differ, not run: {', '.join(not_run) or 'none'}")
+    if options.output:
+        machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps({"machine": machine, "engines": was_run}, indent=1) + "\n")
     return int(differing > 0 or any(name in names for name in not_run))
 
 
