@@ -1,19 +1,22 @@
 """Asks a server that speaks the OpenAI API: `python over_http.py BASE_URL MODEL JOB.json OUT.json`, in an environment
 with `openai`.
 
-JOB.json holds `questions` (images, text) and `new_tokens`; OUT.json gets for every way of `WAYS` the answers, each
-with its `text` and, of servers that give them (vLLM), its `tokens`. Images go as data URIs.
+JOB.json holds `questions` (images, text), `new_tokens`, and an image as `readable`; OUT.json gets for every way of
+`WAYS` the answers, each with its `text` and, of servers that give them (vLLM), its `tokens`. Images go as data URIs.
+Before all that, images are sent that no server may read; `refused` has the status of each answer.
 """
 
 import base64
 import json
+import struct
 import sys
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from openai import OpenAI
+from openai import APIStatusError, OpenAI
 
 
 IN_PARALLEL = 8
@@ -38,6 +41,29 @@ def streamed(client: OpenAI, request: dict[str, Any]) -> dict[str, Any]:
     return {"text": "".join(part.delta.content or "" for part in parts), "tokens": tokens or None}
 
 
+def hostile(path: str) -> dict[str, str]:
+    """Addresses of images by what they are; `path` is a readable image on the server's machine."""
+    png = Path(path).read_bytes()
+    huge = png[:16] + struct.pack(">II", 60000, 60000) + png[24:29]
+    huge += struct.pack(">I", zlib.crc32(huge[12:29])) + png[33:]
+    data = {"text": b"no image", "nothing": b"", "half a file": png[: len(png) // 2], "60000 x 60000 pixels": huge}
+    uris = {name: "data:image/png;base64," + base64.b64encode(content).decode() for name, content in data.items()}
+    return {"a path": path, "a file address": Path(path).as_uri(), "no base64": "data:image/png;base64,!!!!", **uris}
+
+
+def statuses(client: OpenAI, model: str, path: str) -> dict[str, int]:
+    """200 for what was answered."""
+    found = {}
+    for name, url in hostile(path).items():
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is it?"}]
+        try:
+            client.chat.completions.create(model=model, messages=[{"role": "user", "content": content}], max_tokens=4)
+            found[name] = 200
+        except APIStatusError as error:
+            found[name] = error.status_code
+    return found
+
+
 def one_by_one(way: Callable) -> Callable:
     return lambda client, requests: [way(client, request) for request in requests]
 
@@ -52,14 +78,15 @@ def in_parallel(client: OpenAI, requests: list[dict[str, Any]]) -> list[dict[str
 WAYS = {"whole": one_by_one(whole), "streamed": one_by_one(streamed), "in parallel": in_parallel}
 
 
-def main(base_url: str, model: str, job: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def main(base_url: str, model: str, job: dict[str, Any]) -> dict[str, Any]:
     client = OpenAI(base_url=base_url, api_key="none", timeout=600, max_retries=0)
     more = {"extra_body": {"return_token_ids": True}} if job.get("asks_for_tokens") else {}
     requests = [
         {"model": model, "messages": [message(question)], "temperature": 0, "max_tokens": job["new_tokens"], **more}
         for question in job["questions"]
     ]
-    return {way: ask(client, requests) for way, ask in WAYS.items()}
+    refused = statuses(client, model, job["readable"])
+    return {"refused": refused, **{way: ask(client, requests) for way, ask in WAYS.items()}}
 
 
 if __name__ == "__main__":

@@ -66,7 +66,8 @@ def ask(
         more: Further entries of the job.
     """
     questions = checkpoint["questions"]
-    found = answers_of("over_http.py", python, [f"{url}/v1", model], {**checkpoint, "new_tokens": 12, **more}, env)
+    job = {**checkpoint, "new_tokens": 12, "readable": str(ROOT / "examples" / "star.png"), **more}
+    found = answers_of("over_http.py", python, [f"{url}/v1", model], job, env)
     kinds = list(dict.fromkeys(map(kind_of, questions)))
     of_kind = {kind: [n for n, question in enumerate(questions) if kind_of(question) == kind] for kind in kinds}
     for kind, numbers in of_kind.items():
@@ -75,6 +76,9 @@ def ask(
         answers = found[way]
         equal = [is_equal(answer, questions[n % len(questions)]) for n, answer in enumerate(answers)]
         yield Row(name, label, sum(equal), len(equal))
+    refused = [400 <= status < 500 for status in found["refused"].values()]
+    others = {case: status for case, status in found["refused"].items() if not 400 <= status < 500}
+    yield Row(name, f"hostile images get 4xx {others or ''}".strip(), sum(refused), len(refused))
 
 
 def is_equal(answer: dict[str, Any], question: dict[str, Any]) -> bool:
