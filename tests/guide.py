@@ -119,7 +119,7 @@ class Reader:
     def serve(self, code: str):
         (port,) = re.findall(r"--port (\d+)", code)
         log = self.folder / "server.log"
-        return serving(["bash", "-c", f"exec {code}"], int(port), log, self.env, self.folder, self.server_limit_s)
+        return serving(["bash", "-c", code], int(port), log, self.env, self.folder, self.server_limit_s)
 
     def bash(self, code: str) -> str:
         command = ["bash", "-euo", "pipefail", "-c", code]

@@ -76,9 +76,9 @@ def ask(
         answers = found[way]
         equal = [is_equal(answer, questions[n % len(questions)]) for n, answer in enumerate(answers)]
         yield Row(name, label, sum(equal), len(equal))
-    refused = [400 <= status < 500 for status in found["refused"].values()]
-    others = {case: status for case, status in found["refused"].items() if not 400 <= status < 500}
-    yield Row(name, f"hostile images get 4xx {others or ''}".strip(), sum(refused), len(refused))
+    statuses = list(found["refused"].values())
+    said = ", ".join(map(str, sorted(set(statuses))))
+    yield Row(name, f"unreadable images refused ({said})", sum(status >= 400 for status in statuses), len(statuses))
 
 
 def is_equal(answer: dict[str, Any], question: dict[str, Any]) -> bool:
