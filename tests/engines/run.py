@@ -234,27 +234,35 @@ def num_wrong(report: dict[str, Any]) -> int:
     return sum(line["equal"] != line["of"] for line in report["lines"]) + ("failed" in report)
 
 
+def write(file: Path, reports: dict[str, Any], keep: bool) -> None:
+    """Lines by engine; with `keep`, those of engines that were not run stay."""
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    kept = json.loads(file.read_text())["engines"] if keep and file.exists() else {}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"machine": machine, "engines": {**kept, **reports}}, indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description="Compares the answers of engines and harnesses with those of `generate`."
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RUNS)} (default: all)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON of all lines")
+    parser.add_argument("--keep", action="store_true", help="take checkpoints and the file's other lines as they are")
     options = parser.parse_args()
     names = options.names
     if unknown := [name for name in names if name not in RUNS]:
         parser.error(f"there is no {', '.join(unknown)}")
-    shutil.rmtree(WORK, ignore_errors=True)
-    WORK.mkdir(parents=True)
+    if not options.keep:
+        shutil.rmtree(WORK, ignore_errors=True)
+    WORK.mkdir(parents=True, exist_ok=True)
     reports = {name: run(name) for name in names or RUNS}
     was_run = {name: report for name, report in reports.items() if report}
     differing = sum(map(num_wrong, was_run.values()))
     not_run = [name for name in reports if name not in was_run]
     print(f"engines: {differing} lines differ, not run: {', '.join(not_run) or 'none'}")
     if options.output:
-        machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps({"machine": machine, "engines": was_run}, indent=1) + "\n")
+        write(options.output, was_run, options.keep)
     return int(differing > 0 or any(name in names for name in not_run))
 
 
