@@ -4,6 +4,7 @@ What they answer to text, one image and several, whole, streamed and to eight re
 `generate`; where a server does not give tokens, the text. None of their environments holds this package.
 """
 
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -150,6 +151,7 @@ def transformers_serve(python: Path) -> Iterator[Row]:
 def guide(python: Path) -> Iterator[Row]:
     """What docs/serving.md shows of chat, followed in vLLM's environment, which `transformers serve` shares."""
     section = sections((ROOT / "docs" / "serving.md").read_text(encoding="utf-8"))["Chat"]
+    shutil.rmtree(WORK / "guide", ignore_errors=True)
     reader = Reader(copy_by_links(WORK / "guide"), python, vllm_variables(), START_LIMIT_S)
     try:
         followed = reader.follow(section)
