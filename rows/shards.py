@@ -228,16 +228,16 @@ def _read_parquet(file: BinaryIO, shard: str) -> Iterator[Row]:
 
     number = 0
     for batch in parquet.ParquetFile(file).iter_batches(batch_size=PARQUET_ROWS):
-        for row in _rows_of(batch):
+        for row in rows_of_batch(batch):
             yield {**row, "__shard__": shard, "__key__": str(number)}
             number += 1
 
 
-def _rows_of(batch: Any) -> list[Row]:
+def rows_of_batch(batch: Any) -> list[Row]:
     """Rows of a batch; where one cannot be read, it alone stands for its fault."""
     try:
         return [{**row} for row in batch.to_pylist()]
     except SHARD_ERRORS as error:
         if len(batch) == 1:
             return [{FAULT_COLUMN: f"The row cannot be read: {error}"}]
-        return [row for number in range(len(batch)) for row in _rows_of(batch.slice(number, 1))]
+        return [row for number in range(len(batch)) for row in rows_of_batch(batch.slice(number, 1))]

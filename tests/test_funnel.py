@@ -58,13 +58,14 @@ def test_every_rule_of_the_table_says_why_and_is_on_a_known_column():
     for rule in FILTERS:
         assert rule.column in {*COLUMNS, *DERIVED}
         assert len(rule.why) > 20
-    for stage in (1, 2):
-        assert {rule.column for rule in FILTERS if rule.stage == stage} == set(BAD)
+    assert {rule.column for rule in FILTERS if rule.stage == 1} == set(BAD)
+    of_captions = {"caption", "symbol_share", "distinct_word_share"}
+    assert {rule.column for rule in FILTERS if rule.stage == 2} == set(BAD) | of_captions
 
 
 def test_stage_2_is_stricter_in_every_column():
     first, second = ({(r.column, r.comparison): r.value for r in FILTERS if r.stage == stage} for stage in (1, 2))
-    assert set(first) == set(second)
+    assert set(first) <= set(second)
     for (column, comparison), value in first.items():
         assert (second[column, comparison] > value) == (comparison == ">=")
 

@@ -22,7 +22,9 @@ PAIR_FILES = "tar, parquet, JSON, JSON lines, CSV, or a mixture file"
 SCALES = ("small", "full", "bundled")
 LATER_SCALES = ("v1.2", "v2.5")  # of stage 3
 RETRIEVAL_DATA = ("flickr30k", "flickr30k-cn", "coco")
+SHARD_FILES = "tar, parquet, JSON, JSON lines, CSV or TSV"
 FUNNEL_STAGES = (1, 2)  # whose data the funnel filters
+PAPER_SOURCES = ("laion-en", "laion-coco", "coyo", "cc12m", "cc3m", "sbu", "wukong", "laion-multi")
 TRAINER_FLAGS = (
     "Every flag of transformers' TrainingArguments is taken as well, under its own name, and overrides the recipe: "
     "--learning-rate 1e-5, --report-to tensorboard, --eval-strategy steps, --torch-compile..."
@@ -103,9 +105,21 @@ def add_validate(commands: Any) -> None:
 
 
 def add_funnel(commands: Any) -> None:
-    """Adds `funnel` to the sub-commands of a command line."""
+    """Adds `funnel` and `filter` to the sub-commands of a command line."""
     parser = commands.add_parser("funnel", help="what the filter rules of a stage remove from image-text shards")
-    parser.add_argument("data", metavar="DATA", nargs="+", help="tar or parquet shards; paths, patterns, addresses")
+    _add_filter_options(parser)
+    parser.add_argument("--output", metavar="FILE", help="write the report to this JSON file")
+    parser.set_defaults(writes_pairs=False)
+    parser = commands.add_parser("filter", help="writes the pairs that the filter rules of a stage keep")
+    _add_filter_options(parser)
+    parser.add_argument(
+        "--output", metavar="DIR", type=Path, required=True, help="folder of the kept pairs and of the report"
+    )
+    parser.set_defaults(writes_pairs=True)
+
+
+def _add_filter_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="DATA", nargs="+", help=f"{SHARD_FILES}; paths, patterns, addresses")
     parser.add_argument(
         "--stage", type=int, choices=FUNNEL_STAGES, default=2, help="rules up to this stage (default: 2)"
     )
@@ -113,9 +127,17 @@ def add_funnel(commands: Any) -> None:
     parser.add_argument(
         "--without", metavar="COLUMN", action="append", default=[], help="the data lacks it; its rules then pass"
     )
-    parser.add_argument("--output", metavar="FILE", help="write the report to this JSON file")
+    parser.add_argument(
+        "--source", choices=PAPER_SOURCES, help="show the share that the paper kept of this source (default: of all)"
+    )
     parser.add_argument("--plot", metavar="FILE", help="draw the funnel to this image file")
-    parser.set_defaults(module=".data.filters")
+    parser.add_argument(
+        "--max-bad-rate", metavar="SHARE", type=float, default=0.01, help="of rows that cannot be read (default: 0.01)"
+    )
+    parser.add_argument(
+        "--ray-workers", metavar="N", type=positive_int, help="filter by so many workers of Ray Data, a shard each"
+    )
+    parser.set_defaults(module=".data.filtering")
 
 
 def add_finetune(commands: Any) -> None:

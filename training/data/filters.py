@@ -3,30 +3,55 @@ removed.
 
 The paper (section 3.3 and its supplement) trains stage 1 on 4.98 of 6.03 billion pairs and stage 2 on 1.03 billion of
 them. It names the columns that it filters on, but no cut-off for any of them: the cut-offs of `FILTERS` are this
-package's choice, each with its reason, and a table of one's own takes their place (`read_filters`). Not covered:
-removing images of the evaluation sets, and judging what a caption says.
+package's choice, each with its reason, and a table of one's own takes their place (`read_filters`).
+
+`Funnel` judges one row after the other, as a training stream needs it; `filter_expressions` compiles the same table
+for whole columns. Duplicates and images of evaluation sets are found by `near_duplicates`.
 """
 
-import argparse
 import json
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+import regex
 
 from ...extras import extra
 from ...renaming_internvl import renamed_arguments, renamed_names
 from ...rows.bad_rows import BadRows
+from ...rows.json_rows import Row
 from ...rows.pair_rows import IMAGE_COLUMNS, add_size, caption_in, image_source, metadata_of
-from ...rows.shards import find_shards, place_of_row, read_shards
+from ...rows.shards import place_of_row, read_shards
+from .caption_patterns import CAPTION_PATTERNS
 
 
 STAGES = (1, 2)  # whose data the funnel filters
 PAPER_PAIRS = {0: 6.03e9, 1: 4.98e9, 2: 1.03e9}  # before the funnel, and what stages 1 and 2 trained on
+# The same by source (table 2 of the paper).
+PAPER_SOURCES: dict[str, tuple[float, float, float]] = {
+    "laion-en": (2.3e9, 1.94e9, 91e6),
+    "laion-coco": (663e6, 550e6, 550e6),
+    "coyo": (747e6, 535e6, 200e6),
+    "cc12m": (12.4e6, 11.1e6, 11.1e6),
+    "cc3m": (3.0e6, 2.6e6, 2.6e6),
+    "sbu": (1.0e6, 1.0e6, 1.0e6),
+    "wukong": (100e6, 69.4e6, 69.4e6),
+    "laion-multi": (2.2e9, 1.87e9, 100e6),
+}
+
+
+@cache
+def _compiled(pattern: str) -> Any:
+    return regex.compile(pattern)
+
+
+def _has(text: str, pattern: str) -> bool:
+    return _compiled(pattern).search(text.strip()) is not None
+
 
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge,
@@ -35,7 +60,11 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
     "==": operator.eq,
     "!=": operator.ne,
+    "has": _has,
+    "lacks": lambda text, pattern: not _has(text, pattern),
 }
+PATTERN_COMPARISONS = ("has", "lacks")  # with a regular expression, in a syntax that Rust and `regex` share
+NUMBER = r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"  # in texts, such as the fields of CSV
 
 
 @dataclass(frozen=True)
@@ -49,6 +78,7 @@ class Filter:
         stage: The first stage whose data it filters; the stages after it inherit the rule.
         why: Where the rule comes from.
         is_optional: Whether data without this column passes. Otherwise it is an error.
+        label: What reports call it; empty for column, comparison and value.
     """
 
     column: str
@@ -57,17 +87,35 @@ class Filter:
     stage: int
     why: str
     is_optional: bool = False
+    label: str = ""
 
     def __post_init__(self) -> None:
         if self.comparison not in COMPARISONS:
             raise ValueError(f"`comparison` must be one of {', '.join(COMPARISONS)}, got `{self.comparison}`.")
         if self.stage not in STAGES:
             raise ValueError(f"`stage` must be one of {STAGES}, got {self.stage!r}.")
+        if isinstance(self.value, bool) or not isinstance(self.value, (int, float, str)):
+            raise ValueError(f"`value` must be a number or a text, got {self.value!r:.80}.")
+        if self.comparison in PATTERN_COMPARISONS:
+            self._check_pattern()
+
+    def _check_pattern(self) -> None:
+        if not isinstance(self.value, str):
+            raise ValueError(f"`value` must be a regular expression for `{self.comparison}`, got {self.value!r}.")
+        try:
+            _compiled(self.value)
+        except regex.error as error:
+            raise ValueError(f"`value` is no regular expression: {error}.") from error
 
     @property
     def name(self) -> str:
         """The rule in a few characters."""
-        return f"{self.column} {self.comparison} {self.value}"
+        return self.label or f"{self.column} {self.comparison} {str(self.value)[:40]}"
+
+    @property
+    def is_on_text(self) -> bool:
+        """Whether it compares texts, and not numbers."""
+        return isinstance(self.value, str)
 
 
 # Stage 1 removes the extremes only and keeps most pairs; stage 2 is strict (paper, section 3.3).
@@ -94,6 +142,12 @@ FILTERS = (
     Filter("aspect_ratio", "<=", 3, 2, "a square resize changes shapes by three at most"),
     Filter("caption_length", ">=", 15, 2, "characters; shorter captions are mostly file names and single words"),
     Filter("caption_length", "<=", 300, 2, "characters; fits the text encoder whole"),
+    Filter("symbol_share", "<=", 0.4, 2, "readability; digits and signs: part numbers and tables"),
+    Filter("distinct_word_share", ">=", 0.4, 2, "boilerplate; a caption that repeats itself describes nothing"),
+    *(
+        Filter("caption", "lacks", pattern.expression, 2, pattern.why, label=f"caption lacks {name}")
+        for name, pattern in CAPTION_PATTERNS.items()
+    ),
 )
 
 # Names under which the usual data sets carry a column; the first that a row has is taken.
@@ -106,12 +160,66 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "height": ("original_height", "height", "HEIGHT"),
     "caption": ("caption", "txt", "text", "TEXT", "alt_text"),
 }
+NON_LETTERS = r"[^\p{L}\p{M}\p{Z}\x00-\x20\x85]"
+
+
+def as_number(value: Any) -> float | None:
+    """Returns a value of a row as a number; None for NaN, and for a text that is empty or says NaN.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if isinstance(value, str):
+        text = value.strip()
+        if text.lower() in ("", "nan"):
+            return None
+        if not _compiled(f"^{NUMBER}$").search(text):
+            raise ValueError(f"It is no number: {text!r:.80}.")
+        return float(text)
+    if isinstance(value, (bytes, list, tuple, dict)):
+        raise ValueError(f"It is no number, but of type {type(value).__name__}.")
+    try:
+        number = float(value)
+    except (OverflowError, TypeError) as error:
+        raise ValueError(f"It is no number: {error}.") from error
+    return None if math.isnan(number) else number
+
+
+def _of_size(compute: Callable[[float, float], float]) -> Callable[[Any, Any], float | None]:
+    def value(width: Any, height: Any) -> float | None:
+        numbers = as_number(width), as_number(height)
+        return None if None in numbers else compute(*numbers)  # type: ignore[arg-type]
+
+    return value
+
+
+def _symbol_share(caption: str) -> float:
+    text = caption.strip()
+    return len(_compiled(NON_LETTERS).findall(text)) / max(len(text), 1)
+
+
+def _distinct_word_share(caption: str) -> float:
+    words = caption.strip().split(" ")
+    return len(set(words)) / len(words)
+
+
 # Columns computed from others.
-DERIVED: dict[str, tuple[tuple[str, ...], Callable[..., float]]] = {
-    "shorter_side": (("width", "height"), lambda width, height: min(width, height)),
-    "aspect_ratio": (("width", "height"), lambda width, height: max(width, height) / max(min(width, height), 1)),
+DERIVED: dict[str, tuple[tuple[str, ...], Callable[..., float | None]]] = {
+    "shorter_side": (("width", "height"), _of_size(min)),
+    "aspect_ratio": (
+        ("width", "height"),
+        _of_size(lambda width, height: max(width, height) / max(min(width, height), 1)),
+    ),
     "caption_length": (("caption",), lambda caption: len(caption.strip())),
+    "symbol_share": (("caption",), _symbol_share),
+    "distinct_word_share": (("caption",), _distinct_word_share),
 }
+
+
+def paper_share(stage: int, source: str | None = None) -> float:
+    """Returns the share of pairs that the paper kept for a stage, of all or of one of `PAPER_SOURCES`."""
+    counts = PAPER_PAIRS if source is None else PAPER_SOURCES[source]
+    return counts[stage] / counts[0]
 
 
 class MissingColumnError(ValueError):
@@ -219,6 +327,16 @@ class Funnel:
         self.kept += passes
         return passes
 
+    def add(self, seen: int, kept: int, tallies: Sequence[Mapping[str, int]]) -> None:
+        """Adds a count of the same rules, such as `filter_expressions` makes: for each rule "removed", "failing" and
+        "missing"."""
+        self.seen += seen
+        self.kept += kept
+        for tally, more in zip(self._tallies, tallies, strict=True):
+            tally.removed += more["removed"]
+            tally.failing += more["failing"]
+            tally.missing += more["missing"]
+
     def __call__(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
         """The rows of a stream that pass."""
         return (row for row in rows if self.keeps(row))
@@ -228,21 +346,23 @@ class Funnel:
 
         Each rule has its fields, "removed" (rows of which it is the first that fails) and "removed_share" of the rows
         seen, "failing" (rows that fail it, whatever the others say) and "failing_share", "missing" (rows without a
-        value), "left", the rows that are left behind it, and "skipped", whether it judged none because all lack its
-        column.
+        value), "left", the rows that are left behind it, "skipped", whether it judged none because all lack its
+        column, and "name".
         """
         left, rows = self.seen, []
         for rule, tally in zip(self.rules, self._tallies, strict=True):
             left -= tally.removed
             shares = {"removed_share": self._share(tally.removed), "failing_share": self._share(tally.failing)}
             is_skipped = 0 < self.seen == tally.missing and rule.is_optional
-            rows.append({**asdict(rule), **asdict(tally), **shares, "left": left, "skipped": is_skipped})
+            rows.append(
+                {**asdict(rule), "name": rule.name, **asdict(tally), **shares, "left": left, "skipped": is_skipped}
+            )
         return {
             "stage": self.stage,
             "seen": self.seen,
             "kept": self.kept,
             "kept_share": self._share(self.kept),
-            "paper_kept_share": PAPER_PAIRS[self.stage] / PAPER_PAIRS[0],
+            "paper_kept_share": paper_share(self.stage),
             "rules": rows,
         }
 
@@ -251,42 +371,61 @@ class Funnel:
 
     @staticmethod
     def _value(row: Mapping[str, Any], rule: Filter) -> Any:
-        """What the rule compares; None where there is nothing."""
+        """What the rule compares, a number or a text; None where there is nothing."""
         try:
-            return _value_of(row, rule.column)
+            value = value_of(row, rule.column)
         except MissingColumnError as error:
             if rule.is_optional:
                 return None
-            raise MissingColumnError(
-                f"The rule `{rule.name}` finds no {error}; the data has {', '.join(map(str, row))}. Rename the "
-                "column, or make the rule optional."
-            ) from error
+            raise missing_column(rule, str(error), row) from error
+        try:
+            if not rule.is_on_text:
+                return as_number(value) if value is not None else None
+            if value is not None and not isinstance(value, str):
+                raise ValueError("It is no text.")
+        except ValueError as error:
+            raise ValueError(f"The column `{rule.column}` cannot be compared: it is {value!r:.80}.") from error
+        return value
 
 
 def _holds(rule: Filter, value: Any) -> bool:
-    if value is None:
-        return rule.is_optional
-    try:
-        return bool(COMPARISONS[rule.comparison](value, rule.value))
-    except TypeError as error:
-        raise ValueError(f"The column `{rule.column}` cannot be compared: it is {value!r:.80}.") from error
+    return rule.is_optional if value is None else bool(COMPARISONS[rule.comparison](value, rule.value))
 
 
-def _value_of(row: Mapping[str, Any], column: str) -> Any:
+def value_of(row: Mapping[str, Any], column: str) -> Any:
     """The value that a rule compares, None where the column is there without a value."""
     if column in DERIVED and column not in row:
         sources, compute = DERIVED[column]
-        values = [_value_of(row, source) for source in sources]
+        values = [value_of(row, source) for source in sources]
         try:
             return None if any(value is None for value in values) else compute(*values)
-        except (ArithmeticError, AttributeError, TypeError) as error:
+        except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"The column `{column}` cannot be computed from {values!r:.80}.") from error
     names = COLUMNS.get(column, (column,))
-    name = next((name for name in names if name in row), None)
-    if name is None:
-        raise MissingColumnError(f"column `{column}`" + (f" (nor {', '.join(names[1:])})" if len(names) > 1 else ""))
-    value = row[name]
-    return None if value is None or (isinstance(value, float) and math.isnan(value)) else value
+    found = [row[name] for name in names if name in row]
+    if not found:
+        raise MissingColumnError(name_of_column(column))
+    return next((value for value in found if not (value is None or value != value)), None)
+
+
+def name_of_column(column: str) -> str:
+    """The column and its other names, for messages."""
+    names = COLUMNS.get(column, (column,))
+    return f"column `{column}`" + (f" (nor {', '.join(names[1:])})" if len(names) > 1 else "")
+
+
+def missing_column(rule: Filter, missing: str, columns: Iterable[str]) -> MissingColumnError:
+    """The error of a rule that finds no column.
+
+    Args:
+        rule: It.
+        missing: Of `name_of_column`.
+        columns: That the data has.
+    """
+    return MissingColumnError(
+        f"The rule `{rule.name}` finds no {missing}; the data has {', '.join(map(str, columns))}. Rename the "
+        "column, or make the rule optional."
+    )
 
 
 def _listed(rules: Iterable[Filter]) -> str:
@@ -305,7 +444,7 @@ def plot_report(report: Mapping[str, Any], path: str | Path) -> None:
 
     rules = report["rules"]
     seen = max(report["seen"], 1)
-    labels = ["all", *(_name_of(row) + " (skipped)" * row["skipped"] for row in rules)]
+    labels = ["all", *(row["name"] + " (skipped)" * row["skipped"] for row in rules)]
     left = [1.0, *(row["left"] / seen for row in rules)]
     colours = ["0.6", *("tab:blue" if row["stage"] == 1 else "tab:orange" for row in rules)]
     figure = Figure(figsize=(8, 1.2 + 0.32 * len(labels)), layout="constrained")
@@ -313,13 +452,29 @@ def plot_report(report: Mapping[str, Any], path: str | Path) -> None:
     bars = axes.barh(range(len(left)), left, color=colours)
     axes.set_yticks(range(len(left)), labels)
     axes.bar_label(bars, labels=[f"{share:.1%}" for share in left], padding=3)
+    source = report.get("source")
     for stage in range(1, report["stage"] + 1):
-        share = PAPER_PAIRS[stage] / PAPER_PAIRS[0]
+        share = paper_share(stage, source)
         axes.axvline(share, color="0.3", linestyle=":")
         axes.text(share, len(labels) - 0.4, f" paper, stage {stage}", fontsize="small", va="top")
     axes.invert_yaxis()
-    axes.set(xlim=(0, 1.1), xlabel="share of the pairs left", title=f"Data funnel up to stage {report['stage']}")
+    title = f"Data funnel up to stage {report['stage']}" + (f", {source}" if source else "")
+    axes.set(xlim=(0, 1.1), xlabel="share of the pairs left", title=title)
     figure.savefig(path)
+
+
+def metadata_row(raw: Row) -> Row:
+    """Returns the metadata of a raw row of `shards`, with "caption", and with "width" and "height" out of the image's
+    header where there is an image.
+
+    Raises:
+        ValueError: If the row is broken.
+    """
+    row = metadata_of(raw)
+    row["caption"] = caption_in(row)
+    if any(row.get(column) is not None for column in IMAGE_COLUMNS):
+        add_size(row, image_source(row))
+    return row
 
 
 @renamed_arguments(broken_rows="bad_rows")
@@ -335,61 +490,12 @@ def metadata_rows(shards: Sequence[str], bad_rows: BadRows) -> Iterator[Mapping[
     """
     for raw in read_shards(shards):
         try:
-            row = metadata_of(raw)
-            row["caption"] = caption_in(row)
-            if any(row.get(column) is not None for column in IMAGE_COLUMNS):
-                add_size(row, image_source(row))
+            row = metadata_row(raw)
         except ValueError as error:
             bad_rows.count(place_of_row(raw), error)
             continue
         bad_rows.count()
         yield row
-
-
-def _name_of(row: Mapping[str, Any]) -> str:
-    return f"{row['column']} {row['comparison']} {row['value']}"
-
-
-def _outcome_of(row: Mapping[str, Any]) -> str:
-    """What a rule of the report did, in words: a rule that judged nothing removed nothing, which is not the same."""
-    if row["skipped"]:
-        return "skipped: the data has no such column"
-    outcome = f"removed {row['removed']:>9} ({row['removed_share']:6.2%})"
-    passed = row["missing"] if row["is_optional"] else 0
-    return outcome + (f", {passed} without a value passed" if passed else "")
-
-
-def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
-    """Runs `funnel`.
-
-    Args:
-        options: Arguments of the command line.
-        print_fn: Takes the lines to show.
-
-    Returns:
-        Exit code 0.
-    """
-    rules = FILTERS if options.rules is None else read_filters(options.rules)
-    funnel, bad_rows = Funnel(options.stage, with_optional(rules, options.without)), BadRows()
-    rows = metadata_rows(find_shards(options.data), bad_rows)
-    for row in tqdm(rows, desc="funnel", unit="pair", leave=False, disable=None):
-        try:
-            funnel.keeps(row)
-        except MissingColumnError:  # of all rows, not of this one
-            raise
-        except ValueError as error:
-            bad_rows.count(place_of_row(row), error)
-    report = {**funnel.report(), "broken": bad_rows.broken}
-    for row in report["rules"]:
-        print_fn(f"stage {row['stage']}  {_name_of(row):<26} {_outcome_of(row)}")
-    print_fn(
-        f"{report['kept']} of {report['seen']} pairs are kept ({report['kept_share']:.2%}), {report['broken']} broken."
-    )
-    if options.output:
-        Path(options.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    if options.plot:
-        plot_report(report, options.plot)
-    return 0
 
 
 __getattr__ = renamed_names(globals(), RULES="FILTERS", Rule="Filter", read_rules="read_filters")
