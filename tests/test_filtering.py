@@ -262,7 +262,7 @@ def shards_of(tmp_path, count=3):
 def test_a_run_that_was_stopped_goes_on_with_the_next_shard(tmp_path, monkeypatch):
     shards, output = shards_of(tmp_path), tmp_path / "out"
     whole = filtering.filter_data(job(shards, tmp_path / "whole"))
-    judge = filtering.judge
+    judge = filtering.judge_inputs
     calls = []
 
     def failing_judge(*arguments):
@@ -271,7 +271,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_next_shard(tmp_path, monkeypatc
             raise KeyboardInterrupt
         return judge(*arguments)
 
-    monkeypatch.setattr(filtering, "judge", failing_judge)
+    monkeypatch.setattr(filtering, "judge_inputs", failing_judge)
     with pytest.raises(KeyboardInterrupt):
         filtering.filter_data(job(shards, output))
     assert sorted(file.name for file in (output / "pairs").iterdir()) == ["000000.parquet"]
@@ -298,7 +298,7 @@ def test_a_damaged_shard_is_counted_and_the_others_are_read(tmp_path):
     tallies = [{"removed": 0, "failing": 0, "missing": 0}] * len(FILTERS)
     count = filtering.ShardCount(10, 8, 1, tallies, {"damaged": 1})
     with pytest.raises(TooManyBadRowsError, match="1 of 11 rows"):
-        filtering.report_of(job(shards, max_bad_rate=0), [count])
+        filtering.filter_report(job(shards, max_bad_rate=0), [count])
 
 
 def test_another_job_in_the_same_folder_is_refused(tmp_path):

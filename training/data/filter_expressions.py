@@ -1,7 +1,7 @@
 """The rules of the funnel as polars expressions over whole columns: the rows that `Funnel` keeps, counted alike.
 
 Rules compare inputs: numbers in float64 without NaN, texts, and captions without blanks around them. `table_inputs`
-makes them from the columns of a table, `row_inputs` from rows that may hold anything, and `judge` judges both.
+makes them from the columns of a table, `row_inputs` from rows that may hold anything, and `judge_inputs` judges both.
 """
 
 import operator
@@ -103,7 +103,7 @@ def check_columns(rules: Iterable[Filter], columns: Iterable[str]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- judging
-def judge(inputs: pl.LazyFrame, rules: Sequence[Filter], columns: Iterable[str]) -> Verdict:
+def judge_inputs(inputs: pl.LazyFrame, rules: Sequence[Filter], columns: Iterable[str]) -> Verdict:
     """Judges rows.
 
     Args:
@@ -284,4 +284,13 @@ def _input_in(row: Row, wanted: Input) -> float | str | None:
     return value
 
 
-__all__ = ["Input", "Verdict", "check_columns", "input_columns", "inputs_of", "judge", "row_inputs", "table_inputs"]
+__all__ = [
+    "Input",
+    "Verdict",
+    "check_columns",
+    "input_columns",
+    "inputs_of",
+    "judge_inputs",
+    "row_inputs",
+    "table_inputs",
+]

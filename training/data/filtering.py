@@ -41,7 +41,7 @@ from ...rows.shards import (
     read_shards,
     rows_of_batch,
 )
-from .filter_expressions import Verdict, check_columns, input_columns, judge, row_inputs, table_inputs
+from .filter_expressions import Verdict, check_columns, input_columns, judge_inputs, row_inputs, table_inputs
 from .filters import COLUMNS, FILTERS, Filter, Funnel, paper_share, plot_report, read_filters, with_optional
 
 
@@ -275,7 +275,7 @@ class ShardFilter:
             needed.validate(full=True)
             table = pl.from_arrow(needed)
             inputs = table_inputs(table.lazy(), schema, self.job.applied)
-            verdict = judge(inputs, self.job.applied, schema)
+            verdict = judge_inputs(inputs, self.job.applied, schema)
         except (pyarrow.ArrowInvalid, pl.exceptions.PolarsError):
             return False
         self._count(verdict, lambda row: f"{self.shard}, sample `{start + row}`")
@@ -292,7 +292,7 @@ class ShardFilter:
         self.columns |= columns
         if columns:
             check_columns(self.job.applied, self.columns)
-        verdict = judge(inputs, self.job.applied, columns)
+        verdict = judge_inputs(inputs, self.job.applied, columns)
         self._count(verdict, lambda row: place_of_row(rows[row]))
         if isinstance(written, list):
             self.write([row for row, is_kept in zip(rows, verdict.kept, strict=True) if is_kept])
@@ -389,7 +389,7 @@ def filter_data(job: FilterJob) -> dict[str, Any]:
     begin_filtering(job)
     numbers = range(len(job.shards))
     counts = [filter_shard(job, number) for number in tqdm(numbers, "shards", leave=False, disable=None, delay=1)]
-    return report_of(job, counts)
+    return filter_report(job, counts)
 
 
 def filter_by_ray(job: FilterJob, workers: int) -> dict[str, Any]:
@@ -412,7 +412,7 @@ def filter_by_ray(job: FilterJob, workers: int) -> dict[str, Any]:
         _RayFilter, fn_constructor_args=(job,), concurrency=workers, num_cpus=1
     )
     counts = {row["shard"]: json.loads(row["count"]) for row in done.take_all()}
-    return report_of(job, [ShardCount(**counts[number]) for number in sorted(counts)])
+    return filter_report(job, [ShardCount(**counts[number]) for number in sorted(counts)])
 
 
 class _RayFilter:
@@ -425,7 +425,7 @@ class _RayFilter:
         return {**row, "count": json.dumps(asdict(filter_shard(self.job, row["shard"])))}
 
 
-def report_of(job: FilterJob, counts: Sequence[ShardCount]) -> dict[str, Any]:
+def filter_report(job: FilterJob, counts: Sequence[ShardCount]) -> dict[str, Any]:
     """Returns `Funnel.report` of all shards, and "broken" and "reasons" beside it.
 
     Raises:
