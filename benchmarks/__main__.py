@@ -2,12 +2,13 @@
 
 Every topic is a module here with a function `rows(options)`. Each writes `benchmarks/results/TOPIC-DEVICE.json`: the
 calibration of its run, the versions, and its rows. `benchmarks.conversion` needs 40 GB of disk and runs only when
-named; `search` needs 12 GB in the temporary folder.
+named; `search` needs 12 GB in the temporary folder. `gpu` is a command of its own (see the folder of that name).
 """
 
 import argparse
 import importlib
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers.utils import logging
 
-from .harness import Options, Row, matrix_rate, versions
+from .harness import Options, Row, format_row, matrix_rate, versions
 
 
 RESULTS = Path("benchmarks", "results")  # of the current folder
@@ -25,7 +26,6 @@ TOPICS = (
     "memory",
     "chat",
     "loading",
-    "full_size",
     "images",
     "qllama",
     "quantizers",
@@ -50,20 +50,17 @@ def measure_topic(topic: str, options: Options) -> list[Row]:
 def format_table(rows: Iterable[Row]) -> str:
     """The rows as a table in Markdown."""
     lines = ["| row | ratio | interquartile range | target | reached |", "|---|---|---|---|---|"]
-    for row in rows:
-        if row.ratio is None:
-            lines.append(f"| {row.name} | - | - | - | skipped: {row.skipped} |")
-            continue
-        spread = f"{row.spread[0]:.3g} to {row.spread[1]:.3g}" if row.spread else "-"
-        sign = "<=" if row.is_lower_better else ">="
-        target = "-" if row.target is None else f"{sign} {row.target:g}"
-        reached = {None: "reported", True: "yes", False: "no"}[row.is_met]
-        lines.append(f"| {row.name} | {row.ratio:.3g} | {spread} | {target} | {reached} |")
+    lines += map(format_row, rows)
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Measure the topics named, or all."""
+    """Measure the topics named, or all; `gpu` is a command of its own."""
+    if sys.argv[1:2] == ["gpu"]:
+        from .gpu.command import main as measure_gpu
+
+        logging.disable_progress_bar()
+        sys.exit(measure_gpu(sys.argv[2:]))
     parser = argparse.ArgumentParser(
         prog="python -m internvl.benchmarks", description="Runs benchmarks and prints one table."
     )

@@ -47,6 +47,10 @@ class Options:
         """What models compute in on the device."""
         return torch.float32 if self.device == "cpu" else torch.bfloat16
 
+    def on(self, device: str) -> "Options":
+        """The same on another device."""
+        return replace(self, device=device)
+
     def at_most(self, rounds: int) -> "Options":
         """The same with fewer rounds, for calls that take long."""
         return replace(self, rounds=min(rounds, self.rounds))
@@ -80,6 +84,17 @@ class Row:
         if self.ratio is None or self.target is None:
             return None
         return self.ratio <= self.target if self.is_lower_better else self.ratio >= self.target
+
+
+def format_row(row: Row) -> str:
+    """The row as a line of a table in Markdown."""
+    if row.ratio is None:
+        return f"| {row.name} | - | - | - | skipped: {row.skipped} |"
+    spread = f"{row.spread[0]:.3g} to {row.spread[1]:.3g}" if row.spread else "-"
+    sign = "<=" if row.is_lower_better else ">="
+    target = "-" if row.target is None else f"{sign} {row.target:g}"
+    reached = {None: "reported", True: "yes", False: "no"}[row.is_met]
+    return f"| {row.name} | {row.ratio:.3g} | {spread} | {target} | {reached} |"
 
 
 def seconds_of(call: Callable[[], Any], device: str = "cpu") -> float:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from ..configuration_internvl import InternVLChatConfig, InternVLConfig
 from ..modeling_internvl_chat import InternVLChatForConditionalGeneration
 from ..training.models import pretraining
-from ..training.models.build import set_up_phase
+from ..training.models.build import enable_checkpointing, set_up_phase
 from ..training.models.parameter_groups import part_of, train_parts
 from ..training.recipes import (
     CaptionRecipe,
@@ -178,9 +178,7 @@ def prepare(model: PreTrainedModel, recipe: Recipe, phase: Phase) -> None:
     model.train()
     set_up_phase(model, recipe, phase)
     if recipe.gradient_checkpointing:
-        # `gradient_checkpointing_enable` is its name in transformers 5.19.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable_checkpointing(model)
         model.disable_input_require_grads()
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None

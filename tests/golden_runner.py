@@ -6,12 +6,16 @@ Names in the results are those in the golden's io.safetensors.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+
+DEVICE = os.environ.get("GOLDENS_DEVICE", "cpu")
+torch.backends.cudnn.allow_tf32 = False  # the published outputs are of float32
 
 sys.modules["internvl"] = None  # the installed package must not help: an attempt to import it fails
 
@@ -169,7 +173,7 @@ def llava(model, given, notes):
 
 def record(case, model_folder, results):
     notes = json.loads((case / "case.json").read_text())
-    tensors = load_file(case / "io.safetensors")
+    tensors = load_file(case / "io.safetensors", device=DEVICE)
     given = {name.removeprefix("in."): tensor for name, tensor in tensors.items() if name.startswith("in.")}
     model, info = AutoModel.from_pretrained(model_folder, trust_remote_code=True, output_loading_info=True)
     problems = {key: sorted(map(str, value)) for key, value in info.items() if value}
@@ -181,7 +185,8 @@ def record(case, model_folder, results):
     elif "image_token_index" in notes:
         compute = llava
     with torch.no_grad():
-        found = {f"out.{name}": tensor.contiguous().clone() for name, tensor in compute(model.eval(), given, notes)}
+        outputs = compute(model.eval().to(DEVICE), given, notes)
+        found = {f"out.{name}": tensor.cpu().contiguous().clone() for name, tensor in outputs}
     save_file(found, results)
 
 

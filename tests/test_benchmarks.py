@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from internvl.benchmarks import __main__ as command
-from internvl.benchmarks import full_size, harness, vision
+from internvl.benchmarks import harness
 from internvl.benchmarks.harness import Options, Row
 
 from . import tiny
@@ -51,15 +51,6 @@ TINY = {
     "memory": {"VISION": VISION, "TEXT": TEXT},
     "search": {"COUNT": 300, "SIZE": 32, "BLOCK": 128, "NUM_QUERIES": 5, "NUM_SCENES": 3},
 }
-FULL_SIZE = full_size.FullSizes(
-    vision=VISION,
-    qllama={**tiny.QLLAMA, "hidden_size": 32},  # a multiple of the heads of the pooling
-    decoder={key: value for key, value in TEXT.items() if key != "num_key_value_heads"},
-    tiles=2,
-    prompt=5,
-    tokens=3,
-    copied_bytes=4096,
-)
 
 
 @pytest.fixture
@@ -160,15 +151,6 @@ def test_a_missing_compiler_is_named(monkeypatch):
     assert harness.no_compiler("cpu") is None
 
 
-def test_the_flops_of_the_tower_are_those_of_its_shapes():
-    model = full_size.shapes_of(vision.InternVisionModel, tiny.vision_config())
-    found = harness.flops_of(lambda: model(torch.zeros(2, 3, 56, 56, device="meta")))
-    width, inner, tokens, depth = 32, 48, 17, 3
-    block = 2 * tokens * width * (4 * width + 2 * inner) + 2 * 2 * tokens * tokens * width
-    patches = 2 * 16 * width * 3 * 14 * 14
-    assert found == 2 * (depth * block + patches)
-
-
 def test_a_fresh_process_that_fails_says_why():
     assert harness.in_fresh_process(math.gcd, 12, 18) == 6
     with pytest.raises(RuntimeError, match=r"`math.sqrt` failed:\n(.|\n)*ValueError"):
@@ -200,10 +182,12 @@ def test_the_table_names_the_target_and_whether_it_is_reached():
 
 
 def test_a_topic_is_written_with_its_calibration_and_its_rows(monkeypatch, tmp_path, small):
-    small("full_size")
+    monkeypatch.setattr(
+        small("fine_tuning").importlib.util, "find_spec", lambda name: None
+    )  # no TRL: rows are skipped
     monkeypatch.setattr(command, "RESULTS", tmp_path)
-    rows = command.measure_topic("full_size", Options(rounds=2))
-    content = json.loads((tmp_path / "full_size-cpu.json").read_text())
+    rows = command.measure_topic("fine_tuning", Options(rounds=2))
+    content = json.loads((tmp_path / "fine_tuning-cpu.json").read_text())
     assert content["calibration"]["flops_per_second"] > 0
     assert len(content["calibration"]["interquartile_range"]) == 2
     assert content["torch"] == torch.__version__
@@ -271,26 +255,3 @@ def test_the_loading_rows_run(small):
     rows = list(small("loading").rows(Options(rounds=2)))
     assert len(rows) == 2
     check_rows(rows)
-
-
-def test_the_full_size_rows_run_at_another_size(small):
-    rows = list(small("full_size").rows(Options(rounds=2), FULL_SIZE))
-    assert len(rows) == 6
-    check_rows(rows, skipped=2)
-
-
-@pytest.mark.slow
-def test_the_compiled_full_size_rows_run_at_another_size(small):
-    rows = list(small("full_size", compiles=True).rows(Options(rounds=2), FULL_SIZE))
-    check_rows(rows)
-
-
-@torch.no_grad()
-def test_decoding_for_the_bandwidth_gives_the_tokens_of_generation(small):
-    module = small("full_size")
-    model = tiny.chat_model("llama")
-    tokens = torch.arange(5)[None] % 99
-    expected = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=4, do_sample=False)
-    assert torch.equal(
-        module.decoding_steps(model, model, 16, dataclasses.replace(FULL_SIZE, tokens=3))(), expected[:, -1:]
-    )

@@ -25,6 +25,7 @@ from .arguments import batch_size_of, parse_flags
 from .callbacks import SeedRanksDifferently
 from .checkpoints import LOG_FILE, WholeCheckpointTrainer, check_same_recipe, record_recipe
 from .data.segmentation_images import SegmentationCrops
+from .models.build import enable_checkpointing
 from .models.segmentation import build_segmenter, segmentation_groups
 from .models.whole_folders import written_whole
 from .output_folder import TRAINER_FOLDER, check_output, cleared_on_failure
@@ -228,9 +229,7 @@ def _train(
     image_processor = AutoImageProcessor.from_pretrained(options.model)
     image_processor.size = {"height": recipe.image_size, "width": recipe.image_size}
     if recipe.trains_tower:  # transformers' UperNet does not know about it, its backbone does
-        tower = getattr(model, "backbone", model)
-        enable = getattr(tower, "activation_checkpointing_enable", None) or tower.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable_checkpointing(getattr(model, "backbone", model))
     if arguments.world_size > 1 and torch.cuda.is_available():
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     data = SegmentationCrops(

@@ -80,6 +80,13 @@ def set_dtypes(recipe: Recipe, model: nn.Module, adapted: Collection[str] = ()) 
             parameter.data = parameter.data.float()
 
 
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass, without reentrant autograd."""
+    # `gradient_checkpointing_enable` is its name in transformers 5.19.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def fit_image_sizes(recipe: RecipeType, source: Folder | None = None) -> RecipeType:
     """The recipe with image sizes that whole patches fill, those of the model it starts from: the next larger ones.
 
