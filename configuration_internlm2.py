@@ -17,6 +17,10 @@ class InternLM2Config(LlamaConfig):
     """
 
     model_type = "internlm2"
+    hub_auto_map = {
+        "AutoConfig": "configuration_internlm2.InternLM2Config",
+        "AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM",
+    }
     base_model_tp_plan = {
         "tok_embeddings": "embedding_rowwise",
         "layers.*.attention.wqkv": "colwise",  # grouped by key/value head, so a contiguous split keeps groups whole

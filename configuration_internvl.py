@@ -164,6 +164,11 @@ class QLlamaConfig(LlamaConfig):
     """
 
     model_type = "qllama"
+    hub_auto_map = {
+        "AutoConfig": "configuration_internvl.QLlamaConfig",
+        "AutoModel": "modeling_qllama.QLlamaModel",
+        "AutoModelForCausalLM": "modeling_qllama.QLlamaForCausalLM",
+    }
     base_config_key = "qllama_config"
     keys_to_ignore_at_inference = ["past_key_values", "hidden_states", "attentions"]
     base_model_tp_plan = {

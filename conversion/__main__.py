@@ -10,6 +10,8 @@ from ..console import exit_status
 
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+CONNECTORS = ("patches", "queries", "queries_and_patches")
+PARTS = ("vision", "projector", "qllama", "decoder")
 TARGETS = ("internvl", "published", "native")  # the first is this package's own format
 
 
@@ -24,6 +26,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m internvl.conversion",
         description="Converts a published InternVL checkpoint to a complete repository of this package.",
+        epilog="`python -m internvl.conversion assemble --help`: a new model of parts of others. (A folder of this "
+        "name is reached as `./assemble`.)",
     )
     parser.add_argument(
         "source",
@@ -33,15 +37,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("out", metavar="OUT", type=path, nargs="?", help="folder to write; not needed with --dry-run")
     _add_source_options(parser)
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="type of the weights (default: as they are)")
+    parser.add_argument("--extract", choices=PARTS, help="write this part of the model alone")
     parser.add_argument(
         "--to", choices=TARGETS, default=TARGETS[0], help="format of the result (default: this package's)"
     )
     parser.add_argument("--llama-decoder", action="store_true", help="write an InternLM2 decoder as a plain LLaMA")
-    parser.add_argument(
-        "--max-shard-size", metavar="SIZE", default="5GB", help="largest file with weights (default: 5GB)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
     parser.add_argument(
         "--verify",
         metavar="RECORDED",
@@ -58,8 +58,18 @@ def _parser() -> argparse.ArgumentParser:
         help="of a UperNet of mmsegmentation keep the heads too: the result is transformers' UperNet, which loads "
         "where this package is installed",
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
+    _add_result_options(parser)
     return parser
+
+
+def _add_result_options(parser: argparse.ArgumentParser) -> None:
+    """Options of what is written."""
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="type of the weights (default: as they are)")
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", default="5GB", help="largest file with weights (default: 5GB)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
 
 
 def _add_source_options(parser: argparse.ArgumentParser) -> None:
@@ -100,16 +110,89 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _assembly_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m internvl.conversion assemble",
+        description="Makes a new model of parts of others. With a decoder it is an InternVL-Chat, which stage 3 "
+        "starts from; without one an InternVL-C or -G, which stage 2 starts from. What no part holds starts from "
+        "random values and is listed. Every part is a folder, or user/name on the Hub.",
+    )
+    parser.add_argument("out", metavar="OUT", type=path, nargs="?", help="folder to write; not needed with --dry-run")
+    parser.add_argument(
+        "--vision", metavar="DIR", type=path, required=True, help="an InternViT, or any model with one"
+    )
+    parser.add_argument(
+        "--qllama", metavar="DIR", type=path, help="a QLLaMA, any model with one, or a LLaMA that is to become one"
+    )
+    parser.add_argument(
+        "--decoder", metavar="NAME", type=path, help="a causal language model of transformers, or a chat model"
+    )
+    parser.add_argument(
+        "--projector",
+        metavar="DIR",
+        type=path,
+        help="projector to keep, alone or of a chat model (default: a new one)",
+    )
+    parser.add_argument(
+        "--connector",
+        choices=CONNECTORS,
+        help="what the decoder sees of a tile (default: queries_and_patches with --qllama, else patches)",
+    )
+    parser.add_argument("--tokenizer", metavar="DIR", help="folder of a tokenizer, instead of that of a part")
+    parser.add_argument(
+        "--template", metavar="NAME", help="conversation template (default: by the tokenizer's tokens)"
+    )
+    parser.add_argument(
+        "--image-size", metavar="N", type=int, help="resize the vision tower's positions to images of N pixels"
+    )
+    parser.add_argument("--max-tiles", metavar="N", type=int, default=12, help="most tiles of an image (default: 12)")
+    parser.add_argument(
+        "--select-layer", metavar="N", type=int, help="hidden state of the tower that gives the patches (default: -1)"
+    )
+    parser.add_argument(
+        "--downsample-ratio", metavar="R", type=float, help="pixel shuffle factor per side (default: 0.5)"
+    )
+    parser.add_argument(
+        "--num-query-token", metavar="N", type=int, help="number of new queries of a QLLaMA that has none"
+    )
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the random values (default: 0)")
+    parser.add_argument(
+        "--verify", action="store_true", help="load the result and compare every tensor with the parts"
+    )
+    _add_result_options(parser)
+    return parser
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one conversion, with the arguments of the process or these; returns 0, or 2 where it was refused."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    is_assembly = arguments[:1] == ["assemble"]
+    parser = _assembly_parser() if is_assembly else _parser()
+    options = parser.parse_args(arguments[is_assembly:])
     if options.out is None and not options.dry_run:
         parser.error("OUT is missing: name a folder to write, or look only with --dry-run")
     register()
     # What torch finds odd in a broken file is said in the one line about it.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\b")
-    return exit_status(lambda: _convert(options))
+    return exit_status(lambda: (_assemble if is_assembly else _convert)(options))
+
+
+def _assemble(options: argparse.Namespace) -> None:
+    from .assemble import AssemblyOptions, assemble_model, plan_assembly
+
+    choices = {field.name: getattr(options, field.name) for field in fields(AssemblyOptions)}
+    if options.dry_run:
+        for line in plan_assembly(AssemblyOptions(**choices)).describe():
+            print(line)
+        return
+    assemble_model(
+        options.out,
+        **choices,
+        max_shard_size=options.max_shard_size,
+        overwrite=options.overwrite,
+        report=print,
+        verify=options.verify,
+    )
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -11,12 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from .formats.image_token import add_to_tokenizer
 from .formats.own_format import OwnFormat
-from .plan import ConversionOptions, Plan, name_dtypes, name_size, plan_conversion
+from .plan import ConversionOptions, Plan, name_size, plan_conversion
 from .readers.damages import describing
-from .repository.card import write_card
 from .repository.code import write_json
 from .repository.records import MANIFEST_FILE, hashes_of, manifest_of
-from .repository.shards import write_shards
+from .repository.shards import BESIDE_STEM, write_shards
 from .repository.target import complete_or_nothing, place_of
 from .repository.tokenizer import check_tokenizer, copy_tokenizer, image_token_id_of, needed_image_tokens
 from .verify import Verification, compare_with_source
@@ -62,6 +61,22 @@ def convert(
     choices = ConversionOptions(**options)
     place = place_of(out, overwrite, [Path(source), *choices.inputs])
     plan = plan_conversion(source, choices)
+    write_plan(plan, out, place, max_shard_size, overwrite, show_progress, report, verify, recorded)
+    return out
+
+
+def write_plan(
+    plan: Plan,
+    out: Path,
+    place: Path,
+    max_shard_size: int | str,
+    overwrite: bool,
+    show_progress: bool,
+    report: Callable[[str], None],
+    verify: bool,
+    recorded: str | Path | None = None,
+) -> None:
+    """Carries out a plan; `place` is where `out` leads to, the others are arguments of `convert`."""
     for line in plan.describe():
         report(line)
     with complete_or_nothing(out, place, overwrite) as folder:
@@ -69,12 +84,13 @@ def convert(
         with describing(plan.source.folder):
             _write_all_but_weights(folder, plan, report)
         hashes = write_shards(folder, plan.written, max_shard_size, show_progress)
+        if plan.beside:
+            hashes |= write_shards(folder, plan.beside, max_shard_size, show_progress, stem=BESIDE_STEM)
         write_json(folder / MANIFEST_FILE, _manifest(folder, plan, hashes))
         if verify:
             for line in _verification(folder, plan, recorded).describe():
                 report(line)
     report(f"Wrote {out}.")
-    return out
 
 
 def _verification(folder: Path, plan: Plan, recorded: str | Path | None) -> Verification:
@@ -88,19 +104,19 @@ def _write_all_but_weights(folder: Path, plan: Plan, report: Callable[[str], Non
     result, tokenizer = plan.result, None
     if plan.tokenizer_folder is not None:
         tokenizer = copy_tokenizer(plan.tokenizer_folder, folder, plan.config, result.kind == "contrastive")
-        if plan.source_format.lacks_image_token:
-            add_to_tokenizer(tokenizer)
-            tokenizer.save_pretrained(folder)
         needed = needed_image_tokens(plan.config) if result.kind == "chat" else ()
-        check_tokenizer(tokenizer, plan.config.text_config.vocab_size, needed)
-    elif result.kind != "vision":
+        if plan.source_format.lacks_image_token:
+            add_to_tokenizer(tokenizer, needed)
+            tokenizer.save_pretrained(folder)
+        check_tokenizer(tokenizer, plan.config.get_text_config().vocab_size, needed)
+    elif result.kind not in ("vision", "part"):
         report("No tokenizer was found, so the result has none and no processor; `--tokenizer DIR` names one.")
     settings = plan.settings
     if result.kind == "chat":
         settings = {**settings, "image_token_id": _image_token_id(plan.config, tokenizer, report)}
     content = replace(plan, settings=settings, config=plan.source_format.build_config(settings), tokenizer=tokenizer)
     plan.target_format.write(folder, content)
-    write_card(folder, plan.source_format.name, result, plan.source.folder, _facts(plan), plan.target_format.to)
+    plan.write_card(folder)
 
 
 def _image_token_id(
@@ -130,6 +146,7 @@ def _manifest(folder: Path, plan: Plan, hashes: dict[str, str]) -> dict[str, Any
     return {
         "layout": _first_format(plan),
         "left_out": plan.dropped,
+        **({"new": plan.added} if plan.added else {}),
         "sha256": hashes,
         "written": hashes_of(folder),
         "forms": manifest_of({name: record for name, record in plan.records.items() if name != plan.target_format.to}),
@@ -141,12 +158,3 @@ def _first_format(plan: Plan) -> str:
     is_own = plan.source_format.to == OwnFormat.to
     remembered = plan.source.read_json(MANIFEST_FILE).get("layout") if is_own else None
     return remembered or plan.source_format.name
-
-
-def _facts(plan: Plan) -> dict[str, str]:
-    return {
-        "Converted from": plan.source_format.name,
-        "Parameters": f"{plan.num_parameters:,}",
-        "Type": name_dtypes(tensor.dtype for tensor in plan.written.values()),
-        "Model type": f"`{plan.config.model_type}`",
-    }

@@ -1,8 +1,9 @@
 """Plans a conversion: formats, changes, and every tensor compared with the model, before anything is written."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from .formats.llama_decoder import decoder_as_llama, internlm2_as_llama, llama_a
 from .formats.llava_parts import complete_llava
 from .formats.native_format import NativeFormat
 from .formats.own_format import OwnFormat
+from .formats.part_formats import PartFormat, part_content
+from .formats.parts import PART_NAMES
 from .formats.raw_files import join_raw_files
 from .formats.raw_formats import RAW_FORMATS
 from .formats.recognition import TARGETS, find_target, recognise
@@ -29,7 +32,8 @@ from .readers.hub import find_source
 from .readers.links import check_links
 from .readers.opening import open_source
 from .readers.source import Source
-from .readers.tensors import TensorReader, Tensors, in_order_of_files, is_equal
+from .readers.tensors import TensorReader, Tensors, in_order_of_files, is_equal, main_dtype
+from .repository.card import write_card
 from .repository.records import Record, new_record, read_records
 from .repository.result import stored_state
 from .repository.shards import cast
@@ -62,9 +66,10 @@ class ConversionOptions:
         to: Format of the result: "internvl" (this package's), "published" or "native".
         llama_decoder: Write an InternLM2 decoder as a plain LLaMA, as the native format always does.
         revision: Branch, tag or commit of a repository on the Hub.
+        extract: Part to write alone, one of `PART_NAMES`; None writes the whole model.
 
     Raises:
-        ValueError: If `dtype` or `to` has another value.
+        ValueError: If `dtype`, `to` or `extract` has another value.
     """
 
     tokenizer: str | Path | None = None
@@ -82,12 +87,17 @@ class ConversionOptions:
     to: str = next(iter(TARGETS))
     llama_decoder: bool = False
     revision: str | None = None
+    extract: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise ValueError(f"`dtype` must be one of auto, {', '.join(DTYPES)}, got {self.dtype!r}.")
         if self.to not in TARGETS:
             raise ValueError(f"`to` must be one of {', '.join(TARGETS)}, got {self.to!r}.")
+        if self.extract is not None and self.extract not in PART_NAMES:
+            raise ValueError(f"`extract` must be one of {', '.join(PART_NAMES)}, got {self.extract!r}.")
+        if self.extract not in (None, "vision") and self.to != OwnFormat.to:
+            raise ValueError(f"`to` has no effect: a {self.extract} alone has one format.")
 
     @property
     def inputs(self) -> list[Path]:
@@ -105,12 +115,14 @@ class Plan(Content):
         written: Tensors of the result under their names in that format.
         dropped: Name to reason, of tensors of the source that the result does not hold.
         notes: Further remarks for the user.
+        added: Name to reason, of tensors that no source holds: they start from random values.
     """
 
     target_format: OwnFormat
     written: Tensors
     dropped: dict[str, str]
     notes: list[str]
+    added: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_parameters(self) -> int:
@@ -120,22 +132,41 @@ class Plan(Content):
     @property
     def num_bytes(self) -> int:
         """Size of all tensors of the result."""
-        return sum(tensor.num_bytes for tensor in self.written.values())
+        return sum(tensor.num_bytes for tensor in (*self.written.values(), *self.beside.values()))
 
     def describe(self) -> list[str]:
         """Describes source and result, line by line."""
-        source = self.source
-        files = f"{len(source.files)} file{'s' if len(source.files) > 1 else ''}"
         lines = [
-            f"Found {self.source_format.name}: {len(source.tensors)} tensors, {name_size(source.num_bytes)}, "
-            f"{name_dtypes(info.dtype for info in source.tensors.values())}, in {files}.",
+            *self.found(),
             f"Result: {self.config.model_type} in {self.target_format.title}, {self.num_parameters:,} parameters, "
             f"{name_size(self.num_bytes)}, {name_dtypes(tensor.dtype for tensor in self.written.values())}.",
         ]
         for reason in dict.fromkeys(self.dropped.values()):
             names = ", ".join(name for name, why in self.dropped.items() if why == reason)
             lines.append(f"Left out: {names} ({reason}).")
+        for reason in dict.fromkeys(self.added.values()):
+            names = ", ".join(grouped(name for name, why in self.added.items() if why == reason))
+            lines.append(f"New, from random values: {names} ({reason}).")
         return lines + self.notes
+
+    def found(self) -> list[str]:
+        """Describes what is read."""
+        source = self.source
+        files = f"{len(source.files)} file{'s' if len(source.files) > 1 else ''}"
+        return [
+            f"Found {self.source_format.name}: {len(source.tensors)} tensors, {name_size(source.num_bytes)}, "
+            f"{name_dtypes(info.dtype for info in source.tensors.values())}, in {files}."
+        ]
+
+    def write_card(self, folder: Path) -> None:
+        """Writes README.md of the result."""
+        facts = {
+            "Converted from": self.source_format.name,
+            "Parameters": f"{self.num_parameters:,}",
+            "Type": name_dtypes(tensor.dtype for tensor in self.written.values()),
+            "Model type": f"`{self.config.model_type}`",
+        }
+        write_card(folder, self.source_format.name, self.result, self.source.folder, facts, self.target_format.to)
 
 
 def plan_conversion(source: str | Path, options: ConversionOptions | None = None) -> Plan:
@@ -172,6 +203,10 @@ def plan_conversion(source: str | Path, options: ConversionOptions | None = None
             tokenizer_folder=tokenizer_folder,
             records={**records, **_own_record(opened, source_format, same)},
         )
+        if options.extract is not None:
+            content = part_content(content, options.extract)
+            if isinstance(content.source_format, PartFormat):
+                return _in_format(content, content.source_format, draft)
         return _in_format(content, find_target(options.to, content.result), draft)
 
 
@@ -271,7 +306,7 @@ def _complete_settings(
         **draft.settings,
         "architectures": [source_format.result.model_class.__name__],
         "auto_map": source_format.result.auto_map,
-        "dtype": name_dtypes([trained]) if trained else _main_dtype(tensors),
+        "dtype": name_dtypes([trained]) if trained else main_dtype(tensors),
         **({} if options.image_token_id is None else {"image_token_id": options.image_token_id}),
     }
 
@@ -279,7 +314,7 @@ def _complete_settings(
 def _own_record(source: Source, source_format: Format, twice: dict[str, str]) -> dict[str, Record]:
     """The record of the source itself, if its format can be written."""
     name = source_format.to
-    return {} if not name else {name: new_record(source, _main_dtype(source.tensors), twice)}
+    return {} if not name else {name: new_record(source, main_dtype(source.tensors), twice)}
 
 
 def _in_format(content: Content, target: OwnFormat, draft: Draft) -> Plan:
@@ -300,20 +335,29 @@ def _compared(
     source: Source, source_format: Format, draft: Draft, translation: Translation, dtype: str
 ) -> tuple[Tensors, dict[str, str]]:
     """The tensors of the result, each of which fits, and names held twice: the one left out to the one kept."""
-    settings = draft.settings
-    model = _meta_model(source_format, settings)
-    tied, same = _resolve_tied_heads(model, draft.tensors, settings)
-    if not tied and model.all_tied_weights_keys:
-        model = _meta_model(source_format, settings)
+    shapes, same = expected_shapes(source_format, draft.settings, draft.tensors)
     draft.dropped |= {name: f"the same as {other}" for name, other in same.items()}
-    shapes = {name: tensor.shape for name, tensor in stored_state(model).items() if name not in tied}
     _check_keys(source_format, source, draft, translation, shapes)
     found = draft.tensors
-    return {name: cast(name, found[name], _target_dtype(found[name].dtype, dtype)) for name in shapes}, same
+    return {name: cast(name, found[name], target_dtype(found[name].dtype, dtype)) for name in shapes}, same
 
 
-def _meta_model(source_format: Format, settings: dict[str, Any]) -> PreTrainedModel:
-    """The model on the meta device, for names and shapes."""
+def expected_shapes(
+    source_format: Format, settings: dict[str, Any], tensors: Tensors
+) -> tuple[dict[str, torch.Size], dict[str, str]]:
+    """Name to shape of what files of a model hold, and names held twice: the one left out to the one kept.
+
+    Whether heads are tied is decided by the tensors, and written into `settings`.
+    """
+    model = model_on_meta(source_format, settings)
+    tied, same = _resolve_tied_heads(model, tensors, settings)
+    if not tied and model.all_tied_weights_keys:
+        model = model_on_meta(source_format, settings)
+    return {name: tensor.shape for name, tensor in stored_state(model).items() if name not in tied}, same
+
+
+def model_on_meta(source_format: Format, settings: dict[str, Any]) -> PreTrainedModel:
+    """A format's model on the meta device, for names and shapes."""
     with torch.device("meta"):
         return source_format.result.model_class(source_format.build_config(settings))
 
@@ -373,19 +417,17 @@ def _check_keys(
         raise ValueError(f"The tensors of `{source.folder}` do not fit {source_format.name}. {'; '.join(found)}.")
 
 
-def _target_dtype(found: torch.dtype, wanted: str) -> torch.dtype:
+def target_dtype(found: torch.dtype, wanted: str) -> torch.dtype:
+    """Type of a tensor in the result, given the user's wish, which may be "auto"."""
     return DTYPES[wanted] if wanted != "auto" and found.is_floating_point else found
 
 
-def _main_dtype(tensors: Tensors) -> str:
-    sizes: Counter = Counter()
-    for tensor in tensors.values():
-        if tensor.dtype.is_floating_point:
-            sizes[tensor.dtype] += torch.Size(tensor.shape).numel()
-    return str(sizes.most_common(1)[0][0]).removeprefix("torch.")
-
-
 # ------------------------------------------------------------------------------------------------------------ messages
+def grouped(names: Iterable[str]) -> list[str]:
+    """Names of tensors, those that differ by the numbers of their layers as one."""
+    return list(dict.fromkeys(re.sub(r"\.\d+(?=\..*\.)", ".*", name) for name in names))
+
+
 def name_dtypes(dtypes: Iterable[torch.dtype]) -> str:
     """Types as people write them, the most frequent first."""
     return ", ".join(str(dtype).removeprefix("torch.") for dtype, _ in Counter(dtypes).most_common())

@@ -28,6 +28,7 @@ class Content:
         image_size: Size of images, where it differs from the source's.
         tokenizer_folder: Folder that the tokenizer is copied from, or None.
         records: What is remembered of formats that the model had before, by their `to`.
+        beside: Of a part of a model, tensors that belong to it and that its class has no place for.
         tokenizer: The tokenizer, once written.
     """
 
@@ -39,6 +40,7 @@ class Content:
     image_size: int | None
     tokenizer_folder: Path | None
     records: dict[str, Record] = field(default_factory=dict)
+    beside: Tensors = field(default_factory=dict)
     tokenizer: PreTrainedTokenizerBase | None = None
 
     @property

@@ -6,7 +6,7 @@ the model gives it the lowest logit, so that the probabilities of the other toke
 change.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,9 +23,10 @@ from .edits import Draft, Edit
 EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 
 
-def add_to_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gives a tokenizer the image token, unless it has one."""
-    tokenizer.add_tokens([AddedToken(IMAGE_CONTEXT_TOKEN, special=True, normalized=False)], special_tokens=True)
+def add_to_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str] = (IMAGE_CONTEXT_TOKEN,)) -> None:
+    """Gives a tokenizer the image tokens that it lacks."""
+    added = [AddedToken(token, special=True, normalized=False) for token in tokens]
+    tokenizer.add_tokens(added, special_tokens=True)
 
 
 def adding_image_token(

@@ -16,6 +16,7 @@ from ..repository.result import CHAT, CLASSIFICATION, PYRAMID, SEGMENTATION
 from .content import Content
 from .format import Format
 from .hub_settings import CHAT_MARKS, CONTRASTIVE_MARKS, VISION_MARKS, map_chat, map_vision, spelled_out
+from .parts import FACT_KEYS
 from .sentence_files import write_sentence_files
 
 
@@ -92,7 +93,7 @@ class OwnFormat(Format):
 
     def _with_facts(self, content: Content, config: dict[str, Any], record: Record | None) -> dict[str, Any]:
         """Sets what must hold regardless of a record: `auto_map` names the code in the folder."""
-        facts = {key: content.settings[key] for key in ("architectures", "auto_map", "dtype")}
+        facts = {key: content.settings[key] for key in FACT_KEYS if key in content.settings}
         return {**config, **facts}
 
     def _write_files(self, folder: Path, content: Content) -> None:

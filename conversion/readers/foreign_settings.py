@@ -31,7 +31,7 @@ OWN_MODULES = frozenset(
     "configuration_intern_vit configuration_internlm2 configuration_internvl configuration_internvl_chat "
     "image_processing_internvl "
     "modeling_intern_vit modeling_internlm2 modeling_internvit modeling_internvl modeling_internvl_chat "
-    "processing_internvl".split()
+    "modeling_qllama processing_internvl".split()
 )
 
 

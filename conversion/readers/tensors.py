@@ -4,6 +4,7 @@ A conversion is a chain of steps (merge adapters, rename, split, resize, cast), 
 tensors to another. Nothing is read until the result is written, and then one tensor at a time.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,15 @@ def computed(function: Callable[..., torch.Tensor], *inputs: LazyTensor) -> Lazy
 def is_equal(reader: TensorReader, left: LazyTensor, right: LazyTensor) -> bool:
     """Whether two tensors hold the same numbers."""
     return left.shape == right.shape and torch.equal(left.load(reader), right.load(reader))
+
+
+def main_dtype(tensors: Tensors) -> str:
+    """Name of the type that most numbers have, among floats."""
+    sizes: Counter = Counter()
+    for tensor in tensors.values():
+        if tensor.dtype.is_floating_point:
+            sizes[tensor.dtype] += torch.Size(tensor.shape).numel()
+    return str(sizes.most_common(1)[0][0]).removeprefix("torch.")
 
 
 def in_order_of_files(tensors: dict[str, LazyTensor], files: list[Path]) -> dict[str, LazyTensor]:

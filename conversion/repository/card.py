@@ -11,6 +11,9 @@ from .result import Result
 
 
 TAGS = {
+    "text": [],
+    "encoder": [],
+    "part": [],
     "vision": ["vision"],
     "contrastive": ["vision", "image-to-text", "retrieval"],
     "chat": ["vision", "multimodal", "conversational"],
@@ -106,6 +109,16 @@ print(processor.decode(tokens[0, inputs["input_ids"].shape[1]:], skip_special_to
 }
 
 
+SNIPPETS["text"] = """\
+from transformers import AutoModelForCausalLM
+
+path = "."  # this folder, or its id on the Hub
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
+"""
+SNIPPETS["encoder"] = SNIPPETS["text"].replace("AutoModelForCausalLM", "AutoModel")
+SNIPPETS["part"] = """\
+# A part of a model, of which another is made by `python -m internvl.conversion assemble`.
+"""
 PUBLISHED_SNIPPET = """\
 from transformers import AutoModel
 
@@ -114,6 +127,11 @@ model = AutoModel.from_pretrained(path, trust_remote_code=True).eval()
 """
 # By `--to`: the end of the title, and whose the files beside the weights are.
 TARGET_TEXTS = {
+    "part": (
+        "alone",
+        "this folder holds a part of the model, which the InternVL package took out of it. "
+        "`python -m internvl.conversion assemble` makes another model of it.",
+    ),
     "internvl": (
         "for today's transformers",
         "code, processor and configuration are those of the InternVL package, which wrote this folder.",
@@ -171,7 +189,7 @@ def write_card(target: Path, name: str, result: Result, source_folder: Path, fac
     card = source_folder / "README.md"
     published = front_matter(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else {}
     base_model = hub_id(source_folder)
-    code = () if to == "native" else ("custom_code",)
+    code = ("custom_code",) if any(target.glob("*.py")) else ()
     data = ModelCardData(
         **license_fields(published, copy_license(source_folder, target), base_model),
         library_name="transformers",

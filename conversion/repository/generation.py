@@ -61,7 +61,7 @@ def write_generation_config(
     """
     if result.kind == "vision":
         return
-    decoder = config.text_config
+    decoder = config.get_text_config()
     parts = ("llm_config", "qllama_config", "text_config")
     nested = next((source.config[part] for part in parts if source.config.get(part)), source.config)
     settings = {**generation_settings(nested), **source.read_json("generation_config.json")}

@@ -24,7 +24,8 @@ class Result:
     """One kind of model.
 
     Args:
-        kind: "vision", "contrastive" or "chat".
+        kind: "vision", "contrastive" or "chat"; of a part alone "text", "encoder" without a
+            head, or "part" where no class loads it.
         config_class: Class of its configuration.
         model_class: Class of the model.
         pipeline_tag: Task on the Hub.
@@ -38,13 +39,14 @@ class Result:
     @property
     def auto_map(self) -> dict[str, str]:
         """Auto class to `module.Class`, as in config.json."""
-        return dict(self.config_class.hub_auto_map)
+        return dict(getattr(self.config_class, "hub_auto_map", {}))
 
     @property
     def auto_class(self) -> Any:
         """The Auto class that loads the model; for a backbone its class, as `AutoBackbone` loads from no folder."""
         own = self.model_class.__name__
-        name = next(auto for auto, place in self.auto_map.items() if place.rpartition(".")[2] == own)
+        names = (auto for auto, place in self.auto_map.items() if place.rpartition(".")[2] == own)
+        name = next(names, "AutoModelForCausalLM")  # of a decoder of transformers
         return self.model_class if name == "AutoBackbone" else getattr(transformers, name)
 
 

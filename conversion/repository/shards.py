@@ -21,8 +21,7 @@ from ..readers.checkpoint_files import SAFETENSORS_DTYPES
 from ..readers.tensors import LazyTensor, TensorReader, computed
 
 
-INDEX_FILE = "model.safetensors.index.json"
-FILE_PATTERN = "model{suffix}.safetensors"
+BESIDE_STEM = "parts"
 # Elsewhere it copies to sockets only.
 HAS_FILE_COPY = sys.platform == "linux"
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -33,14 +32,19 @@ def write_shards(
     tensors: dict[str, LazyTensor],
     max_shard_size: int | str,
     show_progress: bool = True,
+    stem: str = "model",
 ) -> dict[str, str]:
     """Writes all weights, in files of at most `max_shard_size`, e.g. "5GB"; returns the SHA-256 of each.
+
+    `stem` is the beginning of their names, "model" for what the Auto classes load.
 
     Raises:
         ValueError: If a number does not survive the conversion to the wanted type.
     """
     sizes = {name: tensor.on_meta() for name, tensor in tensors.items()}
-    split = split_torch_state_dict_into_shards(sizes, filename_pattern=FILE_PATTERN, max_shard_size=max_shard_size)
+    split = split_torch_state_dict_into_shards(
+        sizes, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=max_shard_size
+    )
     hashes, reader = {}, TensorReader()
     with tqdm(total=len(tensors), unit="tensor", desc="Writing weights", disable=not show_progress) as progress:
         for name, members in split.filename_to_tensors.items():
@@ -50,7 +54,7 @@ def write_shards(
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / INDEX_FILE).write_text(text, encoding="utf-8")
+        (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
     return hashes
 
 
