@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..console import printable
+from ..rows.json_files import is_finite_number
 from .reports import Report
 
 
@@ -28,17 +30,19 @@ def published_figure(report: Report, name: str) -> float | None:
     """The published figure of a metric, of its mode where it names one."""
     published = report.get("published") or {}
     mode, _, own = name.partition("/")
-    return published[mode].get(own) if own and mode in published else published.get(name)
+    of_mode = published.get(mode)
+    figure = of_mode.get(own) if own and isinstance(of_mode, dict) else published.get(name)
+    return figure if is_finite_number(figure) else None
 
 
 def metric_row(report: Report, name: str, metric: Mapping[str, Any]) -> tuple[str, ...]:
     """Title, metric, our figure with its interval, the published one, and notes of what differs."""
     figure = published_figure(report, name)
-    scale = float(metric.get("scale", 100.0))
+    scale = float(metric.get("scale") or 100.0)
     bounds = [scale * bound for bound in metric.get("interval") or ()]
     interval = " to ".join(f"{bound:.1f}" for bound in bounds)
     paper = "" if figure is None or metric.get("comparable") is False else f"{figure:.1f}"
-    notes = [*metric.get("notes", ()), *(_differences(report) if figure is not None else ())]
+    notes = [*(metric.get("notes") or ()), *(_differences(report) if figure is not None else ())]
     if figure is not None and paper and bounds and not notes:
         notes.append("agrees" if bounds[0] <= figure <= bounds[1] else "differs")
     title = report.get("title") or report.get("protocol") or report["task"]
@@ -60,7 +64,8 @@ def _differences(report: Report) -> list[str]:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Lines in columns, as wide as their widest entry."""
+    """Lines in columns, as wide as their widest entry, of what a terminal can take."""
+    rows = [[printable(entry) for entry in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(entry.ljust(width) for entry, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths).rstrip())

@@ -1,6 +1,7 @@
 """Commands that measure on anyone's data: one protocol, or all whose data lie below a root."""
 
 import argparse
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..kinds import check_kind, kind_of
 from .checkpoints import checkpoint_state
-from .protocols.protocol import TASKS, Protocol, find_protocol
+from .protocols.protocol import OWN_DATA, TASKS, Protocol, find_protocol, own_protocol
 
 
 if TYPE_CHECKING:  # `--help` and wrong arguments need no torch
@@ -27,13 +28,6 @@ def positive(text: str) -> int:
     return value
 
 
-OWN_LAYOUTS = {
-    "zero_shot": "class_folders",
-    "retrieval": "captions",
-    "caption": "captions",
-    "probe": "probe_folders",
-    "segmentation": "segmentation",
-}
 CONTRASTIVE = ("InternVL-C", "InternVL-G")
 KINDS: dict[str, tuple[str, ...]] = {
     "zero_shot": CONTRASTIVE,
@@ -92,11 +86,18 @@ def measure_on_data(options: argparse.Namespace) -> int:
         protocol = replace(protocol, modes=(options.mode,))
     data = open_data(protocol, options.data, options.limit)
     _check_model(options, protocol.task)
-    output = options.output or Path(f"{Path(options.model).name or 'model'}-{protocol.name}.json")
+    output = options.output or _default_output(options, protocol)
     report = _measured(protocol, data, lambda: _load(options, protocol.task), options, output)
     print(card([report]))  # noqa: T201
     print(f"The report is {output}, its samples {samples_file(output)}.", file=sys.stderr)  # noqa: T201
     return 0
+
+
+def _default_output(options: argparse.Namespace, protocol: Protocol) -> Path:
+    """MODEL-PROTOCOL.json; of own data MODEL-TASK-DATA.json."""
+    model = Path(options.model, options.subfolder).resolve().name or "model"
+    data = re.sub(r"[^\w.-]+", "-", Path(options.data).stem).strip("-") or "data"
+    return Path(f"{model}-{f'{protocol.task}-{data}' if protocol.name == OWN_DATA else protocol.name}.json")
 
 
 def measure_card(options: argparse.Namespace) -> int:
@@ -104,10 +105,12 @@ def measure_card(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from .card import card
-    from .data.opening import open_data, protocols_below
+    from .data.opening import incomplete_below, open_data, protocols_below
     from .harness_results import benchmark_commands, read_harness_results
 
     protocols = [one for one in protocols_below(options.data) if one.task in options.tasks]
+    for place, names in incomplete_below(options.data, options.tasks).items():
+        print(f"{place} is not measured: it has none of {', '.join(names)}.", file=sys.stderr)  # noqa: T201
     if not protocols:
         raise ValueError(
             f"No data of a protocol lie below {options.data}: `python -m internvl.evaluation protocols` lists where "
@@ -118,7 +121,7 @@ def measure_card(options: argparse.Namespace) -> int:
         tasks = ", ".join(dict.fromkeys(one.task for one in protocols))
         raise ValueError(f"{options.model} is no model that the protocols below {options.data} measure: {tasks}.")
     opened = [(one, open_data(one, options.data, options.limit)) for one in fitting]
-    folder = options.output or Path(f"{Path(options.model).name or 'model'}-card")
+    folder = options.output or Path(f"{Path(options.model).resolve().name or 'model'}-card")
     load = cache(partial(_load, options))
     reports = []
     for protocol, data in tqdm(opened, desc="protocols", disable=None):
@@ -135,11 +138,14 @@ def measure_card(options: argparse.Namespace) -> int:
 def print_protocols() -> int:
     """Prints every protocol with where its data are looked for."""
     from .card import table
+    from .data.opening import annotation_names
     from .protocols.protocol import shipped_protocols
 
-    rows = [("task", "protocol", "title", "looked for below the root")]
+    rows = [("task", "protocol", "title", "looked for below the root", "with the file")]
     for one in shipped_protocols().values():
-        rows.append((one.task, one.name, one.title, ", ".join(one.data.get("folders", []))))
+        separator = " and " if one.data["layout"] == "xtd" else ", "
+        files = separator.join(annotation_names(one))
+        rows.append((one.task, one.name, one.title, ", ".join(one.data.get("folders", [])), files))
     print(table(rows))  # noqa: T201
     return 0
 
@@ -154,8 +160,7 @@ def _chosen(options: argparse.Namespace) -> Protocol:
     if len(found) > 1:
         names = ", ".join(one.name for one in found)
         raise ValueError(f"{options.data} has data of several protocols ({names}): name one by --protocol.")
-    own = Protocol("own-data", options.task, {"layout": OWN_LAYOUTS[options.task]}, title=Path(options.data).name)
-    return found[0] if found else own
+    return found[0] if found else own_protocol(options.task, Path(options.data).name)
 
 
 def _check_model(options: argparse.Namespace, task: str) -> None:
@@ -226,8 +231,8 @@ def _measured(
     output: Path,
 ) -> "Report":
     from .reports import features_folder, read_report, samples_file, write_report
-    from .runs import TaskRun, measure, report_of
-    from .samples import SampleLog
+    from .runs import TaskRun, data_state, measure, report_of
+    from .samples import SampleLog, differing_settings
 
     names = [flag.removeprefix("--").replace("-", "_") for flag in TASK_OPTIONS.get(protocol.task, {})]
     extra = {name: value for name in names if (value := getattr(options, name, None))}
@@ -236,6 +241,7 @@ def _measured(
         "state": checkpoint_state(options.model, options.subfolder),
         "protocol": protocol.name,
         "data": data.place,
+        "data_state": data_state(protocol, data),
         "modes": list(protocol.modes),
         "limit": options.limit,
         "dtype": options.dtype,
@@ -248,9 +254,11 @@ def _measured(
     }
     if output.exists():
         known = read_report(output)
-        if known["settings"] == settings:
+        if not (differing := differing_settings(known["settings"], settings)):
             return known
-        raise ValueError(f"{output} is the report of other settings: delete it, or name another by --output.")
+        raise ValueError(
+            f"{output} is the report of other settings ({differing}): delete it, or name another by --output."
+        )
     features = features_folder(samples_file(output))
     with SampleLog(samples_file(output), settings) as log:
         if log.is_new:

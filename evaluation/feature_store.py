@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 
 from .data.items import Item
 from .embeddings import batches
+from .samples import lock_file
 
 
 SAMPLED = 1024  # numbers of each weight that a model is known by
@@ -35,11 +37,16 @@ def fingerprint_of_items(items: Iterable[Item]) -> str:
     found = hashlib.sha256()
     for item in items:
         if isinstance(item.source, bytes):
-            found.update(f"{item.name}\0".encode() + hashlib.sha256(item.source).digest())
+            found.update(_bytes_of(item.name) + hashlib.sha256(item.source).digest())
         else:
             status = item.source.stat()
-            found.update(f"{item.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+            found.update(_bytes_of(item.name) + f"{status.st_size}\0{status.st_mtime_ns}\0".encode())
     return found.hexdigest()
+
+
+def _bytes_of(name: str) -> bytes:
+    """A name, also one that is no UTF-8."""
+    return f"{name}\0".encode("utf-8", "surrogatepass")
 
 
 class FeatureStore:
@@ -67,8 +74,10 @@ class FeatureStore:
             compute: Computes the features of a batch.
             batch_size: Items at a time.
         """
-        state = self._state()
-        with self.path.open("r+b" if state else "w+b") as file:
+        with self.path.open("a+b") as lock, self.path.open("r+b") as file:
+            lock_file(lock, self.path, waits=True)
+            if not (state := self._state()):
+                file.truncate(0)
             for batch in batches(items[state.get("rows", 0) :], batch_size, "extracting features"):
                 rows = compute(batch).cpu()
                 state = state or {"rows": 0, "shape": list(rows.shape[1:]), "dtype": str(rows.dtype), "key": self.key}
@@ -87,7 +96,11 @@ class FeatureStore:
             state = json.loads(self.state_path.read_text(encoding="utf-8"))
         except (OSError, ValueError):  # not there, or torn by a kill: the features are computed again
             return {}
-        return state if self.path.is_file() and state.get("key") == self.key else {}
+        if not isinstance(state, dict) or state.get("key") != self.key:
+            return {}
+        dtype = next(one for one in STORED_AS if str(one) == state["dtype"])
+        size = state["rows"] * math.prod(state["shape"]) * dtype.itemsize
+        return state if self.path.stat().st_size >= size else {}  # cut off, as by a full disk
 
     def _write_state(self, state: dict[str, Any]) -> None:
         beside = self.state_path.with_name(f".{self.state_path.name}.{os.getpid()}")

@@ -8,7 +8,6 @@ thousandths of the image.
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..rows.image_files import image_file
+from ..rows.json_files import is_finite_number
 from ..rows.json_rows import UnusableRowError, stream_json_rows
 
 
@@ -97,9 +97,7 @@ def _expression(row: dict[str, Any] | UnusableRowError, place: str, line: int, f
 
 def _numbers(value: Any, count: int, message: str) -> list[float]:
     is_list = isinstance(value, list) and len(value) == count
-    if not is_list or not all(
-        isinstance(one, int | float) and not isinstance(one, bool) and math.isfinite(one) for one in value
-    ):
+    if not is_list or not all(is_finite_number(one) and not isinstance(one, bool) for one in value):
         raise ValueError(f"{message}, got {value!r}.")
     return [float(one) for one in value]
 
@@ -189,12 +187,10 @@ def run(options: argparse.Namespace) -> None:
     if options.limit and options.limit < len(expressions):
         expressions = [expressions[place * len(expressions) // options.limit] for place in range(options.limit)]
 
-    import json
-
     from ..kinds import check_kind
     from .checkpoints import checkpoint_state
     from .reports import new_report, samples_file, write_report
-    from .samples import SampleLog
+    from .samples import SampleLog, json_text
 
     check_kind(options.model, "chat", door="the task grounding", subfolder=options.subfolder)
     output = options.output or Path(f"{Path(options.model).name or 'model'}-{options.data.stem}.json")
@@ -211,7 +207,7 @@ def run(options: argparse.Namespace) -> None:
     samples, title = samples_file(output).name, options.data.stem
     report = new_report("grounding", settings["model"], settings, metrics, samples=samples, title=title)
     write_report(output, report)
-    sys.stdout.write(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(json_text(report, indent=2) + "\n")
 
 
 def _load_chat(options: argparse.Namespace) -> tuple[Any, Any]:

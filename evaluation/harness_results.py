@@ -8,7 +8,6 @@ the harness logged them (`--log_samples`), so that `compare` and `page` take the
 
 import argparse
 import json
-import math
 import re
 import shlex
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..console import exit_status
+from ..rows.json_files import check_keys, is_finite_number, read_json_file
 from .protocols.protocol import shipped_protocols
 from .reports import metrics_of, new_report, samples_file, write_report
 from .samples import SampleLog
@@ -84,7 +84,7 @@ class Benchmark:
 
 def harness_benchmarks() -> list[Benchmark]:
     """Returns the benchmarks of `harnesses/benchmarks.json`."""
-    return [Benchmark(**row) for row in json.loads(BENCHMARKS_FILE.read_text(encoding="utf-8"))]
+    return [Benchmark(**row) for row in read_json_file(BENCHMARKS_FILE)]
 
 
 def harness_command(harness: str, tasks: Sequence[str], model: str | Path, output: str | Path = "results") -> str:
@@ -128,10 +128,7 @@ def read_harness_results(path: str | Path) -> list[dict[str, Any]]:
         ValueError: If it holds no results of one of these harnesses.
     """
     path = Path(path)
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (RecursionError, ValueError) as error:
-        raise ValueError(f"{path} holds no results of a harness: it is no JSON ({error}).") from error
+    results = read_json_file(path)
     try:
         reports = list(_reports_of(path, results)) if isinstance(results, dict) else []
     except (AttributeError, KeyError, TypeError) as error:
@@ -140,6 +137,7 @@ def read_harness_results(path: str | Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path} holds no results of {', '.join(HARNESSES[:-1])} or {HARNESSES[-1]}.")
     by_task = {benchmark.task: benchmark for benchmark in harness_benchmarks()}
     for report in reports:
+        check_keys(str(path), report, {"task": "a text", "protocol": "a text", "model": "a text"})
         if logged := samples_beside(path, report["protocol"]):
             for metric, summary in metrics_of(read_harness_samples(logged)).items():
                 if metric in report["metrics"]:
@@ -170,7 +168,7 @@ def paper_configuration(model: str | Path) -> str | None:
     It is told by the connector, the width of the language model, a LLaMA, and the size of the images.
     """
     try:
-        config = json.loads(Path(model, "config.json").read_text(encoding="utf-8"))
+        config = read_json_file(Path(model, "config.json"))
         text, vision = config["text_config"], config["vision_config"]
         size = SIZES.get(text["hidden_size"]) if text["model_type"] == "llama" else None
         side = config.get("force_image_size") or vision["image_size"]
@@ -195,11 +193,7 @@ def _metric(value: float, interval: list[float] | None = None, samples: int | No
 
 def _numbers(scores: Mapping[str, Any]) -> dict[str, float]:
     """The scores that are finite numbers."""
-    return {name: float(value) for name, value in scores.items() if _is_number(value)}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return {name: float(value) for name, value in scores.items() if is_finite_number(value)}
 
 
 def _clip_benchmark_report(results: dict[str, Any]) -> dict[str, Any]:
@@ -228,7 +222,7 @@ def _clip_benchmark_report(results: dict[str, Any]) -> dict[str, Any]:
 def _mteb_reports(path: Path, results: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """One report for each split and subset; the model is described in a file beside the results."""
     beside = path.with_name("model_meta.json")
-    model = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    model = read_json_file(beside) if beside.is_file() else {}
     for split, subsets in results["scores"].items():
         for scores in subsets:
             settings = {
@@ -267,7 +261,7 @@ def _metrics_with_errors(scores: Mapping[str, Any], samples: int | None) -> Iter
         if not of_filter or re.search(r"_stderr(_|$)", name):
             continue
         error: Any = scores.get(f"{name}_stderr,{of_filter}")
-        interval = [value - Z_95 * error, value + Z_95 * error] if _is_number(error) else None
+        interval = [value - Z_95 * error, value + Z_95 * error] if is_finite_number(error) else None
         yield (name if of_filter == "none" else f"{name} ({of_filter})"), _metric(value, interval, samples)
 
 
@@ -319,7 +313,7 @@ NOT_SCORES = {"doc_id", "doc_hash", "prompt_hash", "target_hash", "idx"}
 
 def _sample(row: dict[str, Any]) -> dict[str, Any]:
     names = row.get("metrics")  # lmms-eval does not name them
-    scores = _numbers({name: row.get(name) for name in names} if isinstance(names, list) else row)
+    scores = _numbers({str(name): row.get(str(name)) for name in names} if isinstance(names, list) else row)
     scores = {name: value for name, value in scores.items() if name not in NOT_SCORES}
     sample = {
         "id": str(row["doc_id"]),

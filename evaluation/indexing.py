@@ -21,6 +21,7 @@ from ..extras import extra
 from ..image_loading_internvl import read_image, to_pil
 from ..modeling_internvl import MODES, check_mode
 from ..rows.bad_rows import BadRows
+from .checkpoints import checkpoint_state
 from .embeddings import batches, embed_images, embed_texts
 from .multi_vectors import embed_queries
 from .vectors.files import SIDES, Description, EmbeddingFolder
@@ -129,6 +130,7 @@ def begin(job: Job, place: ModelPlace, config: PretrainedConfig) -> tuple[Embedd
         rows_per_file=job.rows_per_file,
         parts=len(parts),
         data=fingerprint_of(parts, settings),
+        state=checkpoint_state(place.model, place.subfolder) or "",
     )
     return EmbeddingFolder(job.output, description), parts
 

@@ -20,9 +20,21 @@ SCALE = 10.0
 
 # ------------------------------------------------------------------------------------------- classification, retrieval
 def accuracy(image_embeds: torch.Tensor, class_embeds: torch.Tensor, labels: Sequence[int]) -> float:
-    """Computes the share of images (B, E) whose most similar class, of (classes, E), is the one in `labels`."""
-    predicted = (image_embeds @ class_embeds.T).argmax(dim=1)
+    """Computes the share of images (B, E) whose most similar class, of (classes, E), is the one in `labels`.
+
+    Raises:
+        ValueError: A similarity is no number.
+    """
+    similarity = image_embeds @ class_embeds.T
+    check_finite(similarity)
+    predicted = similarity.argmax(dim=1)
     return (predicted == torch.tensor(labels, device=predicted.device)).float().mean().item()
+
+
+def check_finite(similarity: torch.Tensor) -> None:
+    """Raises a ValueError if a similarity is no finite number: it would come out as a perfect rank."""
+    if not bool(torch.isfinite(similarity).all()):
+        raise ValueError("A similarity is not finite: the features that it was computed of are damaged.")
 
 
 def recalls(similarity: torch.Tensor, is_match: torch.Tensor, cuts: Sequence[int] = CUTS) -> dict[str, float]:
@@ -54,12 +66,11 @@ def ranks_of_matches(similarity: torch.Tensor, is_match: torch.Tensor) -> torch.
         (queries,), 0 where a match comes first. Items as similar as the best match count as before it.
 
     Raises:
-        ValueError: A query has no match, or a similarity is no number (it would come out as a perfect rank).
+        ValueError: A query has no match, or a similarity is no number.
     """
     if not bool(is_match.any(dim=1).all()):
         raise ValueError("Every query needs a match among the items, but a row of `is_match` has none.")
-    if not bool(torch.isfinite(similarity).all()):
-        raise ValueError("A similarity is not finite: the features that it was computed of are damaged.")
+    check_finite(similarity)
     best = similarity.masked_fill(~is_match, -torch.inf).amax(dim=1, keepdim=True)
     return ((similarity >= best) & ~is_match).sum(dim=1)
 

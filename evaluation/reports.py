@@ -1,18 +1,36 @@
 """Reports of tasks: one JSON with figures and their intervals, beside the file of its samples."""
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .samples import Sample, values_by_metric
+from ..rows.json_files import check_keys, is_finite_number, read_json_file
+from .protocols.protocol import check_published
+from .samples import Sample, json_text, values_by_metric
 from .statistics import mean_interval
 
 
 Report = dict[str, Any]
 KEYS = ("task", "model", "settings", "metrics")
+KINDS_OF_KEYS = {
+    "task": "a text",
+    "model": "a text",
+    "settings": "an object",
+    "published": "an object",
+    "protocol": "a text",
+    "title": "a text",
+    "samples": "a text",
+}
+KINDS_IN_SETTINGS = {
+    "protocol": "a text",
+    "limit": "a whole number",
+    "images": "a whole number",
+    "published_images": "a whole number",
+    "image_size": "a whole number",
+    "published_image_size": "a whole number",
+}
 
 
 def metrics_of(samples: Iterable[Sample]) -> dict[str, dict[str, Any]]:
@@ -57,7 +75,7 @@ def write_report(path: str | Path, report: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        beside.write_text(json_text(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
@@ -71,27 +89,28 @@ def read_report(path: str | Path) -> Report:
         ValueError: If it is no report of this package.
     """
     path = Path(path)
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (RecursionError, ValueError) as error:
-        raise ValueError(f"{path} is no report: it is no JSON ({error}).") from error
-    missing = [key for key in KEYS if key not in report] if isinstance(report, dict) else list(KEYS)
+    report = read_json_file(path)
+    missing = [key for key in KEYS if report.get(key) is None] if isinstance(report, dict) else list(KEYS)
     if missing or not isinstance(report["metrics"], dict):
         raise ValueError(
             f"{path} is no report of `python -m internvl.evaluation TASK --output`: it lacks {', '.join(missing)}."
         )
     for name, metric in report["metrics"].items():
-        if not isinstance(metric, dict) or not isinstance(metric.get("value"), (int, float)):
-            raise ValueError(f'{path}: the metric {name!r} has no number called "value".')
-        bounds = metric.get("interval")
-        numbers = [one for one in bounds if isinstance(one, (int, float))] if isinstance(bounds, list) else []
-        if bounds is not None and not (len(numbers) == 2 == len(bounds)):
-            raise ValueError(f'{path}: the "interval" of the metric {name!r} is no list of two numbers.')
-    if not isinstance(report["settings"], dict):
-        raise ValueError(f'{path}: "settings" has to be a JSON object.')
-    if not isinstance(report.get("published") or {}, dict):
-        raise ValueError(f'{path}: "published" has to be a JSON object.')
+        _check_metric(f"{path}: the metric {name!r}", metric)
+    check_keys(str(path), report, KINDS_OF_KEYS)
+    check_keys(f"{path}, settings", report["settings"], KINDS_IN_SETTINGS)
+    check_published(str(path), report.get("published") or {})
     return report
+
+
+def _check_metric(place: str, metric: Any) -> None:
+    if not isinstance(metric, dict) or not is_finite_number(metric.get("value")):
+        raise ValueError(f'{place} has no number called "value".')
+    bounds = metric.get("interval")
+    numbers = [one for one in bounds if is_finite_number(one)] if isinstance(bounds, list) else []
+    if bounds is not None and not (len(numbers) == 2 == len(bounds)):
+        raise ValueError(f'{place}: its "interval" is no list of two numbers.')
+    check_keys(place, metric, {"scale": "a number", "notes": "a list of texts", "samples": "a whole number"})
 
 
 __all__ = ["Report", "features_folder", "metrics_of", "new_report", "read_report", "samples_file", "write_report"]

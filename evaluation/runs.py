@@ -1,5 +1,6 @@
 """A task on anyone's data: what it is given, and how its samples become a report."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from .data.items import EvaluationData, Item
 from .embeddings import batches, modes_of
+from .feature_store import fingerprint_of_items
 from .protocols.protocol import Protocol
 from .reports import Report, metrics_of, new_report
 from .samples import SampleLog
@@ -57,6 +59,17 @@ class TaskRun:
         """Yields batches of the items that have no result yet, with a progress bar on a terminal."""
         left = [item for item in self.data.items if item.name not in self.log.done]
         return batches(left, self.batch_size, description)
+
+
+def data_state(protocol: Protocol, data: EvaluationData) -> str:
+    """Returns a short text that changes when a protocol, images, their labels or captions, or names of classes do."""
+    measured = {name: value for name, value in vars(protocol).items() if name not in ("title", "published")}
+    texts = [(item.labels, item.captions) for item in (*data.items, *data.training)]
+    found = hashlib.sha256(
+        repr((measured, data.classes, data.templates, data.candidates, texts)).encode("utf-8", "backslashreplace")
+    )
+    found.update(fingerprint_of_items((*data.items, *data.training)).encode())
+    return found.hexdigest()[:16]
 
 
 def measure(run: TaskRun) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ from ..image_processing_internvl import InternVLImageProcessor
 from .data.items import Item
 from .data.opening import open_data
 from .generated import image_named
-from .protocols.protocol import find_protocol
+from .protocols.protocol import OWN_DATA, OWN_LAYOUTS, find_protocol, own_protocol
 
 
 class SampleImages:
@@ -36,7 +36,9 @@ class SampleImages:
         if not (self.data and protocol):
             return {}
         try:
-            return {item.name: item for item in open_data(find_protocol(protocol, task), self.data, None).items}
+            is_own = protocol == OWN_DATA and task in OWN_LAYOUTS
+            found = own_protocol(task) if is_own else find_protocol(protocol, task)
+            return {item.name: item for item in open_data(found, self.data, None).items}
         except (OSError, ValueError):
             return {}
 

@@ -6,12 +6,19 @@ The first line holds the settings, every other one a sample: its "id", its "scor
 """
 
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import IO, Any, Self, TextIO
+
+from ..rows.json_files import is_finite_number
+
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 Sample = dict[str, Any]
@@ -52,6 +59,12 @@ def read_samples(path: str | Path) -> tuple[dict[str, Any], list[Sample]]:
     return rows[0][SETTINGS], samples
 
 
+def differing_settings(found: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """What differs between the settings of results and those of a run, in words; empty if nothing does."""
+    names = sorted(key for key in {*found, *given} if found.get(key) != given.get(key))
+    return ", ".join(f"{key} {found.get(key)!r}, now {given.get(key)!r}" for key in names)
+
+
 class SampleLog:
     """The results of a task on disk, one sample after another.
 
@@ -70,22 +83,30 @@ class SampleLog:
     def __init__(self, path: str | Path, settings: Mapping[str, Any]) -> None:
         self.path = Path(path)
         self.settings = json.loads(json.dumps(dict(settings)))
+        self._file: TextIO | None = None
+        self._read()
+
+    def _read(self) -> None:
+        """Takes over what is in the file."""
         found, samples = read_samples(self.path) if self.path.exists() else ({}, [])
-        if found and found != self.settings:
-            names = sorted(key for key in {*found, *self.settings} if found.get(key) != self.settings.get(key))
-            given = ", ".join(f"{key} {found.get(key)!r}, now {self.settings.get(key)!r}" for key in names)
+        if found and (differing := differing_settings(found, self.settings)):
             raise ValueError(
-                f"{self.path} holds results of other settings ({given}): delete it, or name another file."
+                f"{self.path} holds results of other settings ({differing}): delete it, or name another file."
             )
         self.done: dict[str, Sample] = {sample["id"]: sample for sample in samples}
         self.is_new = not found
-        self._file: TextIO | None = None
 
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not self.is_new:
-            _cut_torn_line(self.path)
-        self._file = self.path.open("w" if self.is_new else "a", encoding="utf-8", newline="\n")
+        file = self.path.open("a", encoding="utf-8", newline="\n")
+        try:
+            lock_file(file, self.path)
+            self._read()  # another run may have written meanwhile
+            _cut_torn_line(self.path, keep=not self.is_new)
+        except (OSError, ValueError):
+            file.close()
+            raise
+        self._file = file
         if self.is_new:
             self._write({SETTINGS: self.settings})
         return self
@@ -115,10 +136,15 @@ class SampleLog:
     def _write(self, row: Mapping[str, Any]) -> None:
         if self._file is None:
             raise ValueError(f"{self.path} is not open: write samples within `with SampleLog(...) as log`.")
-        text = json.dumps(row, ensure_ascii=False, allow_nan=False)
-        is_unicode = text.isascii() or not any("\ud800" <= sign <= "\udfff" for sign in text)
-        self._file.write((text if is_unicode else json.dumps(row, allow_nan=False)) + "\n")
+        self._file.write(json_text(row, allow_nan=False) + "\n")
         self._file.flush()
+
+
+def json_text(content: Any, **settings: Any) -> str:
+    """Returns JSON that can be written as UTF-8, with escapes where a text has half a character."""
+    text = json.dumps(content, ensure_ascii=False, **settings)
+    is_unicode = text.isascii() or not any("\ud800" <= sign <= "\udfff" for sign in text)
+    return text if is_unicode else json.dumps(content, **settings)
 
 
 def values_by_metric(samples: Iterable[Sample]) -> dict[str, tuple[list[float], list[str]]]:
@@ -144,21 +170,39 @@ def _parsed(path: Path, number: int, line: str) -> Sample:
 
 def _check(path: Path, number: int, sample: Mapping[str, Any]) -> None:
     scores = sample.get("scores")
-    is_scored = isinstance(scores, dict) and all(_is_number(score) for score in scores.values())
+    is_scored = isinstance(scores, dict) and all(map(is_finite_number, scores.values()))
     if not isinstance(sample.get("id"), str) or not is_scored:
         raise ValueError(f'{path}, line {number}: a sample needs an "id", a text, and "scores", a number per metric.')
+    if not isinstance(sample.get("cluster", ""), (str, int)):
+        raise ValueError(f'{path}, line {number}: the "cluster" of a sample has to be a text or a number.')
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Cuts off what follows the last end of a line, so that the next sample begins a line."""
+def _cut_torn_line(path: Path, keep: bool) -> None:
+    """Cuts off what follows the last end of a line, so that the next sample begins a line; or all of it."""
     with path.open("rb+") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
+        file.truncate(file.read().rfind(b"\n") + 1 if keep else 0)
         os.fsync(file.fileno())
 
 
-__all__ = ["Sample", "SampleLog", "read_samples", "values_by_metric"]
+def lock_file(file: IO[Any], path: Path, waits: bool = False) -> None:
+    """Keeps other processes from a file until it is closed, where the system has such locks.
+
+    Args:
+        file: Open for writing.
+        path: Of it, for messages.
+        waits: For the process that has it.
+
+    Raises:
+        ValueError: If another process has it.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+    except BlockingIOError as error:
+        raise ValueError(f"Another run is writing {path}: wait for it, or name another file.") from error
+    except OSError:  # a file system without locks
+        return
+
+
+__all__ = ["Sample", "SampleLog", "differing_settings", "json_text", "lock_file", "read_samples", "values_by_metric"]

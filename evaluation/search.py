@@ -1,7 +1,6 @@
 """Command line: `python -m internvl.evaluation search DIR --text TEXT`, or `--image FILE`."""
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -42,7 +41,9 @@ def run(options: argparse.Namespace) -> int | None:
     with extra("search"):
         import faiss  # noqa: F401
 
+    from .checkpoints import checkpoint_state
     from .indexing import ModelPlace
+    from .samples import json_text
     from .searching import Searcher
     from .vectors.files import EmbeddingFolder
 
@@ -56,6 +57,8 @@ def run(options: argparse.Namespace) -> int | None:
     model = options.model or description.model
     subfolder = "" if options.model else description.subfolder
     check_kind(model, "InternVL-C", "InternVL-G", door="`search`", subfolder=subfolder)
+    if description.state and not options.model and description.state != checkpoint_state(model, subfolder):
+        raise ValueError(f"`{model}` holds other weights than those of these embeddings: embed again.")
     searcher = Searcher(folder, *ModelPlace(model, subfolder).load(), **settings)
     is_text = options.text is not None
     search = searcher.by_text if is_text else searcher.by_image
@@ -64,7 +67,7 @@ def run(options: argparse.Namespace) -> int | None:
         for rank, hit in enumerate(hits, start=1):
             if options.json:
                 row = {"query": query, "rank": rank, **asdict(hit)}
-                sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+                sys.stdout.write(json_text(row) + "\n")
             else:
                 text = "" if hit.text is None else f"\t{printable(hit.text)}"
                 sys.stdout.write(f"{hit.score:.4f}\t{printable(hit.path)}{text}\n")

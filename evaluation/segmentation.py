@@ -208,6 +208,8 @@ def summarise_segmentation(areas: np.ndarray, names: Sequence[str]) -> dict[str,
     """
     total = areas.sum(axis=0)
     metrics: dict[str, dict[str, Any]] = {}
+    if not total.any():
+        raise ValueError("No pixel of the annotations has a class: nothing can be measured.")
     for name, figure in {"mIoU": mean_iou, "mean accuracy": mean_accuracy, "pixel accuracy": pixel_accuracy}.items():
         interval = list(interval_of_sums(figure, areas))
         metrics[name] = {"value": float(figure(total)), "interval": interval, "samples": len(areas)}

@@ -41,10 +41,12 @@ def ensemble(embeds: torch.Tensor, class_of: Sequence[int]) -> torch.Tensor:
 def embed_classes(
     model: PreTrainedModel, processor: ProcessorMixin, prompts: Sequence[Sequence[str]], batch_size: int = 256
 ) -> torch.Tensor:
-    """Embeds classes, given the prompts of each; returns unit vectors (classes, E)."""
-    texts = [(text, label) for label, of_class in enumerate(prompts) for text in of_class]
+    """Embeds classes, given the prompts of each; returns unit vectors (classes, E), the same for the same prompts."""
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    texts = [(text, number) for number, of_class in enumerate(distinct) for text in of_class]
     embeds = embed_texts(model, processor, [text for text, _ in texts], batch_size)
-    return ensemble(embeds, [label for _, label in texts])
+    number_of = {of_class: number for number, of_class in enumerate(distinct)}
+    return ensemble(embeds, [number for _, number in texts])[[number_of[tuple(of_class)] for of_class in prompts]]
 
 
 def class_embeddings(
@@ -82,6 +84,9 @@ def measure_zero_shot(run: TaskRun) -> dict[str, dict[str, Any]]:
 
     Every sample has the scores "MODE/top-1", "MODE/top-5" and their mean, which is what Kinetics reports.
 
+    Classes of one name have the same prompts, as `sunglasses` of ImageNet: the first of them is the answer, as where
+    the published code sorts, so that images of the others are wrong.
+
     Returns:
         "MODE/mean per class", which is no mean of samples.
     """
@@ -95,8 +100,8 @@ def measure_zero_shot(run: TaskRun) -> dict[str, dict[str, Any]]:
         for row, item in enumerate(batch):
             of_item = {mode: of_mode[row] for mode, of_mode in similarity.items()}
             run.log.add({"id": item.name, **_classified(of_item, item.labels, classes)})
-    samples = list(run.log.done.values())
-    labels = [sample["expected"] for sample in samples]
+    samples = [run.log.done[item.name] for item in run.data.items]
+    labels = [item.labels for item in run.data.items]
     return {
         f"{mode}/mean per class": {
             "value": mean_per_class([sample["scores"][f"{mode}/top-1"] for sample in samples], labels),
@@ -114,7 +119,11 @@ def _classified(
     answers: dict[str, str] = {}
     is_match = torch.zeros(1, len(classes), dtype=torch.bool)
     is_match[0, list(labels)] = True
+    names = {classes[label] for label in labels}
+    twins = [place for place in range(min(labels) + 1, len(classes)) if classes[place] in names]
+    behind = torch.tensor([place for place in twins if place not in labels], dtype=torch.long)
     for mode, row in similarity.items():
+        row = row.index_fill(0, behind, float(row.min()) - 1)
         rank = int(ranks_of_matches(row[None], is_match))
         top_1, top_5 = float(rank < 1), float(rank < TOP)
         scores |= {

@@ -286,3 +286,17 @@ def test_searching_what_is_not_there_is_one_line_before_a_model_is_loaded(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_embeddings_of_other_weights_of_the_same_name_are_refused(model_folder, tmp_path, monkeypatch, capsys):
+    """A model that was trained further lies where it lay: its vectors are not to be mixed with those of before."""
+    image_folder(tmp_path / "images")
+    words = ("embed", model_folder, "--data", tmp_path / "images", "--output", tmp_path / "out")
+    assert command(*words) == 0
+    monkeypatch.setattr(ModelPlace, "load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("internvl.evaluation.indexing.checkpoint_state", lambda *_: "another")
+    monkeypatch.setattr("internvl.evaluation.checkpoints.checkpoint_state", lambda *_: "another")
+    assert command(*words) == 2
+    assert "other weights of the same name" in capsys.readouterr().err
+    assert command("search", tmp_path / "out", "--text", "a") == 2
+    assert "other weights than those of these embeddings" in capsys.readouterr().err

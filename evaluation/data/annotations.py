@@ -6,24 +6,25 @@
 | JSON `{"images": [{"sentences": ..., "split": ...}]}` | Karpathy's splits |
 | JSON `[{"image" or "video": ..., "caption": ...}]` | what retrieval code of BLIP and ALBEF reads |
 | JSON `{"videos": [...], "sentences": [...]}` | MSR-VTT |
-| CSV with `image,caption`, captions with or without quotes | Flickr30K, Flickr30K-CN |
+| CSV with `image,caption`, with or without quotes; other separators too | Flickr30K, Flickr30K-CN |
 | CSV with `video_id` and `sentence` | MSR-VTT, 1K split |
 | two text files of equal length | XTD |
 """
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ...rows.json_files import read_json_file
 from .items import IMAGE_ENDINGS, VIDEO_ENDINGS, Item
 
 
 Captioned = dict[str, list[str]]  # captions by the name of the file, in the order of the annotations
 FOLDERS = (".", "images", "Images", "val2014", "train2014", "test2014", "videos", "video", "all", "TestVideo", "val")
+SEPARATORS = (",", "\t", "|", ";")
 # The first column that a table has is taken.
 NAME_COLUMNS = ("image", "file_name", "filepath", "image_name", "video", "video_id")
 CAPTION_COLUMNS = ("caption", "captions", "sentence", "text", "comment", "raw", "title")
@@ -59,13 +60,22 @@ def read_parallel(names: Path, captions: Path) -> Captioned:
         OSError: If one cannot be read.
         ValueError: If they differ in length, or a line is empty.
     """
-    images, texts = (path.read_text(encoding="utf-8-sig").splitlines() for path in (names, captions))
+    images, texts = (_lines_of(path) for path in (names, captions))
     if len(images) != len(texts):
         raise ValueError(f"{names} has {len(images)} lines and {captions} {len(texts)}: they have to be as long.")
     found: Captioned = {}
     for number, (image, text) in enumerate(zip(images, texts, strict=True), start=1):
         _add(found, image.strip(), text, f"{captions}, line {number}")
     return found
+
+
+def _lines_of(path: Path) -> list[str]:
+    """The lines of a text file; what else ends a line for Python may stand within a caption."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8: {error}.") from error
+    return text.removesuffix("\n").split("\n")
 
 
 def captioned_items(captioned: Captioned, folder: Path, folders: Sequence[str] = FOLDERS) -> list[Item]:
@@ -100,10 +110,7 @@ def _located(name: str, places: Sequence[Path], folder: Path) -> Path:
 
 
 def _read_json(path: Path, split: str) -> Captioned:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}.") from error
+    content = read_json_file(path)
     if isinstance(content, list):
         return _gather(path, content, _of_row)
     keys = set(content) if isinstance(content, dict) else set()
@@ -132,6 +139,8 @@ def _read_coco(path: Path, content: dict[str, Any]) -> Captioned:
         name = row.get("file_name", row.get("image"))
         if not isinstance(name, str) or not isinstance(row.get("id"), (int, str)):
             raise ValueError(f'{path}: image {number} needs "id", a number or text, and "file_name".')
+        if row["id"] in names:
+            raise ValueError(f'{path}: image {number} has the "id" {row["id"]!r} of another one.')
         names[row["id"]] = name
     order = sorted(names) if all(isinstance(key, int) for key in names) else list(names)
     found: Captioned = {names[key]: [] for key in order}
@@ -188,10 +197,10 @@ def _of_karpathy_row(row: dict[str, Any]) -> tuple[Any, list[Any]]:
 
 def _read_table(path: Path) -> Captioned:
     text = path.read_text(encoding="utf-8-sig")
-    lines = text.splitlines()
-    header = [name.strip() for name in (lines[0].split(",") if lines else [])]
-    name_column = next((name for name in NAME_COLUMNS if name in header), None)
-    caption_column = next((name for name in CAPTION_COLUMNS if name in header), None)
+    lines = text.split("\n")  # other ends of lines belong to captions
+    separator, header = _header_of(lines[0])
+    name_column = _first_known(NAME_COLUMNS, header)
+    caption_column = _first_known(CAPTION_COLUMNS, header)
     if name_column is None or caption_column is None:
         raise ValueError(
             f"{path} has the columns {', '.join(header) or 'none'}; its first line needs one of "
@@ -201,16 +210,26 @@ def _read_table(path: Path) -> Captioned:
     if len(header) == 2:  # captions may hold commas without quotes, as in the files of Flickr30K
         for number, line in enumerate(lines[1:], start=2):
             if line.strip():
-                name, _, caption = line.partition(",")
-                _add(found, name.strip(), _unquoted(caption), f"{path}, line {number}")
+                name, _, caption = line.partition(separator)
+                _add(found, _unquoted(name), _unquoted(caption), f"{path}, line {number}")
         return found
-    rows = csv.DictReader(io.StringIO(text), fieldnames=header, strict=True)
+    rows = csv.DictReader(io.StringIO(text, newline=""), fieldnames=header, strict=True, delimiter=separator)
     try:
         for row in islice(rows, 1, None):
             _add(found, (row[name_column] or "").strip(), row[caption_column], f"{path}, line {rows.line_num}")
     except csv.Error as error:
         raise ValueError(f"{path}, line {rows.line_num}: {error}.") from error
     return found
+
+
+def _header_of(line: str) -> tuple[str, list[str]]:
+    """The separator of a table, that of `SEPARATORS` which its first line needs, and the names of its columns."""
+    headers = [(one, [name.strip() for name in next(csv.reader([line], delimiter=one), [])]) for one in SEPARATORS]
+    return next((found for found in headers if _first_known(NAME_COLUMNS, found[1])), headers[0])
+
+
+def _first_known(names: Sequence[str], header: Sequence[str]) -> str | None:
+    return next((name for name in names if name in header), None)
 
 
 def _unquoted(text: str) -> str:

@@ -1,12 +1,12 @@
 """Folders with a sub-folder for each class, and which class of a benchmark each of them is."""
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ...rows.json_files import read_json_file
 from .items import IMAGE_ENDINGS, VIDEO_ENDINGS, Item
 
 
@@ -17,7 +17,7 @@ _WORDNET_ID = re.compile(r"n\d{8}")
 @cache
 def imagenet() -> dict[str, list[Any]]:
     """The WordNet ids of ImageNet's 1,000 classes, and which of them ImageNet-A and -R have ("imagenet-a")."""
-    return json.loads(Path(__file__).with_name("imagenet.json").read_text(encoding="utf-8"))
+    return read_json_file(Path(__file__).with_name("imagenet.json"))
 
 
 def class_folders(folder: Path) -> list[Path]:
@@ -29,7 +29,7 @@ def class_folders(folder: Path) -> list[Path]:
     found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not found:
         raise ValueError(f"{folder} has no sub-folders, one a class, with the images of the class in it.")
-    return sorted(found, key=lambda path: int(path.name)) if all(path.name.isdigit() for path in found) else found
+    return sorted(found, key=lambda path: int(path.name)) if all(path.name.isdecimal() for path in found) else found
 
 
 def labelled_items(folder: Path, labels: dict[str, int]) -> list[Item]:
@@ -60,10 +60,7 @@ def class_names_beside(folder: Path, folders: Sequence[str]) -> list[str] | None
     path = next((at / CLASS_NAMES_FILE for at in (folder, folder.parent) if (at / CLASS_NAMES_FILE).is_file()), None)
     if path is None:
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}.") from error
+    content = read_json_file(path)
     expected = f"{path} has to hold the name of each class: a list in the order of the folders, or by folder"
     if isinstance(content, dict):
         lacking = [name for name in folders if name not in content]
@@ -103,7 +100,7 @@ def match_folders(
     if all(map(_WORDNET_ID.fullmatch, folders)) and len(classes) == len(subset or imagenet()["wordnet_ids"]):
         ids = imagenet()["wordnet_ids"]
         place_of = {ids[number]: place for place, number in enumerate(subset or range(len(ids)))}
-    elif all(name.isdigit() for name in folders):
+    elif all(name.isdecimal() for name in folders):
         place_of = {name: int(name) for name in folders if int(name) < len(classes)}
     else:
         by_name = {_plain(name): place for place, name in enumerate(classes)}
@@ -133,10 +130,7 @@ def real_labels(items: Iterable[Item], path: Path) -> list[Item]:
         OSError: If the file cannot be read.
         ValueError: If it has another form, or an image another name.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}.") from error
+    content = read_json_file(path)
     classes = range(len(imagenet()["wordnet_ids"]))
     if not isinstance(content, list) or not all(
         isinstance(labels, list) and all(isinstance(one, int) and one in classes for one in labels)

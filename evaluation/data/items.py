@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 from PIL import Image
 from tqdm import tqdm
@@ -15,6 +15,9 @@ from ...rows.videos import read_frames
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 VIDEO_ENDINGS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".flv", ".m4v", ".mpg", ".mpeg")
+
+
+Taken = TypeVar("Taken")
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def check_items(items: Sequence[Item], place: str) -> None:
             read_image_size(item.source, item.name, limit)
 
 
-def taken(items: Iterable[Item], limit: int | None) -> list[Item]:
+def taken(items: Iterable[Taken], limit: int | None) -> list[Taken]:
     """The items, or `limit` of them spread evenly over all, so that every class or part keeps its share."""
     found = list(items)
     if limit is None or limit >= len(found):

@@ -1,11 +1,11 @@
 """Opens the data of a protocol below a root, or anyone's own data in one of the known layouts."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ...rows.json_files import read_json_file
 from ...rows.shards import ENDINGS
 from ..protocols.protocol import Protocol, shipped_protocols
 from .ade20k import class_names, segmented_images
@@ -20,11 +20,12 @@ from .folders import (
     real_labels,
 )
 from .items import EvaluationData, Item, check_items, taken
-from .prompts import SIMPLE_TEMPLATES, benchmark_classes, benchmark_templates
+from .prompts import SIMPLE_TEMPLATES, benchmark_classes, benchmark_templates, check_templates
 from .tables import items_of_shards
 
 
 REAL_LABELS_FILE = "real.json"
+TABLE_ENDINGS = (".json", ".csv", ".tsv")
 
 
 def open_data(protocol: Protocol, root: str, limit: int | None = None) -> EvaluationData:
@@ -69,6 +70,19 @@ def protocols_below(root: str, task: str | None = None) -> list[Protocol]:
     ]
 
 
+def incomplete_below(root: str, tasks: Sequence[str]) -> dict[str, list[str]]:
+    """Folders below a root that protocols look for, but in which a file is missing: of each, files one of which it
+    lacks.
+    """
+    found: dict[str, list[str]] = {}
+    for protocol in shipped_protocols().values():
+        there = [folder for folder in protocol.folders_below(Path(root)) if folder.is_dir()]
+        if protocol.task in tasks and there and find_data(protocol, Path(root)) is None:
+            needed = found.setdefault(str(there[0]), [])
+            needed += [name for name in annotation_names(protocol) if name not in needed]
+    return {folder: names for folder, names in found.items() if names}
+
+
 def _is_complete(protocol: Protocol, folder: Path | None) -> bool:
     """Whether a folder is there, and for ReaL labels the file that has them."""
     if folder is None or protocol.data.get("labels") != "real":
@@ -90,13 +104,15 @@ def _layout(protocol: Protocol) -> str:
 
 
 def _is_there(protocol: Protocol, folder: Path) -> bool:
-    needed = _annotation_names(protocol)
+    needed = annotation_names(protocol)
     if protocol.data["layout"] == "probe_folders":
         return (folder / "train").is_dir() and _held_out_folder(protocol, folder) is not None
     if protocol.data["layout"] == "xtd":
         return all((folder / name).is_file() for name in needed)
     if needed:
         return any((folder / name).is_file() for name in needed)
+    if protocol.data["layout"] == "captions":
+        return folder.is_dir() and _only_table(folder) is not None
     return folder.is_dir() and any(path.is_dir() for path in folder.iterdir())
 
 
@@ -108,31 +124,35 @@ def _place(protocol: Protocol, root: Path) -> Path:
         return root
     if not root.exists():
         raise FileNotFoundError(f"There is no file or folder {root}.")
-    needed = _annotation_names(protocol)
+    needed = annotation_names(protocol)
     names = " or ".join(str(folder) for folder in protocol.folders_below(root)) or str(root)
     what = f", with {' or '.join(needed)}" if needed else ", with a sub-folder for each class"
+    if protocol.data["layout"] == "captions" and not needed:
+        names, what = _files_wanted(()), " in it"
     if protocol.data["layout"] == "probe_folders":
         what = f", with train and {' or '.join(_held_out_names(protocol))}, and a sub-folder for each class in both"
     raise ValueError(f"The data of {protocol.title or protocol.name} are not below {root}: give {names}{what}.")
 
 
-def _annotation_names(protocol: Protocol) -> list[str]:
+def annotation_names(protocol: Protocol) -> list[str]:
+    """The files of annotations of which a protocol reads the first that is there; of XTD both."""
     language = str(protocol.prompts.get("language", "en"))
     names = protocol.data.get("annotations", [])
-    return [str(name).format(language=language) for name in ([names] if isinstance(names, str) else names)]
+    return [name.replace("{language}", language) for name in ([names] if isinstance(names, str) else names)]
 
 
 def _templates(prompts: Mapping[str, Any]) -> tuple[str, ...]:
     templates = prompts.get("templates", list(SIMPLE_TEMPLATES))
     if isinstance(templates, str):
         templates = benchmark_templates(templates, prompts.get("language", "en"))
+    check_templates(templates)
     return tuple(templates)
 
 
 def _class_folders(protocol: Protocol, folder: Path) -> EvaluationData:
     prompts = protocol.prompts
     names = [path.name for path in class_folders(folder)]
-    subset = imagenet()[protocol.data["subset"]] if "subset" in protocol.data else None
+    subset = _subset(protocol)
     classes = class_names_beside(folder, names)
     labels = {name: place for place, name in enumerate(names)}
     if classes is None and "classes" in prompts:
@@ -141,11 +161,33 @@ def _class_folders(protocol: Protocol, folder: Path) -> EvaluationData:
             classes = known if subset is None else [known[number] for number in subset]
             labels = match_folders(names, classes, subset)
     if classes is None:
-        classes = [readable_name(name) for name in names]
+        classes = _names_of_folders(folder, names)
     items: Sequence[Item] = labelled_items(folder, labels)
     if protocol.data.get("labels") == "real":
         items = real_labels(items, _real_labels_file(folder))
     return EvaluationData(items, str(folder), tuple(classes), _templates(prompts))
+
+
+def _names_of_folders(folder: Path, names: Sequence[str]) -> list[str]:
+    """The names of classes by those of their folders, which have to tell them apart."""
+    found: dict[str, str] = {}
+    for name in names:
+        other = found.setdefault(readable_name(name), name)
+        if other != name:
+            raise ValueError(
+                f"{folder} has two folders of the class {readable_name(name)!r}, {other} and {name}: rename one, or "
+                "put a classnames.json beside them."
+            )
+    return list(found)
+
+
+def _subset(protocol: Protocol) -> Sequence[int] | None:
+    """Which of ImageNet's classes the data have; None for all."""
+    name = protocol.data.get("subset")
+    known = sorted(key for key in imagenet() if key.startswith("imagenet"))
+    if name is not None and name not in known:
+        raise ValueError(f"The protocol {protocol.name}: the subset {name!r} is none of {', '.join(known)}.")
+    return None if name is None else imagenet()[name]
 
 
 def _real_labels_file(folder: Path) -> Path:
@@ -155,10 +197,12 @@ def _real_labels_file(folder: Path) -> Path:
 
 def _objectnet(protocol: Protocol, folder: Path) -> EvaluationData:
     """The classes that ObjectNet shares with ImageNet, by the files that come with it."""
-    of_folder, shared = (
-        json.loads(_either(folder, name).read_text(encoding="utf-8"))
-        for name in ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json")
-    )
+    files = [_either(folder, name) for name in ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json")]
+    of_folder, shared = map(read_json_file, files)
+    if not isinstance(of_folder, dict) or not all(isinstance(label, str) for label in of_folder.values()):
+        raise ValueError(f"{files[0]} has to hold a name, a text, by folder.")
+    if not isinstance(shared, dict):
+        raise ValueError(f"{files[1]} has to hold the classes of ImageNet by name.")
     images = folder / "images" if (folder / "images").is_dir() else folder
     kept = sorted(name for name, label in of_folder.items() if label in shared)
     labels = {name: place for place, name in enumerate(kept)}
@@ -179,16 +223,26 @@ def _captions(protocol: Protocol, folder: Path) -> EvaluationData:
     if folder.is_file():
         captioned, at = read_annotations(folder, data.get("split", "test")), folder.parent
     else:
-        names = _annotation_names(protocol)
-        path = next((folder / name for name in names if (folder / name).is_file()), None)
+        names = annotation_names(protocol)
+        path = next((folder / name for name in names if (folder / name).is_file()), None) or _only_table(folder)
         if path is None:
-            raise ValueError(f"{folder} has no captions: give {' or '.join(names) or 'a file of annotations'} in it.")
+            raise ValueError(f"{folder} has no captions: give {_files_wanted(names)} in it.")
         captioned, at = read_annotations(path, data.get("split", "test")), folder
     return EvaluationData(captioned_items(captioned, at, data.get("images", ())), str(folder))
 
 
+def _files_wanted(names: Sequence[str]) -> str:
+    return " or ".join(names) or f"the file of annotations ({', '.join(TABLE_ENDINGS)}, or shards), or one alone"
+
+
+def _only_table(folder: Path) -> Path | None:
+    """The one file in a folder that can have captions; None if there are none, or several."""
+    found = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in TABLE_ENDINGS and path.is_file()]
+    return found[0] if len(found) == 1 else None
+
+
 def _xtd(protocol: Protocol, folder: Path) -> EvaluationData:
-    names, captions = (folder / name for name in _annotation_names(protocol))
+    names, captions = (folder / name for name in annotation_names(protocol))
     items = captioned_items(read_parallel(names, captions), folder, protocol.data.get("images", ()))
     return EvaluationData(items, str(folder))
 
@@ -201,7 +255,9 @@ def _probe_folders(protocol: Protocol, folder: Path) -> EvaluationData:
     names = [path.name for path in class_folders(training)]
     number_of = {name: number for number, name in enumerate(names)}
     found = [path.name for path in class_folders(held_out)]
-    labels = {name: number_of.get(name, int(name) if name.isdigit() else -1) for name in found}
+    # Folders of numbers, as ImageNet-V2 has them, count classes whose folders have names.
+    counts = not any(name.isdecimal() for name in names)
+    labels = {name: number_of.get(name, int(name) if counts and name.isdecimal() else -1) for name in found}
     if bad := [name for name, label in labels.items() if not 0 <= label < len(names)]:
         raise ValueError(f"{held_out / bad[0]} is none of the {len(names)} classes of {training}.")
     items: Sequence[Item] = labelled_items(held_out, labels)
@@ -227,7 +283,8 @@ def _segmentation(protocol: Protocol, folder: Path) -> EvaluationData:
 
 
 def _from_shards(protocol: Protocol, root: str, limit: int | None) -> EvaluationData:
-    items, classes = items_of_shards(root, limit)
+    is_remote = "://" in root  # of which no more is fetched than is measured
+    items, classes = items_of_shards(root, limit, of_front=is_remote)
     is_labelled = LAYOUTS[_layout(protocol)] is _class_folders
     lacking = next((item.name for item in items if not (item.labels if is_labelled else item.captions)), None)
     if lacking:
@@ -239,6 +296,8 @@ def _from_shards(protocol: Protocol, root: str, limit: int | None) -> Evaluation
     known = benchmark_classes(prompts["classes"], prompts.get("language", "en")) if "classes" in prompts else None
     if known is not None and not classes:
         classes = known
+    elif classes and is_remote and len(items) == limit:
+        raise ValueError(f"{root}: its classes are names, which only all of its rows tell: leave out the limit.")
     highest = max((label for item in items for label in item.labels), default=-1)
     if highest >= len(classes):
         raise ValueError(f"{root} has the class {highest} and no names of classes: give them in the column label.")

@@ -4,11 +4,12 @@
 """
 
 import importlib.util
-import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from ...rows.json_files import read_json_file
 
 
 LANGUAGE_FILES = {"en": "en", "zh": "cn", "ja": "jp", "ar": "ar", "it": "it"}
@@ -27,7 +28,7 @@ def _read(language: str, kind: str) -> dict[str, Any]:
         )
     (folder,) = found.submodule_search_locations
     path = Path(folder, "datasets", f"{LANGUAGE_FILES[language]}_{kind}.json")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json_file(path)
 
 
 def benchmark_classes(name: str, language: str = "en") -> list[str] | None:
@@ -51,17 +52,28 @@ def benchmark_templates(name: str, language: str = "en") -> list[str]:
     return templates
 
 
+def check_templates(templates: Sequence[str]) -> None:
+    """Checks templates of prompts.
+
+    Raises:
+        ValueError: If there is none, or one has no `{c}`.
+    """
+    if not templates:
+        raise ValueError("Zero-shot classification needs at least one template.")
+    if bad := [template for template in templates if "{c}" not in template]:
+        raise ValueError(f"A template has to hold {{c}} for the name of the class: {bad[0]!r} has none.")
+
+
 def prompts_of(classes: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
     """The prompts of each class.
 
     Raises:
         ValueError: If there is no class or no template, or a template has no `{c}`.
     """
-    if not classes or not templates:
-        raise ValueError("Zero-shot classification needs at least one class and one template.")
-    if bad := [template for template in templates if "{c}" not in template]:
-        raise ValueError(f"A template has to hold {{c}} for the name of the class: {bad[0]!r} has none.")
+    if not classes:
+        raise ValueError("Zero-shot classification needs at least one class.")
+    check_templates(templates)
     return [[template.replace("{c}", name) for template in templates] for name in classes]
 
 
-__all__ = ["benchmark_classes", "benchmark_templates", "prompts_of"]
+__all__ = ["benchmark_classes", "benchmark_templates", "check_templates", "prompts_of"]

@@ -14,16 +14,52 @@ A protocol has these keys, of which all but `task` and `data` may be missing:
 | `published` | figures by mode and metric, in percent or the metric's own unit, and their `source` |
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ...rows.json_files import check_keys, is_finite_number, read_json_file
+
 
 FOLDER = Path(__file__).parent
 TASKS = ("zero_shot", "retrieval", "caption", "probe", "segmentation")
 MODES = ("InternVL-C", "InternVL-G")
+OWN_DATA = "own-data"  # the protocol of data that belong to none
+OWN_LAYOUTS = {
+    "zero_shot": "class_folders",
+    "retrieval": "captions",
+    "caption": "captions",
+    "probe": "probe_folders",
+    "segmentation": "segmentation",
+}
+KINDS_OF_KEYS = {
+    "title": "a text",
+    "prompts": "an object",
+    "image_size": "a number above 0",
+    "modes": "a list of texts",
+    "frames": "a number above 0",
+    "published": "an object",
+    "options": "an object",
+}
+KINDS_IN_DATA = {
+    "folders": "a list of texts",
+    "annotations": "a text or a list of texts",
+    "images": "a list of texts",
+    "evaluate": "a list of texts",
+    "split": "a text",
+    "subset": "a text",
+    "labels": "a text",
+    "count": "a number above 0",
+}
+KINDS_IN_PROMPTS = {
+    "classes": "a text",
+    "templates": "a text or a list of texts",
+    "language": "a text",
+    "source": "a text",
+    "InternVL-G": "a text",
+    "chat": "a text",
+}
 
 
 @dataclass(frozen=True)
@@ -48,16 +84,31 @@ class Protocol:
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ValueError(f"The protocol {self.name}: task {self.task!r} is none of {', '.join(TASKS)}.")
+        place = f"The protocol {self.name}"
         if not isinstance(self.data, dict) or not isinstance(self.data.get("layout"), str):
-            raise ValueError(f'The protocol {self.name}: "data" has to be an object with a "layout".')
+            raise ValueError(f'{place}: "data" has to be an object with a "layout".')
+        check_keys(place, vars(self), KINDS_OF_KEYS)
+        check_keys(f"{place}, data", self.data, KINDS_IN_DATA)
+        check_keys(f"{place}, prompts", self.prompts, KINDS_IN_PROMPTS)
+        check_published(place, self.published)
         if bad := [mode for mode in self.modes if mode not in MODES]:
             raise ValueError(f"The protocol {self.name}: mode {bad[0]!r} is none of {', '.join(MODES)}.")
-        if not isinstance(self.frames, int) or self.frames < 1:
-            raise ValueError(f'The protocol {self.name}: "frames" has to be a number above 0, not {self.frames!r}.')
 
     def folders_below(self, root: Path) -> list[Path]:
         """Where its data may lie, of a root that holds data sets."""
         return [root / name for name in self.data.get("folders", [])]
+
+
+def check_published(place: str, published: Mapping[str, Any]) -> None:
+    """Checks published figures: numbers by metric, or by mode and metric, beside texts such as their source.
+
+    Raises:
+        ValueError: If one is something else.
+    """
+    for name, figure in published.items():
+        figures = figure.values() if isinstance(figure, dict) else [figure]
+        if not isinstance(figure, str) and not all(map(is_finite_number, figures)):
+            raise ValueError(f'{place}: the "published" figure {name!r} has to be a number, or numbers by metric.')
 
 
 def read_protocol(path: Path) -> Protocol:
@@ -67,17 +118,27 @@ def read_protocol(path: Path) -> Protocol:
         OSError: If the file cannot be read.
         ValueError: If it is no protocol.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}.") from error
+    content = read_json_file(path)
     known = {entry.name for entry in fields(Protocol)} - {"name"}
+    if isinstance(content, dict):
+        content = {key: _without_nulls(value) for key, value in content.items() if value is not None}
     if not isinstance(content, dict) or not {"task", "data"} <= set(content):
         raise ValueError(f'{path} is no protocol: it has to be a JSON object with "task" and "data".')
     if unknown := sorted(set(content) - known):
         raise ValueError(f"{path}: a protocol has no key {unknown[0]!r}, only {', '.join(sorted(known))}.")
-    content["modes"] = tuple(content.get("modes", ()))
+    if isinstance(content.get("modes"), list):
+        content["modes"] = tuple(content["modes"])
     return Protocol(name=path.stem, **content)
+
+
+def _without_nulls(value: Any) -> Any:
+    """An object without what is null, which means the same as what is missing."""
+    return {key: one for key, one in value.items() if one is not None} if isinstance(value, dict) else value
+
+
+def own_protocol(task: str, title: str = "") -> Protocol:
+    """The protocol of a task on data of a user that belong to none."""
+    return Protocol(OWN_DATA, task, {"layout": OWN_LAYOUTS[task]}, title=title)
 
 
 def shipped_protocols() -> dict[str, Protocol]:
@@ -110,4 +171,15 @@ def find_protocol(name: str, task: str | None = None) -> Protocol:
     return found
 
 
-__all__ = ["MODES", "TASKS", "Protocol", "find_protocol", "read_protocol", "shipped_protocols"]
+__all__ = [
+    "MODES",
+    "OWN_DATA",
+    "OWN_LAYOUTS",
+    "TASKS",
+    "Protocol",
+    "check_published",
+    "find_protocol",
+    "own_protocol",
+    "read_protocol",
+    "shipped_protocols",
+]

@@ -11,13 +11,14 @@ not wait for each other. `search/` holds what the search makes of them.
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...extras import extra
+from ...rows.json_files import check_keys, read_json_file
 from .quantization import check_precision, stored_size
 from .sources import EmbeddedItem
 
@@ -29,6 +30,12 @@ with extra("search"):
 SIDES = ("image", "text")
 INDEX = "index.json"
 ROWS_READ_AT_ONCE = 16_384
+LARGEST_COUNT = 10_000_000  # of parts, and of components
+KINDS_OF_KEYS = {
+    "a text": ("model", "mode", "precision", "data", "subfolder", "state"),
+    "a number above 0": ("size", "vectors", "rows_per_file"),
+    "a whole number": ("parts",),
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ class Description:
         parts: Of the data.
         data: Digest of them, see `fingerprint_of`.
         subfolder: Where in its folder the model lies.
+        state: Of its files, see `checkpoint_state`; empty where it is not known.
     """
 
     model: str
@@ -56,6 +64,7 @@ class Description:
     parts: int
     data: str
     subfolder: str = ""
+    state: str = ""
 
     def vectors_of(self, side: str) -> int:
         """Returns how many vectors an image or a text has."""
@@ -93,10 +102,14 @@ class EmbeddingFolder:
             (self.path / folder).mkdir(exist_ok=True)
         found = self._read_description()
         differing = [name for name, value in asdict(description).items() if getattr(found, name) != value]
+        if "state" in differing and not (found.state and description.state):
+            differing.remove("state")
         if not differing:
             return
         told = [f"{name} {getattr(found, name)}, now {getattr(description, name)}" for name in differing]
-        what = "other data, or columns" if differing == ["data"] else "; ".join(told)
+        alone = {"data": "other data, or columns", "state": "other weights of the same name"}
+        what = alone.get(differing[0], "") if len(differing) == 1 else ""
+        what = what or "; ".join(told)
         raise ValueError(f"`{self.path}` holds embeddings that differ ({what}): name another folder.")
 
     def _read_description(self) -> Description:
@@ -104,10 +117,16 @@ class EmbeddingFolder:
         if not file.is_file():
             raise OSError(f"`{self.path}` holds no embeddings: there is no `{file}`. Make them by `embed`.")
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            return Description(**{field.name: found[field.name] for field in fields(Description)})
-        except (KeyError, TypeError, ValueError) as error:
+            found = read_json_file(file)
+            known = {key: kind for kind, keys in KINDS_OF_KEYS.items() for key in keys}
+            check_keys(str(file), found, known)
+            description = Description(**{key: found[key] for key in known if key in found})
+            check_precision(description.precision, description.size)
+            if max(description.parts, description.size, description.vectors) > LARGEST_COUNT:
+                raise ValueError(f"a number in it is above {LARGEST_COUNT}")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"`{file}` is no description of embeddings: {error}.") from error
+        return description
 
     # --------------------------------------------------------------------------------------------------------- writing
     def block_file(self, part: int, block: int) -> Path:
@@ -159,10 +178,13 @@ class EmbeddingFolder:
 
     def is_done(self, part: int) -> bool:
         """Whether all of a part is there."""
+        file = self.path / "done" / f"{part:06d}.json"
         try:
-            done = json.loads((self.path / "done" / f"{part:06d}.json").read_text(encoding="utf-8"))
+            done = read_json_file(file)
         except FileNotFoundError:
             return False
+        if not isinstance(done, dict) or not isinstance(done.get("blocks"), int):
+            raise ValueError(f"`{file}` does not say how many blocks there are: delete it, and embed again.")
         return all(self.block_file(part, block).is_file() for block in range(done["blocks"]))
 
     def files(self) -> list[Path]:
