@@ -57,10 +57,8 @@ def format_table(rows: Iterable[Row]) -> str:
 def main() -> None:
     """Measure the topics named, or all; `gpu` is a command of its own."""
     if sys.argv[1:2] == ["gpu"]:
-        from .gpu.command import main as measure_gpu
-
         logging.disable_progress_bar()
-        sys.exit(measure_gpu(sys.argv[2:]))
+        sys.exit(importlib.import_module(".gpu.command", __package__).main(sys.argv[2:]))
     parser = argparse.ArgumentParser(
         prog="python -m internvl.benchmarks", description="Runs benchmarks and prints one table."
     )

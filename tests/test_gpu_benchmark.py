@@ -14,8 +14,8 @@ import torch
 
 from internvl.benchmarks import harness
 from internvl.benchmarks.gpu import command, correctness, jobs, language, models, vision
-from internvl.benchmarks.gpu.jobs import Job, Need, OutOfTimeError, Setting, rows_of_part, time_box
-from internvl.benchmarks.gpu.sizes import STAND_IN, Sizes
+from internvl.benchmarks.gpu.jobs import Measurement, Need, OutOfTimeError, Setting, rows_of_part, time_box
+from internvl.benchmarks.gpu.sizes import STAND_IN, ModelSizes
 from internvl.benchmarks.harness import Options, Row
 
 from . import tiny
@@ -66,7 +66,7 @@ def _spoiled(model):
 
 
 def test_released_sizes_are_those_of_the_published_models():
-    sizes = Sizes()
+    sizes = ModelSizes()
     assert sizes.vision["hidden_size"] == 3200
     assert sizes.vision["image_size"] == 448
     assert sizes.qllama["num_query_token"] == 96
@@ -74,10 +74,10 @@ def test_released_sizes_are_those_of_the_published_models():
 
 
 def test_a_tower_of_transformers_beside_ours_has_its_shape():
-    config = vision.InternViTConfig(**Sizes().vision)
+    config = vision.InternViTConfig(**ModelSizes().vision)
     with torch.device("meta"):
         ours = vision.InternVisionModel(config)
-        native = vision.native_tower(config, Setting(Options("meta"), Sizes()))
+        native = vision.native_tower(config, Setting(Options("meta"), ModelSizes()))
     assert abs(sum(p.numel() for p in native.parameters()) / sum(p.numel() for p in ours.parameters()) - 1) < 1e-3
 
 
@@ -92,8 +92,8 @@ def test_decoding_for_the_bandwidth_gives_the_tokens_of_generation():
 
 
 def test_native_reads_with_the_weights_of_ours():
-    model = language.build_decoder(SETTING)
-    ids = language.prompt_of(model, 8)
+    model = language.build_large_chat(SETTING)
+    ids = language.text_of(model, 8)
     with torch.no_grad():
         found = language.native_of(model, SETTING)(input_ids=ids).logits
         assert torch.allclose(found, model(input_ids=ids).logits, atol=1e-5)
@@ -119,11 +119,11 @@ def test_a_time_box_ends_what_takes_longer_and_nothing_else():
 
 def test_a_row_that_fails_hangs_or_lacks_something_costs_its_own_line_alone():
     def part(setting):
-        yield Job("fails", partial(int, "x"))
-        yield Job("hangs", partial(time.sleep, 5), seconds=0.1)
-        yield Job("lacks", partial(Row, "lacks"), needs=(Need("torch 9", lambda setting: False),))
-        yield Job("differs", partial(harness.require_equal, torch.zeros(2), torch.full((2,), torch.nan)))
-        yield Job("works", lambda: Row("works", ratio=1.0))
+        yield Measurement("fails", partial(int, "x"))
+        yield Measurement("hangs", partial(time.sleep, 5), seconds=0.1)
+        yield Measurement("lacks", partial(Row, "lacks"), needs=(Need("torch 9", lambda setting: False),))
+        yield Measurement("differs", partial(harness.require_equal, torch.zeros(2), torch.full((2,), torch.nan)))
+        yield Measurement("works", lambda: Row("works", ratio=1.0))
         raise RuntimeError("no memory\nfor this model")
 
     found = {row.name: row.skipped for row in run(part)}
@@ -138,14 +138,14 @@ def test_a_row_that_fails_hangs_or_lacks_something_costs_its_own_line_alone():
 
 
 def test_rows_for_which_no_time_is_left_say_so():
-    rows = run(lambda setting: iter([Job("late", lambda: Row("late", ratio=1.0))]), seconds=0)
+    rows = run(lambda setting: iter([Measurement("late", lambda: Row("late", ratio=1.0))]), seconds=0)
     assert [(row.name, row.skipped) for row in rows] == [("part", "no time left")]
 
 
 def test_gradients_are_computed_only_where_a_row_trains():
     def part(setting):
         for trains in (True, False):
-            yield Job(str(trains), lambda: Row("grad", ratio=float(torch.is_grad_enabled())), trains=trains)
+            yield Measurement(str(trains), lambda: Row("grad", ratio=float(torch.is_grad_enabled())), trains=trains)
 
     assert [row.ratio for row in run(part)] == [1.0, 0.0]
 
@@ -156,9 +156,9 @@ def test_results_are_written_after_each_row(tmp_path, monkeypatch, capsys, uncom
     seen = []
 
     def part(setting):
-        yield Job("first", lambda: Row("first", ratio=2.0, target=1.0))
+        yield Measurement("first", lambda: Row("first", ratio=2.0, target=1.0))
         seen.append([row["name"] for row in json.loads(output.read_text())["rows"]])
-        yield Job("second", partial(int, "x"))
+        yield Measurement("second", partial(int, "x"))
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(command, "PARTS", {"tower": part})

@@ -15,10 +15,9 @@ import torch
 from ..harness import Options, Row, format_row, matrix_rate, seconds_of, versions
 from .correctness import chat_jobs, golden_jobs, qllama_jobs, tower_jobs
 from .jobs import Part, Setting, rows_of_part
-from .language import decoder_jobs, quantised_jobs
-from .language import qllama_jobs as caption_jobs
+from .language import caption_jobs, decoder_jobs, quantised_jobs
 from .models import copy_of
-from .sizes import STAND_IN, Sizes
+from .sizes import STAND_IN, ModelSizes
 from .training import stage1_jobs, stage3_jobs
 from .vision import vision_jobs
 
@@ -73,7 +72,7 @@ def environment(options: Options) -> dict[str, Any]:
     return found
 
 
-def measure(names: Sequence[str], setting: Setting, seconds: float) -> Iterator[Row]:
+def rows_of_parts(names: Sequence[str], setting: Setting, seconds: float) -> Iterator[Row]:
     """The rows of the parts, one after the other."""
     deadline = time.monotonic() + seconds
     for name in names:
@@ -95,13 +94,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser().error("no CUDA device is here; `--stand-in` runs the same rows with tiny models on the CPU")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = Options(device, given.rounds)
-    setting = Setting(options, STAND_IN if given.stand_in else Sizes())
+    setting = Setting(options, STAND_IN if given.stand_in else ModelSizes())
     content: dict[str, Any] = {"stand_in": given.stand_in, **environment(options), "rows": []}
     rate, copied = content["calibration"]["flops_per_second"], content["bytes_per_second"]
     print(f"{content['gpu'] or 'CPU'}: {rate / 1e12:.3g} TFLOP/s in {options.dtype}, {copied / 1e9:.4g} GB/s copied")
     print("| row | ratio | interquartile range | target | reached |\n|---|---|---|---|---|")
     failed = False
-    for row in measure(given.only or list(PARTS), setting, 60 * given.minutes - (time.monotonic() - start)):
+    for row in rows_of_parts(given.only or list(PARTS), setting, 60 * given.minutes - (time.monotonic() - start)):
         print(format_row(row), flush=True)
         failed |= (row.skipped or "").startswith("failed")
         content["rows"].append({**asdict(row), "met": row.is_met})

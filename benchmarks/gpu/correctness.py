@@ -23,7 +23,7 @@ from internvl import (
 )
 
 from ..harness import Row
-from .jobs import CUDA, Job, Need, Setting, library
+from .jobs import CUDA, Measurement, Need, Setting, library
 from .models import build_random, compile_blocks, flash, noise
 
 
@@ -49,7 +49,7 @@ def agreement_row(name: str, run: Callable[[], torch.Tensor], expected: torch.Te
 
 def implementation_jobs(
     what: str, model: Any, call: Call, kernels: Iterable[str], changes: Callable[[nn.Module], None] | None = None
-) -> Iterator[Job]:
+) -> Iterator[Measurement]:
     """A job for each way to run a model, against eager attention.
 
     Args:
@@ -72,10 +72,10 @@ def implementation_jobs(
     for kernel in kernels:
         name = f"{what}, {kernel}: relative error against eager"
         seconds = COMPILER_SECONDS if kernel == "compiled" else 30.0
-        yield Job(name, partial(agreement_row, name, partial(run, kernel), expected), seconds)
+        yield Measurement(name, partial(agreement_row, name, partial(run, kernel), expected), seconds)
 
 
-def tower_jobs(setting: Setting) -> Iterator[Job]:
+def tower_jobs(setting: Setting) -> Iterator[Measurement]:
     """InternViT."""
     config = InternViTConfig(**setting.sizes.checked_vision)
     model = build_random(InternVisionModel, config, setting.options)
@@ -85,7 +85,7 @@ def tower_jobs(setting: Setting) -> Iterator[Job]:
     )
     name = f"InternViT, {setting.options.dtype}: relative error against float32"
     exact = copy.deepcopy(model).float()(tiles.float()).last_hidden_state.to(setting.options.dtype)
-    yield Job(name, partial(agreement_row, name, lambda: model(tiles).last_hidden_state, exact))
+    yield Measurement(name, partial(agreement_row, name, lambda: model(tiles).last_hidden_state, exact))
 
 
 def let_images_in(model: nn.Module) -> None:
@@ -95,7 +95,7 @@ def let_images_in(model: nn.Module) -> None:
             nn.init.normal_(layer.cross_attn.o_proj.weight, std=0.02)
 
 
-def qllama_jobs(setting: Setting) -> Iterator[Job]:
+def qllama_jobs(setting: Setting) -> Iterator[Measurement]:
     """InternVL-G: queries that read an image, and a text."""
     sizes = setting.sizes
     config = InternVLConfig(
@@ -135,17 +135,17 @@ def chat_inputs(model: Any, setting: Setting, tiles: int = 1, missing: int = 0, 
     return {"input_ids": torch.cat([places, ids], dim=1), "pixel_values": noise(tiles, side, setting.options)}
 
 
-def chat_jobs(setting: Setting) -> Iterator[Job]:
+def chat_jobs(setting: Setting) -> Iterator[Measurement]:
     """InternVL-Chat: logits after an image; a wrong number of placeholders; what makes the host wait."""
     model = build_checked_chat(setting)
     inputs = chat_inputs(model, setting)
     kernels = ("sdpa", "flash", "compiled")
     yield from implementation_jobs("chat", model, lambda model: model(**inputs).logits, kernels)
     name = "chat: placeholders that do not fit raise, and the device goes on"
-    yield Job(name, partial(mismatch_row, name, model, setting))
+    yield Measurement(name, partial(mismatch_row, name, model, setting))
     for what, call in waiting_calls(model, setting).items():
         name = f"{what}: the host does not wait for the device"
-        yield Job(name, partial(waiting_row, name, call), needs=(CUDA,))
+        yield Measurement(name, partial(waiting_row, name, call), needs=(CUDA,))
 
 
 def mismatch_row(name: str, model: Any, setting: Setting) -> Row:
@@ -184,10 +184,10 @@ def waiting_row(name: str, call: Callable[[], Any]) -> Row:
     return Row(name, ratio=1.0, target=1.0)
 
 
-def golden_jobs(setting: Setting) -> Iterator[Job]:
+def golden_jobs(setting: Setting) -> Iterator[Measurement]:
     """The published code's outputs, by the project's own test, with models and inputs on the device."""
     name = "outputs of the published code, float32: share of the tests that pass"
-    yield Job(name, partial(golden_row, name, setting), seconds=180.0, needs=(GOLDENS, library("pytest")))
+    yield Measurement(name, partial(golden_row, name, setting), seconds=180.0, needs=(GOLDENS, library("pytest")))
 
 
 def golden_row(name: str, setting: Setting) -> Row:

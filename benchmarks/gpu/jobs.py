@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..harness import Options, Row
-from .sizes import Sizes
+from .sizes import ModelSizes
 
 
 BUILD_SECONDS = 60.0  # the most that making a model may take between two rows
@@ -28,7 +28,7 @@ class Setting:
     """
 
     options: Options
-    sizes: Sizes
+    sizes: ModelSizes
 
     @property
     def device(self) -> str:
@@ -50,7 +50,7 @@ class Need:
 
 
 @dataclass(frozen=True)
-class Job:
+class Measurement:
     """A row that is yet to be measured.
 
     Args:
@@ -68,7 +68,7 @@ class Job:
     trains: bool = False
 
 
-Part = Callable[[Setting], Iterable[Job]]
+Part = Callable[[Setting], Iterable[Measurement]]
 
 CUDA = Need("a CUDA device", lambda setting: setting.device == "cuda")
 FP8 = Need(
@@ -106,13 +106,13 @@ def time_box(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def reason_of(error: BaseException) -> str:
+def why_failed(error: BaseException) -> str:
     """One line that says what went wrong."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}" if lines[0] else type(error).__name__
 
 
-def measure(job: Job, setting: Setting, seconds_left: float) -> Row:
+def row_of_measurement(job: Measurement, setting: Setting, seconds_left: float) -> Row:
     """The row of a job, or why there is none."""
     missing = [need.name for need in job.needs if not need.is_met(setting)]
     if missing:
@@ -124,7 +124,7 @@ def measure(job: Job, setting: Setting, seconds_left: float) -> Row:
         with time_box(min(job.seconds, seconds_left)), torch.set_grad_enabled(job.trains):
             row = job.measure()
     except (Exception, SystemExit) as error:  # noqa: BLE001 (a row that fails must not cost those after it)
-        return Row(job.name, skipped=f"failed: {reason_of(error)}")
+        return Row(job.name, skipped=f"failed: {why_failed(error)}")
     row.details["measured_in_seconds"] = round(time.monotonic() - start, 1)
     return row
 
@@ -148,11 +148,11 @@ def rows_of_part(title: str, part: Part, setting: Setting, deadline: float) -> I
             with time_box(min(BUILD_SECONDS, left)), torch.no_grad():
                 job = next(jobs, None)
         except Exception as error:  # noqa: BLE001 (parts after this one are measured all the same)
-            yield Row(title, skipped=f"failed: {reason_of(error)}")
+            yield Row(title, skipped=f"failed: {why_failed(error)}")
             return
         if job is None:
             return
-        yield measure(job, setting, deadline - time.monotonic())
+        yield row_of_measurement(job, setting, deadline - time.monotonic())
         del job  # with the model that it holds
         free(setting)
 

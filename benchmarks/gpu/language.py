@@ -18,7 +18,7 @@ from internvl import InternVLChatConfig, InternVLChatForConditionalGeneration, I
 
 from ..harness import Options, Row, flops_of, interleave, matrix_product, row_of, share_row, sizes_of
 from ..quantizers import held_bytes
-from .jobs import CUDA, FP8, Job, Need, Setting, library
+from .jobs import CUDA, FP8, Measurement, Need, Setting, library
 from .models import (
     bandwidth_row,
     build_random,
@@ -30,7 +30,7 @@ from .models import (
     size_name,
     weight_bytes,
 )
-from .sizes import Sizes
+from .sizes import ModelSizes
 from .vision import COMPILED_SECONDS, COMPILER
 
 
@@ -38,16 +38,16 @@ DECODE_TARGET = 0.70
 VISION_BESIDE = sizes_of(64, 64, 1, 1)  # of a chat model whose decoder alone is measured
 
 
-def qllama_jobs(setting: Setting) -> Iterator[Job]:
+def caption_jobs(setting: Setting) -> Iterator[Measurement]:
     """InternVL-G: features of images, and the tokens of a caption."""
     sizes, options = setting.sizes, setting.options
     side = min(sizes.vision.get("image_size", 224), 224)
     config = InternVLConfig(vision_config={**sizes.vision, "image_size": side}, qllama_config=sizes.qllama)
     model = build_random(InternVLModel, config, options)
     name = f"InternVL-G {size_name(model)}, features of {sizes.batches[-1]} images: share of the matrix rate"
-    yield Job(name, partial(feature_row, name, model, setting))
+    yield Measurement(name, partial(feature_row, name, model, setting))
     name = f"captions by QLLaMA {size_name(model.qllama)}, one image, eager: share of the bandwidth"
-    yield Job(name, partial(caption_row, name, model, setting), 60.0)
+    yield Measurement(name, partial(caption_row, name, model, setting), 60.0)
 
 
 def feature_row(name: str, model: Any, setting: Setting) -> Row:
@@ -81,7 +81,7 @@ def caption_row(name: str, model: Any, setting: Setting) -> Row:
 
 
 # ------------------------------------------------------------------------------------------------- 13 B chat model
-def build_decoder(setting: Setting) -> Any:
+def build_large_chat(setting: Setting) -> Any:
     """A chat model, 13 B of it in its decoder."""
     text = {"tie_word_embeddings": False, **setting.sizes.decoder}
     config = InternVLChatConfig(vision_config=VISION_BESIDE, text_config=text)
@@ -100,34 +100,34 @@ def native_of(model: Any, setting: Setting) -> Any:
     return native.eval()
 
 
-def decoder_jobs(setting: Setting) -> Iterator[Job]:
+def decoder_jobs(setting: Setting) -> Iterator[Measurement]:
     """Reading a prompt, and one token after another."""
-    model = build_decoder(setting)
+    model = build_large_chat(setting)
     native = native_of(model, setting)
     title = f"{size_name(model.language_model)} chat model"
     name = f"{title}, prefill of {setting.sizes.prefill} tokens: share of the matrix rate"
-    yield Job(name, partial(prefill_row, name, model, setting))
+    yield Measurement(name, partial(prefill_row, name, model, setting))
     name = f"{title}, prefill of {setting.sizes.prefill} tokens: against native"
-    yield Job(name, partial(prefill_against_native, name, model, native, setting))
+    yield Measurement(name, partial(prefill_against_native, name, model, native, setting))
     name = f"{title}, decoding of one stream, eager: against native"
-    yield Job(name, partial(decoding_against, name, model, native, setting, 1.0), 60.0)
+    yield Measurement(name, partial(decoding_against, name, model, native, setting, 1.0), 60.0)
     for way, seconds, needs in (
         ("eager", 45.0, ()),
         ("CUDA graph", 45.0, (CUDA,)),
         ("compiled, CUDA graph", COMPILED_SECONDS, (CUDA, COMPILER)),
     ):
         name = f"{title}, decoding of one stream, {way}: share of the bandwidth"
-        yield Job(name, partial(decoding_row, name, model, way, setting), seconds, needs)
+        yield Measurement(name, partial(decoding_row, name, model, way, setting), seconds, needs)
 
 
-def prompt_of(model: Any, length: int) -> torch.Tensor:
+def text_of(model: Any, length: int) -> torch.Tensor:
     """Text (1, length)."""
     return torch.arange(length, device=model.device)[None] % model.config.get_text_config().vocab_size
 
 
 def prefill_row(name: str, model: Any, setting: Setting) -> Row:
     """Share of the matrix rate, the logits of the last position alone computed."""
-    options, ids = setting.options.at_most(7), prompt_of(model, setting.sizes.prefill)
+    options, ids = setting.options.at_most(7), text_of(model, setting.sizes.prefill)
     read = partial(model, input_ids=ids, logits_to_keep=1)
     shapes = shapes_of(type(model), model.config)
     flops = flops_of(partial(shapes, input_ids=ids.to("meta"), logits_to_keep=1))
@@ -137,7 +137,7 @@ def prefill_row(name: str, model: Any, setting: Setting) -> Row:
 
 def prefill_against_native(name: str, model: Any, native: Any, setting: Setting) -> Row:
     """The same prompt by both."""
-    ids = prompt_of(model, setting.sizes.prefill)
+    ids = text_of(model, setting.sizes.prefill)
     calls = {
         who: partial(each, input_ids=ids, logits_to_keep=1, use_cache=True)
         for who, each in (("ours", model), ("peer", native))
@@ -145,17 +145,17 @@ def prefill_against_native(name: str, model: Any, native: Any, setting: Setting)
     return row_of(name, interleave(calls, setting.options.at_most(7)), target=1.0)
 
 
-def decoding_steps(model: Any, step: Callable[..., Any], sizes: Sizes, length: int) -> Callable[[], torch.Tensor]:
+def decoding_steps(model: Any, step: Callable[..., Any], sizes: ModelSizes, length: int) -> Callable[[], torch.Tensor]:
     """A call that decodes one more token after a prompt, greedily, in tensors that stay where they are.
 
     Args:
         model: The model.
         step: Its forward, or what stands for it.
-        sizes: `Sizes`, for the prompt.
+        sizes: `ModelSizes`, for the prompt.
         length: Tokens that fit the cache.
     """
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=length)
-    prompt = prompt_of(model, sizes.prompt)
+    prompt = text_of(model, sizes.prompt)
     token = model(input_ids=prompt, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
     position = torch.full((1, 1), sizes.prompt, device=model.device)
 
@@ -239,26 +239,26 @@ QUANTISED: dict[str, tuple[Callable[[nn.Module], None], tuple[Need, ...]]] = {
 }
 
 
-def quantised_jobs(setting: Setting) -> Iterator[Job]:
+def quantised_jobs(setting: Setting) -> Iterator[Measurement]:
     """Memory and tokens a second of decoders whose weights are quantised, against bf16."""
-    plain = build_decoder(setting)
+    plain = build_large_chat(setting)
     size = size_name(plain.language_model)
     for kind, (quantise, needs) in QUANTISED.items():
         made = cache(partial(build_quantised, quantise, setting))  # by the first of the two, which has the time for it
         name = f"{size} chat model, {kind}: memory, against {setting.options.dtype}"
-        yield Job(name, partial(memory_row, name, plain, made), 90.0, needs)
+        yield Measurement(name, partial(quantised_memory_row, name, plain, made), 90.0, needs)
         name = f"{size} chat model, {kind}, eager: tokens a second, against {setting.options.dtype}"
-        yield Job(name, partial(quantised_decoding_row, name, plain, made, setting), 90.0, needs)
+        yield Measurement(name, partial(quantised_decoding_row, name, plain, made, setting), 90.0, needs)
 
 
 def build_quantised(quantise: Callable[[nn.Module], None], setting: Setting) -> Any:
     """A decoder that was quantised on the device."""
-    model = build_decoder(setting)
+    model = build_large_chat(setting)
     quantise(model.language_model)
     return model
 
 
-def memory_row(name: str, plain: Any, made: Callable[[], Any]) -> Row:
+def quantised_memory_row(name: str, plain: Any, made: Callable[[], Any]) -> Row:
     """Bytes of the weights as they are held."""
     sizes = {"bytes": held_bytes(made()), "bytes_before": held_bytes(plain)}
     return Row(name, ratio=sizes["bytes"] / sizes["bytes_before"], is_lower_better=True, details=sizes)

@@ -17,8 +17,8 @@ def released(model: str, part: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Sizes of models and inputs; the defaults are the released ones.
+class ModelSizes:
+    """ModelSizes of models and inputs; the defaults are the released ones.
 
     Args:
         vision: InternViT-6B at 448 px.
@@ -53,7 +53,7 @@ class Sizes:
     dialogue_tiles: int = 4
 
 
-STAND_IN = Sizes(
+STAND_IN = ModelSizes(
     vision=sizes_of(64, 128, 3, 4, image_size=56, patch_size=14),
     qllama=sizes_of(64, 128, 2, 4, vocab_size=99, num_query_token=4),
     decoder=sizes_of(64, 128, 2, 4, vocab_size=99, num_key_value_heads=4, model_type="llama"),

@@ -21,7 +21,7 @@ from internvl.training.models.pretraining import InternVLForContrastiveTraining
 from internvl.training.recipes import stage1
 
 from ..harness import Options, Row, interleave, matrix_product, share_row
-from .jobs import Job, Setting
+from .jobs import Measurement, Setting
 from .models import build_random, noise, size_name
 
 
@@ -52,7 +52,7 @@ def step_row(name: str, model: nn.Module, step: Callable[[], torch.Tensor], flop
 
 def step_jobs(
     name: str, build: Callable[[Options], tuple[Any, Callable]], count: Callable[[], int], setting: Setting
-) -> Iterator[Job]:
+) -> Iterator[Measurement]:
     """The job of a step: `build` makes a model and its loss as a call, `count` the operations of both passes."""
 
     def measure() -> Row:
@@ -63,10 +63,10 @@ def step_jobs(
         enable_checkpointing(model)
         return step_row(f"{name} ({size_name(model)})", model, step, flops, setting)
 
-    yield Job(name, measure, STEP_SECONDS, trains=True)
+    yield Measurement(name, measure, STEP_SECONDS, trains=True)
 
 
-def stage1_jobs(setting: Setting) -> Iterator[Job]:
+def stage1_jobs(setting: Setting) -> Iterator[Measurement]:
     """Stage 1: both towers learn from pairs, with gradient caching."""
     sizes = setting.sizes
     side = min(sizes.vision.get("image_size", 224), 224)
@@ -98,7 +98,7 @@ def stage1_jobs(setting: Setting) -> Iterator[Job]:
     yield from step_jobs(f"stage-1 step, {sizes.pairs} pairs at {side} px: MFU", build, count, setting)
 
 
-def stage3_jobs(setting: Setting) -> Iterator[Job]:
+def stage3_jobs(setting: Setting) -> Iterator[Measurement]:
     """Stage 3: the projector learns from dialogues, tower and decoder are frozen, as published."""
     sizes = setting.sizes
 

@@ -11,7 +11,7 @@ from transformers import InternVLVisionConfig, InternVLVisionModel
 from internvl import InternVisionModel, InternViTConfig
 
 from ..harness import Row, flops_of, interleave, matrix_product, no_compiler, row_of, share_row
-from .jobs import CUDA, FP8, Job, Need, Setting, library
+from .jobs import CUDA, FP8, Measurement, Need, Setting, library
 from .models import build_random, captured, compile_blocks, noise, shapes_of, size_name
 
 
@@ -37,7 +37,7 @@ def native_tower(config: InternViTConfig, setting: Setting) -> Any:
     return build_random(InternVLVisionModel, native, setting.options)
 
 
-def vision_jobs(setting: Setting) -> Iterator[Job]:
+def vision_jobs(setting: Setting) -> Iterator[Measurement]:
     """Every batch eager, compiled, as a graph, in fp8, and by transformers' own tower."""
     config = InternViTConfig(**setting.sizes.vision)
     model = build_random(InternVisionModel, config, setting.options)
@@ -54,7 +54,7 @@ def vision_jobs(setting: Setting) -> Iterator[Job]:
 
 def batch_jobs(
     title: str, model: Any, native: Any, tiles: torch.Tensor, flops: int, setting: Setting
-) -> Iterator[Job]:
+) -> Iterator[Measurement]:
     """Jobs of one batch."""
     options = setting.options.at_most(ROUNDS.get(len(tiles), setting.options.rounds))
 
@@ -67,8 +67,10 @@ def batch_jobs(
     def against(name: str, runs: Callable[[], dict[str, Callable[[], Any]]], target: float | None) -> Row:
         return row_of(name, interleave(runs(), options), target=target)
 
-    yield Job(f"{title}: eager, share of the matrix rate", partial(share, "eager", lambda: partial(model, tiles)))
-    yield Job(
+    yield Measurement(
+        f"{title}: eager, share of the matrix rate", partial(share, "eager", lambda: partial(model, tiles))
+    )
+    yield Measurement(
         f"{title}: compiled, share of the matrix rate",
         partial(share, "compiled", lambda: partial(compile_blocks(model), tiles)),
         COMPILED_SECONDS,
@@ -76,10 +78,10 @@ def batch_jobs(
     )
     name = f"{title}: eager, against native"
     runs = {"ours": partial(model, tiles), "peer": partial(native, tiles)}
-    yield Job(name, partial(against, name, lambda: runs, 1.0))
+    yield Measurement(name, partial(against, name, lambda: runs, 1.0))
     name = f"{title}: CUDA graph, against eager"
     target = 1.15 if len(tiles) == 1 else None
-    yield Job(name, partial(against, name, lambda: graph_and_eager(model, tiles), target), 45.0, (CUDA,))
+    yield Measurement(name, partial(against, name, lambda: graph_and_eager(model, tiles), target), 45.0, (CUDA,))
 
 
 def graph_and_eager(model: Any, tiles: torch.Tensor) -> dict[str, Callable[[], Any]]:
@@ -88,11 +90,11 @@ def graph_and_eager(model: Any, tiles: torch.Tensor) -> dict[str, Callable[[], A
     return {"ours": captured(eager), "peer": eager}
 
 
-def fp8_jobs(model: Any, setting: Setting) -> Iterator[Job]:
+def fp8_jobs(model: Any, setting: Setting) -> Iterator[Measurement]:
     """Weights and activations in fp8 by torchao, compiled as it asks for, against bf16 compiled."""
     batch = setting.sizes.batches[-1]
     title = f"InternViT {size_name(model)}, {batch} tile(s): fp8 (torchao), against bf16, both compiled"
-    yield Job(
+    yield Measurement(
         title,
         partial(fp8_row, title, model, batch, setting),
         2 * COMPILED_SECONDS,
