@@ -1,1 +1,1 @@
-"""Checks of a folder before it is published or trusted: `python -m internvl.publishing code DIR`."""
+"""Checks of a folder before it is published or trusted, and its way to the Hub: `python -m internvl.publishing`."""

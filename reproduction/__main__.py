@@ -1,4 +1,4 @@
-"""Command line: `python -m internvl.reproduction run|report|ablation|maps`."""
+"""Command line: `python -m internvl.reproduction run|report|ablation|maps|cards`."""
 
 import argparse
 import sys
@@ -14,13 +14,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m internvl.reproduction", description="The bundled checkpoint from nothing, and its results."
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    run, report, ablation, maps = (
+    run, report, ablation, maps, cards = (
         commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
         for name, summary in (
             ("run", "trains all stages of the bundled checkpoint and evaluates them"),
             ("report", "evaluates a run and writes its page of results"),
             ("ablation", "trains without one stage or another, at a small scale"),
             ("maps", "draws where the bundled models looked in five bundled images"),
+            ("cards", "writes the results into the cards of the bundled models"),
         )
     )
     for command in (run, ablation):
@@ -28,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--resume", action="store_true", help="resume from the last saved step in the folder")
         command.add_argument("--seed", type=int, default=0, help="of data and weights (default: 0)")
         command.add_argument("--fp32", action="store_true", help="for CPUs without fast bfloat16")
+    cards.add_argument("--root", type=Path, metavar="DIR", help="top folder of the repository (default: this one)")
     maps.add_argument("--output", type=Path, required=True, metavar="FILE", help="a .png")
     report.add_argument("run", type=Path, metavar="RUN", help="folder that the command `run` wrote")
     report.add_argument("--output", type=Path, metavar="DIR", help="folder of the results (default: RUN/results)")

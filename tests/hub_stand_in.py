@@ -1,5 +1,6 @@
-"""As much of the Hub's API as a download needs, on loopback. One file breaks off in the middle as often as asked."""
+"""As much of the Hub's API as downloads and uploads need, on loopback. A file breaks off midway as often as asked."""
 
+import base64
 import hashlib
 import json
 import threading
@@ -52,6 +53,62 @@ class Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": name} for name in names]
         return self._send(json.dumps({"id": name, "sha": commit_of(branch), "siblings": siblings}).encode())
 
+    def do_POST(self) -> None:
+        """What `huggingface_hub` asks without Xet: make a repository, check the card, sort the files, send, commit."""
+        path = unquote(urlsplit(self.path).path)
+        self.server.asked.append((self.command, path, None, self.headers.get("Authorization")))
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.server.refuses:
+            return self._refuse(403, "Forbidden")
+        if path == "/api/repos/create":
+            made = json.loads(body)
+            self.server.made.append(made)
+            name = "/".join(filter(None, (made.get("organization"), made["name"])))
+            return self._send(json.dumps({"url": f"http://127.0.0.1/{name}", "name": name}).encode())
+        if path == "/api/validate-yaml":
+            return self._send(json.dumps({"errors": [], "warnings": []}).encode())
+        if "/preupload/" in path:
+            modes = [
+                {"path": file["path"], "uploadMode": upload_mode(file["path"]), "shouldIgnore": False, "oid": None}
+                for file in json.loads(body)["files"]
+            ]
+            return self._send(json.dumps({"files": modes}).encode())
+        if path.endswith("/info/lfs/objects/batch"):
+            here = f"http://127.0.0.1:{self.server.server_port}/lfs/"
+            objects = [
+                {**wanted, "actions": {"upload": {"href": here + wanted["oid"]}}}
+                for wanted in json.loads(body)["objects"]
+            ]
+            return self._send(json.dumps({"transfer": "basic", "objects": objects}).encode())
+        return self._commit(path, body)
+
+    def do_PUT(self) -> None:
+        """Takes the bytes of a large file."""
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        digest = self.path.rpartition("/")[2]
+        if hashlib.sha256(body).hexdigest() != digest:
+            return self._refuse(422, "OtherBytes")
+        self.server.large[digest] = body
+        return self._send(b"")
+
+    def _commit(self, path: str, body: bytes) -> None:
+        if "/commit/" not in path:
+            return self._refuse(404, "RepoNotFound")
+        for line in body.splitlines():
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "file":
+                self.server.pushed[value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile":
+                self.server.pushed[value["path"]] = self.server.large[value["oid"]]
+        name = path.removeprefix("/api/models/").partition("/commit/")[0]
+        answer = {
+            "commitUrl": f"http://127.0.0.1:{self.server.server_port}/{name}/commit/feed",
+            "commitOid": "feed",
+            "pullRequestUrl": None,
+        }
+        return self._send(json.dumps(answer).encode())
+
     def _send_file(self, file: Path, branch: str) -> None:
         if not file.is_file():
             return self._refuse(404, "EntryNotFound")
@@ -85,6 +142,11 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
+def upload_mode(name: str) -> str:
+    """By the `.gitattributes` that the Hub makes with a repository."""
+    return "lfs" if name.endswith((".safetensors", ".bin", ".pt", ".pth")) else "regular"
+
+
 def commit_of(branch: str) -> str:
     return hashlib.sha1(branch.encode()).hexdigest()
 
@@ -95,7 +157,7 @@ def etag_of(file: Path) -> str:
 
 @contextmanager
 def hub(revisions: dict[str, Any], breaks: dict[str, int] | None = None) -> Iterator[Any]:
-    """A running stand-in; `asked` has all requests.
+    """A running stand-in; `asked` has all requests, `made` the repositories, `pushed` the files by name.
 
     Args:
         revisions: `user/name` to branches and their folders, or "gated".
@@ -103,6 +165,7 @@ def hub(revisions: dict[str, Any], breaks: dict[str, int] | None = None) -> Iter
     """
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.revisions, server.breaks, server.asked = revisions, dict(breaks or {}), []
+    server.made, server.large, server.pushed, server.refuses = [], {}, {}, False
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shutil
 import sys
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from huggingface_hub import ModelCard
 import internvl  # noqa: F401
 from internvl.chat import Conversation
 from internvl.modeling_internvl import MODES
+from internvl.reproduction import cards
 
 from .conftest import ROOT
 
@@ -31,9 +33,33 @@ def rows(text: str, start: str) -> list[str]:
 
 
 def test_it_is_valid_and_its_first_command_comes_early():
-    data = ModelCard.load(ROOT / "README.md").data
+    card = ModelCard.load(ROOT / "README.md")
+    data = card.data
     assert (data.license, data.library_name, data.pipeline_tag) == ("mit", "transformers", "image-text-to-text")
-    assert next(i for i, line in enumerate(CARD.splitlines(), 1) if line.startswith("make ")) <= 30
+    assert next(i for i, line in enumerate(card.text.splitlines(), 1) if line.startswith("make ")) <= 15
+
+
+def test_the_cards_hold_the_results_as_the_command_writes_them(tmp_path):
+    for folder in cards.CARDS:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        text = (ROOT / folder / "README.md").read_text()
+        (tmp_path / folder / "README.md").write_text(text.replace("    - type: accuracy\n", "", 1))
+    (tmp_path / cards.RESULTS).parent.mkdir(parents=True)
+    shutil.copyfile(ROOT / cards.RESULTS, tmp_path / cards.RESULTS)
+    cards.write_results(tmp_path)
+    for folder in cards.CARDS:
+        assert (tmp_path / folder / "README.md").read_text() == (ROOT / folder / "README.md").read_text()
+    found = {result.metric_name: result.metric_value for result in ModelCard(CARD).data.eval_results}
+    assert found["all questions"] == 94.4
+    assert len(found) == 8
+
+
+def test_the_examples_of_the_widget_are_answered_as_the_card_says():
+    conversation = Conversation(ROOT, max_new_tokens=16)
+    for example in ModelCard(CARD).data.widget:
+        ((image, text),) = [message["content"] for message in example["messages"]]
+        conversation.restart()
+        assert conversation.ask(text["text"], [str(ROOT / image["image_url"]["url"])]) == example["output"]["text"]
 
 
 def test_its_answers_are_those_of_the_model():

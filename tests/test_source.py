@@ -26,6 +26,8 @@ SUBPACKAGES = [
 ]
 # The only file that may touch `pickle`; what it does with it has a test of its own.
 RESTRICTED_UNPICKLER = ROOT / "conversion" / "readers" / "distributed_metadata.py"
+# The only file that starts a process: Python itself, with a script of this package.
+STARTER = ROOT / "publishing" / "fresh_process.py"
 SHIPPED = sorted(ROOT.glob("*.py")) + SUBPACKAGES
 ALLOWED_PACKAGES = {"torch", "transformers", "numpy", "PIL", "einops"} | set(sys.stdlib_module_names)
 TENSOR_FACTORIES = set("arange empty eye full linspace ones rand randint randn randperm tensor zeros".split())
@@ -112,9 +114,20 @@ def test_nothing_is_evaluated_unpickled_or_started(path):
     bad = [node for node in nodes(path, ast.Call) if dotted(node.func) in calls]
     if path == RESTRICTED_UNPICKLER:
         modules.remove("pickle")
+    if path == STARTER:
+        modules.remove("subprocess")
     bad += [node for node in nodes(path, ast.Import) if modules & {alias.name.split(".")[0] for alias in node.names}]
     bad += [n for n in nodes(path, ast.ImportFrom) if not n.level and n.module.split(".")[0] in modules]
     assert not found(path, iter(bad))
+
+
+def test_the_one_process_that_is_started_is_python_itself():
+    calls = [call for call in nodes(STARTER, ast.Call) if dotted(call.func).startswith("subprocess.")]
+    (run,) = calls
+    assert ast.unparse(run.args[0]) == "command"
+    assert not [keyword for keyword in run.keywords if keyword.arg == "shell"]
+    (command,) = [n for n in nodes(STARTER, ast.Assign) if ast.unparse(n.targets[0]) == "command"]
+    assert ast.unparse(command.value).startswith("[sys.executable, '-P', SCRIPT, ")
 
 
 def test_the_one_unpickler_decides_itself_what_it_finds():

@@ -1,5 +1,8 @@
 """Uploads a result to the Hub."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -23,16 +26,55 @@ def create_repository(repo_id: str, private: bool) -> None:
         ) from error
 
 
-def upload(folder: Path, repo_id: str) -> str:
+def upload(
+    folder: Path,
+    repo_id: str,
+    files: list[str] | None = None,
+    message: str = "Convert to the InternVL package",
+    revision: str | None = None,
+) -> str:
     """Uploads a complete folder, which stays as it is, to an existing repository; returns the address of the commit.
+
+    Args:
+        folder: The folder.
+        repo_id: `user/name`.
+        files: Names of the files to send; None sends all.
+        message: Message of the commit.
+        revision: An existing branch; None is the main one.
 
     Raises:
         OSError: The Hub refuses; run the command again to go on, since stored files are not sent twice.
     """
-    try:
-        commit = HfApi().upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message="Convert to the InternVL package"
+    selected = {} if files is None else {"allow_patterns": [escape(name) for name in files]}
+    with _refusals_as_os_errors(folder, repo_id):
+        return str(
+            HfApi().upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=message, revision=revision, **selected
+            )
         )
+
+
+def upload_text(text: str, file: Path, repo_id: str, message: str, revision: str | None = None) -> str:
+    """Uploads a text in place of a file of the top folder; returns the address of the commit.
+
+    Raises:
+        OSError: The Hub refuses.
+    """
+    with _refusals_as_os_errors(file, repo_id):
+        return str(
+            HfApi().upload_file(
+                path_or_fileobj=text.encode(),
+                path_in_repo=file.name,
+                repo_id=repo_id,
+                commit_message=message,
+                revision=revision,
+            )
+        )
+
+
+@contextmanager
+def _refusals_as_os_errors(place: Path, repo_id: str) -> Iterator[None]:
+    try:
+        yield
     except HfHubHTTPError as error:
-        raise OSError(f"`{folder}` is complete, but was not uploaded to `{repo_id}`: {error}") from error
-    return str(commit)
+        raise OSError(f"`{place}` is complete, but was not uploaded to `{repo_id}`: {error}") from error
