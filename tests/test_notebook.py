@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def saved_outputs(cell: dict) -> list:
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.name)
 def test_a_notebook_gives_the_outputs_that_are_saved_in_it(file, monkeypatch):
     monkeypatch.chdir(file.parent)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     cells = [cell for cell in json.loads(file.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
     assert cells
     printed, shown = io.StringIO(), []
