@@ -127,7 +127,7 @@ def test_the_one_process_that_is_started_is_python_itself():
     assert ast.unparse(run.args[0]) == "command"
     assert not [keyword for keyword in run.keywords if keyword.arg == "shell"]
     (command,) = [n for n in nodes(STARTER, ast.Assign) if ast.unparse(n.targets[0]) == "command"]
-    assert ast.unparse(command.value).startswith("[sys.executable, '-P', SCRIPT, ")
+    assert ast.unparse(command.value).startswith("[sys.executable, '-P', str(SCRIPT), ")
 
 
 def test_the_one_unpickler_decides_itself_what_it_finds():

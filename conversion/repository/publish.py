@@ -45,11 +45,14 @@ def upload(
     Raises:
         OSError: The Hub refuses; run the command again to go on, since stored files are not sent twice.
     """
-    selected = {} if files is None else {"allow_patterns": [escape(name) for name in files]}
     with _refusals_as_os_errors(folder, repo_id):
         return str(
             HfApi().upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=message, revision=revision, **selected
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=message,
+                revision=revision,
+                allow_patterns=None if files is None else [escape(name) for name in files],
             )
         )
 
