@@ -6,7 +6,7 @@ PYTHON := .venv/bin/python
 READY := .venv/ready
 endif
 
-.PHONY: help demo test test-all check style bench bench-conversion conformance deepspeed faults versions engines serving fuzz default-run ablation clean
+.PHONY: help demo test test-all check style bench bench-conversion conformance deepspeed faults versions engines serving fuzz default-run ablation funnel-ablation clean
 .DEFAULT_GOAL := test
 
 # clip-benchmark alone, of which JSON files are read: with it would come libraries that nothing here needs.
@@ -100,6 +100,9 @@ default-run: $(READY) ## trains the bundled checkpoint from nothing
 
 ablation: $(READY) ## trains it without one stage or another, at a tenth of the steps
 	$(KEEP_MEMORY) $(PYTHON) -m internvl.reproduction ablation --output $(RUN)_ablation --resume
+
+funnel-ablation: $(READY) ## trains stage 1 on polluted pairs, and on what the data funnel keeps of them
+	$(KEEP_MEMORY) $(PYTHON) -m internvl.reproduction funnel --output $(RUN)_funnel --resume
 
 clean: ## removes environments and caches
 	rm -rf .venv .versions .conformance .engines .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -1,4 +1,4 @@
-"""Command line: `python -m internvl.reproduction run|report|ablation|maps|cards`."""
+"""Command line: `python -m internvl.reproduction run|report|ablation|funnel|maps|cards`."""
 
 import argparse
 import sys
@@ -14,17 +14,18 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m internvl.reproduction", description="The bundled checkpoint from nothing, and its results."
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    run, report, ablation, maps, cards = (
+    run, report, ablation, funnel, maps, cards = (
         commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
         for name, summary in (
             ("run", "trains all stages of the bundled checkpoint and evaluates them"),
             ("report", "evaluates a run and writes its page of results"),
             ("ablation", "trains without one stage or another, at a small scale"),
+            ("funnel", "trains stage 1 on polluted pairs, and on what the data funnel keeps of them"),
             ("maps", "draws where the bundled models looked in five bundled images"),
             ("cards", "writes the results into the cards of the bundled models"),
         )
     )
-    for command in (run, ablation):
+    for command in (run, ablation, funnel):
         command.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the run")
         command.add_argument("--resume", action="store_true", help="resume from the last saved step in the folder")
         command.add_argument("--seed", type=int, default=0, help="of data and weights (default: 0)")
@@ -36,9 +37,17 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--ablation", type=Path, metavar="FILE", help="report of the command `ablation`")
     report.add_argument("--resume", action="store_true", help="keep finished evaluations")
     ablation.add_argument("--scale", type=float, default=0.1, help="share of the run's steps (default: 0.1)")
-    ablation.add_argument(
-        "--seeds", type=int, default=3, metavar="N", help="number of seeds, from --seed (default: 3)"
-    )
+    for command in (ablation, funnel):
+        command.add_argument(
+            "--seeds", type=int, default=3, metavar="N", help="number of seeds, from --seed (default: 3)"
+        )
+    for name, default, summary in (
+        ("raw-pairs", 8000, "polluted pairs of a seed"),
+        ("steps", 600, "steps of every training, of 64 pairs"),
+        ("images", 300, "held-out images of each kind, and pairs"),
+    ):
+        text = f"{summary} (default: {default})"
+        funnel.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text)
     for name in ("questions", "pairs"):
         ablation.add_argument(f"--{name}", type=int, default=500, metavar="N", help="of the evaluation (default: 500)")
     return parser
