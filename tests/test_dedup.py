@@ -148,11 +148,11 @@ def test_hashes_are_found_as_a_slow_loop_finds_them():
 
 
 def test_the_hash_of_a_mirrored_image_is_known_without_it():
-    from internvl.training.data.fingerprints import coefficients, hashes_of
+    from internvl.training.data.fingerprints import coefficients, perceptual_hashes
 
     image = texture(3)
     grids = prints_of([image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]).grids
-    one, other = hashes_of(coefficients(grids[:, 0])[:, 0])
+    one, other = perceptual_hashes(coefficients(grids[:, 0])[:, 0])
     differing = np.unpackbits(mirrored_hashes(one[None])[0] ^ other).sum()
     assert differing <= 1
     assert np.unpackbits(one ^ other).sum() > 10

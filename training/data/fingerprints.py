@@ -70,7 +70,7 @@ def coefficients(
 
 def _ordered() -> list[tuple[int, int]]:
     """Coefficients but the mean, low ones first."""
-    pairs = product(range(COEFFICIENTS), repeat=2)
+    pairs = product(range(COEFFICIENTS), range(COEFFICIENTS))
     return sorted((pair for pair in pairs if pair != (0, 0)), key=lambda pair: (sum(pair), pair))
 
 
@@ -80,7 +80,7 @@ SEARCHED = ORDER[ORDER.sum(axis=1) <= MAX_SEARCHED_ORDER]
 MIRRORED = np.where(np.arange(COEFFICIENTS) % 2, -1, 1).astype(np.float32)  # what a mirror makes of columns
 
 
-def hashes_of(values: np.ndarray) -> np.ndarray:
+def perceptual_hashes(values: np.ndarray) -> np.ndarray:
     """Returns perceptual hashes (B, 8) of coefficients (B, COEFFICIENTS, COEFFICIENTS): their signs, as bytes."""
     return np.packbits(values[:, HASHED[:, 0], HASHED[:, 1]] > 0, axis=1)
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from .fingerprints import (
     SIDE,
     Whitening,
     coefficients,
-    hashes_of,
+    perceptual_hashes,
     sameness,
 )
 
@@ -71,6 +72,7 @@ def hash_pairs(hashes: np.ndarray, others: np.ndarray, max_distance: int = MAX_H
     """
     if not len(hashes) or not len(others):
         return np.zeros((0, 2), np.int64)
+    index: Any
     if len(others) < HASH_TABLES_FROM:
         index = faiss.IndexBinaryFlat(HASH_BITS)
     else:
@@ -107,8 +109,9 @@ def _coefficients(images: Fingerprints) -> Iterator[np.ndarray]:
         yield coefficients(part[:, 0])
 
 
-def _index_of(vectors: np.ndarray) -> "faiss.Index":
+def _index_of(vectors: np.ndarray) -> Any:
     size = vectors.shape[1]
+    index: Any
     if len(vectors) <= FLAT_INDEX_UP_TO:
         index = faiss.IndexFlatIP(size)
     else:
@@ -140,7 +143,7 @@ def near_duplicates(
     if not len(images) or not len(others):
         return np.zeros((0, 2), np.int64), np.zeros(0, np.float32)
     hashes, other_hashes = (
-        np.concatenate([hashes_of(values[:, 0]) for values in _coefficients(one)]) for one in (images, others)
+        np.concatenate([perceptual_hashes(values[:, 0]) for values in _coefficients(one)]) for one in (images, others)
     )
     found = [hash_pairs(hashes, other_hashes), hash_pairs(mirrored_hashes(hashes), other_hashes)]
     if crops:
