@@ -36,7 +36,7 @@ def card_faults(folder: Path, files: list[str]) -> list[str]:
         files: Names of the files that are published with it.
     """
     if CARD not in files:
-        return [f"There is no card: `{CARD}` is missing."]
+        return [f"There is no card: `{CARD}` is missing. `python -m internvl.conversion DIR OUT` writes one."]
     try:
         card = ModelCard.load(folder / CARD)
     except (ValueError, TypeError, yaml.YAMLError) as error:

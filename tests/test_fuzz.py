@@ -2,7 +2,7 @@
 
 import pytest
 
-from .fuzz import checkpoints, images, messages, rows
+from .fuzz import checkpoints, images, messages, requests, rows
 from .fuzz.watch import watch
 
 
@@ -13,8 +13,9 @@ KINDS = {
     "messages": lambda: messages.malformed(SEED, 200),
     "checkpoints": lambda: checkpoints.inputs(SEED, 16),
     "rows": lambda: rows.inputs(SEED, 60),
+    "requests": lambda: requests.inputs(SEED, 40),
 }
-INPUTS = {"images": 275, "image tokens": 161, "messages": 200, "checkpoints": 16, "rows": 60}
+INPUTS = {"images": 275, "image tokens": 161, "messages": 200, "checkpoints": 16, "rows": 60, "requests": 40}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,11 +1,9 @@
 """handler.py as Inference Endpoints load and call it: every task, forms of inputs, limits, hostile requests."""
 
 import base64
-import importlib.util
 import io
 import json
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-import internvl
 from internvl import image_loading_internvl
 
 from .conftest import ROOT
+from .fixtures_endpoint import load_handler
 from .fixtures_processes import run_elsewhere
 
 
@@ -49,17 +47,6 @@ assert "internvl" not in sys.modules
 
 def data_address(file: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
-
-
-def load_handler(folder: Path, subfolder: str = ""):
-    internvl.register()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("INTERNVL_SUBFOLDER", subfolder)
-        spec = importlib.util.spec_from_file_location("handler.EndpointHandler", ROOT / "handler.py")
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, "handler.EndpointHandler", module)
-        spec.loader.exec_module(module)
-        return module.EndpointHandler(str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +113,18 @@ def test_a_vision_tower_is_left_to_the_pipeline():
         {"inputs": {"images": [base64.b64encode(STAR.read_bytes()).decode()], "text": QUESTION}},
         {"inputs": Image.open(STAR), "parameters": {"text": QUESTION, "max_new_tokens": "64"}},  # an image and a query
         {"inputs": STAR.read_bytes(), "parameters": {"text": QUESTION, "task": "chat"}},
+        {"inputs": {"images": [Image.open(STAR)], "text": QUESTION}},  # decoded by newer releases of the toolkit
+        {
+            "inputs": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image_url", "image_url": {"url": Image.open(STAR)}},
+                        {"type": "text", "text": QUESTION},
+                    ],
+                }
+            ]
+        },
         {
             "inputs": [
                 {
@@ -151,7 +150,7 @@ def test_a_vision_tower_is_left_to_the_pipeline():
             }
         },
     ],
-    ids=["image", "bytes", "base64", "pil", "raw", "openai", "messages"],
+    ids=["image", "bytes", "base64", "query", "raw", "decoded", "decoded part", "openai", "messages"],
 )
 def test_a_question_in_every_form_is_answered_as_generate_does(body, chat):
     assert chat(body) == [{"generated_text": "red", "finish_reason": "stop"}]

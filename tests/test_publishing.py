@@ -168,7 +168,7 @@ def test_a_card_that_the_hub_refuses_or_shows_in_part_is_found(old, new, message
 def test_a_folder_without_model_or_card_is_found(tmp_path, capsys):
     assert faults_of(tmp_path) == [
         "There is no model: `config.json` is missing.",
-        "There is no card: `README.md` is missing.",
+        "There is no card: `README.md` is missing. `python -m internvl.conversion DIR OUT` writes one.",
     ]
     assert main(["check", str(tmp_path / "nothing")]) == 2
     assert "There is no folder" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from typing import IO
 
 from transformers.utils import logging
 
-from . import checkpoints, images, messages, rows
+from . import checkpoints, images, messages, requests, rows
 from .watch import limit_memory, watch
 
 
@@ -29,6 +29,7 @@ KINDS = {
     "messages": lambda seed: messages.malformed(seed, 1000),
     "checkpoints": lambda seed: checkpoints.inputs(seed, 400),
     "rows": lambda seed: rows.inputs(seed, 1000),
+    "requests": lambda seed: requests.inputs(seed, 400),
 }
 
 
