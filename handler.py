@@ -15,7 +15,7 @@ request, `{"inputs": ..., "parameters": {...}}`. A body that is an image arrives
 The first task of a model is its default; `candidate_labels` stand for zero-shot.
 
 An image is an http(s) or `data:` address, base64 text, bytes or a PIL image. It is never a path of this machine, and
-addresses inside the network are not fetched. Every request has limits, see `RequestLimits`.
+addresses inside the network are not fetched. Every request has limits, see `EndpointLimits`.
 
 Not covered: streaming, which Inference Endpoints offer for their own engines only.
 """
@@ -59,7 +59,7 @@ SAMPLING = ("temperature", "top_p", "top_k")
 
 
 @dataclass(frozen=True)
-class RequestLimits:
+class EndpointLimits:
     """What one request may ask for.
 
     Args:
@@ -96,7 +96,7 @@ class EndpointHandler:
         ValueError: If the folder holds another kind of model.
     """
 
-    limits = RequestLimits()
+    limits = EndpointLimits()
 
     def __init__(self, path: str | os.PathLike = "") -> None:
         folder = os.fspath(path) or "."
