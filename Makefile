@@ -91,6 +91,27 @@ serving: $(READY) ## vLLM and `transformers serve` answer chat requests as `gene
 	$(PYTHON) tests/engines/run.py --output benchmarks/results/serving.json $(CHAT_SERVERS)
 CHAT_SERVERS ?= vllm_serve vllm_lora vllm_native transformers_serve guide
 
+# Gradio asks for pillow<13, whose readers of images have known holes, and runs with the pinned one as well: so it comes
+# first, and Pillow after it, in an environment where nothing else can take offence.
+GRADIO := gradio==6.31.0
+.PHONY: app test-app
+APP := .app/bin/python
+.app/ready: constraints.txt pyproject.toml
+	python3 -m venv .app
+	$(APP) -m pip install --quiet --disable-pip-version-check $(GRADIO)
+	$(APP) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[search]'
+	touch $@
+
+app: .app/ready ## a page: chat, classification, search, captions; PAGE="--model DIR --images DIR" for yours
+	$(APP) -m internvl.serving page $(if $(PAGE),$(PAGE),--images examples)
+
+.app/tested: .app/ready
+	$(APP) -m pip install --quiet --disable-pip-version-check -c constraints.txt pytest pytest-timeout playwright
+	touch $@
+
+test-app: .app/tested ## the page in headless Chromium
+	$(APP) -m pytest --noconftest tests/test_app_page.py
+
 # The root checkpoint from nothing, stage by stage; what was stopped goes on. glibc returns large blocks to the system after
 # each use: keeping them makes a step a fifth faster.
 RUN ?= runs_output/default
@@ -105,4 +126,4 @@ funnel-ablation: $(READY) ## trains stage 1 on polluted pairs, and on what the d
 	$(KEEP_MEMORY) $(PYTHON) -m internvl.reproduction funnel --output $(RUN)_funnel --resume
 
 clean: ## removes environments and caches
-	rm -rf .venv .versions .conformance .engines .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf .venv .app .versions .conformance .engines .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -5,15 +5,20 @@ are encoded only in the turn that adds them, and generated ids are kept, so that
 """
 
 import argparse
+import copy
 import os
 import sys
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .console import exit_status
 from .kinds import KIND_NAMES, MODEL_TYPES, check_folder, check_kind, wrong_kind
 
+
+if TYPE_CHECKING:
+    from .image_loading_internvl import ImageSource
 
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent
 
@@ -47,13 +52,30 @@ class Conversation:
         self.ids: Any = None  # (L,), the dialogue so far; None if `messages` must be encoded anew
         self.cache: Any = None  # covers `ids[:-1]`
 
-    def ask(self, question: str, images: list[str] | None = None, stream: bool = False) -> str:
+    def release(self) -> None:
+        """Frees ids and cache; the next turn computes them again from the messages."""
+        self.ids = self.cache = None
+
+    def fresh(self) -> "Conversation":
+        """Returns another dialogue, without messages, with the same model."""
+        other = copy.copy(self)
+        other.restart()
+        return other
+
+    def ask(
+        self,
+        question: str,
+        images: "Sequence[ImageSource] | None" = None,
+        stream: bool = False,
+        **generation: Any,
+    ) -> str:
         """Answers a question about new images, those of earlier turns, or none.
 
         Args:
             question: The question.
-            images: Paths or URLs of new images.
+            images: Paths or URLs of new images, or images in any other form that the processor reads.
             stream: Whether to print the answer while it is generated.
+            **generation: Further arguments of `generate`, such as a `streamer` or `stopping_criteria`.
         """
         from transformers import DynamicCache, TextStreamer
 
@@ -63,15 +85,17 @@ class Conversation:
             inputs = self._read_all([*self.messages, message])
             cache = DynamicCache(config=self.model.config.text_config)
         else:
-            inputs, cache = self._read_on(message, images or None), self.cache
+            inputs, cache = self._read_on(message, list(images or []) or None), self.cache
         self.ids = None  # set again when the answer is complete; an interrupted answer invalidates the cache
         tokenizer = self.processor.tokenizer
+        if stream:
+            generation["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         output = self.model.generate(
             **inputs,
             past_key_values=cache,
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
+            **generation,
         )[0]
         answer = tokenizer.decode(output[inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         self.messages += [message, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
@@ -89,7 +113,7 @@ class Conversation:
         )
         return inputs.to(self.model.device)
 
-    def _read_on(self, message: dict[str, Any], images: list[str] | None) -> Any:
+    def _read_on(self, message: dict[str, Any], images: "Sequence[ImageSource] | None") -> Any:
         """Appends the ids of the new message to those so far; only new images are encoded."""
         import torch
 

@@ -55,6 +55,7 @@ JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 
 # Raised by Pillow's decoders on damaged data (found by fuzzing each of them), and Warning for processes that turn
 # warnings into errors.
+_IN_MEMORY = re.compile(r" ?<_io\.[^>]*>")  # Pillow's name for bytes, with their place in memory
 DECODER_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -151,7 +152,7 @@ def decoding(name: str, advice: str = "Give a complete image file.") -> Iterator
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} has more pixels than Pillow decodes ({error}) Shrink the image.") from error
     except DECODER_ERRORS as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {_IN_MEMORY.sub('', str(error))}"
         raise ValueError(f"{name} cannot be read as an image ({reason}). {advice}") from error
 
 

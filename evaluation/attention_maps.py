@@ -421,12 +421,38 @@ def answer_maps(
     if answer is None:
         (answer,) = answer_questions(model, processor, [(image, question)], **image_settings)
     content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    (maps,) = dialogue_maps(model, processor, [{"role": "user", "content": content}], answer, **image_settings)
+    return maps
+
+
+def dialogue_maps(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    messages: Sequence[dict[str, Any]],
+    answer: str,
+    **image_settings: Any,
+) -> list[list[AttentionMap]]:
+    """What a chat model read in every image of a dialogue for each word of an answer.
+
+    Args:
+        model: A chat model of any connector.
+        processor: Its processor.
+        messages: The dialogue up to the question; its images are PIL images.
+        answer: The answer.
+        **image_settings: For the image processor, such as `max_num`.
+
+    Returns:
+        For each image, in the order in which they stand, a map of each word. The values of one word can be compared
+        between the images.
+    """
     settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    inputs = processor.apply_chat_template([{"role": "user", "content": content}], **settings, **image_settings)
+    processor_kwargs = {"return_num_patches": True, **image_settings}
+    inputs = processor.apply_chat_template(list(messages), **settings, processor_kwargs=processor_kwargs)
     prompt = inputs["input_ids"].to(model.device)
     ids = processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
-    if not ids:
-        return []
+    images = images_in(messages)
+    if not ids or not images:
+        return [[] for _ in images]
     tokens = torch.cat([prompt, prompt.new_tensor([ids])], dim=1)
     pixels = inputs["pixel_values"].to(model.device).requires_grad_()
     with torch.enable_grad(), recorded_attention(model) as recorded:
@@ -439,14 +465,26 @@ def answer_maps(
         )
     of_tokens = margins(outputs.logits[:, prompt.shape[1] - 1 : -1].float(), tokens[:, prompt.shape[1] :])[0]
     is_image = tokens[0] == model.img_context_token_id
-    grid = tile_grid(processor.image_processor, image.size, len(pixels), **image_settings)
-    box, depth = seen_box(image.size, processor.image_processor), len(recorded)
-    maps = []
-    for word, places in words_of_tokens(processor.tokenizer, ids):
-        found = relevance(of_tokens[places].sum(), [*recorded, *outputs.attentions], keep_graph=True)
-        of_tiles = _tiles(model, _grid(pixels, model), found[:depth], found[depth:], is_image)
-        maps.append(AttentionMap(word, put_together(of_tiles, grid), box))
+    counts = [int(count) for count in inputs["num_patches"]]
+    places = [
+        (tile_grid(processor.image_processor, image.size, count, **image_settings), image.size)
+        for image, count in zip(images, counts, strict=True)
+    ]
+    depth = len(recorded)
+    maps: list[list[AttentionMap]] = [[] for _ in images]
+    for word, of_word in words_of_tokens(processor.tokenizer, ids):
+        found = relevance(of_tokens[of_word].sum(), [*recorded, *outputs.attentions], keep_graph=True)
+        tiles = _tiles(model, _grid(pixels, model), found[:depth], found[depth:], is_image).split(counts)
+        for row, of_image, (grid, size) in zip(maps, tiles, places, strict=True):
+            box = seen_box(size, processor.image_processor)
+            row.append(AttentionMap(word, put_together(of_image, grid), box))
     return maps
+
+
+def images_in(messages: Sequence[dict[str, Any]]) -> list[Any]:
+    """The images of a dialogue in the order in which they stand."""
+    contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
+    return [part["image"] for content in contents for part in content if part["type"] == "image"]
 
 
 def _tiles(

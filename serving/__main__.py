@@ -9,19 +9,28 @@ from .. import register
 from ..console import exit_status
 
 
-# The module of each command, imported where it is asked for, with `add_COMMAND_arguments` and `run`, and its summary.
-COMMANDS: dict[str, tuple[str, str]] = {
-    "embeddings": (".embeddings_api", "texts and images as vectors, in the form of OpenAI's embeddings API"),
+# Of each command the module, imported where it is asked for, which has `run`; what adds its options; its summary.
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "embeddings": (
+        ".embeddings_api",
+        "add_embeddings_arguments",
+        "texts and images as vectors, in the form of OpenAI's embeddings API",
+    ),
+    "page": (
+        ".app.command",
+        "add_app_arguments",
+        "a page: chat, classification, search in a folder, captions",
+    ),
 }
 
 
 def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m internvl.serving", description="Serves models.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (module, summary) in COMMANDS.items():
+    for name, (module, add_options, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=f"Serves {summary}.")
         if name in arguments[:1]:
-            getattr(import_module(module, __package__), f"add_{name}_arguments")(command)
+            getattr(import_module(module, __package__), add_options)(command)
     return parser
 
 
