@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from .. import register
-from ..console import exit_status
+from ..console import exit_status, printable
 
 
 CHECK = (
@@ -79,7 +79,8 @@ def _inspect(options: argparse.Namespace) -> int:
     found = inspect_folder(options.folder, load=not options.no_load, trust=options.trust)
     if options.command == "push" and options.dry_run:
         for name in found.files:
-            print(f"{(found.folder / name).stat().st_size:>14,}  {name}")
+            size = (found.folder / name).stat().st_size if (found.folder / name).is_file() else 0
+            print(f"{size:>14,}  {printable(name)}")
     for line in found.describe():
         print(line)
     if found.faults:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from ..console import printable
 from ..conversion.readers.checkpoint_files import is_plain, read_json
 from ..conversion.readers.links import hub_snapshot
 from ..conversion.repository.records import MANIFEST_FILE
@@ -63,14 +64,14 @@ class Inspection:
     @property
     def num_bytes(self) -> int:
         """Size of all files that would be sent."""
-        return sum((self.folder / name).stat().st_size for name in self.files)
+        return sum((self.folder / name).stat().st_size for name in self.files if (self.folder / name).is_file())
 
     def describe(self) -> list[str]:
         """Returns the findings as lines of text."""
         lines = [f"{len(self.files)} files, {self.num_bytes / 1e6:,.1f} MB."]
         if self.left_out:
             lines.append(f"Not sent: {', '.join(self.left_out)}.")
-        lines += [f"fault: {fault}" for fault in self.faults]
+        lines += [printable(f"fault: {fault}") for fault in self.faults]
         return [*lines, f"Faults: {len(self.faults)}." if self.faults else "Fit for the Hub."]
 
 
@@ -88,6 +89,7 @@ def inspect_folder(folder: Path, load: bool = True, trust: bool = False) -> Insp
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder `{folder}`.")
+    folder = folder.resolve()
     found = Inspection(folder)
     found.files, found.left_out = _listed(folder)
     models = [place for place in (folder, *sorted(folder.iterdir())) if (place / "config.json").is_file()]
@@ -96,7 +98,7 @@ def inspect_folder(folder: Path, load: bool = True, trust: bool = False) -> Insp
     found.faults += _file_faults(folder, found.files)
     for model in models:
         found.faults += _stray_faults(folder, model)
-        found.faults += _weight_faults(model)
+        found.faults += _weight_faults(model, "" if model == folder else f"{model.name}/")
     code_faults = _code_faults(folder, models, trust)
     found.faults += code_faults + card_faults(folder, found.files)
     if load and not code_faults:  # what is not this package's own is not run
@@ -110,7 +112,8 @@ def _listed(folder: Path) -> tuple[list[str], list[str]]:
     for place, folders, names in os.walk(folder):
         below = Path(place).relative_to(folder)
         for name in [*folders, *names]:
-            if name not in SENT_ALTHOUGH_HIDDEN and any(fnmatch(name, pattern) for pattern in LEFT_OUT):
+            is_hidden = name not in SENT_ALTHOUGH_HIDDEN and any(fnmatch(name, pattern) for pattern in LEFT_OUT)
+            if is_hidden or (name in folders and Path(place, name).is_symlink()):
                 left_out.append((below / name).as_posix())
                 if name in folders:
                     folders.remove(name)
@@ -149,29 +152,30 @@ def _stray_faults(folder: Path, model: Path) -> Iterator[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
-def _weight_faults(model: Path) -> Iterator[str]:
+def _weight_faults(model: Path, place: str) -> Iterator[str]:
+    """Faults of a model whose files are named with `place` before them."""
     files = sorted(model.glob("*.safetensors"))
     if not files:
-        yield f"`{model.name}` has no weights: there is no .safetensors file."
+        yield f"`{place}config.json` has no weights beside it: there is no .safetensors file."
     names: dict[str, str] = {}
     for file in files:
         with file.open("rb") as handle:
             is_pointer = handle.read(len(LFS_POINTER)) == LFS_POINTER
         if is_pointer:
-            yield f"`{file.name}` is a pointer of Git LFS, not the weights: run `git lfs pull`."
+            yield f"`{place}{file.name}` is a pointer of Git LFS, not the weights: run `git lfs pull`."
             continue
         try:
             with safe_open(file, framework="pt") as tensors:
                 names |= dict.fromkeys(tensors.keys(), file.name)
         except (SafetensorError, OSError) as error:
-            yield f"`{file.name}` cannot be read ({error})."
-    yield from _index_faults(model, names, [file.name for file in files])
-    yield from _hash_faults(model)
+            yield f"`{place}{file.name}` cannot be read ({error})."
+    faults = (*_index_faults(model, names, len(files)), *_hash_faults(model))
+    yield from (fault.replace("`", f"`{place}", 1) for fault in faults)
 
 
-def _index_faults(model: Path, names: dict[str, str], files: list[str]) -> Iterator[str]:
+def _index_faults(model: Path, names: dict[str, str], num_files: int) -> Iterator[str]:
     if not (model / INDEX_FILE).is_file():
-        if len(files) > 1:
+        if num_files > 1:
             yield f"`{INDEX_FILE}` is missing; it names the file of each tensor."
         return
     listed = read_json(model / INDEX_FILE).get("weight_map")

@@ -85,8 +85,26 @@ def test_a_link_out_of_the_folder_is_found(folder, tmp_path):
     (tmp_path / "secret").write_text("secret")
     (folder / "notes.txt").symlink_to(tmp_path / "secret")
     (folder / "same.json").symlink_to(folder / "config.json")
-    (fault,) = faults_of(folder)
-    assert "`notes.txt` is a link to" in fault
+    (folder / "elsewhere").symlink_to(tmp_path)
+    found = inspect_folder(folder, load=False)
+    assert len(found.faults) == 1
+    assert "`notes.txt` is a link to" in found.faults[0]
+    assert found.left_out == ["elsewhere"]
+
+
+def test_a_link_to_nothing_is_found_in_one_line(folder, capsys):
+    (folder / "gone\n.txt").symlink_to(folder / "nothing")
+    assert main(["push", str(folder), "me/x", "--dry-run", "--no-load"]) == 1
+    assert "fault: `gone .txt` is no file." in capsys.readouterr().out.splitlines()
+
+
+def test_faults_of_a_model_in_a_sub_folder_are_named_with_it(folder):
+    shutil.copytree(folder, folder / "part")
+    (folder / "part" / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    faults = faults_of(folder)
+    assert len(faults) == 2
+    assert "`part/model.safetensors` is a pointer" in faults[0]
+    assert "`part/model.safetensors` has another SHA-256" in faults[1]
 
 
 def test_an_access_token_is_found(folder):
@@ -118,7 +136,7 @@ def test_a_pointer_a_wreck_and_missing_weights_are_found(folder):
     (folder / "model.safetensors").write_bytes(b"\xff" * 50)
     assert "cannot be read" in faults_of(folder)[0]
     (folder / "model.safetensors").unlink()
-    assert "has no weights" in faults_of(folder)[0]
+    assert "has no weights beside it" in faults_of(folder)[0]
 
 
 def test_an_index_that_differs_is_found(folder):
