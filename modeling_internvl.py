@@ -7,7 +7,7 @@ end token, which the processor adds, are completed. Shape letters as in modeling
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
 from .configuration_internvl import InternVLConfig
+from .feature_cache_internvl import CachesImageFeatures
 from .hub_internvl import HubModelMixin, OwnParameters
 from .keywords_internvl import refuse_unknown
 from .layers_internvl import InternVLAttentionPooling, InternVLPoolingAttention
@@ -125,7 +126,7 @@ class InternVLPreTrainedModel(HubModelMixin, PreTrainedModel):
             init.constant_(module.logit_scale, 2.6592600369327783)  # log(1 / 0.07), as CLIP
 
 
-class InternVLModel(InternVLPreTrainedModel):
+class InternVLModel(CachesImageFeatures, InternVLPreTrainedModel):
     """InternViT and QLLaMA with the contrastive, matching and language heads ("InternVL-14B").
 
     Without queries it is InternVL-C alone; its parts have the names they have in the full model, which starts from
@@ -266,6 +267,9 @@ class InternVLModel(InternVLPreTrainedModel):
         mode = check_mode(mode)
         if mode == "InternVL-G":
             self._check_has_queries('`mode` "InternVL-G"')
+        return self._cached_features(pixel_values, partial(self._image_features, mode=mode), mode)
+
+    def _image_features(self, pixel_values: torch.Tensor, mode: str) -> torch.Tensor:
         tokens = self.vision_model(pixel_values, return_dict=True).last_hidden_state
         pooled = self.clip_projector(tokens)
         if mode == "InternVL-C":

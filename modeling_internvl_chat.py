@@ -37,6 +37,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .chat_helpers_internvl import ChatHelpersMixin
 from .configuration_internvl import InternVLChatConfig
+from .feature_cache_internvl import CachesImageFeatures
 from .generation_internvl_chat import ImageGenerationMixin
 from .hub_internvl import HubModelMixin, OwnParameters
 from .image_placement_internvl import NO_IMAGE_TOKEN, TILES_HINT, check, on_host, place_by_row, place_in_order
@@ -138,7 +139,7 @@ class InternVLChatPreTrainedModel(HubModelMixin, PreTrainedModel):
         return True
 
 
-class InternVLChatBaseModel(InternVLChatPreTrainedModel):
+class InternVLChatBaseModel(CachesImageFeatures, InternVLChatPreTrainedModel):
     """InternVL-Chat without its language head; `config.connector` says what the decoder sees of a tile.
 
     Loads any chat checkpoint (decoders whose head is called `lm_head` or `output`, and the rest `model`) and saves
@@ -265,9 +266,16 @@ class InternVLChatBaseModel(InternVLChatPreTrainedModel):
     def extract_feature(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Published name: features (tiles, num_image_token, D) of tiles (tiles, 3, height, width).
 
-        Frees the vision tower's output of each chunk, which `get_image_features` returns as well.
+        Frees the vision tower's output of each chunk, which `get_image_features` returns as well. With
+        `image_feature_cache_bytes` on the model, a tile that was seen before is not encoded again.
         """
-        return _joined([self._encode_chunk(tiles).pooler_output for tiles in self._chunks(pixel_values)])
+
+        def encode(pixel_values: torch.Tensor) -> torch.Tensor:
+            return _joined([self._encode_chunk(tiles).pooler_output for tiles in self._chunks(pixel_values)])
+
+        config = self.config
+        settings = config.connector, config.select_layer, config.downsample_ratio, config.ps_version
+        return self._cached_features(pixel_values, encode, *settings, without="language_model")
 
     def _chunks(self, pixel_values: torch.Tensor) -> Sequence[torch.Tensor]:
         """The tiles in chunks that go through the vision tower one after the other."""

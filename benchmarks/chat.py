@@ -15,7 +15,7 @@ from transformers import DynamicCache, InternVLForConditionalGeneration
 from internvl import InternVLChatForConditionalGeneration
 
 from .harness import Options, Row, require_equal, sizes_of, speed_row
-from .native import IMAGE_TOKEN_ID, build_pair
+from .native import IMAGE_TOKEN_ID, build_chat, build_pair
 
 
 VISION = sizes_of(256, 1024, 2, 4, image_size=448, patch_size=14)
@@ -25,6 +25,7 @@ NEW_TOKENS = 16
 TURNS = 5
 QUESTION = 24  # tokens
 TILES = (6, 6)
+CACHE_BYTES = 2**28
 CONVERSATION_VISION = sizes_of(1024, 4096, 3, 16, image_size=448, patch_size=14)
 CONVERSATION_TEXT = {**TEXT, "vocab_size": 18992, "num_hidden_layers": 3}
 
@@ -121,8 +122,35 @@ def conversation_row(options: Options) -> Row:
     return speed_row(name, keep, read_again, options.at_most(2), target=4.0, warmups=0)
 
 
+def ask_all(model: InternVLChatForConditionalGeneration, pixel_values: torch.Tensor, cache_bytes: int) -> torch.Tensor:
+    """Answers of as many clients as a conversation has turns, each with a question of its own about the same images.
+
+    What was kept before is forgotten: the first client pays for the images.
+    """
+    model.image_feature_cache_bytes = cache_bytes
+    answers = []
+    for client in range(TURNS):
+        question = random_ids(QUESTION, model.config.text_config.vocab_size, 20 + client, model.device)
+        places = torch.full_like(question[:, :1], IMAGE_TOKEN_ID).expand(-1, len(pixel_values) * model.num_image_token)
+        ids = torch.cat([places, question], dim=1)
+        settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW_TOKENS, "do_sample": False}
+        answers.append(model.generate(ids, pixel_values=pixel_values, **settings))
+    return torch.cat(answers)
+
+
+def clients_row(options: Options) -> Row:
+    """Several clients ask about one image, with and without the cache of its features."""
+    model, tiles = build_chat(CONVERSATION_VISION, CONVERSATION_TEXT, options), TILES[0]
+    kept, encoded_again = (partial(ask_all, model, pixels_for(model, tiles), size) for size in (CACHE_BYTES, 0))
+    if not torch.equal(kept(), encoded_again()):
+        raise SystemExit("The cache changes the answers: nothing to compare.")
+    name = f"{TURNS} clients ask about one image of {tiles} tiles: features kept, against encoded for each"
+    return speed_row(name, kept, encoded_again, options.at_most(3), warmups=0)
+
+
 @torch.no_grad()
 def rows(options: Options) -> Iterator[Row]:
-    """Tokens, then the conversation."""
+    """Tokens, then the conversation and the clients."""
     yield from token_rows(options)
     yield conversation_row(options)
+    yield clients_row(options)

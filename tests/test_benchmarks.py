@@ -222,7 +222,7 @@ def test_the_start_up_rows_run(small, monkeypatch):
 
 def test_the_chat_rows_run(small):
     rows = list(small("chat").rows(Options(rounds=2)))
-    assert len(rows) == 4
+    assert len(rows) == 5
     check_rows(rows)
 
 
