@@ -3,8 +3,11 @@
 import json
 import os
 import re
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 
 if TYPE_CHECKING:  # commands check a folder before they import transformers
@@ -33,6 +36,7 @@ MODEL_TYPES = {
 }
 
 
+HUB_SECONDS = 5  # for the Hub to answer
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -74,6 +78,7 @@ def check_folder(folder: str | os.PathLike, subfolder: str = "") -> str | None:
         raise FileNotFoundError(f"`{path}` is a file: give the folder of a model, here perhaps `{path.parent}`.")
     if not path.is_dir():
         if _HUB_NAME.fullmatch(os.fspath(folder)) and not Path(folder).exists():
+            _check_hub(os.fspath(folder), subfolder)
             return None  # a name on the Hub
         raise FileNotFoundError(f"`{path}` is not there: give the folder of a model, or its name on the Hub.")
     if not (path / "config.json").is_file():
@@ -91,6 +96,29 @@ def check_folder(folder: str | os.PathLike, subfolder: str = "") -> str | None:
             f"internvl.conversion {path} NEW_FOLDER`."
         )
     return model_type
+
+
+def _check_hub(name: str, subfolder: str) -> None:
+    """Check that the Hub answers, in seconds: transformers tries for a minute, file by file.
+
+    Raises:
+        OSError: If it does not, and its cache has no model of this name.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    address = urlsplit(constants.ENDPOINT)
+    through_proxy = bool(getproxies().keys() & {address.scheme, "all"})
+    path = f"{subfolder}/config.json" if subfolder else "config.json"
+    if constants.HF_HUB_OFFLINE or through_proxy or isinstance(try_to_load_from_cache(name, path), str):
+        return
+    try:
+        port = address.port or (443 if address.scheme == "https" else 80)
+        socket.create_connection((address.hostname or "", port), HUB_SECONDS).close()
+    except OSError as error:
+        raise OSError(
+            f"There is no folder `{name}`, and whether the Hub has such a model is not known: {constants.ENDPOINT} "
+            f"cannot be reached ({error})."
+        ) from error
 
 
 def check_kind(folder: str | os.PathLike, *expected: str, door: str, **where: Any) -> "PretrainedConfig":

@@ -150,7 +150,7 @@ class Embedder:
         self.processor = processor
         self.job = job
         self.size = vector_size(model.config, job.dims)
-        self.bad_rows = BadRows(max_rate=job.max_bad_rate)
+        self.bad_rows = BadRows(max_rate=job.max_bad_rate, limit="`--max-bad-rate`")
 
     def images(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Returns unit vectors (images, M, E)."""

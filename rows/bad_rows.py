@@ -36,6 +36,7 @@ class BadRows:
         broken: Broken rows so far.
         reasons: How often each kind of fault was met: what is wrong, without names and numbers.
         examples: The first row of the first kinds: where it is, and what is wrong with it.
+        limit: What a user sets `max_rate` by, for messages.
     """
 
     max_rate: float = 0.01
@@ -44,6 +45,7 @@ class BadRows:
     broken: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
+    limit: str = "`max_rate` of `BadRows`"
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_rate <= 1:
@@ -72,8 +74,8 @@ class BadRows:
             faults = ", ".join(f"{number} x {name}" for name, number in self.reasons.most_common())
             raise TooManyBadRowsError(
                 f"{self.broken} of {self.seen} rows are broken, more than the {self.max_rate:.2%} of "
-                f"`max_rate` (of at least {self.grace} rows): {faults}. The last one: {place}: {reason} Mend the "
-                "data, or raise the limit."
+                f"{self.limit} (of at least {self.grace} rows): {faults}. The last one: {place}: {reason} Mend the "
+                f"data, or raise {self.limit}."
             )
         if self.broken & (self.broken - 1) == 0:  # 1, 2, 4, 8... keeps the log short
             logger.warning(f"{self.broken} of {self.seen} rows left out so far. The last one: {place}: {reason}")

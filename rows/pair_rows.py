@@ -64,7 +64,18 @@ def caption_in(row: Row, columns: Sequence[str] = TEXT_COLUMNS) -> str:
     Raises:
         ValueError: If there is none, or it is no text.
     """
+    return _caption(_first_of(row, columns))
+
+
+def captions_in(row: Row, columns: Sequence[str] = TEXT_COLUMNS) -> list[str]:
+    """The caption, or all of those in a list, as some data sets have several of an image; see `caption_in`."""
     value = _first_of(row, columns)
+    if isinstance(value, list) and not value:
+        raise ValueError("The caption is empty.")
+    return [_caption(text) for text in value] if isinstance(value, list) else [_caption(value)]
+
+
+def _caption(value: Any) -> str:
     if isinstance(value, bytes):
         try:
             value = value.decode("utf-8")

@@ -2,21 +2,29 @@
 is held to.
 """
 
+import argparse
 import warnings
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+from internvl.kinds import HUB_SECONDS, check_folder
 from internvl.training import arguments, stage_command, trainer
 from internvl.training.__main__ import main
 from internvl.training.arguments import RANGES, REFUSED, apply_flags, parse_flags
-from internvl.training.commands import training_parser, with_hyphens
+from internvl.training.commands import part_and_rate, training_parser, with_hyphens
+from internvl.training.models.build import check_whole_patches
 from internvl.training.recipes import stage1_bundled, stage1_small, stage2_small, stage3_small
 from internvl.training.trainer import CHECKPOINTING, Run, Stage, StageTrainer, training_arguments
 
 from .tiny import internvl_model
+
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def flags(*words: str) -> dict:
@@ -225,3 +233,61 @@ def test_unknown_flags_end_the_command_before_anything_is_loaded(tmp_path, capsy
     assert main(["stage1", "--output", str(tmp_path / "out"), "--output-dir", "b"]) == 2
     assert "give `--output`" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------ slips, told before a model loads
+def test_rates_that_no_optimizer_can_take_are_refused():
+    for name in ("--learning-rate", "--weight-decay"):
+        with pytest.raises(ValueError, match=f"`{name}` must be a number .* 100"):
+            flags(name, "1e38")
+    with pytest.raises(argparse.ArgumentTypeError, match="from 0 to 100"):
+        part_and_rate("vision=1e38")
+    assert part_and_rate("vision=0.5") == ("vision", 0.5)
+
+
+@pytest.mark.parametrize("text", ["nonsense", "momentum=", "=3", "momentum=0.9,x", "0.9"])
+def test_settings_of_the_optimizer_are_names_with_values(text):
+    with pytest.raises(ValueError, match=r"`--optim-args` must be NAME=VALUE"):
+        flags("--optim-args", text)
+    assert flags("--optim-args", "momentum=0.9, nesterov=True") == {"optim_args": "momentum=0.9, nesterov=True"}
+
+
+@pytest.mark.parametrize("command", ["finetune", "retrieval", "captions"])
+def test_an_image_size_that_patches_do_not_fill_is_refused_with_the_next_ones(command, tmp_path, capsys):
+    words = ["--model", str(ROOT / "internvl_g"), "--data", "x.jsonl", "--output", str(tmp_path / "out")]
+    assert main([command, *words, "--image-size", "225"]) == 2
+    error = capsys.readouterr().err
+    assert "`--image-size 225` is no multiple of the model's 28 px: give 224 or 252." in error, error
+    chat = SimpleNamespace(vision_config=SimpleNamespace(patch_size=14), downsample_ratio=0.5)
+    check_whole_patches(56, chat)
+    with pytest.raises(ValueError, match="give 28 or 56"):
+        check_whole_patches(42, chat)
+    with pytest.raises(ValueError, match="give 28"):
+        check_whole_patches(7, chat)
+
+
+def test_a_name_is_looked_up_on_the_hub_in_seconds_or_not_at_all(monkeypatch):
+    """transformers asks six times with pauses for every file, a minute for a slip of the pen on a machine without
+    network."""
+    asked = []
+
+    def connect(place, seconds):
+        asked.append((place, seconds))
+        raise OSError("no route")
+
+    monkeypatch.setattr("socket.create_connection", connect)
+    monkeypatch.setattr("internvl.kinds.getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://hub.invalid:81")
+    with pytest.raises(OSError, match=r"no folder `some/modle`, .* http://hub\.invalid:81 cannot be reached"):
+        check_folder("some/modle")
+    assert asked == [(("hub.invalid", 81), HUB_SECONDS)]
+    monkeypatch.setattr("internvl.kinds.getproxies", lambda: {"http": "http://proxy"})
+    assert check_folder("some/modle") is None  # the proxy knows
+    monkeypatch.setattr("internvl.kinds.getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "/cache/config.json")
+    assert check_folder("some/model") is None
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert check_folder("some/model") is None  # transformers says so itself
+    assert len(asked) == 1

@@ -27,6 +27,7 @@ from internvl.rows.bad_rows import BadRows, TooManyBadRowsError
 from internvl.rows.shards import find_shards, read_shard
 from internvl.training import stages
 from internvl.training.data.filters import Filter, Funnel, MissingColumnError
+from internvl.training.data.negatives import _entries_of
 from internvl.training.data.pairs import PairCollator, PairStream
 from internvl.training.recipes import stage2_small
 
@@ -417,3 +418,33 @@ def test_memory_does_not_grow_with_a_million_rows(tmp_path, kind):
     """One file read again and again: what is kept grows with the rows, not with the files on disk."""
     resident, _ = memory_growth([write_shard(tmp_path / f"a.{kind}", 5000)] * 200, with_python=False)
     assert resident < 32
+
+
+def test_of_several_captions_every_epoch_draws_one_and_the_same_one_again(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    several = ["first", " second ", "third"]
+    rows = [{"image": "a.png", "caption": several}, {"image": "a.png", "caption": "only"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    drawn = texts(PairStream(str(path), epochs=20, shuffle_buffer=1))
+    assert set(drawn) == {"first", "second", "third", "only"}
+    assert drawn.count("only") == 20
+    assert texts(PairStream(str(path), epochs=20, shuffle_buffer=1)) == drawn
+    assert texts(PairStream(str(path), epochs=20, shuffle_buffer=1, seed=1)) != drawn
+    stream = PairStream(str(path), epochs=1)
+    found = [caption for _, _, _, _, caption in _entries_of(stream, stream.shards[0], 0)]
+    assert found == ["first", "second", "third", "only"]  # none of them may be a negative of its own image
+
+
+@pytest.mark.parametrize(("several", "reason"), [([], "is empty"), (["a", 3], "is no text"), (["a", " "], "is empty")])
+def test_lists_without_captions_are_broken_rows(several, reason, tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"image": "a.png", "caption": several}))
+    with pytest.raises(ValueError, match=f"1 x The caption {reason}"):
+        list(PairStream(str(path), epochs=1))
+
+
+def test_what_ends_a_run_names_the_limit_that_a_user_sets():
+    with pytest.raises(TooManyBadRowsError, match="data, or raise `--max-bad-rate`"):
+        BadRows(max_rate=0, limit="`--max-bad-rate`").count("here", "a fault")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from .commands import LARGEST_RATE
 from .recipes import Phase, RecipeType
 from .trainer import Run, num_processes
 
@@ -50,6 +51,7 @@ RECIPE_FIELDS = {
 Range = tuple[str, Callable[[float], bool]]
 FROM_0: Range = ("0 or more", lambda value: value >= 0)
 ABOVE_0: Range = ("above 0", lambda value: value > 0)
+RATE: Range = ("above 0 and at most 100", lambda value: 0 < value <= LARGEST_RATE)
 FROM_1: Range = ("1 or more", lambda value: value >= 1)
 BELOW_1: Range = ("from 0 to below 1", lambda value: 0 <= value < 1)
 SEED: Range = ("from 0 to below 2**32", lambda value: 0 <= value < 2**32)
@@ -66,7 +68,7 @@ RANGES: dict[str, Range] = {
     "eval_delay": FROM_0,
     "eval_steps": ABOVE_0,
     "gradient_accumulation_steps": FROM_1,
-    "learning_rate": ABOVE_0,
+    "learning_rate": RATE,
     "logging_steps": ABOVE_0,
     "max_grad_norm": FROM_0,
     "neftune_noise_alpha": FROM_0,
@@ -77,7 +79,7 @@ RANGES: dict[str, Range] = {
     "seed": SEED,
     "torch_empty_cache_steps": FROM_1,
     "warmup_steps": FROM_0,
-    "weight_decay": FROM_0,
+    "weight_decay": ("from 0 to 100", lambda value: 0 <= value <= LARGEST_RATE),
 }
 _ABSENT = object()
 
@@ -103,7 +105,15 @@ def parse_flags(words: Sequence[str], prog: str) -> dict[str, Any]:
         if given.pop(name) is not False:  # False is what holds anyway
             raise ValueError(f"`{_flag(name)}` is not for a stage: {REFUSED[name]}.")
     check_ranges(given)
+    _check_optimizer_settings(given.get("optim_args"))
     return given
+
+
+def _check_optimizer_settings(text: str | None) -> None:
+    """Check `--optim-args` before a model is loaded; the trainer reads it when it makes the optimizer."""
+    parts = [part.partition("=") for part in text.split(",")] if text else []
+    if bad := [name for name, _, value in parts if not name.strip().isidentifier() or not value.strip()]:
+        raise ValueError(f"`--optim-args` must be NAME=VALUE, or several by commas, got {bad[0]!r} in {text!r}.")
 
 
 def check_ranges(flags: Mapping[str, Any]) -> None:

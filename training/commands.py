@@ -14,6 +14,7 @@ from ..conversation_internvl import list_conversation_templates
 from .models.parts import PARTS
 
 
+LARGEST_RATE = 100  # what is larger is a slip, and overflows in the optimizer
 METHODS = ("whole", "lora", "head")
 SEGMENTATION_METHODS = ("linear", "head", "full", "few-shot")
 TASKS = ("dialogue", "contrastive", "retrieval", "captions")
@@ -64,8 +65,9 @@ def part_and_rate(text: str) -> tuple[str, float]:
         number = float(rate)
     except ValueError:
         number = math.nan
-    if part not in PARTS or not 0 <= number < math.inf:
-        message = f"must be PART=RATE, with one of {', '.join(PARTS)} and a finite number from 0 on, got {text!r}"
+    if part not in PARTS or not 0 <= number <= LARGEST_RATE:
+        rates = f"a number from 0 to {LARGEST_RATE}"
+        message = f"must be PART=RATE, with one of {', '.join(PARTS)} and {rates}, got {text!r}"
         raise argparse.ArgumentTypeError(message)
     return part, number
 

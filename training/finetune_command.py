@@ -12,6 +12,7 @@ from ..kinds import check_kind, kind_of
 from ..processing_internvl import InternVLProcessor
 from .arguments import apply_flags, batch_size_of, parse_flags
 from .data.sources import num_rows
+from .models.build import check_whole_patches
 from .models.parameter_groups import LORA_PARTS
 from .recipes.finetuning import PARTS_OF_TASK, FineTuning, finetuning_recipe, parts_that_learn
 from .stage_command import run_of, with_video_frames
@@ -51,6 +52,7 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     config = check_kind(options.model, *TASK_OF_KIND, door="`finetune`")
     task = options.task or TASK_OF_KIND[str(kind_of(config))]
     check_kind(options.model, *KINDS_OF_TASK[task], door=f"`--task {task}`")
+    check_whole_patches(options.image_size, config)
     method = _method_of(options, config)
     parts, adapted = _parts_of(options, task, method)
     _check_parts(options, task, config)

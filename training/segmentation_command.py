@@ -25,7 +25,7 @@ from .arguments import batch_size_of, parse_flags
 from .callbacks import SeedRanksDifferently
 from .checkpoints import LOG_FILE, WholeCheckpointTrainer, check_same_recipe, record_recipe
 from .data.segmentation_images import SegmentationCrops
-from .models.build import enable_checkpointing
+from .models.build import check_whole_patches, enable_checkpointing
 from .models.segmentation import build_segmenter, segmentation_groups
 from .models.whole_folders import written_whole
 from .output_folder import TRAINER_FOLDER, check_output, cleared_on_failure
@@ -130,6 +130,7 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     """
     flags = parse_flags(options.flags, "python -m internvl.training segmentation")
     config = check_kind(options.model, "vision", door="`segmentation`")
+    check_whole_patches(options.image_size, config)
     recipe = _recipe_of(options, flags, config.patch_size)
     check_output(options.output, [options.model, options.data])
     names = class_names(options.data)

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from ..kinds import check_kind
 from .arguments import apply_flags, batch_size_of, parse_flags
+from .models.build import check_whole_patches
 from .recipes import RECIPES, with_steps
 from .stages import run_captions, run_retrieval, run_stage1, run_stage2, run_stage3
 from .trainer import Run, is_first_process, with_lora
@@ -83,6 +85,8 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
         raise ValueError("`--lora-rank` and `--lora-parts` belong together: give both or none.")
     flags = parse_flags(options.flags, f"python -m internvl.training {options.stage}")
     batch_size_of(flags, options.batch_size)  # refuses those that contradict each other
+    if getattr(options, "image_size", None) is not None and options.model:
+        check_whole_patches(options.image_size, check_kind(options.model, "InternVL-G", door="`--model`"))
     how = run_of(options, funnel_stage=options.funnel)
     recipe, how = apply_flags(_recipe_of(options), how, flags, options.learning_rates)
     if options.stage == "stage1":

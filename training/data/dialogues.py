@@ -256,7 +256,7 @@ class DialogueDataset(Dataset):
             ValueError: If there is none.
         """
         probe = copy(self)
-        probe.bad_rows = BadRows(self.bad_rows.max_rate, self.bad_rows.grace)
+        probe.bad_rows = BadRows(self.bad_rows.max_rate, self.bad_rows.grace, limit=self.bad_rows.limit)
         probe.encoded(0)
 
     def _locate(self, index: int) -> tuple[Rows, int]:

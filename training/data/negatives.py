@@ -11,7 +11,7 @@ from typing import Any
 import numpy
 from accelerate.utils import gather_object
 
-from ...rows.pair_rows import caption_in, image_source, metadata_of
+from ...rows.pair_rows import captions_in, image_source, metadata_of
 from ...rows.shards import SHARD_ERRORS, read_shard
 from .augmentation import sample_random
 from .pairs import PairStream
@@ -98,9 +98,11 @@ def _entries_of(stream: PairStream, shard: str, number: int) -> Iterator[Entry]:
             try:
                 row = metadata_of(row)
                 image = image_source(row, stream.image_columns, stream.images)
-                caption = caption_in(row, stream.text_columns)
+                captions = captions_in(row, stream.text_columns)
             except ValueError:
                 continue
-            yield number, row_number, _sample_digest(row["__shard__"], row["__key__"]), _digest(image), caption
+            sample = _sample_digest(row["__shard__"], row["__key__"])
+            for caption in captions:
+                yield number, row_number, sample, _digest(image), caption
     except SHARD_ERRORS:
         return

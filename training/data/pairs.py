@@ -15,8 +15,9 @@ from ...image_processing_internvl import InternVLImageProcessor
 from ...processing_internvl import InternVLProcessor
 from ...renaming_internvl import renamed_arguments
 from ...rows.json_rows import Row
-from ...rows.pair_rows import IMAGE_COLUMNS, TEXT_COLUMNS, add_size, caption_in, image_source, metadata_of
+from ...rows.pair_rows import IMAGE_COLUMNS, TEXT_COLUMNS, add_size, captions_in, image_source, metadata_of
 from ...rows.shards import place_of_row
+from .augmentation import sample_random
 from .filters import Funnel, MissingColumnError
 from .stream_batches import stream_loader
 from .streams import RowStream
@@ -87,13 +88,15 @@ class PairStream(RowStream):
         """
         row = metadata_of(row)
         image = image_source(row, self.image_columns, self.images)
-        row["caption"] = caption_in(row, self.text_columns)
+        name = {"key": row["__key__"], "shard": row["__shard__"], "epoch": self._position.epoch}
+        captions = captions_in(row, self.text_columns)  # of several, each epoch draws one
+        place = sample_random("caption", self.seed, name).randrange(len(captions)) if len(captions) > 1 else 0
+        row["caption"] = captions[place]
         if self.funnel is not None:
             add_size(row, image)
             if not self.funnel.keeps(row):
                 return None
         image = self._decode(image)
-        name = {"key": row["__key__"], "shard": row["__shard__"], "epoch": self._position.epoch}
         return {"image": image, "text": row["caption"], **name}
 
     def _decode(self, image: Any) -> Image.Image:

@@ -123,7 +123,7 @@ class RowStream(torch.utils.data.IterableDataset):
         """The same stream as it was made, with counts of its own."""
         stream = copy(self)
         stream._position, stream._is_over = _Position(), False
-        stream.bad_rows = BadRows(self.bad_rows.max_rate, self.bad_rows.grace)
+        stream.bad_rows = BadRows(self.bad_rows.max_rate, self.bad_rows.grace, limit=self.bad_rows.limit)
         return stream
 
     def set_epoch(self, epoch: int) -> None:

@@ -18,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -108,6 +109,18 @@ def fit_image_sizes(recipe: RecipeType, source: Folder | None = None) -> RecipeT
                 "px do not divide."
             )
     return replace(recipe, phases=tuple(phases))
+
+
+def check_whole_patches(side: int | None, config: PretrainedConfig) -> None:
+    """Check that whole patches, or tokens, of a model fill the images that a command line asks for.
+
+    Raises:
+        ValueError: If they do not; the message names the next sizes.
+    """
+    unit = round(getattr(config, "vision_config", config).patch_size / getattr(config, "downsample_ratio", 1))
+    if side is not None and side % unit:
+        sides = [str(one) for one in (side // unit * unit, -(-side // unit) * unit) if one]
+        raise ValueError(f"`--image-size {side}` is no multiple of the model's {unit} px: give {' or '.join(sides)}.")
 
 
 def set_up_phase(model: PreTrainedModel, recipe: Recipe, phase: Phase) -> None:
