@@ -1,5 +1,6 @@
 """docs/serving.md is followed top to bottom; `make serving` follows what needs an engine, in its environment."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import ROOT
+from .engines.table import COLUMNS, table_of
 from .guide import Reader, blocks_of, copy_by_links, sections
 
 
@@ -67,3 +69,13 @@ def test_following_sees_servers_needs_and_what_is_printed(clone):
 def test_every_command_of_the_guide_is_followed():
     """A block in any other language would be shown and never run."""
     assert {block.language for text in GUIDE.values() for block in blocks_of(text)} <= {"bash", "python"}
+
+
+def test_the_table_of_chat_servers_is_what_make_serving_found():
+    results = json.loads((ROOT / "benchmarks" / "results" / "serving.json").read_text(encoding="utf-8"))
+    lines = [line for report in results["engines"].values() for line in report["lines"]]
+    assert not [report for report in results["engines"].values() if "failed" in report]
+    assert not [line for line in lines if line["equal"] != line["of"] or not line["of"]]
+    assert {line["asked"] for line in lines} > set(COLUMNS)
+    shown = [line for line in GUIDE["Chat"].splitlines() if line.startswith("|")]
+    assert shown == table_of(results)

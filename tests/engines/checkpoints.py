@@ -2,7 +2,7 @@
 
     python tests/engines/checkpoints.py OUT
 
-makes OUT/NAME for every checkpoint but "root", which is this repository's own, OUT/NAME-native of some,
+makes OUT/NAME for every checkpoint but "root", which is this repository's own, OUT/NAME-native of one,
 OUT/contrastive and OUT/converted-14b for features, and OUT/questions.json: by name the folder and the questions, each
 with the paths of its images, its text, and the expected tokens and text. "root in bf16" is the root with answers in
 that dtype. Heads are 32 wide, which vLLM needs on a CPU.
@@ -38,8 +38,8 @@ CONVERTED = {
     "converted-qwen2": ("chat_qwen2_v2", {"num_attention_heads": 2, "num_key_value_heads": 1}),
     "converted-llama": ("chat_llama_v1", {"num_attention_heads": 2, "num_key_value_heads": 2}),
 }
-# What transformers' own InternVL can hold: simple, with a decoder of transformers.
-NATIVE = ("converted-qwen2", "simple-tied")
+# As transformers' own InternVL too, which holds simple models.
+NATIVE = "converted-qwen2"
 
 
 def built() -> dict[str, dict[str, Any]]:
@@ -53,7 +53,7 @@ def built() -> dict[str, dict[str, Any]]:
             "connector": "queries_and_patches",
             "qllama_config": queries,
         },
-        "simple-tied": {"decoder": "qwen3", "text_settings": tied, "tie_word_embeddings": True, "ps_version": "v2"},
+        "simple-tied": {"decoder": "qwen3", "text_settings": tied, "tie_word_embeddings": True},
     }
 
 
@@ -67,8 +67,7 @@ def make_checkpoints(out: Path) -> dict[str, Path]:
     for name, arguments in built().items():
         model, processor = chat(**arguments)
         write(model, out / name, processor)
-    for name in NATIVE:
-        convert(out / name, out / f"{name}-native", to="native", show_progress=False)
+    convert(out / NATIVE, out / f"{NATIVE}-native", to="native", show_progress=False)
     return {"root": ROOT, "fine-tuned": fine_tune(out), **{name: out / name for name in [*CONVERTED, *built()]}}
 
 
@@ -144,8 +143,7 @@ def main(out: Path) -> None:
     before, after = ([row["answer"] for row in asked[name]["questions"]] for name in ("root", "fine-tuned"))
     if before == after:
         raise ValueError("Fine-tuning has changed no answer: an adapter without effect would not be seen.")
-    for name in NATIVE:
-        asked[name]["native"] = str(out / f"{name}-native")
+    asked[NATIVE]["native"] = str(out / f"{NATIVE}-native")
     (out / "questions.json").write_text(json.dumps(asked, indent=1))
 
 

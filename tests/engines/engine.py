@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from environments import ENGINES, HERE
@@ -54,6 +55,8 @@ def checkpoints() -> dict[str, Any]:
 
 def answers_of(script: str, python: Path, arguments: list[str], job: dict[str, Any], env: dict[str, str]) -> Any:
     """What a script of this folder says to a job, run by an engine's Python."""
-    (WORK / "job.json").write_text(json.dumps(job))
-    call([python, HERE / script, *arguments, WORK / "job.json", WORK / "out.json"], env)
-    return json.loads((WORK / "out.json").read_text())
+    with TemporaryDirectory(dir=WORK) as folder:
+        asked, answered = Path(folder, "job.json"), Path(folder, "out.json")
+        asked.write_text(json.dumps(job))
+        call([python, HERE / script, *arguments, asked, answered], env)
+        return json.loads(answered.read_text())

@@ -41,7 +41,7 @@ def server(command: Sequence[Any], env: dict[str, str]) -> Iterator[str]:
     port = free_port()
     words = [*map(str, command), "--host", "127.0.0.1", "--port", str(port)]
     try:
-        with serving(words, port, WORK / "server.log", env, WORK, START_LIMIT_S):
+        with serving(words, port, WORK / f"server-{port}.log", env, WORK, START_LIMIT_S):
             yield f"http://127.0.0.1:{port}"
     except ServerEndedError as error:
         raise FailedError(str(error)) from error
@@ -124,9 +124,8 @@ def vllm_lora(python: Path) -> Iterator[Row]:
 
 def vllm_native(python: Path) -> Iterator[Row]:
     """vLLM's built-in class, which runs no code of the folder."""
-    for name in ("converted-qwen2", "simple-tied"):
-        folder = checkpoints()[name]["native"]
-        yield from vllm_rows(python, folder, {folder: (name, f"{name}, native")}, *FLAGS[1:])
+    folder = checkpoints()["converted-qwen2"]["native"]
+    yield from vllm_rows(python, folder, {folder: ("converted-qwen2", "converted-qwen2, native")}, *FLAGS[1:])
 
 
 # ------------------------------------------------------------------------------------------------------- transformers
