@@ -79,7 +79,9 @@ WAYS = {"whole": one_by_one(whole), "streamed": one_by_one(streamed), "in parall
 
 
 def main(base_url: str, model: str, job: dict[str, Any]) -> dict[str, Any]:
-    client = OpenAI(base_url=base_url, api_key="none", timeout=600, max_retries=0)
+    # A connection each: after an error servers close theirs, and a client that keeps it asks in vain.
+    close = {"Connection": "close"}
+    client = OpenAI(base_url=base_url, api_key="none", timeout=600, max_retries=0, default_headers=close)
     more = {"extra_body": {"return_token_ids": True}} if job.get("asks_for_tokens") else {}
     requests = [
         {"model": model, "messages": [message(question)], "temperature": 0, "max_tokens": job["new_tokens"], **more}
