@@ -89,7 +89,7 @@ engines: $(READY) ## vLLM and others answer as `generate` does; ENGINES="vllm lm
 # The chat servers among them; docs/serving.md says what was found.
 serving: $(READY) ## vLLM and `transformers serve` answer chat requests as `generate` does (docs/serving.md)
 	$(PYTHON) tests/engines/run.py --output benchmarks/results/serving.json $(CHAT_SERVERS)
-CHAT_SERVERS ?= vllm_serve vllm_lora vllm_native transformers_serve guide
+CHAT_SERVERS ?= vllm_serve vllm_serve_eager vllm_tensor_parallel vllm_lora vllm_native transformers_serve guide
 
 # Gradio asks for pillow<13, whose readers of images have known holes, and runs with the pinned one as well: so it comes
 # first, and Pillow after it, in an environment where nothing else can take offence.

