@@ -1,6 +1,7 @@
 """Servers that tests start on loopback."""
 
 import os
+import random
 import re
 import signal
 import socket
@@ -9,7 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -18,9 +19,14 @@ class ServerEndedError(Exception):
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """From below the range that the system gives out itself: a server may take a minute to bind it, and another
+    program's answers would be taken for its own.
+    """
+    while True:
+        port = random.randrange(15000, 30000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def without_colours(text: str) -> str:
