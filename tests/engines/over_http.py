@@ -20,6 +20,8 @@ from openai import APIStatusError, OpenAI
 
 
 IN_PARALLEL = 8
+# For bytes that make no character, which models with random weights say; at the end of a stream they are left out.
+INCOMPLETE = "\ufffd"
 
 
 def message(question: dict[str, Any]) -> dict[str, Any]:
@@ -32,13 +34,14 @@ def message(question: dict[str, Any]) -> dict[str, Any]:
 
 def whole(client: OpenAI, request: dict[str, Any]) -> dict[str, Any]:
     choice = client.chat.completions.create(**request).choices[0]
-    return {"text": choice.message.content, "tokens": getattr(choice, "token_ids", None)}
+    return {"text": choice.message.content.rstrip(INCOMPLETE), "tokens": getattr(choice, "token_ids", None)}
 
 
 def streamed(client: OpenAI, request: dict[str, Any]) -> dict[str, Any]:
     parts = [part.choices[0] for part in client.chat.completions.create(**request, stream=True) if part.choices]
     tokens = [token for part in parts for token in getattr(part, "token_ids", None) or []]
-    return {"text": "".join(part.delta.content or "" for part in parts), "tokens": tokens or None}
+    text = "".join(part.delta.content or "" for part in parts)
+    return {"text": text.rstrip(INCOMPLETE), "tokens": tokens or None}
 
 
 def hostile(path: str) -> dict[str, str]:
