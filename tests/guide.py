@@ -89,15 +89,15 @@ class Reader:
         self.env = {**env, "PATH": os.pathsep.join([str(python.parent), env["PATH"]])}
         self.lacking: list[str] = []
 
-    def follow(self, section: str) -> int:
-        """How many blocks were run.
+    def follow(self, section: str) -> list[int]:
+        """The numbers of the blocks that were run.
 
         Raises:
             AssertionError: If a block fails, or prints something else than the guide says.
         """
-        done = 0
+        done = []
         with ExitStack() as servers, self.executing() as execute:
-            for block in blocks_of(with_free_ports(section)):
+            for number, block in enumerate(blocks_of(with_free_ports(section))):
                 if not self.has(block.needs):
                     continue
                 if block.serves:
@@ -107,7 +107,7 @@ class Reader:
                     printed = execute(block.code) if block.language == "python" else self.bash(block.code)
                     if block.prints is not None:
                         assert printed.strip() == block.prints.strip(), block.code
-                done += 1
+                done.append(number)
         return done
 
     def has(self, modules: tuple[str, ...]) -> bool:

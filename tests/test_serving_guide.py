@@ -59,7 +59,7 @@ print(page.decode().split()[0], "\\n")
 
 def test_following_sees_servers_needs_and_what_is_printed(clone):
     reader = Reader(clone, Path(sys.executable), OFFLINE)
-    assert reader.follow(SAMPLE.format(printed="MIT")) == 3
+    assert reader.follow(SAMPLE.format(printed="MIT")) == [0, 1, 3]
     assert reader.lacking == ["a_module_that_is_nowhere"]
     for wrong in (SAMPLE.format(printed="GPL"), "```bash\nfalse\n```\n", "```python\n1 / 0\n```\n"):
         with pytest.raises(AssertionError):

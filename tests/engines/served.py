@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import environments
 from engine import WORK, FailedError, Row, answers_of, call, checkpoints
 from environments import ROOT, variables
 
@@ -156,12 +157,15 @@ def transformers_serve(python: Path) -> Iterator[Row]:
 
 # -------------------------------------------------------------------------------------------------------------- guide
 def guide(python: Path) -> Iterator[Row]:
-    """What docs/serving.md shows of chat, followed in vLLM's environment, which `transformers serve` shares."""
+    """What docs/serving.md shows of chat, followed in the environments of both servers."""
     section = sections((ROOT / "docs" / "serving.md").read_text(encoding="utf-8"))["Chat"]
-    shutil.rmtree(WORK / "guide", ignore_errors=True)
-    reader = Reader(copy_by_links(WORK / "guide"), python, vllm_variables(), START_LIMIT_S)
-    try:
-        followed = reader.follow(section)
-    except (AssertionError, ServerEndedError) as error:
-        raise FailedError(str(error)[-3000:]) from error
-    yield Row("docs/serving.md", "Chat, blocks followed", followed, len(blocks_of(section)))
+    of_transformers = environments.make("transformers_serve")
+    followed: set[int] = set()
+    for interpreter, env in ((python, vllm_variables()), (of_transformers, transformers_server(of_transformers)[1])):
+        shutil.rmtree(WORK / "guide", ignore_errors=True)
+        reader = Reader(copy_by_links(WORK / "guide"), interpreter, env, START_LIMIT_S)
+        try:
+            followed.update(reader.follow(section))
+        except (AssertionError, ServerEndedError) as error:
+            raise FailedError(str(error)[-3000:]) from error
+    yield Row("docs/serving.md", "Chat, blocks followed", len(followed), len(blocks_of(section)))
