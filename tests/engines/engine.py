@@ -25,7 +25,7 @@ class Row:
     of: int
 
     def __str__(self) -> str:
-        return f"{self.checkpoint:<22} {self.asked:<34} {self.equal} of {self.of} equal"
+        return f"{self.checkpoint:<24} {self.asked:<36} {self.equal} of {self.of} equal"
 
 
 class FailedError(Exception):
