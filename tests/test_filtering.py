@@ -15,7 +15,7 @@ from pyarrow import parquet
 from internvl.rows.bad_rows import TooManyBadRowsError
 from internvl.rows.shards import read_shards
 from internvl.training.__main__ import main
-from internvl.training.data import filtering
+from internvl.training.data import filtering, pair_files
 from internvl.training.data.caption_patterns import CAPTION_PATTERNS
 from internvl.training.data.filters import (
     FILTERS,
@@ -101,9 +101,9 @@ def write_shard(path, rows):
             for row in rows
         ]
         with tarfile.open(path, "w") as archive:
-            filtering_writer = filtering._TarWriter.__new__(filtering._TarWriter)
-            filtering_writer.file = archive
-            filtering_writer.write(contents)
+            writer = pair_files._TarWriter.__new__(pair_files._TarWriter)
+            writer.file = archive
+            writer.write(contents)
     return str(path)
 
 
@@ -284,7 +284,7 @@ def test_an_error_of_writing_is_not_taken_for_a_damaged_shard(tmp_path, monkeypa
     def full(self, pairs):
         raise OSError("no space left")
 
-    monkeypatch.setattr(filtering._ParquetWriter, "write", full)
+    monkeypatch.setattr(pair_files._ParquetWriter, "write", full)
     with pytest.raises(OSError, match="no space left"):
         filtering.filter_data(job(shards_of(tmp_path, 1), tmp_path / "out"))
     assert not list((tmp_path / "out" / "done").iterdir())

@@ -85,7 +85,7 @@ def training_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m internvl.training", description="Training, and what prepares it.")
     parser.set_defaults(takes_trainer_flags=False)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_validate, add_funnel, add_finetune, add_stages, add_segmentation):
+    for add in (add_validate, add_funnel, add_score, add_dedup, add_finetune, add_stages, add_segmentation):
         add(commands)
     return parser
 
@@ -140,6 +140,65 @@ def _add_filter_options(parser: argparse.ArgumentParser) -> None:
         "--ray-workers", metavar="N", type=positive_int, help="filter by so many workers of Ray Data, a shard each"
     )
     parser.set_defaults(module=".data.filtering")
+
+
+def add_score(commands: Any) -> None:
+    """Adds `score` to the sub-commands of a command line."""
+    parser = commands.add_parser("score", help="fills in the similarity of image and caption where pairs have none")
+    parser.add_argument("data", metavar="DATA", nargs="+", help=f"{SHARD_FILES}; paths, patterns, addresses")
+    parser.add_argument("--model", metavar="DIR", required=True, help="InternVL-C or -G: folder or name on the Hub")
+    parser.add_argument("--subfolder", default="", help="where in the folder the model lies")
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of the pairs")
+    parser.add_argument("--mode", choices=("C", "G"), default="C", help="of images (default: C)")
+    parser.add_argument("--images", metavar="DIR", help="folder of the images that rows name by a path")
+    parser.add_argument("--batch-size", metavar="N", type=positive_int, default=64, help="(default: 64)")
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="of the model (default: that of its weights)",
+    )  # fmt: skip
+    parser.add_argument("--max-bad-rate", metavar="SHARE", type=float, default=0.01, help="of rows (default: 0.01)")
+    parser.add_argument("--ray-workers", metavar="N", type=positive_int, help="score by so many workers of Ray Data")
+    parser.add_argument("--ray-gpus", metavar="N", type=float, default=1, help="GPUs of each of these (default: 1)")
+    parser.set_defaults(module=".data.scoring")
+
+
+def add_dedup(commands: Any) -> None:
+    """Adds `dedup` to the sub-commands of a command line."""
+    parser = commands.add_parser(
+        "dedup", help="leaves out images that are nearly the same, and those of evaluation sets"
+    )
+    parser.add_argument("data", metavar="DATA", nargs="+", help=f"{SHARD_FILES}; paths, patterns, addresses")
+    parser.add_argument(
+        "--output", metavar="DIR", type=Path, required=True, help="folder of the kept pairs and of the report"
+    )
+    parser.add_argument(
+        "--against", metavar="DATA", nargs="+", default=[],
+        help="evaluation sets, whose images are left out: folders of images, files as DATA, names of data sets",
+    )  # fmt: skip
+    parser.add_argument("--images", metavar="DIR", help="folder of the images that rows name by a path")
+    parser.add_argument(
+        "--min-sameness",
+        metavar="SHARE",
+        type=float,
+        default=0.8,
+        help="from which images are the same (default: 0.8)",
+    )
+    parser.add_argument(
+        "--hashes-only",
+        action="store_true",
+        help="look for other sizes, qualities and mirrors alone, and not for crops",
+    )
+    parser.add_argument(
+        "--embeddings",
+        metavar="DIR",
+        help="of the same data, by `evaluation embed`: also leave out what looks alike to it",
+    )
+    parser.add_argument(
+        "--min-cosine", metavar="COSINE", type=float, default=0.97, help="of such embeddings (default: 0.97)"
+    )
+    parser.add_argument("--max-bad-rate", metavar="SHARE", type=float, default=0.01, help="of rows (default: 0.01)")
+    parser.add_argument("--plot", metavar="FILE", help="draw how alike the pairs of images are that were found")
+    parser.set_defaults(module=".data.dedup")
 
 
 def add_finetune(commands: Any) -> None:

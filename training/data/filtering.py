@@ -10,17 +10,12 @@ pair is lost, and none comes twice. Ray Data judges shards on many machines in t
 """
 
 import argparse
-import csv
-import io
 import json
-import os
-import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import fsspec
 from tqdm import tqdm
@@ -31,10 +26,7 @@ from ...rows.bad_rows import BadRows, TooManyBadRowsError
 from ...rows.json_rows import Row
 from ...rows.pair_rows import IMAGE_COLUMNS, JSON_COLUMN
 from ...rows.shards import (
-    CSV_ENDINGS,
     FAULT_COLUMN,
-    JSON_ENDINGS,
-    PARQUET_ENDINGS,
     SHARD_ERRORS,
     find_shards,
     place_of_row,
@@ -43,6 +35,7 @@ from ...rows.shards import (
 )
 from .filter_expressions import Verdict, check_columns, input_columns, judge_inputs, row_inputs, table_inputs
 from .filters import COLUMNS, FILTERS, Filter, Funnel, paper_share, plot_report, read_filters, with_optional
+from .pair_files import begin_output, ending_of, pair_writer
 
 
 with extra("filter"):
@@ -93,111 +86,6 @@ class ShardCount:
     broken: int
     tallies: list[dict[str, int]]
     reasons: dict[str, int]
-
-
-# ------------------------------------------------------------------------------------------------------------- writing
-class PairWriter(Protocol):
-    """Writes kept pairs in the format of their shard."""
-
-    def write(self, pairs: Any) -> None:
-        """Adds an Arrow table, or raw rows."""
-
-    def close(self) -> None:
-        """Ends the file."""
-
-
-class _ParquetWriter:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file: Any = None
-
-    def write(self, pairs: Any) -> None:
-        if self.file is None:
-            self.file = parquet.ParquetWriter(self.path, pairs.schema)
-        self.file.write_table(pairs)
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
-
-
-class _LineWriter:
-    """JSON lines, or CSV."""
-
-    def __init__(self, path: Path, delimiter: str | None) -> None:
-        self.file = path.open("w", encoding="utf-8", errors="surrogateescape", newline="")
-        self.delimiter = delimiter
-        self.table: csv.DictWriter | None = None
-
-    def write(self, pairs: Any) -> None:
-        for raw in pairs:
-            row = {name: value for name, value in raw.items() if name not in ("__shard__", "__key__")}
-            if self.delimiter is None:
-                self.file.write(json.dumps(row) + "\n")
-                continue
-            if self.table is None:
-                self.table = csv.DictWriter(self.file, list(row), delimiter=self.delimiter, lineterminator="\n")
-                self.table.writeheader()
-            self.table.writerow(row)
-
-    def close(self) -> None:
-        self.file.close()
-
-
-class _TarWriter:
-    def __init__(self, path: Path) -> None:
-        self.file = tarfile.open(path, "w")  # noqa: SIM115
-
-    def write(self, pairs: Any) -> None:
-        for raw in pairs:
-            for name, content in raw.items():
-                if name not in ("__shard__", "__key__"):
-                    member = tarfile.TarInfo(f"{raw['__key__']}.{name}")
-                    member.size = len(content)
-                    self.file.addfile(member, io.BytesIO(content))
-
-    def close(self) -> None:
-        self.file.close()
-
-
-def ending_of(shard: str) -> str:
-    """Returns the ending of what is written for a shard."""
-    name = (shard.partition("?")[0] if "://" in shard else shard).lower()
-    if name.endswith(PARQUET_ENDINGS):
-        return ".parquet"
-    if name.endswith(JSON_ENDINGS):
-        return ".jsonl"
-    return name[-4:] if name.endswith(tuple(CSV_ENDINGS)) else ".tar"
-
-
-@contextmanager
-def _writer(path: Path | None) -> Iterator[Callable[[Any], None]]:
-    """Writes a file that appears when all of it is there; none if nothing was written."""
-    if path is None:
-        yield lambda _: None
-        return
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    writer: PairWriter
-    if path.suffix == ".parquet":
-        writer = _ParquetWriter(beside)
-    elif path.suffix == ".tar":
-        writer = _TarWriter(beside)
-    else:
-        writer = _LineWriter(beside, CSV_ENDINGS.get(path.suffix))
-    is_empty = True
-
-    def write(pairs: Any) -> None:
-        nonlocal is_empty
-        if len(pairs):
-            is_empty = False
-            writer.write(pairs)
-
-    try:
-        yield write
-        writer.close()
-        path.unlink(missing_ok=True) if is_empty else beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- judging
@@ -352,31 +240,16 @@ def filter_shard(job: FilterJob, number: int) -> ShardCount:
     done = Path(job.output, "done", f"{number:06d}.json")
     if done.is_file():
         return ShardCount(**json.loads(done.read_text(encoding="utf-8")))
-    with _writer(Path(job.output, "pairs", f"{number:06d}{ending_of(shard)}")) as write:
+    with pair_writer(Path(job.output, "pairs", f"{number:06d}{ending_of(shard)}")) as write:
         count = ShardFilter(job, shard, write).run()
     write_whole(done, json.dumps(asdict(count)).encode())
     return count
 
 
 def begin_filtering(job: FilterJob) -> None:
-    """Makes the output folder of a job, or checks that it belongs to the same one.
-
-    Raises:
-        ValueError: If the folder holds something else.
-    """
-    if job.output is None:
-        return
-    folder = Path(job.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    description = folder / DESCRIPTION
-    if not description.is_file():
-        if any(folder.iterdir()):
-            raise ValueError(f"`{folder}` is not empty, and holds no filtered pairs: name another folder.")
-        write_whole(description, json.dumps(job.description(), indent=2).encode())
-    elif json.loads(description.read_text(encoding="utf-8")) != job.description():
-        raise ValueError(f"`{folder}` holds pairs of other data or by other rules: name another folder.")
-    for name in ("pairs", "done"):
-        (folder / name).mkdir(exist_ok=True)
+    """Makes the output folder of a job, or checks that it belongs to the same one; see `begin_output`."""
+    if job.output is not None:
+        begin_output(job.output, DESCRIPTION, job.description(), ("pairs", "done"))
 
 
 def filter_data(job: FilterJob) -> dict[str, Any]:
@@ -407,10 +280,9 @@ def filter_by_ray(job: FilterJob, workers: int) -> dict[str, Any]:
         import ray
 
     begin_filtering(job)
-    shards = ray.data.from_items([{"shard": number} for number in range(len(job.shards))])
-    done = shards.repartition(len(job.shards)).map(
-        _RayFilter, fn_constructor_args=(job,), concurrency=workers, num_cpus=1
-    )
+    numbers = [{"shard": number} for number in range(len(job.shards))]
+    shards = ray.data.from_items(numbers, override_num_blocks=len(numbers))
+    done = shards.map(_RayFilter, fn_constructor_args=(job,), concurrency=workers, num_cpus=1)
     counts = {row["shard"]: json.loads(row["count"]) for row in done.take_all()}
     return filter_report(job, [ShardCount(**counts[number]) for number in sorted(counts)])
 

@@ -1,0 +1,177 @@
+"""Writes some of the rows of a shard, in the format of that shard; a file appears when all of it is there."""
+
+import csv
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import fsspec
+
+from ...evaluation.vectors.files import write_whole
+from ...extras import extra
+from ...rows.shards import CSV_ENDINGS, FAULT_COLUMN, JSON_ENDINGS, PARQUET_ENDINGS, read_shards
+
+
+with extra("train"):
+    import pyarrow
+    from pyarrow import parquet
+
+ROWS_COPIED_AT_ONCE = 256
+
+
+class PairWriter(Protocol):
+    """Writes pairs in the format of their shard."""
+
+    def write(self, pairs: Any) -> None:
+        """Adds an Arrow table, or raw rows."""
+
+    def close(self) -> None:
+        """Ends the file."""
+
+
+class _ParquetWriter:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file: Any = None
+
+    def write(self, pairs: Any) -> None:
+        if self.file is None:
+            self.file = parquet.ParquetWriter(self.path, pairs.schema)
+        self.file.write_table(pairs)
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+class _LineWriter:
+    """JSON lines, or CSV."""
+
+    def __init__(self, path: Path, delimiter: str | None) -> None:
+        self.file = path.open("w", encoding="utf-8", errors="surrogateescape", newline="")
+        self.delimiter = delimiter
+        self.table: csv.DictWriter | None = None
+
+    def write(self, pairs: Any) -> None:
+        for raw in pairs:
+            row = {name: value for name, value in raw.items() if name not in ("__shard__", "__key__")}
+            if self.delimiter is None:
+                self.file.write(json.dumps(row) + "\n")
+                continue
+            if self.table is None:
+                self.table = csv.DictWriter(self.file, list(row), delimiter=self.delimiter, lineterminator="\n")
+                self.table.writeheader()
+            self.table.writerow(row)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class _TarWriter:
+    def __init__(self, path: Path) -> None:
+        self.file = tarfile.open(path, "w")  # noqa: SIM115
+
+    def write(self, pairs: Any) -> None:
+        for raw in pairs:
+            for name, content in raw.items():
+                if name not in ("__shard__", "__key__"):
+                    member = tarfile.TarInfo(f"{raw['__key__']}.{name}")
+                    member.size = len(content)
+                    self.file.addfile(member, io.BytesIO(content))
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def ending_of(shard: str) -> str:
+    """Returns the ending of what is written for a shard."""
+    name = (shard.partition("?")[0] if "://" in shard else shard).lower()
+    if name.endswith(PARQUET_ENDINGS):
+        return ".parquet"
+    if name.endswith(JSON_ENDINGS):
+        return ".jsonl"
+    return name[-4:] if name.endswith(tuple(CSV_ENDINGS)) else ".tar"
+
+
+@contextmanager
+def pair_writer(path: Path | None) -> Iterator[Callable[[Any], None]]:
+    """Writes a file that appears when all of it is there; none if nothing was written."""
+    if path is None:
+        yield lambda _: None
+        return
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    writer: PairWriter
+    if path.suffix == ".parquet":
+        writer = _ParquetWriter(beside)
+    elif path.suffix == ".tar":
+        writer = _TarWriter(beside)
+    else:
+        writer = _LineWriter(beside, CSV_ENDINGS.get(path.suffix))
+    is_empty = True
+
+    def write(pairs: Any) -> None:
+        nonlocal is_empty
+        if len(pairs):
+            is_empty = False
+            writer.write(pairs)
+
+    try:
+        yield write
+        writer.close()
+        path.unlink(missing_ok=True) if is_empty else beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def copy_rows(shard: str, numbers: Container[int], write: Callable[[Any], None]) -> None:
+    """Writes rows of a shard.
+
+    Args:
+        shard: The file.
+        numbers: Of the rows, as `read_shards` counts them.
+        write: Of `pair_writer`.
+    """
+    if ending_of(shard) != ".parquet":
+        for number, row in enumerate(read_shards([shard])):
+            if number in numbers and FAULT_COLUMN not in row:
+                write([row])
+        return
+    number = 0
+    with fsspec.open(shard, "rb") as file:
+        for batch in parquet.ParquetFile(file).iter_batches(ROWS_COPIED_AT_ONCE):
+            kept = [number + place in numbers for place in range(len(batch))]
+            write(pyarrow.Table.from_batches([batch]).filter(pyarrow.array(kept, pyarrow.bool_())))
+            number += len(batch)
+
+
+def begin_output(output: str | Path, name: str, description: dict[str, Any], folders: Sequence[str]) -> None:
+    """Makes the folder of a command that can be stopped, or checks that it belongs to the same one.
+
+    Args:
+        output: The folder.
+        name: Of the file that describes what was asked for.
+        description: That, as JSON has it.
+        folders: In the folder.
+
+    Raises:
+        ValueError: If the folder holds something else.
+    """
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / name
+    if not file.is_file():
+        if any(folder.iterdir()):
+            raise ValueError(f"`{folder}` is not empty, and holds no pairs of this command: name another folder.")
+        write_whole(file, json.dumps(description, indent=2).encode())
+    elif json.loads(file.read_text(encoding="utf-8")) != json.loads(json.dumps(description)):
+        raise ValueError(f"`{folder}` holds pairs of other data or by other rules: name another folder.")
+    for name in folders:
+        (folder / name).mkdir(exist_ok=True)
+
+
+__all__ = ["begin_output", "copy_rows", "ending_of", "pair_writer"]
