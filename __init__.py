@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # Registering imports torch and transformers, which takes seconds. These commands parse their arguments first, and call
 # `register` after that.
-COMMANDS = tuple("chat conversion demo evaluation planning publishing reproduction serving training".split())
+COMMANDS = tuple("chat conversion demo evaluation export planning publishing reproduction serving training".split())
 
 
 def register() -> None:

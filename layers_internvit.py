@@ -37,8 +37,9 @@ def resize_position_grid(position_embedding: torch.Tensor, height: int, width: i
     """
     class_position, grid = position_embedding[:, :1], position_embedding[:, 1:]
     side = int(grid.shape[1] ** 0.5)
-    if (height, width) == (side, side):
-        return position_embedding  # bicubic resizing to the same size is the identity
+    # Bicubic resizing to the same size is the identity. A program that is exported takes every size and has no branch.
+    if not torch.compiler.is_exporting() and (height, width) == (side, side):
+        return position_embedding
     grid = rearrange(grid.float(), "1 (h w) d -> 1 d h w", h=side)
     grid = F.interpolate(grid, size=(height, width), mode="bicubic", align_corners=False)
     return torch.cat([class_position, rearrange(grid, "1 d h w -> 1 (h w) d").to(class_position.dtype)], dim=1)

@@ -59,7 +59,7 @@ def last_positions(attention_mask: torch.Tensor) -> torch.Tensor:
 def last_token_states(hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """(B, L, D), (B, L) -> (B, D): the state of each row's last real token."""
     last = last_positions(attention_mask)
-    return hidden_states[torch.arange(len(last), device=last.device), last]
+    return hidden_states[torch.arange(last.shape[0], device=last.device), last]
 
 
 class CaptionStreamer(BaseStreamer):
@@ -452,7 +452,12 @@ class InternVLModel(CachesImageFeatures, InternVLPreTrainedModel):
     def _completed_texts(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and mask with all texts completed. The host reads values of the device once."""
+        """Ids and mask with all texts completed. The host reads values of the device once.
+
+        An exported program takes all ids as they are: it has no tokenizer.
+        """
+        if torch.compiler.is_exporting():
+            return input_ids, attention_mask
         is_complete = self._are_complete(input_ids, attention_mask)
         have_tokens, are_complete = torch.stack([attention_mask.any(dim=1), is_complete]).all(dim=1).tolist()
         _check_texts(have_tokens)

@@ -145,7 +145,7 @@ class QLlamaCrossAttention(nn.Module):
         )
         # All rows of an image attend to it as one long row: its keys and values are computed once and never copied.
         query = self.q_proj(self.norm1(queries))
-        query = rearrange(query, "(p r) m (h k) -> p h (r m) k", p=len(image), k=self.head_dim)
+        query = rearrange(query, "(p r) m (h k) -> p h (r m) k", p=image.shape[0], k=self.head_dim)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -287,7 +287,7 @@ class QLlamaModel(QLlamaPreTrainedModel):
         """
         refuse_unknown(kwargs, "`QLlamaModel.forward`")
         hidden_states, num_queries = self._embed(input_ids, inputs_embeds, query_embeds)
-        self._check_images(vision_hidden_states, len(hidden_states))
+        self._check_images(vision_hidden_states, hidden_states.shape[0])
         rows = packed_passes(attention_mode, num_queries, *hidden_states.shape[:2])
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -329,9 +329,9 @@ class QLlamaModel(QLlamaPreTrainedModel):
 
     @staticmethod
     def _check_images(vision_hidden_states: torch.Tensor | None, batch: int) -> None:
-        if vision_hidden_states is not None and batch % len(vision_hidden_states):
+        if vision_hidden_states is not None and batch % vision_hidden_states.shape[0]:
             raise ValueError(
-                f"Every image needs as many rows as any other, got {batch} rows for {len(vision_hidden_states)} "
+                f"Every image needs as many rows as any other, got {batch} rows for {vision_hidden_states.shape[0]} "
                 "images in `vision_hidden_states`."
             )
 
@@ -382,7 +382,7 @@ class QLlamaModel(QLlamaPreTrainedModel):
         }
         if modes == {("text",)} or not rows[0].num_queries:
             return create_causal_mask(position_ids=position_ids, **arguments)
-        is_added, is_kept = mask_functions(rows, len(hidden_states), hidden_states.device)
+        is_added, is_kept = mask_functions(rows, hidden_states.shape[0], hidden_states.device)
         arguments["config"] = copy.copy(self.config)
         arguments["config"]._attn_implementation = kernel_for_blocks(self.config._attn_implementation)
         return create_causal_mask(or_mask_function=is_added, and_mask_function=is_kept, **arguments)

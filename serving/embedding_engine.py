@@ -32,6 +32,7 @@ from litserve.loops.simple_loops import BatchedLoop
 from litserve.specs.openai_embedding import OpenAIEmbeddingSpec
 from litserve.utils import LitAPIStatus, ResponseBufferItem
 from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.requests import ClientDisconnect
 from transformers import ProcessorMixin
 from transformers.utils.logging import disable_progress_bar
 
@@ -94,6 +95,10 @@ class EmbeddingsAPI(litserve.LitAPI):
         """Returns an item as it is: a text or pixel values."""
         return request
 
+    def batch(self, inputs: list[Any]) -> list[Any]:
+        """Returns the items as they are: LitServe would stack what begins with an array, though texts may follow."""
+        return inputs
+
     def encode_response(self, output: Any) -> Any:
         """Returns the features and the number of tokens of an item as they are."""
         return output
@@ -143,13 +148,15 @@ class EmbeddingsSpec(OpenAIEmbeddingSpec):
         door: The model and how it is asked.
         timeout: Seconds after which a request is given up.
         max_batch_size: Of a worker.
+        max_body_bytes: Of a request; LitServe counts only what has come.
     """
 
-    def __init__(self, door: Door, timeout: float, max_batch_size: int) -> None:
+    def __init__(self, door: Door, timeout: float, max_batch_size: int, max_body_bytes: int) -> None:
         super().__init__()
         self.door = door
         self.timeout = timeout
         self.batch_size = max_batch_size
+        self.max_body_bytes = max_body_bytes
 
     # Threads and locks belong to a process that speaks HTTP, and are made when it needs them first.
     @cached_property
@@ -170,7 +177,7 @@ class EmbeddingsSpec(OpenAIEmbeddingSpec):
     async def embeddings_endpoint(self, request: Request) -> Response:
         """Answers one request."""
         try:
-            asked = self.door.reader.read(await _json(request))
+            asked = self.door.reader.read(_json(await self._body(request)))
             async with asyncio.timeout(self.timeout):
                 found = await _all([self._embed(item) for item in asked.inputs])
         except UnknownModelError as error:
@@ -181,6 +188,19 @@ class EmbeddingsSpec(OpenAIEmbeddingSpec):
             raise HTTPException(504, f"There was no answer within {self.timeout:g} seconds.") from None
         features = np.stack([row for row, _ in found])
         return JSONResponse(answer(asked, features, sum(tokens for _, tokens in found)))
+
+    async def _body(self, request: Request) -> bytes:
+        """Returns the body of a request, which must come in time."""
+        length = request.headers.get("content-length", "0")
+        if not length.isdecimal() or int(length) > self.max_body_bytes:
+            raise HTTPException(413, f"A body may have {self.max_body_bytes} bytes.")
+        try:
+            async with asyncio.timeout(self.timeout):
+                return await request.body()
+        except TimeoutError:
+            raise HTTPException(408, f"The body did not come within {self.timeout:g} seconds.") from None
+        except ClientDisconnect:
+            raise HTTPException(400, "The body ended early.") from None
 
     async def models(self) -> dict[str, Any]:
         """Answers what is served."""
@@ -232,10 +252,10 @@ class EmbeddingsSpec(OpenAIEmbeddingSpec):
         return inputs["pixel_values"][0].numpy()
 
 
-async def _json(request: Request) -> Any:
+def _json(body: bytes) -> Any:
     """Returns the JSON value of a body."""
     try:
-        return json.loads(await request.body(), parse_constant=_refuse_constant)
+        return json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"The body is no JSON: {printable(str(error))[:200]}") from None
 
@@ -291,7 +311,7 @@ def _stop_on_signals() -> None:
 
 def build_server(door: Door, options: argparse.Namespace) -> litserve.LitServer:
     """Returns LitServe's server of the embeddings API; see the command for the options."""
-    spec = EmbeddingsSpec(door, options.timeout, options.max_batch_size)
+    spec = EmbeddingsSpec(door, options.timeout, options.max_batch_size, options.max_body_bytes)
     api = EmbeddingsAPI(
         door.place,
         door.mode,

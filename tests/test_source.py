@@ -19,11 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # The files that `trust_remote_code=True` loads from a folder without sub-folders.
 FLAT = sorted(p for p in ROOT.glob("*_*.py") if p.name != "__init__.py")
 MODELING = [path for path in FLAT if path.name.startswith("modeling_")]
-SUBPACKAGES = [
-    path
-    for folder in "conversion synthetic rows training evaluation planning publishing reproduction serving".split()
-    for path in sorted((ROOT / folder).rglob("*.py"))
-]
+FOLDERS = "conversion synthetic rows training evaluation export planning publishing reproduction serving"
+SUBPACKAGES = [path for folder in FOLDERS.split() for path in sorted((ROOT / folder).rglob("*.py"))]
 # The only file that may touch `pickle`; what it does with it has a test of its own.
 RESTRICTED_UNPICKLER = ROOT / "conversion" / "readers" / "distributed_metadata.py"
 # The only file that starts a process: Python itself, with a script of this package.

@@ -24,6 +24,7 @@ COMMANDS = (
     "conversion",
     "training",
     "evaluation",
+    "export",
     "planning",
     "publishing",
     "reproduction",
