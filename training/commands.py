@@ -85,7 +85,16 @@ def training_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m internvl.training", description="Training, and what prepares it.")
     parser.set_defaults(takes_trainer_flags=False)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_validate, add_funnel, add_score, add_dedup, add_finetune, add_stages, add_segmentation):
+    for add in (
+        add_validate,
+        add_funnel,
+        add_score,
+        add_dedup,
+        add_prepare,
+        add_finetune,
+        add_stages,
+        add_segmentation,
+    ):
         add(commands)
     return parser
 
@@ -125,6 +134,7 @@ def _add_filter_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stage", type=int, choices=FUNNEL_STAGES, default=2, help="rules up to this stage (default: 2)"
     )
+    parser.add_argument("--images", metavar="DIR", help="folder of the images that rows name by a path")
     parser.add_argument("--rules", metavar="FILE", help="JSON table of rules, instead of the package's own")
     parser.add_argument(
         "--without", metavar="COLUMN", action="append", default=[], help="the data lacks it; its rules then pass"
@@ -145,10 +155,17 @@ def _add_filter_options(parser: argparse.ArgumentParser) -> None:
 def add_score(commands: Any) -> None:
     """Adds `score` to the sub-commands of a command line."""
     parser = commands.add_parser("score", help="fills in the similarity of image and caption where pairs have none")
+    _add_score_options(parser)
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of the pairs")
+    parser.add_argument("--ray-workers", metavar="N", type=positive_int, help="score by so many workers of Ray Data")
+    parser.add_argument("--ray-gpus", metavar="N", type=float, default=1, help="GPUs of each of these (default: 1)")
+    parser.set_defaults(module=".data.scoring")
+
+
+def _add_score_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", nargs="+", help=f"{SHARD_FILES}; paths, patterns, addresses")
     parser.add_argument("--model", metavar="DIR", required=True, help="InternVL-C or -G: folder or name on the Hub")
     parser.add_argument("--subfolder", default="", help="where in the folder the model lies")
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of the pairs")
     parser.add_argument("--mode", choices=("C", "G"), default="C", help="of images (default: C)")
     parser.add_argument("--images", metavar="DIR", help="folder of the images that rows name by a path")
     parser.add_argument("--batch-size", metavar="N", type=positive_int, default=64, help="(default: 64)")
@@ -157,9 +174,25 @@ def add_score(commands: Any) -> None:
         help="of the model (default: that of its weights)",
     )  # fmt: skip
     parser.add_argument("--max-bad-rate", metavar="SHARE", type=float, default=0.01, help="of rows (default: 0.01)")
-    parser.add_argument("--ray-workers", metavar="N", type=positive_int, help="score by so many workers of Ray Data")
-    parser.add_argument("--ray-gpus", metavar="N", type=float, default=1, help="GPUs of each of these (default: 1)")
-    parser.set_defaults(module=".data.scoring")
+
+
+def add_prepare(commands: Any) -> None:
+    """Adds `prepare` to the sub-commands of a command line."""
+    parser = commands.add_parser(
+        "prepare", help="scores, filters and deduplicates: raw pairs to those of stages 1 and 2"
+    )
+    _add_score_options(parser)
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of all steps")
+    parser.add_argument("--rules", metavar="FILE", help="JSON table of rules, instead of the package's own")
+    parser.add_argument(
+        "--without", metavar="COLUMN", action="append", default=[], help="the data lacks it; its rules then pass"
+    )
+    parser.add_argument(
+        "--against", metavar="DATA", nargs="+", default=[], help="evaluation sets, whose images are left out"
+    )
+    parser.add_argument("--hashes-only", action="store_true", help="do not look for crops among the duplicates")
+    parser.add_argument("--plot", metavar="FILE", help="draw what each step leaves, beside the paper's share")
+    parser.set_defaults(module=".data.preparing")
 
 
 def add_dedup(commands: Any) -> None:

@@ -170,7 +170,7 @@ def _fingerprint_all(job: DedupJob) -> tuple[Images, Images]:
     def rows_of(shard: str) -> Iterator[EmbeddedItem]:
         return (item_of_row(row, job.columns) for row in read_shards([shard]))
 
-    parts = find_parts(job.against, job.columns, 4096) if job.against else []
+    parts = find_parts(job.against, Columns(), 4096) if job.against else []
     sources: list[tuple[Path, Callable[[], Iterable[EmbeddedItem]]]] = [
         (folder / f"{number:06d}.parquet", lambda shard=shard: rows_of(shard))  # type: ignore[misc]
         for number, shard in enumerate(job.shards)
@@ -251,7 +251,7 @@ def dedup_data(job: DedupJob) -> dict[str, Any]:
         TooManyBadRowsError: If too many images cannot be read.
         ValueError: If the folder holds something else.
     """
-    parts = find_parts(job.against, job.columns, 4096) if job.against else []
+    parts = find_parts(job.against, Columns(), 4096) if job.against else []
     description = {
         "shards": list(job.shards), "against": fingerprint_of(parts, {}), "images": job.images,
         "min_sameness": job.min_sameness, "crops": job.crops, "embeddings": job.embeddings,

@@ -240,8 +240,15 @@ def _number(column: pl.Expr, kind: Any) -> tuple[pl.Expr, pl.Expr]:
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
-def row_inputs(raw_rows: Sequence[Row], rules: Sequence[Filter]) -> tuple[pl.LazyFrame, set[str]]:
+def row_inputs(
+    raw_rows: Sequence[Row], rules: Sequence[Filter], images: str | None = None
+) -> tuple[pl.LazyFrame, set[str]]:
     """Makes the inputs of rules from raw rows of `shards`.
+
+    Args:
+        raw_rows: The rows.
+        rules: Of a funnel.
+        images: See `metadata_row`.
 
     Returns:
         The inputs, and the columns that the rows have.
@@ -250,7 +257,7 @@ def row_inputs(raw_rows: Sequence[Row], rules: Sequence[Filter]) -> tuple[pl.Laz
     faults: list[str | None] = []
     for raw in raw_rows:
         try:
-            rows.append(metadata_row(raw))
+            rows.append(metadata_row(raw, images))
             faults.append(None)
         except ValueError as error:
             rows.append({})

@@ -59,6 +59,7 @@ class FilterJob:
         rules: The table.
         output: Folder of the kept pairs; None counts only.
         max_bad_rate: Largest share of rows that cannot be read.
+        images: Folder of the images that rows name by a path; None takes the folder of each shard.
     """
 
     shards: tuple[str, ...]
@@ -66,6 +67,7 @@ class FilterJob:
     rules: tuple[Filter, ...] = FILTERS
     output: str | None = None
     max_bad_rate: float = 0.01
+    images: str | None = None
 
     @cached_property
     def applied(self) -> tuple[Filter, ...]:
@@ -176,7 +178,7 @@ class ShardFilter:
         last = rows[-1]
         if "://" in self.shard and FAULT_COLUMN in last and not last["__key__"]:
             self._count_damage(last[FAULT_COLUMN])
-        inputs, columns = row_inputs(rows, self.job.applied)
+        inputs, columns = row_inputs(rows, self.job.applied, self.job.images)
         self.columns |= columns
         if columns:
             check_columns(self.job.applied, self.columns)
@@ -355,6 +357,7 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
         rules=with_optional(rules, options.without),
         output=None if folder is None else str(folder),
         max_bad_rate=options.max_bad_rate,
+        images=options.images,
     )
     report = filter_by_ray(job, options.ray_workers) if options.ray_workers else filter_data(job)
     if options.source:

@@ -143,7 +143,7 @@ FILTERS = (
     Filter("caption_length", ">=", 15, 2, "characters; shorter captions are mostly file names and single words"),
     Filter("caption_length", "<=", 300, 2, "characters; fits the text encoder whole"),
     Filter("symbol_share", "<=", 0.4, 2, "readability; digits and signs: part numbers and tables"),
-    Filter("distinct_word_share", ">=", 0.4, 2, "boilerplate; a caption that repeats itself describes nothing"),
+    Filter("distinct_word_share", ">=", 0.3, 2, "boilerplate; a caption that repeats itself describes nothing"),
     *(
         Filter("caption", "lacks", pattern.expression, 2, pattern.why, label=f"caption lacks {name}")
         for name, pattern in CAPTION_PATTERNS.items()
@@ -463,9 +463,13 @@ def plot_report(report: Mapping[str, Any], path: str | Path) -> None:
     figure.savefig(path)
 
 
-def metadata_row(raw: Row) -> Row:
+def metadata_row(raw: Row, images: str | None = None) -> Row:
     """Returns the metadata of a raw row of `shards`, with "caption", and with "width" and "height" out of the image's
     header where there is an image.
+
+    Args:
+        raw: The row.
+        images: Folder of the images that rows name by a path; None takes the folder of the shard.
 
     Raises:
         ValueError: If the row is broken.
@@ -473,7 +477,7 @@ def metadata_row(raw: Row) -> Row:
     row = metadata_of(raw)
     row["caption"] = caption_in(row)
     if any(row.get(column) is not None for column in IMAGE_COLUMNS):
-        add_size(row, image_source(row))
+        add_size(row, image_source(row, folder=images))
     return row
 
 

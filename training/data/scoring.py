@@ -250,6 +250,27 @@ def _finished(job: ScoreJob) -> Iterator[ScoreCount]:
         yield ScoreCount(**json.loads(file.read_text(encoding="utf-8")))
 
 
+def score_job(options: argparse.Namespace, output: Path) -> ScoreJob:
+    """Returns the job of a command line, if the model can do it.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    config = check_kind(options.model, "InternVL-C", "InternVL-G", door="scoring", subfolder=options.subfolder)
+    if options.mode == "G" and not config.has_queries:
+        raise ValueError("Mode G needs a model with queries, an InternVL-G; this one is an InternVL-C.")
+    model = str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model
+    return ScoreJob(
+        shards=tuple(find_shards(options.data)),
+        output=str(output),
+        place=ModelPlace(model, options.subfolder, options.dtype),
+        mode=f"InternVL-{options.mode}",
+        images=options.images,
+        batch_size=options.batch_size,
+        max_bad_rate=options.max_bad_rate,
+    )
+
+
 def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     """Runs `score`.
 
@@ -262,19 +283,7 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     """
     from accelerate import PartialState
 
-    config = check_kind(options.model, "InternVL-C", "InternVL-G", door="`score`", subfolder=options.subfolder)
-    if options.mode == "G" and not config.has_queries:
-        raise ValueError("Mode G needs a model with queries, an InternVL-G; this one is an InternVL-C.")
-    model = str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model
-    job = ScoreJob(
-        shards=tuple(find_shards(options.data)),
-        output=str(options.output),
-        place=ModelPlace(model, options.subfolder, options.dtype),
-        mode=f"InternVL-{options.mode}",
-        images=options.images,
-        batch_size=options.batch_size,
-        max_bad_rate=options.max_bad_rate,
-    )
+    job = score_job(options, options.output)
     if options.ray_workers:
         score_by_ray(job, options.ray_workers, options.ray_gpus)
     else:

@@ -1,0 +1,107 @@
+"""`prepare`: the whole way from raw pairs to those of stages 1 and 2.
+
+    scored/pairs     with the similarity of image and caption
+    extremes/pairs   what the rules of stage 1 keep
+    stage1/pairs     without near duplicates and images of evaluation sets: the data of stage 1
+    stage2/pairs     what the rules of stage 2 keep: the data of stage 2
+    cuts.json        what each step left
+
+Every step is the command of its own that it is named after, and goes on where it was stopped.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...evaluation.vectors.files import write_whole
+from ...extras import extra
+from ...rows.shards import find_shards
+from .dedup import DedupJob, dedup_data
+from .filtering import FilterJob, filter_data
+from .filters import FILTERS, paper_share, read_filters, with_optional
+from .scoring import score_data, score_job
+
+
+CUTS = "cuts.json"
+
+
+def plot_cuts(cuts: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """Draws what each step left, beside the paper's share.
+
+    Args:
+        cuts: In their order, with "step", "share" and "paper_share".
+        path: File to write; its ending says the format.
+    """
+    with extra("plot"):
+        from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 1 + 0.5 * len(cuts)), layout="constrained")
+    axes = figure.add_subplot()
+    bars = axes.barh([cut["step"] for cut in cuts], [cut["share"] for cut in cuts], color="tab:blue")
+    axes.bar_label(bars, labels=[f"{cut['share']:.1%}" for cut in cuts], padding=3)
+    for place, cut in enumerate(cuts):
+        if cut["paper_share"] is not None:
+            axes.plot([cut["paper_share"]] * 2, [place - 0.4, place + 0.4], color="0.2", linestyle=":")
+            axes.text(cut["paper_share"], place - 0.42, " paper", fontsize="small", va="bottom")
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1.1), xlabel="share of the pairs left")
+    figure.savefig(path)
+
+
+def _pairs_of(folder: Path) -> tuple[str, ...]:
+    """The shards that a step wrote.
+
+    Raises:
+        ValueError: If nothing is left.
+    """
+    if not any((folder / "pairs").iterdir()):
+        raise ValueError(f"No pairs are left in `{folder}`: its rules removed all.")
+    return tuple(find_shards(str(folder / "pairs" / "*")))
+
+
+def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
+    """Runs `prepare`.
+
+    Args:
+        options: Arguments of the command line.
+        print_fn: Takes the lines to show.
+
+    Returns:
+        Exit code 0.
+    """
+    output = options.output
+    rules = with_optional(FILTERS if options.rules is None else read_filters(options.rules), options.without)
+    scoring = score_job(options, output / "scored")
+    embedder = scoring.embedder("cuda" if torch.cuda.is_available() else "cpu")
+    total = max(sum(count.rows for count in score_data(scoring, embedder)), 1)
+    rates = {"images": options.images, "max_bad_rate": options.max_bad_rate}
+    extremes = FilterJob(_pairs_of(output / "scored"), 1, rules, str(output / "extremes"), **rates)
+    left = [("rules of stage 1", filter_data(extremes)["kept"], None)]
+    unique = DedupJob(
+        _pairs_of(output / "extremes"),
+        str(output / "stage1"),
+        against=tuple(options.against),
+        crops=not options.hashes_only,
+        **rates,
+    )
+    left.append(("duplicates, evaluation sets", dedup_data(unique)["kept"], paper_share(1)))
+    strict = replace(extremes, shards=_pairs_of(output / "stage1"), stage=2, output=str(output / "stage2"))
+    left.append(("rules of stage 2", filter_data(strict)["kept"], paper_share(2)))
+    cuts = [{"step": "raw", "pairs": total, "share": 1.0, "paper_share": 1.0}]
+    cuts += [{"step": step, "pairs": kept, "share": kept / total, "paper_share": share} for step, kept, share in left]
+    write_whole(output / CUTS, (json.dumps(cuts, indent=2) + "\n").encode())
+    for cut in cuts:
+        beside = "" if cut["paper_share"] is None else f", the paper {cut['paper_share']:.2%}"
+        print_fn(f"{cut['step']:<30} {cut['pairs']:>10} pairs ({cut['share']:.2%}{beside})")
+    if options.plot:
+        plot_cuts(cuts, options.plot)
+    print_fn(f"Stage 1 trains on {output / 'stage1' / 'pairs'}, stage 2 on {output / 'stage2' / 'pairs'}.")
+    return 0
+
+
+__all__ = ["plot_cuts"]
