@@ -81,7 +81,8 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     total = max(sum(count.rows for count in score_data(scoring, embedder)), 1)
     rates = {"images": options.images, "max_bad_rate": options.max_bad_rate}
     extremes = FilterJob(_pairs_of(output / "scored"), 1, rules, str(output / "extremes"), **rates)
-    left = [("rules of stage 1", filter_data(extremes)["kept"], None)]
+    left: list[tuple[str, int, float | None]] = []
+    left.append(("rules of stage 1", filter_data(extremes)["kept"], None))
     unique = DedupJob(
         _pairs_of(output / "extremes"),
         str(output / "stage1"),
