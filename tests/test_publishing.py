@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from internvl.publishing import check as check_module
 from internvl.publishing.__main__ import main
 from internvl.publishing.check import inspect_folder
+from internvl.publishing.fresh_process import last_error
 from internvl.publishing.push import name_shown_files
 
 from .conftest import ROOT
@@ -203,6 +204,13 @@ def test_a_model_that_does_not_load_alone_is_found(folder, capsys):
     assert "The model: `mlp1.1.weight` is missing in the files." in text
     assert "The model: `surplus.weight` is in the files, and the model has no such tensor." in text
     assert "Faults: 2." in text
+
+
+def test_the_error_of_a_process_is_one_line():
+    written = "Traceback:\n  raise ImportError(\nImportError: \nX needs torchvision.\n\nInstall it.\n"
+    assert last_error(written) == "ImportError: X needs torchvision. Install it."
+    assert last_error("killed\x1b[0m") == "killed\\x1b[0m"
+    assert last_error("") == "no reason was given"
 
 
 # ------------------------------------------------------------------------------------------------------------ the push
