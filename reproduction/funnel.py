@@ -1,10 +1,10 @@
 """What the data funnel is worth: `python -m internvl.reproduction funnel --output DIR [--resume]`.
 
 Stage 1 is trained on generated pairs polluted as those of the web are (`polluted_pairs`), for as many steps on what
-the rules of stage 1 keep, on what those of stage 2 keep, and on all pairs. Each model classifies the same clean
-held-out images without training examples, and finds the same held-out pairs. `funnel.json` holds, by seed, how many
-pairs of each pollution every variant trained on, and its results; `funnel.md` has the means over the seeds and the
-differences to all pairs, whatever they are.
+the rules of stage 1 keep, on what those of stage 2 keep, on that without near duplicates, and on all pairs. Each model
+classifies the same clean held-out images without training examples, and finds the same held-out pairs. `funnel.json`
+holds, by seed, how many pairs of each pollution every variant trained on, and its results; `funnel.md` has the means
+over the seeds and the differences to all pairs, whatever they are.
 
 The scorer is the bundled InternVL-C, which was trained on clean scenes of the same kind: better than CLIP is on the
 web. Its cosines have another scale than CLIP's, so the cut-offs of similarity are shares of clean pairs here.
@@ -25,6 +25,7 @@ from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMix
 from ..extras import extra
 from ..synthetic.tokenizer import caption_tokenizer
 from ..training.curves import RetrievalCurve, ZeroShotCurve
+from ..training.data.dedup import DedupJob, dedup_data
 from ..training.data.filtering import FilterJob, filter_data
 from ..training.data.filters import FILTERS, Filter, with_optional
 from ..training.recipes import ContrastiveRecipe, stage1_bundled
@@ -38,8 +39,14 @@ with extra("train"):
 
 SCORER = Path(__file__).resolve().parents[1] / "internvl_g"
 ALL = "all pairs"
-# Name to the stage whose rules are applied.
-VARIANTS_OF_DATA: dict[str, int | None] = {ALL: None, "rules of stage 1": 1, "rules of stage 2": 2}
+WITHOUT_DUPLICATES = ", no duplicates"
+# Name to the stage whose rules are applied; duplicates are looked for where the name says so.
+VARIANTS_OF_DATA: dict[str, int | None] = {
+    ALL: None,
+    "rules of stage 1": 1,
+    "rules of stage 2": 2,
+    f"rules of stage 2{WITHOUT_DUPLICATES}": 2,
+}
 # Share of clean pairs whose similarity lies below the cut-off, by the stage of the rule.
 LOST_CLEAN_PAIRS = {1: 0.01, 2: 0.05}
 CALIBRATION_SEED = -1
@@ -106,11 +113,22 @@ def pollution_of(shards: Sequence[str]) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def kept_shards(shards: Sequence[str], stage: int | None, rules: tuple[Filter, ...], folder: Path) -> list[str]:
+def kept_shards(
+    shards: Sequence[str], stage: int | None, rules: tuple[Filter, ...], folder: Path, with_duplicates: bool = True
+) -> list[str]:
     """Writes what the rules up to a stage keep, and returns the files; without a stage these are all."""
     if stage is None:
         return list(shards)
     filter_data(FilterJob(tuple(shards), stage, rules, str(folder)))
+    kept = _pairs_in(folder)
+    if with_duplicates:
+        return kept
+    # Scenes are plain: a part of one is like parts of many others, so crops are not looked for.
+    dedup_data(DedupJob(tuple(kept), str(folder / "dedup"), crops=False))
+    return _pairs_in(folder / "dedup")
+
+
+def _pairs_in(folder: Path) -> list[str]:
     return sorted(str(file) for file in (folder / "pairs").iterdir())
 
 
@@ -150,8 +168,8 @@ def ablate_funnel(
             found = report.setdefault(str(seed), {})
             if name in found:
                 continue
-            short = name.replace(" ", "_")
-            kept = kept_shards(shards, stage, rules, folder / f"kept_{short}")
+            short = name.replace(",", "").replace(" ", "_")
+            kept = kept_shards(shards, stage, rules, folder / f"kept_{short}", not name.endswith(WITHOUT_DUPLICATES))
             run_stage1(size.recipe(seed), kept, stage_in(folder / short, resume=True), output / "tokenizer")
             found[name] = {"pairs": pollution_of(kept), "results": measured(folder / short, size.images)}
             file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

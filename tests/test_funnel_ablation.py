@@ -45,16 +45,17 @@ def test_each_pollution_is_what_it_says(scored):
 
 def test_every_variant_is_trained_measured_and_reported_and_a_finished_one_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(funnel, "caption_tokenizer", partial(caption_tokenizer, 20))
-    size = funnel.FunnelAblation(pairs=40, steps=1, images=2, calibration=12, batch_size=4, use_bf16=False)
+    size = funnel.FunnelAblation(pairs=80, steps=1, images=2, calibration=12, batch_size=4, use_bf16=False)
     with few_scenes_and_one_thread():
         report = funnel.ablate_funnel(size, tmp_path / "out", [0])
         found = report["0"]
         assert list(found) == list(funnel.VARIANTS_OF_DATA)
-        every, first, second = (found[name]["pairs"] for name in found)
-        assert sum(every.values()) == 40
+        every, first, second, single = (found[name]["pairs"] for name in found)
+        assert sum(every.values()) == 80
         assert not {"wrong caption", "boilerplate"} & {*first, *second}
         assert first[CLEAN] > every[CLEAN] / 2  # the score of watermarks errs, and a dozen pairs calibrate
         assert second[CLEAN] <= first[CLEAN]
+        assert sum(single.values()) < sum(second.values())
         names = {"zero_shot_digit", "zero_shot_shape", "zero_shot_colour", "recall_at_1_InternVL-C"}
         assert all(set(part["results"]) == names for part in found.values())
 
@@ -73,10 +74,11 @@ def test_the_page_has_means_and_differences_of_every_seed():
             for name, value in zip(funnel.VARIANTS_OF_DATA, values, strict=True)
         }
 
-    lines = funnel.summary_of({"0": seed(0.5, 0.6, 0.4), "1": seed(0.7, 0.9, 0.7)})
-    assert lines[2:5] == [
+    lines = funnel.summary_of({"0": seed(0.5, 0.6, 0.4, 0.5), "1": seed(0.7, 0.9, 0.7, 0.7)})
+    assert lines[2:6] == [
         "| all pairs | 10 | 60.0% |",
         "| rules of stage 1 | 10 | 75.0% (+15.0 +- 7.1) |",
         "| rules of stage 2 | 10 | 55.0% (-5.0 +- 7.1) |",
+        "| rules of stage 2, no duplicates | 10 | 60.0% (+0.0 +- 0.0) |",
     ]
-    assert lines[-1].startswith("| rules of stage 2 | 10 | 0")
+    assert lines[-1].startswith("| rules of stage 2, no duplicates | 10 | 0")
