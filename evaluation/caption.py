@@ -122,7 +122,7 @@ def _metrics(run: TaskRun, kind: str, scores: CaptionScores, tokenizer: str) -> 
     found |= at_most_one({name: metric for name, metric in found.items() if not name.endswith("CIDEr")})
     found[f"{kind}/BLEU-4"] = {
         "value": scores.bleu_4,
-        "interval": list(interval_of_sums(bleu_of_counts, np.asarray(scores.bleu_counts))),
+        "interval": interval_of_sums(bleu_of_counts, np.asarray(scores.bleu_counts)),
         "samples": len(scores.cider),
     }
     if tokenizer != PTB_TOKENIZER:

@@ -16,6 +16,8 @@ from .protocols.protocol import OWN_DATA, TASKS, Protocol, find_protocol, own_pr
 
 
 if TYPE_CHECKING:  # `--help` and wrong arguments need no torch
+    import torch
+
     from .data.items import EvaluationData
     from .reports import Report
 
@@ -38,7 +40,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 # Options of a task besides those of all: the flag, and what argparse is told.
 TASK_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "retrieval": {
-        "--rerank": {"type": int, "metavar": "K", "help": "order K candidates by matching (InternVL-G)"},
+        "--rerank": {"type": positive, "metavar": "K", "help": "order K candidates by matching (InternVL-G)"},
         "--dual-softmax": {"action": "store_true", "help": "weight similarities by a softmax over all queries"},
     },
     "probe": {
@@ -86,6 +88,8 @@ def measure_on_data(options: argparse.Namespace) -> int:
         protocol = replace(protocol, modes=(options.mode,))
     data = open_data(protocol, options.data, options.limit)
     _check_model(options, protocol.task)
+    _check_modes(options, protocol)
+    device_of(options.device)
     output = options.output or _default_output(options, protocol)
     report = _measured(protocol, data, lambda: _load(options, protocol.task), options, output)
     print(card([report]))  # noqa: T201
@@ -120,6 +124,7 @@ def measure_card(options: argparse.Namespace) -> int:
     if not fitting:
         tasks = ", ".join(dict.fromkeys(one.task for one in protocols))
         raise ValueError(f"{options.model} is no model that the protocols below {options.data} measure: {tasks}.")
+    device_of(options.device)
     opened = [(one, open_data(one, options.data, options.limit)) for one in fitting]
     folder = options.output or Path(f"{Path(options.model).resolve().name or 'model'}-card")
     load = cache(partial(_load, options))
@@ -179,6 +184,36 @@ def _check_model(options: argparse.Namespace, task: str) -> None:
         available_tokenizer()
 
 
+def _check_modes(options: argparse.Namespace, protocol: Protocol) -> None:
+    """Check that a model has a mode in which it is to be measured."""
+    if KINDS.get(protocol.task) != CONTRASTIVE:
+        return
+    kind = kind_of(check_kind(options.model, *CONTRASTIVE, door="", subfolder=options.subfolder))
+    own = CONTRASTIVE if kind == "InternVL-G" else CONTRASTIVE[:1]
+    modes = [mode for mode in protocol.modes or own if mode in own]
+    if not modes:
+        raise ValueError(f"{options.model} is an {kind}, which has no mode {', '.join(protocol.modes)}.")
+    rerank = getattr(options, "rerank", None) or protocol.options.get("rerank")
+    if rerank and "InternVL-G" not in modes:
+        raise ValueError("`--rerank` orders what the mode InternVL-G finds, and it is not measured here.")
+
+
+def device_of(name: str | None) -> "torch.device":
+    """The device of a command line; without a name a GPU if there is one.
+
+    Raises:
+        ValueError: If torch knows none of this name here.
+    """
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"`--device {name}` is not here: {str(error).splitlines()[0]}") from error
+
+
 def _fits(options: argparse.Namespace, protocol: Protocol) -> bool:
     """Whether a model can be measured by a protocol."""
     from .segmentation import is_segmenter
@@ -195,9 +230,9 @@ def _fits(options: argparse.Namespace, protocol: Protocol) -> bool:
 
 
 def _load(options: argparse.Namespace, task: str) -> tuple[Any, Any]:
-    import torch
     from transformers import AutoImageProcessor, AutoModel, AutoProcessor
 
+    device = device_of(options.device)
     if task == "segmentation":
         from .segmentation import load_segmenter
 
@@ -210,7 +245,7 @@ def _load(options: argparse.Namespace, task: str) -> tuple[Any, Any]:
     if options.image_size:
         image_processor = getattr(processor, "image_processor", processor)
         image_processor.size = {"height": options.image_size, "width": options.image_size}
-    return model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu")), processor
+    return model.to(device), processor
 
 
 def _image_size(options: argparse.Namespace) -> int | None:
@@ -271,4 +306,4 @@ def _measured(
     return report
 
 
-__all__ = ["KINDS", "TASKS", "add_data_arguments", "measure_card", "measure_on_data", "print_protocols"]
+__all__ = ["KINDS", "TASKS", "add_data_arguments", "device_of", "measure_card", "measure_on_data", "print_protocols"]

@@ -211,10 +211,11 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _load_chat(options: argparse.Namespace) -> tuple[Any, Any]:
-    import torch
     from transformers import AutoModel, AutoProcessor
 
+    from .commands import device_of
+
+    device = device_of(options.device)
     where = {"pretrained_model_name_or_path": options.model, "subfolder": options.subfolder}
     model = AutoModel.from_pretrained(**where, dtype=options.dtype).eval()
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device), AutoProcessor.from_pretrained(**where)

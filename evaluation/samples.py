@@ -89,12 +89,14 @@ class SampleLog:
     def _read(self) -> None:
         """Takes over what is in the file."""
         found, samples = read_samples(self.path) if self.path.exists() else ({}, [])
-        if found and (differing := differing_settings(found, self.settings)):
+        differing = differing_settings(found, self.settings)
+        if differing and samples:
             raise ValueError(
                 f"{self.path} holds results of other settings ({differing}): delete it, or name another file."
             )
         self.done: dict[str, Sample] = {sample["id"]: sample for sample in samples}
-        self.is_new = not found
+        # A run that ended before its first result keeps nobody from another.
+        self.is_new = bool(differing) or not (found or samples)
 
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)

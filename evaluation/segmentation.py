@@ -211,7 +211,7 @@ def summarise_segmentation(areas: np.ndarray, names: Sequence[str]) -> dict[str,
     if not total.any():
         raise ValueError("No pixel of the annotations has a class: nothing can be measured.")
     for name, figure in {"mIoU": mean_iou, "mean accuracy": mean_accuracy, "pixel accuracy": pixel_accuracy}.items():
-        interval = list(interval_of_sums(figure, areas))
+        interval = interval_of_sums(figure, areas)
         metrics[name] = {"value": float(figure(total)), "interval": interval, "samples": len(areas)}
     by_class = zip(names, class_ious(total), strict=True)
     metrics["mIoU"]["classes"] = {name: float(iou) for name, iou in by_class if np.isfinite(iou)}

@@ -49,7 +49,7 @@ class BadRows:
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_rate <= 1:
-            raise ValueError(f"`max_rate` is a share of the rows, between 0 and 1, got {self.max_rate}.")
+            raise ValueError(f"{self.limit} is a share of the rows, between 0 and 1, got {self.max_rate}.")
 
     def count(self, place: str | None = None, reason: object = "") -> None:
         """Counts one row.

@@ -423,7 +423,7 @@ def test_what_is_no_json_is_refused_in_one_line(tmp_path, capsys):
     (tmp_path / "results.json").write_text("{")
     assert main([str(tmp_path / "results.json"), "--output", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "holds no results of a harness: it is no JSON" in line
+    assert "results.json is no JSON" in line
 
 
 SAMPLE = {

@@ -9,12 +9,14 @@ from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from internvl.evaluation import commands
 from internvl.evaluation.__main__ import main
 from internvl.evaluation.card import table
+from internvl.evaluation.corpus_intervals import at_most_one, interval_of_sums
 from internvl.evaluation.data.annotations import read_annotations, read_parallel
 from internvl.evaluation.data.folders import match_folders
 from internvl.evaluation.data.opening import open_data
@@ -62,7 +64,8 @@ def measured(monkeypatch):
 
     monkeypatch.setattr("internvl.evaluation.runs.measure", measure)
     monkeypatch.setattr(commands, "_load", lambda *_: (None, None))
-    monkeypatch.setattr(commands, "_check_model", lambda *_: None)
+    for check in ("_check_model", "_check_modes"):
+        monkeypatch.setattr(commands, check, lambda *_: None)
     monkeypatch.setattr(commands, "_image_size", lambda *_: 448)
     return calls
 
@@ -253,6 +256,18 @@ def test_a_second_run_may_not_write_into_the_first(tmp_path):
     assert len(read_samples(path)[1]) == 2
 
 
+def test_a_run_without_results_leaves_its_file_to_others(tmp_path):
+    path = tmp_path / "s.jsonl"
+    with SampleLog(path, {"image_size": 100_000}):
+        pass
+    with SampleLog(path, {"image_size": 448}) as log:
+        assert log.is_new
+        log.add({"id": "a", "scores": {"acc": 1}})
+    assert read_samples(path) == ({"image_size": 448}, [{"id": "a", "scores": {"acc": 1}}])
+    with pytest.raises(ValueError, match="image_size 448, now 98"):
+        SampleLog(path, {"image_size": 98})
+
+
 def test_features_that_were_cut_off_are_computed_again(tmp_path):
     def features(computed):
         def compute(batch):
@@ -271,6 +286,14 @@ def test_features_that_were_cut_off_are_computed_again(tmp_path):
     assert len(again) == 6
 
 
+def test_one_sample_has_no_interval():
+    parts = np.arange(6.0).reshape(1, 6)
+    assert interval_of_sums(lambda sums: sums[..., 0], parts) is None
+    assert interval_of_sums(lambda sums: sums[..., 0], np.concatenate([parts, parts])) == [0, 0]
+    metrics = at_most_one({"one": {"value": 0.5, "interval": None}, "two": {"value": 0.9, "interval": [0.8, 1.1]}})
+    assert [metric["interval"] for metric in metrics.values()] == [None, [0.8, 1.0]]
+
+
 # --------------------------------------------------------------------------------------------------------------- names
 def test_names_that_are_no_utf_8_are_written_and_shown(tmp_path, capsys):
     report = {"task": "x", "model": "m\udc80", "settings": {}, "metrics": {}}
@@ -281,3 +304,30 @@ def test_names_that_are_no_utf_8_are_written_and_shown(tmp_path, capsys):
     assert "\x1b" not in shown
     options = argparse.Namespace(model="/", subfolder="", data="/a b/\u00e4 \udc80.json")
     assert str(commands._default_output(options, own_protocol("caption"))) == "model-caption-\u00e4.json"
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--device", "nonsense"], "`--device nonsense` is not here"),
+        (["--device", "cuda:99"], "`--device cuda:99` is not here"),
+        (["--mode", "InternVL-C", "--rerank", "3"], "`--rerank` orders what the mode InternVL-G finds"),
+    ],
+)
+def test_options_that_cannot_be_are_one_line_before_a_model_is_loaded(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "_load", lambda *_: pytest.fail("loaded"))
+    path = write_captions(tmp_path / "captions", ["a", "b"])
+    model = Path(__file__).resolve().parents[1] / "internvl_g"
+    assert main(["retrieval", str(model), "--data", str(path), "--output", str(tmp_path / "r.json"), *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_model_without_a_mode_is_not_measured_in_it(monkeypatch):
+    monkeypatch.setattr(commands, "check_kind", lambda *_, **__: None)
+    monkeypatch.setattr(commands, "kind_of", lambda _: "InternVL-C")
+    protocol = replace(own_protocol("zero_shot"), modes=("InternVL-G",))
+    with pytest.raises(ValueError, match="m is an InternVL-C, which has no mode InternVL-G"):
+        commands._check_modes(argparse.Namespace(model="m", subfolder=""), protocol)

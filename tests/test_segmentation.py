@@ -89,7 +89,7 @@ def test_the_mean_iou_of_a_set_is_that_of_its_summed_areas():
     assert mean_iou(areas.sum(axis=0)) == mean_iou(together)
     low, high = interval_of_sums(mean_iou, areas)
     assert low < mean_iou(together) < high
-    assert interval_of_sums(mean_iou, areas[:1]) == pytest.approx([float(mean_iou(areas[0]))] * 2)
+    assert interval_of_sums(mean_iou, areas[:1]) is None  # one image does not show how much images differ
 
 
 def test_intervals_of_sums_cover_as_often_as_they_say():
