@@ -330,6 +330,7 @@ def build_server(door: Door, options: argparse.Namespace) -> litserve.LitServer:
         disable_openapi_url=True,
         restart_workers=True,
     )
+    server.uvicorn_graceful_timeout = options.timeout  # LitServe's 30 s would cut off what may take as long
     server.app.add_api_route("/v1/models", spec.models, methods=["GET"])
     for kind in (AnyHTTPException, Exception):
         server.app.add_exception_handler(kind, as_openai_error)
