@@ -102,7 +102,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class LoadRow:
-    """What one run showed; `is_met` says whether it is as it should be."""
+    """What one run showed; `memory_mb` has a median for each tenth of the time after the warm-up."""
 
     workers: int
     clients: int
@@ -113,7 +113,7 @@ class LoadRow:
     mixed: int
     p50_ms: float
     p95_ms: float
-    memory_mb: float
+    memory_mb: list[float]
     growth: float
     refused: int
     not_refused: int
@@ -140,7 +140,7 @@ class LoadRow:
         return (
             f"{self.workers} worker(s), {self.clients} clients, {self.minutes:g} min: {self.answers} answers "
             f"({self.vectors} vectors), {self.lost} lost, {self.mixed} mixed; p50 {self.p50_ms:.0f} ms, p95 "
-            f"{self.p95_ms:.0f} ms; memory {self.memory_mb:.0f} MB, x{self.growth:.3f}; hostile: {self.refused} "
+            f"{self.p95_ms:.0f} ms; memory {self.memory_mb[-1]:.0f} MB, x{self.growth:.3f}; hostile: {self.refused} "
             f"refused, {self.not_refused} not; killed: {self.processes_left} processes left, serving again after "
             f"{_shown(self.restart_seconds)}; stopped after {_shown(self.stop_seconds)}, "
             f"{self.answered_while_stopping} answered: {'as it should be' if self.is_met else 'NOT as it should be'}"
@@ -151,12 +151,16 @@ def _shown(seconds: float | None) -> str:
     return "never" if seconds is None else f"{seconds:.1f} s"
 
 
+def tenths_of(samples: list[float]) -> list[float]:
+    """The medians of the tenths of the samples after the warm-up; one median of all where they are few."""
+    kept = samples[int(WARM_UP * len(samples)) :]
+    parts = np.array_split(np.array(kept), TENTHS if len(kept) >= TENTHS else 1)
+    return [statistics.median(part.tolist()) for part in parts]
+
+
 def growth_of(samples: list[float]) -> float:
     """How much higher the highest tenth of the samples after the warm-up is than the first one."""
-    kept = samples[int(WARM_UP * len(samples)) :]
-    if len(kept) < TENTHS:
-        return 1.0
-    medians = [statistics.median(part.tolist()) for part in np.array_split(np.array(kept), TENTHS)]
+    medians = tenths_of(samples)
     return max(medians) / medians[0]
 
 
@@ -280,7 +284,7 @@ def measure_endpoint(server: ServerProcess, options: argparse.Namespace, workers
         mixed=tally.mixed,
         p50_ms=float(np.percentile(milliseconds, 50)),
         p95_ms=float(np.percentile(milliseconds, 95)),
-        memory_mb=memory[-1] / 1e6 if memory else 0.0,
+        memory_mb=[round(tenth / 1e6, 1) for tenth in tenths_of(memory)],
         growth=growth_of(memory),
         refused=sum(tally.refused.values()) - bad,
         not_refused=bad,

@@ -150,7 +150,7 @@ def test_growth_is_measured_after_the_warm_up():
 
 GOOD = {
     "workers": 1, "clients": 2, "minutes": 1.0, "answers": 5, "vectors": 9, "lost": 0, "mixed": 0, "p50_ms": 1.0,
-    "p95_ms": 2.0, "memory_mb": 3.0, "growth": 1.05, "refused": 9, "not_refused": 0, "processes_left": 0,
+    "p95_ms": 2.0, "memory_mb": [3.0], "growth": 1.05, "refused": 9, "not_refused": 0, "processes_left": 0,
     "restart_seconds": 1.0, "answered_while_stopping": "8 of 8", "stop_seconds": 1.0, "examples": [],
 }  # fmt: skip
 
