@@ -99,14 +99,14 @@ APP := .app/bin/python
 .app/ready: constraints.txt pyproject.toml
 	python3 -m venv .app
 	$(APP) -m pip install --quiet --disable-pip-version-check $(GRADIO)
-	$(APP) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[search]'
+	$(APP) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[evaluate,search]'
 	touch $@
 
 app: .app/ready ## a page: chat, classification, search, captions; PAGE="--model DIR --images DIR" for yours
 	$(APP) -m internvl.serving page $(if $(PAGE),$(PAGE),--images examples)
 
 .app/tested: .app/ready
-	$(APP) -m pip install --quiet --disable-pip-version-check -c constraints.txt pytest pytest-timeout playwright
+	$(APP) -m pip install --quiet --disable-pip-version-check -c constraints.txt pytest pytest-timeout playwright requests
 	touch $@
 
 test-app: .app/tested ## the page in headless Chromium
