@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 from .configuration_internlm2 import InternLM2Config  # noqa: E402
 
 
+MODES = ("InternVL-C", "InternVL-G")
 NORM_TYPES = ("rms_norm", "layer_norm")
 DROP_PATH_SCHEDULES = ("linear", "uniform")
 CONNECTORS = ("patches", "queries", "queries_and_patches")
@@ -260,6 +261,8 @@ class InternVL14BConfig(PretrainedConfig):
         label_smoothing: Of the contrastive loss in training.
         max_txt_len: Text length of generative training.
         force_image_size: Size of the images the model is used with; None takes `vision_config.image_size`.
+        default_mode: "InternVL-C" or "InternVL-G", the features of images where a call names no mode; also those of
+            sentence-transformers and of the embeddings API.
         num_query_token, cross_attention_frequency: Shorthands that override the values inside `qllama_config`.
     """
 
@@ -282,6 +285,7 @@ class InternVL14BConfig(PretrainedConfig):
     label_smoothing: float = 0.0
     max_txt_len: int = 32
     force_image_size: int | None = None
+    default_mode: str = MODES[0]
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 
@@ -295,6 +299,7 @@ class InternVL14BConfig(PretrainedConfig):
         )
         heads, of_part = self.attn_pool_num_heads, "hidden_size of the {} part"
         _check_multiple(of_part.format("vision"), self.vision_config.hidden_size, "attn_pool_num_heads", heads)
+        _check_choice("default_mode", self.default_mode, MODES)
         if self.has_queries:
             _check_multiple(of_part.format("QLLaMA"), self.qllama_config.hidden_size, "attn_pool_num_heads", heads)
         super().__post_init__(**kwargs)

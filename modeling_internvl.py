@@ -6,6 +6,7 @@ is a plain LLaMA, and what belongs to the queries is absent. Contrastive texts w
 end token, which the processor adds, are completed. Shape letters as in modeling_internvit.
 """
 
+import os
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -19,19 +20,19 @@ from transformers.generation import BaseStreamer
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
-from .configuration_internvl import InternVLConfig
+from .configuration_internvl import MODES, InternVLConfig
 from .feature_cache_internvl import CachesImageFeatures
 from .hub_internvl import HubModelMixin, OwnParameters
 from .keywords_internvl import refuse_unknown
 from .layers_internvl import InternVLAttentionPooling, InternVLPoolingAttention
 from .modeling_internvit import InternVisionModel
 from .modeling_qllama import QLlamaForCausalLM, QLlamaTextEncoder
+from .sentence_files_internvl import write_sentence_files
 from .texts_internvl import PROCESSOR_HINT, ContrastiveTexts, pad_row, pad_token_id
 
 
 logger = logging.get_logger(__name__)
 
-MODES = ("InternVL-C", "InternVL-G")
 # Settings of a generation that would count or cut the prompt without the queries in front of it.
 NOT_BEHIND_QUERIES = ("assistant_early_exit", "inputs_embeds", "position_ids", "prefill_chunk_size")
 
@@ -160,6 +161,14 @@ class InternVLModel(CachesImageFeatures, InternVLPreTrainedModel):
         self.post_init()
         self.own_parameters = OwnParameters(self)
 
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """As in transformers; sentence-transformers loads the folder too."""
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            write_sentence_files(save_directory)
+
     def get_decoder(self) -> nn.Module:
         """QLLaMA without its head."""
         return self.qllama.model
@@ -205,7 +214,7 @@ class InternVLModel(CachesImageFeatures, InternVLPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        mode: str = "InternVL-C",
+        mode: str | None = None,
         return_loss: bool = False,
         image: torch.Tensor | None = None,
         text: torch.Tensor | None = None,
@@ -218,7 +227,7 @@ class InternVLModel(CachesImageFeatures, InternVLPreTrainedModel):
             input_ids: (B_text, L) texts, as in `get_text_features`.
             pixel_values: (B_image, 3, height, width).
             attention_mask: (B_text, L), as in `get_text_features`.
-            mode: "InternVL-C" or "InternVL-G".
+            mode: "InternVL-C" or "InternVL-G"; None takes `config.default_mode`.
             return_loss: Whether to compute the contrastive loss of a batch of pairs.
             image: The published name of `pixel_values`. A call with it returns the plain pair
                 `(logits_per_image, logits_per_text)`, as published snippets unpack it.
@@ -245,11 +254,12 @@ class InternVLModel(CachesImageFeatures, InternVLPreTrainedModel):
             raise ValueError(f"`return_loss` needs pairs, got {len(pixel_values)} images and {len(input_ids)} texts.")
         if is_published_call:
             kwargs["return_dict"] = True
-        outputs = self._forward(input_ids, pixel_values, attention_mask, check_mode(mode), return_loss, **kwargs)
+        mode = check_mode(mode or self.config.default_mode)
+        outputs = self._forward(input_ids, pixel_values, attention_mask, mode, return_loss, **kwargs)
         return (outputs.logits_per_image, outputs.logits_per_text) if is_published_call else outputs
 
     def get_image_features(
-        self, pixel_values: torch.Tensor, mode: str = "InternVL-C", **kwargs: Unpack[TransformersKwargs]
+        self, pixel_values: torch.Tensor, mode: str | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> torch.Tensor:
         """Image embeddings (B, E), not normalised.
 
@@ -257,14 +267,14 @@ class InternVLModel(CachesImageFeatures, InternVLPreTrainedModel):
 
         Args:
             pixel_values: (B, 3, height, width).
-            mode: "InternVL-C" or "InternVL-G".
+            mode: "InternVL-C" or "InternVL-G"; None takes `config.default_mode`.
             **kwargs: Accepted and unused: what transformers hands to every model.
 
         Raises:
             ValueError: An unknown keyword or `mode`, or no queries for "InternVL-G".
         """
         refuse_unknown(kwargs, "`get_image_features`", ("num_patches",))
-        mode = check_mode(mode)
+        mode = check_mode(mode or self.config.default_mode)
         if mode == "InternVL-G":
             self._check_has_queries('`mode` "InternVL-G"')
         return self._cached_features(pixel_values, partial(self._image_features, mode=mode), mode)
@@ -418,7 +428,7 @@ class InternVLModel(CachesImageFeatures, InternVLPreTrainedModel):
             settings["streamer"] = CaptionStreamer(settings["streamer"], self.config.num_query_token)
         return settings
 
-    def encode_image(self, image: torch.Tensor, mode: str = "InternVL-C") -> torch.Tensor:
+    def encode_image(self, image: torch.Tensor, mode: str | None = None) -> torch.Tensor:
         """Published name of `get_image_features`."""
         return self.get_image_features(image, mode=mode)
 

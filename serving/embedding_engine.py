@@ -39,7 +39,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..console import printable
 from ..evaluation.indexing import ModelPlace
 from ..image_download_internvl import download
-from ..image_loading_internvl import read_image
+from ..image_loading_internvl import LOCAL_FILES, read_image
 from .embedding_requests import EmbeddingInput, RequestReader, UnknownModelError, answer
 
 
@@ -315,7 +315,7 @@ def build_server(door: Door, options: argparse.Namespace) -> litserve.LitServer:
     api = EmbeddingsAPI(
         door.place,
         door.mode,
-        max(1, (os.cpu_count() or 1) // options.workers),
+        max(1, torch.get_num_threads() // options.workers),
         max_batch_size=options.max_batch_size,
         batch_timeout=options.batch_wait,
         loop=WaitingLoop(),
@@ -339,6 +339,7 @@ def build_server(door: Door, options: argparse.Namespace) -> litserve.LitServer:
 
 def serve(door: Door, options: argparse.Namespace) -> None:
     """Serves until it is stopped; requests that were begun are answered."""
+    os.environ[LOCAL_FILES] = "0"  # in every process
     server = build_server(door, options)
     _stop_on_signals()
     gc.freeze()  # processes that are forked share what is not collected, and the first one ends without searching it

@@ -25,7 +25,7 @@ class UnknownModelError(ValueError):
 
 
 @dataclass(frozen=True)
-class RequestLimits:
+class EmbeddingLimits:
     """What a request may ask for.
 
     Args:
@@ -91,7 +91,7 @@ class RequestReader:
 
     model: str
     config: PretrainedConfig
-    limits: RequestLimits = field(default_factory=RequestLimits)
+    limits: EmbeddingLimits = field(default_factory=EmbeddingLimits)
 
     def read(self, body: Any) -> EmbeddingsRequest:
         """Returns the request.
@@ -230,4 +230,4 @@ def _encoded(vectors: np.ndarray, encoding_format: str) -> Sequence[list[float] 
     return vectors.tolist()
 
 
-__all__ = ["EmbeddingInput", "EmbeddingsRequest", "RequestLimits", "RequestReader", "UnknownModelError", "answer"]
+__all__ = ["EmbeddingInput", "EmbeddingLimits", "EmbeddingsRequest", "RequestReader", "UnknownModelError", "answer"]

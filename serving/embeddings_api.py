@@ -5,19 +5,12 @@ import os
 from dataclasses import fields
 from pathlib import PurePath
 
+from ..evaluation.commands import DTYPES, positive
 from ..extras import extra
 
 
 HOSTS = ("127.0.0.1", "0.0.0.0", "::")  # those that LitServe takes
-MODES = {"C": "InternVL-C", "G": "InternVL-G"}
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-def _above_zero(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
+SHORT_MODES = {"C": "InternVL-C", "G": "InternVL-G"}
 
 
 def _port(text: str) -> int:
@@ -39,7 +32,9 @@ def add_embeddings_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or Hub name of an InternVL-C or -G")
     parser.add_argument("--subfolder", default="", help="where in the folder the model lies")
     parser.add_argument("--name", help="under which it is served (default: that of the folder)")
-    parser.add_argument("--mode", choices=(*MODES, *MODES.values()), help="of images (default: the configuration's)")
+    parser.add_argument(
+        "--mode", choices=(*SHORT_MODES, *SHORT_MODES.values()), help="of images (default: the configuration's)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as they are saved)")
     parser.add_argument("--host", choices=HOSTS, default=HOSTS[0], help=f"(default: {HOSTS[0]}, this machine alone)")
     parser.add_argument("--port", type=_port, default=8000, metavar="N", help="(default: 8000)")
@@ -56,7 +51,7 @@ def add_embeddings_arguments(parser: argparse.ArgumentParser) -> None:
     }
     for name, (default, summary) in numbers.items():
         shown = f"{summary} (default: {default})"
-        parser.add_argument(f"--{name}", type=_above_zero, default=default, metavar="N", help=shown)
+        parser.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=shown)
     shown = "addresses of a request (default: 16; 0 fetches none)"
     parser.add_argument("--max-image-urls", type=int, default=16, metavar="N", help=shown)
     seconds = {
@@ -82,17 +77,17 @@ def run(options: argparse.Namespace) -> None:
 
     from ..evaluation.indexing import ModelPlace
     from ..kinds import check_kind
-    from .embedding_requests import RequestLimits, RequestReader
+    from .embedding_requests import EmbeddingLimits, RequestReader
 
     config = check_kind(
         options.model, "InternVL-C", "InternVL-G", door="an embeddings API", subfolder=options.subfolder
     )
-    mode = MODES.get(options.mode, options.mode) or MODES["C"]
-    if mode == MODES["G"] and not config.has_queries:
+    mode = SHORT_MODES.get(options.mode, options.mode) or config.default_mode
+    if mode == SHORT_MODES["G"] and not config.has_queries:
         raise ValueError(f"{options.model} is InternVL-C alone: its model has no queries, which mode G reads.")
     with extra("serving"):
         from .embedding_engine import Door, serve
-    limits = RequestLimits(**{one.name: getattr(options, one.name) for one in fields(RequestLimits)})
+    limits = EmbeddingLimits(**{one.name: getattr(options, one.name) for one in fields(EmbeddingLimits)})
     name = options.name or PurePath(os.path.abspath(options.model), options.subfolder).name
     place = ModelPlace(options.model, options.subfolder, options.dtype)
     processor = AutoProcessor.from_pretrained(options.model, subfolder=options.subfolder)

@@ -9,15 +9,15 @@ import pytest
 from internvl import InternVLConfig
 from internvl.serving.embedding_requests import (
     EmbeddingInput,
+    EmbeddingLimits,
     EmbeddingsRequest,
-    RequestLimits,
     RequestReader,
     UnknownModelError,
     answer,
 )
 
 
-LIMITS = RequestLimits(max_inputs=3, max_characters=12, max_image_urls=1)
+LIMITS = EmbeddingLimits(max_inputs=3, max_characters=12, max_image_urls=1)
 READER = RequestReader("ours", InternVLConfig(clip_embed_dim=8), LIMITS)
 DATA = "data:image/png;base64," + "A" * 40
 

@@ -2,7 +2,7 @@
 
 - recognition: all formats; format: what one is; content: a model between reading and writing
 - own_format: this package's; published_format, published_settings, published_files: the published Hub layouts;
-  hub_settings: configurations of both; sentence_files: files of sentence-transformers
+  hub_settings: configurations of both
 - native_format, native_settings, native_tables, native_files: transformers' own InternVL
 - raw_formats, raw_towers, raw_files: files of the published training code
 - llava_formats, llava_parts: chat checkpoints of the LLaVA code base; image_token: the token they lack

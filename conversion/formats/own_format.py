@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ...sentence_files_internvl import write_sentence_files
 from ..readers.damages import DAMAGES
 from ..readers.source import Source
 from ..readers.tensors import Tensors
@@ -17,7 +18,6 @@ from .content import Content
 from .format import Format
 from .hub_settings import CHAT_MARKS, CONTRASTIVE_MARKS, VISION_MARKS, map_chat, map_vision, spelled_out
 from .parts import FACT_KEYS
-from .sentence_files import write_sentence_files
 
 
 @dataclass(frozen=True, kw_only=True)
