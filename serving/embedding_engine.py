@@ -82,11 +82,12 @@ class EmbeddingsAPI(litserve.LitAPI):
         self.place = place
         self.mode = mode
         self.threads = threads
+        self.first = os.getpid()
 
     def setup(self, device: str) -> None:
         """Loads the model."""
         os.setpgrp()  # the first process ends workers after the answers: a signal to its group is not for them
-        end_with_parent()
+        end_with(self.first)
         torch.set_num_threads(self.threads)
         disable_progress_bar()
         self.model, self.processor = self.place.load(device)
@@ -284,16 +285,15 @@ async def as_openai_error(request: Request, error: Exception) -> Response:
 
 
 # ----------------------------------------------------------------------------------------------------------- processes
-def end_with_parent() -> None:
+def end_with(parent: int) -> None:
     """Ends this process when its parent does, which a kill gives no time to end it."""
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True, name="end with parent").start()
+    threading.Thread(target=watch, daemon=True, name="end with the parent").start()
 
 
 def _stop_on_signals() -> None:
@@ -306,7 +306,7 @@ def _stop_on_signals() -> None:
 
     for one in (signal.SIGINT, signal.SIGTERM):
         signal.signal(one, stop)
-    os.register_at_fork(after_in_child=end_with_parent)
+    os.register_at_fork(after_in_child=lambda: end_with(first))
 
 
 def build_server(door: Door, options: argparse.Namespace) -> litserve.LitServer:
