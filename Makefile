@@ -109,8 +109,9 @@ app: .app/ready ## a page: chat, classification, search, captions; PAGE="--model
 	$(APP) -m pip install --quiet --disable-pip-version-check -c constraints.txt pytest pytest-timeout playwright requests
 	touch $@
 
-test-app: .app/tested ## the page in headless Chromium
+test-app: .app/tested ## the page in headless Chromium, and its guide
 	$(APP) -m pytest --noconftest tests/test_app_page.py
+	$(APP) -m pytest 'tests/test_serving_guide.py::test_the_guide_is_right[A page]'
 
 # The root checkpoint from nothing, stage by stage; what was stopped goes on. glibc returns large blocks to the system after
 # each use: keeping them makes a step a fifth faster.
