@@ -118,7 +118,10 @@ def commands_in(documents: list) -> dict[tuple[str, str], set[str]]:
         text = document.read_text(encoding="utf-8").replace("\\\n", " ")
         for name, rest in re.findall(r"-m (internvl\.[a-z_.]*[a-z_])((?: [^`\n#]*)?)", text):
             words = re.sub(r"[\[\]']", " ", rest).split()
-            first = words[0] if words and name not in ("internvl.chat", "internvl.demo", "internvl.conversion") else ""
+            takes_a_path = name in ("internvl.chat", "internvl.demo") or (
+                name == "internvl.conversion" and words[:1] != ["assemble"]
+            )
+            first = words[0] if words and not takes_a_path else ""
             for command in first.split("|") if re.fullmatch(r"[a-z_0-9|]+", first) else [""]:
                 options = found.setdefault((name, command), set())
                 options |= {word.partition("=")[0] for word in words if word.startswith("--")}
