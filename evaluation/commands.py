@@ -89,7 +89,7 @@ def measure_on_data(options: argparse.Namespace) -> int:
     data = open_data(protocol, options.data, options.limit)
     _check_model(options, protocol.task)
     _check_modes(options, protocol)
-    device_of(options.device)
+    named_device(options.device)
     output = options.output or _default_output(options, protocol)
     report = _measured(protocol, data, lambda: _load(options, protocol.task), options, output)
     print(card([report]))  # noqa: T201
@@ -124,7 +124,7 @@ def measure_card(options: argparse.Namespace) -> int:
     if not fitting:
         tasks = ", ".join(dict.fromkeys(one.task for one in protocols))
         raise ValueError(f"{options.model} is no model that the protocols below {options.data} measure: {tasks}.")
-    device_of(options.device)
+    named_device(options.device)
     opened = [(one, open_data(one, options.data, options.limit)) for one in fitting]
     folder = options.output or Path(f"{Path(options.model).resolve().name or 'model'}-card")
     load = cache(partial(_load, options))
@@ -198,7 +198,7 @@ def _check_modes(options: argparse.Namespace, protocol: Protocol) -> None:
         raise ValueError("`--rerank` orders what the mode InternVL-G finds, and it is not measured here.")
 
 
-def device_of(name: str | None) -> "torch.device":
+def named_device(name: str | None) -> "torch.device":
     """The device of a command line; without a name a GPU if there is one.
 
     Raises:
@@ -232,7 +232,7 @@ def _fits(options: argparse.Namespace, protocol: Protocol) -> bool:
 def _load(options: argparse.Namespace, task: str) -> tuple[Any, Any]:
     from transformers import AutoImageProcessor, AutoModel, AutoProcessor
 
-    device = device_of(options.device)
+    device = named_device(options.device)
     if task == "segmentation":
         from .segmentation import load_segmenter
 
@@ -306,4 +306,12 @@ def _measured(
     return report
 
 
-__all__ = ["KINDS", "TASKS", "add_data_arguments", "device_of", "measure_card", "measure_on_data", "print_protocols"]
+__all__ = [
+    "KINDS",
+    "TASKS",
+    "add_data_arguments",
+    "measure_card",
+    "measure_on_data",
+    "named_device",
+    "print_protocols",
+]

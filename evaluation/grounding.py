@@ -213,9 +213,9 @@ def run(options: argparse.Namespace) -> None:
 def _load_chat(options: argparse.Namespace) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoProcessor
 
-    from .commands import device_of
+    from .commands import named_device
 
-    device = device_of(options.device)
+    device = named_device(options.device)
     where = {"pretrained_model_name_or_path": options.model, "subfolder": options.subfolder}
     model = AutoModel.from_pretrained(**where, dtype=options.dtype).eval()
     return model.to(device), AutoProcessor.from_pretrained(**where)
