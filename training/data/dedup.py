@@ -178,7 +178,7 @@ def _fingerprint_all(job: DedupJob) -> tuple[Images, Images]:
     sources += [(folder / f"against-{number:06d}.parquet", part.read) for number, part in enumerate(parts)]
     for file, read in tqdm(sources, "fingerprints", leave=False, disable=None, delay=1):
         if not file.is_file():
-            write_fingerprints(read(), file, BadRows(max_rate=job.max_bad_rate))
+            write_fingerprints(read(), file, BadRows(max_rate=job.max_bad_rate, limit="`--max-bad-rate`"))
     files = [file for file, _ in sources]
     return read_fingerprints(files[: len(job.shards)]), read_fingerprints(files[len(job.shards) :])
 

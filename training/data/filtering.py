@@ -105,7 +105,7 @@ class ShardFilter:
         self.shard = shard
         self.write = write
         self.funnel = Funnel(job.stage, job.rules)
-        self.bad_rows = BadRows(max_rate=job.max_bad_rate)
+        self.bad_rows = BadRows(max_rate=job.max_bad_rate, limit="`--max-bad-rate`")
         self.columns: set[str] = set()
 
     def run(self) -> ShardCount:
@@ -305,7 +305,7 @@ def filter_report(job: FilterJob, counts: Sequence[ShardCount]) -> dict[str, Any
     Raises:
         TooManyBadRowsError: If more of all rows are broken than allowed.
     """
-    funnel, bad_rows = Funnel(job.stage, job.rules), BadRows(max_rate=job.max_bad_rate)
+    funnel, bad_rows = Funnel(job.stage, job.rules), BadRows(max_rate=job.max_bad_rate, limit="`--max-bad-rate`")
     for count in counts:
         funnel.add(count.seen, count.kept, count.tallies)
         bad_rows.seen += count.seen + count.broken
