@@ -194,7 +194,7 @@ class EmbeddingsSpec(OpenAIEmbeddingSpec):
         """Returns the body of a request, which must come in time."""
         length = request.headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self.max_body_bytes:
-            raise HTTPException(413, f"A body may have {self.max_body_bytes} bytes.")
+            raise HTTPException(413, f"The body is too large: it may have {self.max_body_bytes} bytes.")
         try:
             async with asyncio.timeout(self.timeout):
                 return await request.body()

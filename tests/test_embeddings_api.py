@@ -136,7 +136,7 @@ def test_images_are_fetched_from_a_field_of_their_own(server, address, loaded): 
 
 def test_private_hosts_are_refused_without_telling_why(address, no_proxy):  # noqa: F811
     limits = Namespace(download_seconds=5, max_image_bytes=100)
-    spec = EmbeddingsSpec(Namespace(reader=Namespace(limits=limits)), timeout=5, max_batch_size=1)
+    spec = EmbeddingsSpec(Namespace(reader=Namespace(limits=limits)), timeout=5, max_batch_size=1, max_body_bytes=100)
     with pytest.raises(ValueError, match=r"image_urls\[0\] cannot be fetched: no public host") as refusal:
         spec._fetch(Namespace(value=f"{address}/good.png", name="image_urls[0]"))
     assert "127.0.0.1" not in str(refusal.value)
