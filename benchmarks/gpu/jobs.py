@@ -158,7 +158,7 @@ def rows_of_part(title: str, part: Part, setting: Setting, deadline: float) -> I
 
 
 def free(setting: Setting) -> None:
-    """Hands back what nothing holds any more."""
-    gc.collect()
+    """Hands back memory of the device that nothing holds any more."""
     if setting.device == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
