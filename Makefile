@@ -22,8 +22,9 @@ help: ## this list
 demo: $(READY) ## the bundled checkpoint answers questions about the bundled images
 	$(PYTHON) -m internvl.demo
 
-# One worker a core, but no more than eight: each takes some 3 GB. A file's tests stay together, since they share fixtures.
-PYTEST := -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+# One worker a core, but no more than eight: each takes some 3 GB. A file's tests stay together, since they share fixtures;
+# in order of their names, since files of few tests are not the quick ones and would all come last.
+PYTEST := -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test: $(READY) ## the CPU test suite (default)
 	$(PYTHON) $(PYTEST)

@@ -43,6 +43,7 @@ def test_each_pollution_is_what_it_says(scored):
     assert noticed[False, False] > 5 * noticed[False, True]
 
 
+@pytest.mark.slow
 def test_every_variant_is_trained_measured_and_reported_and_a_finished_one_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(funnel, "caption_tokenizer", partial(caption_tokenizer, 20))
     size = funnel.FunnelAblation(pairs=80, steps=1, images=2, calibration=12, batch_size=4, use_bf16=False)

@@ -21,7 +21,11 @@ def clone(tmp_path_factory):
     return copy_by_links(tmp_path_factory.mktemp("guide") / "clone")
 
 
-@pytest.mark.parametrize("section", GUIDE)
+# Of these everything but the text itself is tested elsewhere.
+SLOW = ("Embeddings", "On the Hub", "Export")
+
+
+@pytest.mark.parametrize("section", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in GUIDE])
 def test_the_guide_is_right(section, clone):
     reader = Reader(clone, Path(sys.executable), OFFLINE)
     reader.follow(GUIDE[section])
