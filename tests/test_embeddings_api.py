@@ -95,14 +95,17 @@ def vectors(answer: tuple[int, dict]) -> np.ndarray:
     return np.array([one["embedding"] for one in body["data"]], np.float32)
 
 
+def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
+    """Equal but for the order of sums: the server may compute with another number of threads."""
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_features_are_those_of_the_model(server, loaded):
     for text in TEXTS:
-        np.testing.assert_array_equal(
-            vectors(post(server, {"input": text, "normalize": False})), features_of(loaded, [text])
-        )
+        assert_close(vectors(post(server, {"input": text, "normalize": False})), features_of(loaded, [text]))
     for image in IMAGES:
         found = vectors(post(server, {"input": data_url(image), "normalize": False}))
-        np.testing.assert_array_equal(found, features_of(loaded, images=[image]))
+        assert_close(found, features_of(loaded, images=[image]))
         assert np.abs(found - features_of(loaded, images=[image], mode="InternVL-C")).max() > 0.1
 
 
