@@ -53,9 +53,9 @@ MOST_SCANS = 50
 MOST_PASSES = 8
 JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 
+_IN_MEMORY = re.compile(r" ?<_io\.[^>]*>")  # Pillow's name for bytes, with their place in memory
 # Raised by Pillow's decoders on damaged data (found by fuzzing each of them), and Warning for processes that turn
 # warnings into errors.
-_IN_MEMORY = re.compile(r" ?<_io\.[^>]*>")  # Pillow's name for bytes, with their place in memory
 DECODER_ERRORS = (
     ArithmeticError,
     AssertionError,

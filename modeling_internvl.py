@@ -254,7 +254,7 @@ class InternVLModel(CachesImageFeatures, InternVLPreTrainedModel):
             raise ValueError(f"`return_loss` needs pairs, got {len(pixel_values)} images and {len(input_ids)} texts.")
         if is_published_call:
             kwargs["return_dict"] = True
-        mode = check_mode(mode or self.config.default_mode)
+        mode = check_mode(self.config.default_mode if mode is None else mode)
         outputs = self._forward(input_ids, pixel_values, attention_mask, mode, return_loss, **kwargs)
         return (outputs.logits_per_image, outputs.logits_per_text) if is_published_call else outputs
 
@@ -274,7 +274,7 @@ class InternVLModel(CachesImageFeatures, InternVLPreTrainedModel):
             ValueError: An unknown keyword or `mode`, or no queries for "InternVL-G".
         """
         refuse_unknown(kwargs, "`get_image_features`", ("num_patches",))
-        mode = check_mode(mode or self.config.default_mode)
+        mode = check_mode(self.config.default_mode if mode is None else mode)
         if mode == "InternVL-G":
             self._check_has_queries('`mode` "InternVL-G"')
         return self._cached_features(pixel_values, partial(self._image_features, mode=mode), mode)

@@ -6,6 +6,7 @@ No time is checked here: figures of a tiny run mean nothing.
 import dataclasses
 import json
 import math
+import subprocess
 import time
 from functools import partial
 
@@ -63,6 +64,26 @@ def _spoiled(model):
     for parameter in model.parameters():
         parameter.data.mul_(1.5)
     return model
+
+
+@pytest.mark.parametrize(
+    ("summary", "share"),
+    [("42 passed in 3.00s", 1.0), ("1 failed, 3 passed in 3.00s", 0.75), ("2 passed, 6 errors in 3.00s", 0.25)],
+)
+def test_goldens_are_counted_on_the_device(summary, share, monkeypatch):
+    def run_tests(command, env, **settings):
+        assert env["GOLDENS_DEVICE"] == "cpu"
+        return subprocess.CompletedProcess(command, 1, stdout=f"...\n{summary}\n", stderr="")
+
+    monkeypatch.setattr(subprocess, "run", run_tests)
+    assert correctness.golden_row("goldens", SETTING).ratio == share
+
+
+@pytest.mark.slow  # converts all of them
+@pytest.mark.parametrize(("device", "share"), [("cpu", 1.0), ("nonsense", 0.0)])
+def test_goldens_are_computed_on_the_device_that_is_named(device, share):
+    setting = dataclasses.replace(SETTING, options=Options(device))
+    assert correctness.golden_row("goldens", setting).ratio == share
 
 
 def test_released_sizes_are_those_of_the_published_models():

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -198,6 +199,5 @@ def golden_row(name: str, setting: Setting) -> Row:
     last = (done.stdout.strip().splitlines() or [done.stderr.strip()[-200:]])[-1]
     if done.returncode not in (0, 1):
         raise RuntimeError(last)
-    counts = dict(reversed(part.split()[:2]) for part in last.replace(",", " , ").split(" , ") if part.split())
-    passed, failed = (int(counts.get(word, 0)) for word in ("passed", "failed"))
-    return Row(name, ratio=passed / max(1, passed + failed), target=1.0, details={"summary": last})
+    counts = {outcome: int(count) for count, outcome in re.findall(r"(\d+) (passed|failed|error)", last)}
+    return Row(name, ratio=counts.get("passed", 0) / sum(counts.values()), target=1.0, details={"summary": last})

@@ -32,7 +32,7 @@ class Setting:
 
     @property
     def device(self) -> str:
-        """ "cuda" or "cpu"."""
+        """The device, "cuda" or "cpu"."""
         return self.options.device
 
 
