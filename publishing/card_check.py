@@ -1,7 +1,7 @@
 """Whether a model card is one that the Hub takes and shows whole, without asking it."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +93,23 @@ def _widget_faults(widget: Any, files: list[str]) -> Iterator[str]:
 
 def shown_files(widget: Any) -> list[str]:
     """Returns the files of the repository that the examples of a widget show."""
+    found: list[str] = []
+    with_shown_files(widget, found.append)
+    return found
+
+
+def with_shown_files(widget: Any, change: Callable[[str], Any]) -> Any:
+    """Returns the examples of a widget, with the names of files of the repository that they show changed."""
     if isinstance(widget, list):
-        return [source for part in widget for source in shown_files(part)]
+        return [with_shown_files(part, change) for part in widget]
     if not isinstance(widget, dict):
-        return []
-    own = [value for key, value in widget.items() if key in ("src", "url") and isinstance(value, str)]
-    return [source for source in own if not source.startswith(("https://", "data:"))] + [
-        source for part in widget.values() for source in shown_files(part)
-    ]
+        return widget
+    return {
+        key: change(value)
+        if key in ("src", "url") and isinstance(value, str) and not value.startswith(("https://", "data:"))
+        else with_shown_files(value, change)
+        for key, value in widget.items()
+    }
 
 
 def _broken_links(text: str, files: list[str]) -> list[str]:

@@ -43,7 +43,7 @@ def loading_faults(folder: Path, model: Path) -> Iterator[str]:
         # The code is copied to a cache of its own, so that nothing of an earlier one is found there.
         kept = {name: value for name, value in os.environ.items() if name not in SECRETS}
         environment = {**kept, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": there, "PYTHONPATH": ""}
-        command = [sys.executable, "-P", str(SCRIPT), str(folder.resolve()), subfolder, "yes"]
+        command = [sys.executable, "-P", str(SCRIPT), str(folder.resolve()), subfolder]
         done = subprocess.run(command, env=environment, cwd=there, capture_output=True, text=True, check=False)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:

@@ -1,7 +1,7 @@
 """Loads one model of a repository as its users do, and prints what was wrong with the weights.
 
-Run as a file by `fresh_process.py`, so that this package is not imported: `python -P loads_alone.py FOLDER SUBFOLDER
-yes|no`, where the last says whether code of the repository may be run.
+Run as a file by `fresh_process.py`, so that this package is not imported: `python -P loads_alone.py FOLDER SUBFOLDER`.
+Code of the repository is run.
 """
 
 import json
@@ -28,9 +28,9 @@ def model_class(folder: str, subfolder: str) -> Any:
     return getattr(transformers, architecture)
 
 
-def main(folder: str, subfolder: str, trust: str) -> None:
+def main(folder: str, subfolder: str) -> None:
     """Prints a line of JSON: names of tensors by what is wrong with them."""
-    place: dict[str, Any] = {"subfolder": subfolder, "trust_remote_code": trust == "yes"}
+    place: dict[str, Any] = {"subfolder": subfolder, "trust_remote_code": True}
     # On the meta device no weight is read: names and shapes are compared with the files.
     settings: dict[str, Any] = {"dtype": "auto", "device_map": "meta", "ignore_mismatched_sizes": True}
     _, found = model_class(folder, subfolder).from_pretrained(folder, **place, **settings, output_loading_info=True)

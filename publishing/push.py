@@ -5,12 +5,15 @@ Hub has is not sent twice. The repository keeps the `.gitattributes` that the Hu
 stored by Git LFS; the one of a clone of this project stores them plainly.
 """
 
-from collections.abc import Iterable
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import constants
+from huggingface_hub.repocard import metadata_load, metadata_save
 
 from ..conversion.repository.publish import create_repository, upload, upload_text
-from .card_check import CARD, shown_files
+from .card_check import CARD, shown_files, with_shown_files
 from .check import Inspection
 
 
@@ -33,18 +36,21 @@ def push_folder(found: Inspection, repository: str, private: bool = False, revis
     if found.faults:
         raise ValueError(f"`{found.folder}` is not fit for the Hub: {found.faults[0]}")
     card = found.folder / CARD
-    text = card.read_text(encoding="utf-8")
-    with_addresses = name_shown_files(text, repository, shown_files(ModelCard(text).data.get("widget")))
-    is_changed = with_addresses != text
-    files = [name for name in found.files if not (is_changed and name == CARD)]
+    text = card_with_addresses(card, repository)
+    files = [name for name in found.files if text is None or name != CARD]
     create_repository(repository, private)
     commit = upload(found.folder, repository, files=files, message=MESSAGE, revision=revision)
-    return upload_text(with_addresses, card, repository, MESSAGE, revision) if is_changed else commit
+    return commit if text is None else upload_text(text, card, repository, MESSAGE, revision)
 
 
-def name_shown_files(card: str, repository: str, files: Iterable[str]) -> str:
-    """Writes the addresses of files into the front matter of a card: examples of a widget cannot be relative."""
-    start, block, rest = card.partition("---\n")[0], *card.partition("---\n")[2].partition("\n---")[::2]
-    for name in sorted(set(files), key=len, reverse=True):
-        block = block.replace(f": {name}", f": {constants.ENDPOINT}/{repository}/resolve/main/{name}")
-    return f"{start}---\n{block}\n---{rest}"
+def card_with_addresses(card: Path, repository: str) -> str | None:
+    """Returns a card with addresses of the files that its widget shows, which cannot be relative; None without any."""
+    data = metadata_load(card) or {}
+    if not shown_files(data.get("widget")):
+        return None
+    start = f"{constants.ENDPOINT}/{repository}/resolve/main/"
+    data["widget"] = with_shown_files(data["widget"], lambda name: start + name)
+    with TemporaryDirectory() as there:
+        copy = Path(shutil.copy(card, there))
+        metadata_save(copy, data)
+        return copy.read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
 """`python -m internvl.publishing check|push`: every fault is found, nothing else is; a push reaches the Hub whole."""
 
-import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from internvl.publishing import check as check_module
 from internvl.publishing.__main__ import main
 from internvl.publishing.check import inspect_folder
-from internvl.publishing.fresh_process import last_error
-from internvl.publishing.push import name_shown_files
+from internvl.publishing.fresh_process import SECRETS, last_error, loading_faults
+from internvl.publishing.push import card_with_addresses
 
 from .conftest import ROOT
 from .fixtures_conversions import edit_json, run
@@ -256,10 +256,29 @@ def test_a_folder_with_faults_is_not_sent_and_a_refusal_is_one_line(folder, tmp_
     assert main(["push", str(folder), "not//a name", "--dry-run", "--no-load"]) == 1
 
 
-def test_only_the_front_matter_names_addresses():
-    card = "---\nwidget:\n- src: a.png\n- src: b/a.png\n---\n: a.png stays\n"
-    named = name_shown_files(card, "me/x", ["a.png", "b/a.png"])
-    data = json.dumps(ModelCard(named).data.to_dict())
-    assert "me/x/resolve/main/a.png" in data
-    assert "me/x/resolve/main/b/a.png" in data
-    assert named.endswith(": a.png stays\n")
+def test_only_files_that_a_widget_shows_become_addresses(tmp_path):
+    card = tmp_path / "README.md"
+    message = "{role: user, content: [{type: image_url, image_url: {url: b/a.png}}]}"
+    card.write_text(f"---\nwidget:\n- src: 'a.png'\n  text: a.png\n- messages: [{message}]\n---\nsrc: a.png stays\n")
+    text = card_with_addresses(card, "me/x")
+    first, second = ModelCard(text).data.widget
+    assert first == {"src": "https://huggingface.co/me/x/resolve/main/a.png", "text": "a.png"}
+    assert second["messages"][0]["content"][0]["image_url"]["url"].endswith("me/x/resolve/main/b/a.png")
+    assert text.endswith("---\nsrc: a.png stays\n")
+    card.write_text("---\nwidget:\n- src: https://a.b/c.png\n---\n")
+    assert card_with_addresses(card, "me/x") is None
+
+
+def test_code_of_a_repository_does_not_get_the_token(fit, monkeypatch):
+    for name in SECRETS:
+        monkeypatch.setenv(name, "hf_secret")
+    given = []
+
+    def run_nothing(command, env, **settings):
+        given.append(env)
+        return subprocess.CompletedProcess(command, 0, stdout="{}", stderr="")
+
+    monkeypatch.setattr(subprocess, "run", run_nothing)
+    assert list(loading_faults(fit, fit)) == []
+    assert "hf_secret" not in given[0].values()
+    assert given[0]["HF_HUB_OFFLINE"] == "1"
