@@ -23,8 +23,6 @@ DATASET = {
     "dataset_name": "Generated scenes and handwriting of held-out writers",
     "dataset_split": "held-out",
 }
-# Folder of a card to the name of its model.
-CARDS = {"": "InternVL-Chat, bundled", "internvl_g": "InternVL-G, bundled", "internvit": "InternViT, bundled"}
 
 
 def run(options: argparse.Namespace) -> None:
@@ -35,10 +33,10 @@ def run(options: argparse.Namespace) -> None:
 def write_results(root: Path) -> None:
     """Writes `model-index` of every card of a repository from its results; the rest of a card stays."""
     results = json.loads((root / RESULTS).read_text(encoding="utf-8"))
-    for folder, name in CARDS.items():
+    for folder, (name, results_of) in CARDS.items():
         card = root / folder / "README.md"
         data = metadata_load(card) or {}
-        data["model-index"] = eval_results_to_model_index(name, list(_RESULTS_OF[folder](results)))
+        data["model-index"] = eval_results_to_model_index(name, list(results_of(results)))
         metadata_save(card, data)
 
 
@@ -82,4 +80,9 @@ def _tower(results: Mapping[str, Any]) -> Iterator[EvalResult]:
         yield _result("image-classification", "Linear probe", "accuracy", kind, _percent(share))
 
 
-_RESULTS_OF = {"": _dialogue, "internvl_g": _contrastive, "internvit": _tower}
+# Folder of a card to the name of its model and what was measured of it.
+CARDS = {
+    "": ("InternVL-Chat, bundled", _dialogue),
+    "internvl_g": ("InternVL-G, bundled", _contrastive),
+    "internvit": ("InternViT, bundled", _tower),
+}
