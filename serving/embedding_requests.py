@@ -6,7 +6,7 @@ The form is OpenAI's: `input` is a text or a list of texts. Here a text that beg
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +26,7 @@ class UnknownModelError(ValueError):
 
 @dataclass(frozen=True)
 class EmbeddingLimits:
-    """What a request may ask for.
+    """What a request may ask for; `embeddings_api` has the defaults.
 
     Args:
         max_inputs: Texts and images of a request.
@@ -37,12 +37,12 @@ class EmbeddingLimits:
         download_seconds: From the look-up of a host to the last byte of its file.
     """
 
-    max_inputs: int = 256
-    max_characters: int = 32_768
-    max_image_urls: int = 16
-    max_image_bytes: int = 20 * 2**20
-    max_image_pixels: int = 64_000_000
-    download_seconds: float = 10
+    max_inputs: int
+    max_characters: int
+    max_image_urls: int
+    max_image_bytes: int
+    max_image_pixels: int
+    download_seconds: float
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class RequestReader:
 
     model: str
     config: PretrainedConfig
-    limits: EmbeddingLimits = field(default_factory=EmbeddingLimits)
+    limits: EmbeddingLimits
 
     def read(self, body: Any) -> EmbeddingsRequest:
         """Returns the request.

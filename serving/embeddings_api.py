@@ -10,7 +10,7 @@ from ..extras import extra
 
 
 HOSTS = ("127.0.0.1", "0.0.0.0", "::")  # those that LitServe takes
-SHORT_MODES = {"C": "InternVL-C", "G": "InternVL-G"}
+MODES = ("C", "G", "InternVL-C", "InternVL-G")
 
 
 def _port(text: str) -> int:
@@ -32,9 +32,7 @@ def add_embeddings_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or Hub name of an InternVL-C or -G")
     parser.add_argument("--subfolder", default="", help="where in the folder the model lies")
     parser.add_argument("--name", help="under which it is served (default: that of the folder)")
-    parser.add_argument(
-        "--mode", choices=(*SHORT_MODES, *SHORT_MODES.values()), help="of images (default: the configuration's)"
-    )
+    parser.add_argument("--mode", choices=MODES, help="of images (default: the configuration's)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as they are saved)")
     parser.add_argument("--host", choices=HOSTS, default=HOSTS[0], help=f"(default: {HOSTS[0]}, this machine alone)")
     parser.add_argument("--port", type=_port, default=8000, metavar="N", help="(default: 8000)")
@@ -77,13 +75,14 @@ def run(options: argparse.Namespace) -> None:
 
     from ..evaluation.indexing import ModelPlace
     from ..kinds import check_kind
+    from ..modeling_internvl import check_mode
     from .embedding_requests import EmbeddingLimits, RequestReader
 
     config = check_kind(
         options.model, "InternVL-C", "InternVL-G", door="an embeddings API", subfolder=options.subfolder
     )
-    mode = SHORT_MODES.get(options.mode, options.mode) or config.default_mode
-    if mode == SHORT_MODES["G"] and not config.has_queries:
+    mode = check_mode(options.mode or config.default_mode)
+    if mode == "InternVL-G" and not config.has_queries:
         raise ValueError(f"{options.model} is InternVL-C alone: its model has no queries, which mode G reads.")
     with extra("serving"):
         from .embedding_engine import Door, serve

@@ -17,7 +17,9 @@ from internvl.serving.embedding_requests import (
 )
 
 
-LIMITS = EmbeddingLimits(max_inputs=3, max_characters=12, max_image_urls=1)
+LIMITS = EmbeddingLimits(
+    max_inputs=3, max_characters=12, max_image_urls=1, max_image_bytes=0, max_image_pixels=0, download_seconds=0
+)
 READER = RequestReader("ours", InternVLConfig(clip_embed_dim=8), LIMITS)
 DATA = "data:image/png;base64," + "A" * 40
 
