@@ -111,10 +111,8 @@ def conversation(question: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @torch.inference_mode()
-def with_answers(
-    folder: Path, questions: list[dict[str, Any]], dtype: torch.dtype = torch.float32
-) -> list[dict[str, Any]]:
-    """The questions with `tokens` and `answer`, what `generate` gives."""
+def with_answers(folder: Path, questions: list[dict[str, Any]], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """The folder and the questions with `tokens` and `answer`, what `generate` gives in `new_tokens`."""
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
     processor = AutoProcessor.from_pretrained(folder)
     answered = []
@@ -126,7 +124,7 @@ def with_answers(
         tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
         answer = processor.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")  # as over_http.py compares them
         answered.append({**question, "tokens": tokens, "answer": answer})
-    return answered
+    return {"folder": str(folder), "questions": answered, "new_tokens": NEW_TOKENS}
 
 
 def main(out: Path) -> None:
@@ -138,8 +136,8 @@ def main(out: Path) -> None:
     asked = {}
     for name, folder in make_checkpoints(out).items():
         own = questions["root" if name in ("root", "fine-tuned") else "random"]
-        asked[name] = {"folder": str(folder), "questions": with_answers(folder, own)}
-    asked["root in bf16"] = {"folder": str(ROOT), "questions": with_answers(ROOT, questions["root"], torch.bfloat16)}
+        asked[name] = with_answers(folder, own)
+    asked["root in bf16"] = with_answers(ROOT, questions["root"], torch.bfloat16)
     before, after = ([row["answer"] for row in asked[name]["questions"]] for name in ("root", "fine-tuned"))
     if before == after:
         raise ValueError("Fine-tuning has changed no answer: an adapter without effect would not be seen.")

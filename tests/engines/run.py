@@ -56,7 +56,7 @@ def vllm(python: Path) -> Iterator[Row]:
     jobs = [(name, 1) for name in checkpoints() if name != "root in bf16"] + [("root", 2), ("converted-llama", 2)]
     for name, processes in jobs:
         checkpoint = checkpoints()[name]
-        job = {**checkpoint, "new_tokens": 12, "tensor_parallel": processes}
+        job = {**checkpoint, "tensor_parallel": processes}
         found = answers_of("in_vllm.py", python, [], job, vllm_variables(processes))
         expected = [question["tokens"] for question in checkpoint["questions"]]
         asked = "tokens" + (f", tensor parallel {processes}" if processes > 1 else "")
@@ -67,10 +67,8 @@ def vllm(python: Path) -> Iterator[Row]:
 def sentence_transformers(python: Path) -> Iterator[Row]:
     checkpoints()
     env = variables("sentence_transformers")
-    for name in (
-        "contrastive",
-        "converted-14b",
-    ):  # as the model saves itself, and with files for sentence-transformers beside it
+    # As the model saves itself, and with files for sentence-transformers beside it.
+    for name in ("contrastive", "converted-14b"):
         for line in call([python, HERE / "in_sentence_transformers.py", WORK / name], env).splitlines():
             if line.startswith("{"):
                 yield Row(name, **json.loads(line))

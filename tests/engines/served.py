@@ -68,7 +68,7 @@ def ask(
         more: Further entries of the job.
     """
     questions = checkpoint["questions"]
-    job = {**checkpoint, "new_tokens": 12, "readable": str(ROOT / "examples" / "star.png"), **more}
+    job = {**checkpoint, "readable": str(ROOT / "examples" / "star.png"), **more}
     found = answers_of("over_http.py", python, [f"{url}/v1", model], job, env)
     kinds = list(dict.fromkeys(map(kind_of, questions)))
     of_kind = {kind: [n for n, question in enumerate(questions) if kind_of(question) == kind] for kind in kinds}
