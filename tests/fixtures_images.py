@@ -1,7 +1,9 @@
 """Images to read, and what the image processor makes of them, for several test files."""
 
+import base64
 import io
 import zlib
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -16,6 +18,11 @@ def encoded(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
     return buffer.getvalue()
+
+
+def data_address(file: bytes | Path) -> str:
+    data = file.read_bytes() if isinstance(file, Path) else file
+    return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
 def bytes_of_tiles(processor: InternVLImageProcessor, image, **settings) -> np.ndarray:

@@ -21,7 +21,7 @@ from internvl.evaluation.indexing import ModelPlace
 from internvl.serving.__main__ import main
 
 from .conftest import ROOT
-from .fixtures_images import bomb, encoded
+from .fixtures_images import bomb, data_address, encoded
 from .fixtures_text import make_image
 from .loopback import free_port, serving
 from .test_image_download import address, no_proxy  # noqa: F401  (fixtures)
@@ -73,10 +73,6 @@ def features_of(loaded, texts=(), images=(), mode="InternVL-G") -> np.ndarray:
     return torch.cat(rows).float().numpy()
 
 
-def data_url(image) -> str:
-    return "data:image/png;base64," + base64.b64encode(encoded(image)).decode()
-
-
 def post(server, body, path: str = "/v1/embeddings", method: str = "POST") -> tuple[int, dict]:
     """Status and JSON of an answer; a body of bytes is sent as it is."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
@@ -104,14 +100,14 @@ def test_features_are_those_of_the_model(server, loaded):
     for text in TEXTS:
         assert_close(vectors(post(server, {"input": text, "normalize": False})), features_of(loaded, [text]))
     for image in IMAGES:
-        found = vectors(post(server, {"input": data_url(image), "normalize": False}))
+        found = vectors(post(server, {"input": data_address(encoded(image)), "normalize": False}))
         assert_close(found, features_of(loaded, images=[image]))
         assert np.abs(found - features_of(loaded, images=[image], mode="InternVL-C")).max() > 0.1
 
 
 def test_lists_are_answered_in_order_with_unit_vectors(server, loaded):
     """Five inputs are more than a batch."""
-    asked = [TEXTS[0], data_url(IMAGES[0]), TEXTS[1], data_url(IMAGES[1]), TEXTS[3]]
+    asked = [TEXTS[0], data_address(encoded(IMAGES[0])), TEXTS[1], data_address(encoded(IMAGES[1])), TEXTS[3]]
     status, body = post(server, {"input": asked, "model": "internvl_g"})
     texts, images = features_of(loaded, [TEXTS[0], TEXTS[1], TEXTS[3]]), features_of(loaded, images=IMAGES[:2])
     expected = F.normalize(torch.from_numpy(np.stack([texts[0], images[0], texts[1], images[1], texts[2]])), dim=-1)
@@ -166,9 +162,9 @@ def test_paths_are_texts_and_never_files(server, loaded):
         (404, {"input": "a", "model": "gpt-4"}, "no model 'gpt-4'"),
         (400, {"input": [1, 2]}, "token ids"),
         (400, {"input": "data:image/png;base64,####"}, "damaged base64"),
-        (400, {"input": "data:image/png;base64," + base64.b64encode(b"text").decode()}, "input[0]"),
-        (400, {"input": "data:image/png;base64," + base64.b64encode(bomb()).decode()}, "pixels"),
-        (400, {"input": data_url(make_image(101, 100))}, "pixels"),
+        (400, {"input": data_address(b"text")}, "input[0]"),
+        (400, {"input": data_address(bomb())}, "pixels"),
+        (400, {"input": data_address(encoded(make_image(101, 100)))}, "pixels"),
         (400, {"input": "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'/>"}, "input[0]"),
         (400, {"input": ["a", "data:image/png,"]}, "`input[1]`"),
         (400, {"input": "a", "dimensions": 4}, "dimensions"),
@@ -191,7 +187,7 @@ def test_other_addresses_and_methods_are_refused_in_the_same_form(server):
     check_refusal(post(server, {}, method="PUT"), 405, "Method Not Allowed")
 
 
-def test_an_input_that_cannot_be_read_fails_its_own_request_alone(server, loaded):
+def test_an_input_that_cannot_be_read_fails_its_own_request_alone(server):
     """All three are in one batch."""
     bodies = [{"input": TEXTS[0]}, {"input": "data:image/png;base64,####"}, {"input": TEXTS[1]}]
     with ThreadPoolExecutor(3) as pool:

@@ -1,20 +1,20 @@
 """handler.py as Inference Endpoints load and call it: every task, forms of inputs, limits, hostile requests."""
 
 import base64
-import io
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 from internvl import image_loading_internvl
+from internvl.synthetic.captions import CAPTION_PROMPTS
 
 from .conftest import ROOT
 from .fixtures_endpoint import load_handler
+from .fixtures_images import data_address, encoded
 from .fixtures_processes import run_elsewhere
 
 
@@ -43,10 +43,6 @@ for subfolder, requests in bodies.items():
         print("answer", json.dumps(handler(body), allow_nan=False))
 assert "internvl" not in sys.modules
 """
-
-
-def data_address(file: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
 
 
 @pytest.fixture(scope="module")
@@ -179,15 +175,39 @@ def test_several_images_and_turns_are_read_in_their_order(chat):
     assert answers[0] != answers[1]
 
 
-def test_settings_of_generation_take_effect(chat):
-    def ask(**parameters):
-        return chat({"inputs": {"image": data_address(WORDS), "text": "What is written?"}, "parameters": parameters})[
-            0
-        ]
+def test_settings_of_generation_take_effect(chat, monkeypatch):
+    seen, generate = [], chat.model.generate
 
+    def noted(**arguments):
+        seen.append(arguments)
+        return generate(**arguments)
+
+    def ask(**parameters):
+        inputs = {"image": data_address(WORDS), "text": "What is written?"}
+        (answer,) = chat({"inputs": inputs, "parameters": parameters})
+        return answer
+
+    monkeypatch.setattr(chat.model, "generate", noted)
     assert ask(max_new_tokens=1)["finish_reason"] == "length"
+    assert seen[-1]["do_sample"] is False
     assert len({ask(temperature=50.0, max_new_tokens=8)["generated_text"] for _ in range(4)}) > 1
-    assert ask(num_beams=3)["finish_reason"] == "stop"
+    given = {"top_p": 0.9, "top_k": 3, "num_beams": 2, "min_new_tokens": 2, "no_repeat_ngram_size": 3}
+    given |= {"temperature": 0.5, "repetition_penalty": 1.5, "length_penalty": 0.5}
+    ask(**given, max_new_tokens=4)
+    assert {name: seen[-1].get(name) for name in given} == given
+    assert seen[-1]["do_sample"] is True
+
+
+def test_tiles_of_an_image_are_as_many_as_asked_for(chat, monkeypatch):
+    seen, generate = [], chat.model.generate
+    monkeypatch.setattr(
+        chat.model, "generate", lambda **inputs: (seen.append(len(inputs["pixel_values"])), generate(**inputs))[1]
+    )
+    for max_num, tiles in ((1, 2), (4, 10)):
+        monkeypatch.setattr(chat, "limits", replace(chat.limits, tiles=tiles))
+        inputs = {"images": [square(900)] * 2, "text": "?"}
+        chat({"inputs": inputs, "parameters": {"max_num": max_num, "max_new_tokens": 1}})
+        assert seen.pop() == tiles
 
 
 def test_an_answer_ends_when_its_time_is_over(chat, monkeypatch):
@@ -217,6 +237,7 @@ def test_embeddings_are_the_features_of_the_model(mode, contrastive):
 
 
 def test_a_list_keeps_its_order_and_a_text_that_is_an_address_stays_a_text(contrastive, monkeypatch):
+    monkeypatch.setattr(contrastive, "limits", replace(contrastive.limits, batch=2))  # fewer than the texts
     monkeypatch.setattr(image_loading_internvl, "download", pytest.fail)
     texts = ["https://example.org/star.png", "a red star", str(STAR)]
     mixed = contrastive({"inputs": [texts[0], data_address(STAR), *texts[1:]]})["embeddings"]
@@ -249,6 +270,9 @@ def test_captions_are_those_of_the_model(contrastive):
     inputs = contrastive.processor(images=[Image.open(WORDS)], mode="caption", return_tensors="pt")
     tokens = contrastive.model.generate(**inputs, max_new_tokens=256)
     assert found[1]["generated_text"] == contrastive.processor.decode(tokens[0], skip_special_tokens=True).strip()
+    parameters = {"task": "caption", "prompt": CAPTION_PROMPTS["zh"]}
+    (chinese,) = contrastive({"inputs": data_address(STAR), "parameters": parameters})
+    assert "星" in chinese["generated_text"]
 
 
 # ------------------------------------------------------------------------------------------------------------- hostile
@@ -295,9 +319,7 @@ def test_addresses_inside_the_network_are_not_fetched(address, chat):
 
 
 def square(side: int) -> str:
-    file = io.BytesIO()
-    Image.new("RGB", (side, side)).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return data_address(encoded(Image.new("RGB", (side, side))))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Requests to an Inference Endpoint: bodies of which some values are odd."""
 
-import base64
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -8,6 +7,7 @@ from typing import Any
 
 from ..conftest import ROOT
 from ..fixtures_endpoint import load_handler
+from ..fixtures_images import data_address
 from .mutations import with_odd_values
 
 
@@ -34,20 +34,16 @@ def _contrastive_bodies(image: str) -> list[dict[str, Any]]:
     ]
 
 
-def _answer(handler: Any, body: Any) -> None:
-    handler(body)
-
-
 def inputs(seed: int, count: int) -> Iterator[tuple[str, Callable[[], Any], str]]:
     """Bodies for the bundled chat model and InternVL-G, in turns."""
-    image = "data:image/png;base64," + base64.b64encode((ROOT / "examples" / "star.png").read_bytes()).decode()
+    image = data_address(ROOT / "examples" / "star.png")
     generator = random.Random(f"{seed}/requests")
     chat, contrastive = load_handler(ROOT), load_handler(ROOT, "internvl_g")
     for number in range(count):
         is_chat = number % 2 == 0
         body = _chat_body(image) if is_chat else _contrastive_bodies(image)[number // 2 % 4]
         body = with_odd_values(body, generator, generator.choice([0.03, 0.1, 0.3]))
-        call = partial(_answer, chat if is_chat else contrastive, body)
+        call = partial(chat if is_chat else contrastive, body)
         yield f"{number}: {str(body).replace(image, 'IMAGE')}"[:300], call, NAMED
 
 
