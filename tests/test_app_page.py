@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import requests
 
+from .loopback import free_port
+
 
 pytest.importorskip("gradio", reason="`make test-app` runs it where Gradio is")
 sync_api = pytest.importorskip("playwright.sync_api", reason="`make test-app` runs it where playwright is")
@@ -29,12 +31,6 @@ EXAMPLES = ROOT / "examples"
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 sync_api.expect.set_options(timeout=60_000)
 SHOTS = os.environ.get("SCREENSHOTS")  # a folder, to look at them
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +127,7 @@ def gallery(panel, name):
 
 
 # ------------------------------------------------------------------------------------------------------ what it shows
-def test_a_dialogue_about_several_images_is_streamed_with_tiles_and_maps(page):
+def test_a_dialogue_about_several_images_has_tiles_and_maps(page):
     panel = ask(page, "Where is the purple cross?", EXAMPLES / "wide_small_text.png", EXAMPLES / "handwriting.png")
     answer(panel)
     sync_api.expect(answer(panel)).to_have_text("bottom right")
@@ -263,6 +259,14 @@ def events(address, component, *data):
         if event.get("msg") == "process_completed":
             return event["success"], seen
     raise AssertionError("no answer")
+
+
+def test_an_answer_is_streamed(address):
+    (path,) = upload(address, (EXAMPLES / "handwriting.png").read_bytes()).json()
+    image = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    success, seen = events(address, "Question", {"text": "Where is the purple cross?", "files": [image]}, None)
+    assert success
+    assert seen.count('"process_generating"') > 2  # the question, then more than one part of the answer
 
 
 def test_requests_with_files_of_the_machine_are_refused(address, tmp_path):
