@@ -134,6 +134,11 @@ class ImageGenerationMixin(_Generation):
                 "`assistant_early_exit` needs a model that is nothing but a decoder: draft by `assistant_model` or "
                 "`prompt_lookup_num_tokens` instead."
             )
+        assistant = drafts.get("assistant_model")
+        if assistant is not None and not hasattr(assistant, "generation_config"):
+            raise ValueError(
+                f"The `assistant_model` must generate text from ids, {type(assistant).__name__} does not."
+            )
         # Without ids, prompt lookup finds its drafts in the new tokens alone.
         is_read_by_drafts = input_ids is not None or "assistant_model" in drafts
         if drafts and kwargs.get("inputs_embeds") is not None and is_read_by_drafts:

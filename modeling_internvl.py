@@ -421,12 +421,27 @@ class InternVLModel(CachesImageFeatures, InternVLPreTrainedModel):
                 f"`generate` of captions takes no `{unfit[0]}`: the queries stand in front of the prompt and are "
                 "read with it."
             )
+        self._check_assistant(given.get("assistant_model"))
         for name, in_new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
             if given.get(name) and given.get(in_new_tokens) is None:
                 settings[name] = given[name] + self.config.num_query_token
         if settings.get("streamer") is not None:
             settings["streamer"] = CaptionStreamer(settings["streamer"], self.config.num_query_token)
         return settings
+
+    def _check_assistant(self, assistant: Any) -> None:
+        """Raises a ValueError unless it reads the queries and the image of these captions as `qllama` does."""
+        if assistant is None:
+            return
+        own, other = self.qllama.config, getattr(assistant, "config", None)
+        sizes = ("hidden_size", "vision_hidden_size")
+        if not hasattr(assistant, "generation_config") or any(
+            getattr(other, size, None) != getattr(own, size) for size in sizes
+        ):
+            raise ValueError(
+                f"The `assistant_model` of captions must read queries and images: give the `qllama` of an InternVL "
+                f"model of the same sizes, got {type(assistant).__name__}."
+            )
 
     def encode_image(self, image: torch.Tensor, mode: str | None = None) -> torch.Tensor:
         """Published name of `get_image_features`."""

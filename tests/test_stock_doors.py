@@ -213,6 +213,19 @@ def test_an_assistant_model_changes_nothing(assistant):
     assert torch.equal(model.generate(**inputs, **GREEDY, assistant_model=helper), model.generate(**inputs, **GREEDY))
 
 
+def test_an_assistant_that_cannot_draft_is_refused_by_name():
+    captions, chat = tiny.internvl_model(), tiny.chat_model()
+    images, prompt = tiny.pixels(1), tiny.text_ids(1, 4)
+    expected = captions.generate(images, prompt, **GREEDY)
+    helper = tiny.randomize(copy.deepcopy(captions.qllama), seed=3)
+    assert torch.equal(captions.generate(images, prompt, **GREEDY, assistant_model=helper), expected)
+    for unfit in (chat, chat.language_model, captions):
+        with pytest.raises(ValueError, match=f"must read queries and images: .*, got {type(unfit).__name__}"):
+            captions.generate(images, prompt, **GREEDY, assistant_model=unfit)
+    with pytest.raises(ValueError, match="`assistant_model` must generate text from ids, InternVLModel does not"):
+        chat.generate(**tiny.chat_inputs(chat, [[1]]), assistant_model=captions)
+
+
 def test_streamed_captions_hold_words_alone():
     tokenizer = make_tokenizer(add_bos=False)
     config = tiny.internvl_model().config
