@@ -49,11 +49,14 @@ NOT_PUBLIC = [
         "224.0.0.0/3",  # multicast and reserved
     )
 ]
+# ISATAP: a tunnel to the IPv4 address in the last 32 bits, under any network's prefix. The 32 bits before it are this
+# number; one of them says whether the address is unique.
+ISATAP, ISATAP_MASK = 0x0000_5EFE, 0xFDFF_FFFF
 
 
 def _is_public(place: str) -> bool:
     address = ipaddress.ip_address(place.partition("%")[0])
-    if address.version == 6 and address not in GLOBAL_IPV6:
+    if address.version == 6 and (address not in GLOBAL_IPV6 or int(address) >> 32 & ISATAP_MASK == ISATAP):
         return False
     return address.is_global and not any(address in network for network in NOT_PUBLIC)
 
