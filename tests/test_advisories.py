@@ -16,6 +16,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from internvl.rows.videos import CODECS
+
 from .test_source import ROOT, SHIPPED, dotted, found, nodes
 
 
@@ -67,6 +69,7 @@ CLOSED_BY_FLOOR = [
     Advisory("transformers", "CVE-2026-5241", "5.3.0", "a nested configuration says yes to remote code", CONFIGS),
     Advisory("jinja2", "CVE-2025-27516", "3.1.6", "`|attr` leaves the sandbox", "a checkpoint's chat template"),
     Advisory("jinja2", "CVE-2024-56326", "3.1.5", "`str.format` leaves the sandbox", "a checkpoint's chat template"),
+    Advisory("av", "CVE-2026-40962", "17.1.0", "FFmpeg before 8.1: encrypted MP4 writes past its buffer", "a video"),
     Advisory("datasets", "CVE-2026-57845", "5.2.0", "the pandas builder unpickles files", "a data set of the Hub"),
     Advisory("huggingface_hub", "issue 4086", "1.26.0", "`..` in a file name leaves the folder", "a repository"),
 ]
@@ -74,12 +77,22 @@ NEVER_REACHED = {  # by the test that says so
     "test_no_compiled_program_is_loaded": [
         Advisory("torch", "CVE-2026-4538", "2.11.0", "loading a `.pt2` runs code", WEIGHTS),
         Advisory("torch", "CVE-2025-3000", "2.13.0", "`torch.jit.script` corrupts memory", WEIGHTS),
+        Advisory("onnx", "CVE-2026-34447", "1.21.0", "external data is read through links", WEIGHTS),
+        Advisory("onnx", "CVE-2026-34445", "1.21.0", "external data overwrites attributes", WEIGHTS),
     ],
     "test_rows_are_read_by_our_own_readers": [
         Advisory("pyarrow", "CVE-2026-92287", "26.0.0", "Parquet names the server that has its keys", "a data row"),
     ],
     "test_no_model_is_read_by_sentencepiece": [
         Advisory("sentencepiece", "CVE-2026-1260", "0.2.1", "a crafted model writes past its buffer", "a tokenizer"),
+    ],
+    "test_videos_are_decoded_by_the_listed_codecs_alone": [
+        Advisory("av", "CVE-2026-8461", "18.0.0", "FFmpeg before 8.1.2: MagicYUV writes past its buffer", "a video"),
+    ],
+    "test_no_form_is_read_and_no_file_is_served": [
+        Advisory("starlette", "CVE-2026-54283", "1.3.1", "limits of forms are ignored", "a request"),
+        Advisory("starlette", "CVE-2025-62727", "0.49.1", "`Range` of a file costs quadratic time", "a request"),
+        Advisory("starlette", "CVE-2025-54121", "0.47.2", "a large form blocks the event loop", "a request"),
     ],
     "test_scikit_learn_reads_no_text": [
         Advisory("scikit-learn", "CVE-2024-5206", "1.5.0", "TfidfVectorizer keeps words it should drop", "a caption"),
@@ -96,10 +109,11 @@ def floors() -> dict[str, Version]:
     """The lowest release of each package that pyproject.toml allows; those for tests only are left out."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    names = ("train", "evaluate", "quant", "plot")
-    lines = project["dependencies"] + [line for name in names for line in extras[name]]
+    lines = project["dependencies"] + [line for name in extras.keys() - {"test", "dev"} for line in extras[name]]
     lowest = {}
     for requirement in map(Requirement, lines):
+        if requirement.name == "internvl":
+            continue
         (version,) = (Version(part.version) for part in requirement.specifier if part.operator == ">=")
         lowest[requirement.name.lower()] = version
     return lowest
@@ -180,6 +194,20 @@ def test_no_model_is_read_by_sentencepiece():
 
 def test_scikit_learn_reads_no_text():
     assert not uses_of("sklearn.feature_extraction")
+
+
+def test_videos_are_decoded_by_the_listed_codecs_alone():
+    """A hostile video of another one is refused in test_videos.py."""
+    assert {line.partition(":")[0] for line in uses_of("av.open")} == {"videos.py"}
+    assert "h264" in CODECS.split(",")
+    assert "magicyuv" not in CODECS.split(",")
+
+
+def test_no_form_is_read_and_no_file_is_served():
+    """The embeddings API reads JSON; that LitServe's own endpoint is not there is tested with it."""
+    assert uses_of("request.body")
+    assert not uses_of("request.form", "starlette.staticfiles", "fastapi.staticfiles")
+    assert not [name for _, name, _ in shipped_names() if name.endswith((".FileResponse", ".StaticFiles"))]
 
 
 def test_only_the_progress_bar_of_tqdm_is_used():

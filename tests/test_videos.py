@@ -272,6 +272,7 @@ HOSTILE = {
     "too long, without a count": (encoded("e.webm", 200, "libvpx"), "more than 500000 pixels"),
     "too much to keep": (encoded("f.mp4", 30, side=96), "more than 30000 pixels"),
     "an unusual codec": (encoded("g.mkv", 3, "ffv1"), "codec is ffv1"),
+    "a codec with a known hole": (encoded("h.avi", 3, "magicyuv"), "codec is magicyuv"),
     "a large file": (lambda folder: (folder / "a.mp4").read_bytes() * 100, "at most 100000 are read"),
 }
 
