@@ -3,12 +3,13 @@ device.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
+from transformers.utils import logging
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +51,16 @@ def on_two(tmp_path_factory) -> list[dict]:
 
     folder = made_once(tmp_path_factory, "on_two", lambda folder: two_processes.run("every_job", folder))
     return two_processes.results(folder)
+
+
+@pytest.fixture(autouse=True)
+def _what_a_command_silences_speaks_again() -> Iterator[None]:
+    """A command turns off what transformers says for its whole process, which other tests share."""
+    verbosity, has_progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    yield
+    logging.set_verbosity(verbosity)
+    if has_progress_bar:
+        logging.enable_progress_bar()
 
 
 @pytest.fixture
