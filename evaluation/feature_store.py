@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..writing import write_whole
 from .data.items import Item
 from .embeddings import batches
 from .samples import lock_file
@@ -103,9 +103,7 @@ class FeatureStore:
         return state if self.path.stat().st_size >= size else {}  # cut off, as by a full disk
 
     def _write_state(self, state: dict[str, Any]) -> None:
-        beside = self.state_path.with_name(f".{self.state_path.name}.{os.getpid()}")
-        beside.write_text(json.dumps(state), encoding="utf-8")
-        beside.replace(self.state_path)
+        write_whole(self.state_path, json.dumps(state))
 
 
 def _as_stored(rows: torch.Tensor) -> np.ndarray:

@@ -2,13 +2,14 @@
 
 import base64
 import hashlib
-import os
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
+
+from ..writing import write_whole
 
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -22,13 +23,7 @@ def write_html(output: Path, **content: Any) -> None:
     script = (TEMPLATES / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     text = environment.get_template("page.html").render(script=script, digest=digest, **content)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
-        beside.replace(output)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(output, text.encode(errors="xmlcharrefreplace"))
 
 
 def data_address(image: Image.Image, side: int = THUMBNAIL_SIDE) -> str:

@@ -1,12 +1,12 @@
 """Reports of tasks: one JSON with figures and their intervals, beside the file of its samples."""
 
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..rows.json_files import check_keys, is_finite_number, read_json_file
+from ..writing import write_whole
 from .protocols.protocol import check_published
 from .samples import Sample, json_text, values_by_metric
 from .statistics import mean_interval
@@ -71,14 +71,7 @@ def features_folder(samples: str | Path) -> Path:
 
 def write_report(path: str | Path, report: Mapping[str, Any]) -> None:
     """Writes a report as JSON, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(json_text(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(Path(path), json_text(report, indent=2, allow_nan=False) + "\n")
 
 
 def read_report(path: str | Path) -> Report:

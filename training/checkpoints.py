@@ -14,6 +14,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
+from ..writing import write_whole
 from .data.stream_batches import Stream, StreamBatches, places_for, stream_loader
 from .models.whole_folders import (
     INCOMPLETE,
@@ -23,7 +24,6 @@ from .models.whole_folders import (
     newest_whole,
     processes_of,
     step_of,
-    write_text_whole,
 )
 from .recipes import Phase
 
@@ -129,9 +129,9 @@ class WholeCheckpointTrainer(Trainer):
 
     def _save_places(self, checkpoint: Path) -> None:
         for place in self._stream_batches.places() if self._stream_batches is not None else ():
-            write_text_whole(checkpoint / f"stream_{place['rank']}.json", json.dumps(place))
+            write_whole(checkpoint / f"stream_{place['rank']}.json", json.dumps(place))
         if self.args.should_save:
-            write_text_whole(checkpoint / PROCESSES_FILE, json.dumps({"processes": self.args.world_size}))
+            write_whole(checkpoint / PROCESSES_FILE, json.dumps({"processes": self.args.world_size}))
 
     # --------------------------------------------------------------------------------------------- whole checkpoints
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -255,7 +255,7 @@ def _renewed(record: dict[str, Any]) -> dict[str, Any]:
 def record_recipe(folder: Path, recipe: Any, **settings: Any) -> None:
     """Writes what `check_same_recipe` compares with."""
     record = {"recipe": asdict(recipe), "settings": settings}
-    write_text_whole(folder / RECORD_FILE, json.dumps(record, indent=1) + "\n")
+    write_whole(folder / RECORD_FILE, json.dumps(record, indent=1) + "\n")
 
 
 def _as_json(value: Any) -> Any:

@@ -19,6 +19,7 @@ import numpy as np
 
 from ...extras import extra
 from ...rows.json_files import check_keys, read_json_file
+from ...writing import write_whole
 from .quantization import check_precision, stored_size
 from .sources import EmbeddedItem
 
@@ -97,7 +98,7 @@ class EmbeddingFolder:
             others = [name for name in os.listdir(self.path) if not name.startswith(".")]
             if others and not index.is_file():  # another process may have begun meanwhile
                 raise ValueError(f"`{self.path}` is not empty, and holds no embeddings: name another folder.")
-            write_whole(index, json.dumps(asdict(description), indent=2).encode())
+            write_whole(index, json.dumps(asdict(description), indent=2))
         for folder in ("rows", "done"):
             (self.path / folder).mkdir(exist_ok=True)
         found = self._read_description()
@@ -169,7 +170,7 @@ class EmbeddingFolder:
 
     def mark_done(self, part: int, blocks: int, rows: int) -> None:
         """Notes that a part was read to its end."""
-        write_whole(self.path / "done" / f"{part:06d}.json", json.dumps({"blocks": blocks, "rows": rows}).encode())
+        write_whole(self.path / "done" / f"{part:06d}.json", json.dumps({"blocks": blocks, "rows": rows}))
 
     # --------------------------------------------------------------------------------------------------------- reading
     def unfinished_parts(self) -> list[int]:
@@ -227,19 +228,9 @@ class EmbeddingFolder:
         return stored_size(self.description.size, self.description.precision)
 
 
-def write_whole(path: Path, content: Any) -> None:
-    """Writes bytes to a file, whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def rows_at(file: Path, rows: Iterable[int]) -> list[dict[str, Any]]:
     """Returns id, path and text of some rows of a file."""
     return parquet.read_table(file, columns=["id", "path", "text"]).take(list(rows)).to_pylist()
 
 
-__all__ = ["SIDES", "Description", "EmbeddingFolder", "rows_at", "write_whole"]
+__all__ = ["SIDES", "Description", "EmbeddingFolder", "rows_at"]

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from ...extras import extra
-from .files import EmbeddingFolder, rows_at, write_whole
+from ...writing import write_whole
+from .files import EmbeddingFolder, rows_at
 from .quantization import dequantize, dtype_of, quantize, stored_size
 
 
@@ -104,7 +105,7 @@ class StoredVectors:
         for array in (vectors, places):
             if isinstance(array, np.memmap):
                 array.flush()
-        write_whole(self.path / "made_from.json", json.dumps(self._state()).encode())
+        write_whole(self.path / "made_from.json", json.dumps(self._state()))
 
 
 def _new_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ...evaluation.vectors.files import EmbeddingFolder, write_whole
+from ...evaluation.vectors.files import EmbeddingFolder
 from ...evaluation.vectors.indexes import StoredVectors, search_vectors
 from ...evaluation.vectors.sources import Columns, EmbeddedItem, find_parts, fingerprint_of, item_of_row
 from ...extras import extra
@@ -30,6 +30,7 @@ from ...image_loading_internvl import read_image, to_pil
 from ...image_processing_internvl import InternVLImageProcessor
 from ...rows.bad_rows import BadRows
 from ...rows.shards import find_shards, read_shards
+from ...writing import write_whole
 from .fingerprints import SIDE, fingerprint
 from .near_duplicates import MIN_SAMENESS, NEIGHBOURS, Fingerprints, groups_of, near_duplicates
 from .pair_files import begin_output, copy_rows, ending_of, pair_writer
@@ -261,7 +262,7 @@ def dedup_data(job: DedupJob) -> dict[str, Any]:
     images, others = _fingerprint_all(job)
     removed = _removed(job, images, others)
     lines = [json.dumps({name: value for name, value in row.items() if name != "number"}) for row in removed]
-    write_whole(Path(job.output, REMOVED), "".join(f"{line}\n" for line in lines).encode())
+    write_whole(Path(job.output, REMOVED), "".join(f"{line}\n" for line in lines))
     is_kept = np.ones(len(images), bool)
     is_kept[[row["number"] for row in removed]] = False
     for part, shard in enumerate(tqdm(job.shards, "pairs", leave=False, disable=None, delay=1)):
@@ -270,7 +271,7 @@ def dedup_data(job: DedupJob) -> dict[str, Any]:
             chosen = images.numbers[(images.parts == part) & is_kept].tolist()
             with pair_writer(Path(job.output, "pairs", f"{part:06d}{ending_of(shard)}")) as write:
                 copy_rows(shard, set(chosen), write)
-            write_whole(done, json.dumps({"kept": len(chosen)}).encode())
+            write_whole(done, json.dumps({"kept": len(chosen)}))
     kinds = [row["kind"] for row in removed]
     return {
         "seen": len(images),
@@ -318,7 +319,7 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
         max_bad_rate=options.max_bad_rate,
     )
     report = dedup_data(job)
-    write_whole(options.output / REPORT, (json.dumps(report, indent=2) + "\n").encode())
+    write_whole(options.output / REPORT, json.dumps(report, indent=2) + "\n")
     if options.plot:
         plot_sameness(report, options.plot)
     print_fn(f"{report['duplicates']} images are near duplicates of others.")

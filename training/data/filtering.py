@@ -20,7 +20,6 @@ from typing import Any
 import fsspec
 from tqdm import tqdm
 
-from ...evaluation.vectors.files import write_whole
 from ...extras import extra
 from ...rows.bad_rows import BadRows, TooManyBadRowsError
 from ...rows.json_rows import Row
@@ -33,6 +32,7 @@ from ...rows.shards import (
     read_shards,
     rows_of_batch,
 )
+from ...writing import write_whole
 from .filter_expressions import Verdict, check_columns, input_columns, judge_inputs, row_inputs, table_inputs
 from .filters import COLUMNS, FILTERS, Filter, Funnel, paper_share, plot_report, read_filters, with_optional
 from .pair_files import begin_output, ending_of, pair_writer
@@ -244,7 +244,7 @@ def filter_shard(job: FilterJob, number: int) -> ShardCount:
         return ShardCount(**json.loads(done.read_text(encoding="utf-8")))
     with pair_writer(Path(job.output, "pairs", f"{number:06d}{ending_of(shard)}")) as write:
         count = ShardFilter(job, shard, write).run()
-    write_whole(done, json.dumps(asdict(count)).encode())
+    write_whole(done, json.dumps(asdict(count)))
     return count
 
 
@@ -366,7 +366,7 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     _show(report, print_fn)
     file = options.output if folder is None else Path(folder, REPORT)
     if file:
-        write_whole(Path(file), (json.dumps(report, indent=2) + "\n").encode())
+        write_whole(Path(file), json.dumps(report, indent=2) + "\n")
     if options.plot:
         plot_report(report, options.plot)
     if folder is not None:

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import fsspec
 
-from ...evaluation.vectors.files import write_whole
 from ...extras import extra
 from ...rows.shards import CSV_ENDINGS, FAULT_COLUMN, JSON_ENDINGS, PARQUET_ENDINGS, read_shards
+from ...writing import write_whole
 
 
 with extra("train"):
@@ -167,7 +167,7 @@ def begin_output(output: str | Path, name: str, description: dict[str, Any], fol
     if not file.is_file():
         if any(folder.iterdir()):
             raise ValueError(f"`{folder}` is not empty, and holds no pairs of this command: name another folder.")
-        write_whole(file, json.dumps(description, indent=2).encode())
+        write_whole(file, json.dumps(description, indent=2))
     elif json.loads(file.read_text(encoding="utf-8")) != json.loads(json.dumps(description)):
         raise ValueError(f"`{folder}` holds pairs of other data or by other rules: name another folder.")
     for name in folders:

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from ...evaluation.vectors.files import write_whole
 from ...extras import extra
 from ...rows.shards import find_shards
+from ...writing import write_whole
 from .dedup import DedupJob, dedup_data
 from .filtering import FilterJob, filter_data
 from .filters import FILTERS, paper_share, read_filters, with_optional
@@ -95,7 +95,7 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     left.append(("rules of stage 2", filter_data(strict)["kept"], paper_share(2)))
     cuts = [{"step": "raw", "pairs": total, "share": 1.0, "paper_share": 1.0}]
     cuts += [{"step": step, "pairs": kept, "share": kept / total, "paper_share": share} for step, kept, share in left]
-    write_whole(output / CUTS, (json.dumps(cuts, indent=2) + "\n").encode())
+    write_whole(output / CUTS, json.dumps(cuts, indent=2) + "\n")
     for cut in cuts:
         beside = "" if cut["paper_share"] is None else f", the paper {cut['paper_share']:.2%}"
         print_fn(f"{cut['step']:<30} {cut['pairs']:>10} pairs ({cut['share']:.2%}{beside})")

@@ -21,13 +21,13 @@ import torch
 from tqdm import tqdm
 
 from ...evaluation.indexing import Embedder, Job, ModelPlace
-from ...evaluation.vectors.files import write_whole
 from ...evaluation.vectors.sources import Columns, item_of_row
 from ...extras import extra
 from ...kinds import check_kind
 from ...rows.json_rows import Row
 from ...rows.pair_rows import JSON_COLUMN, metadata_of
 from ...rows.shards import FAULT_COLUMN, find_shards, has_lines, read_shards, rows_of_batch
+from ...writing import write_whole
 from .filters import MissingColumnError, as_number, value_of
 from .pair_files import begin_output, ending_of, pair_writer
 
@@ -184,7 +184,7 @@ def score_shard(job: ScoreJob, embedder: Embedder, number: int) -> ScoreCount:
     shard = job.shards[number]
     with pair_writer(Path(job.output, "pairs", f"{number:06d}{ending_of(shard)}")) as write:
         count = ShardScorer(embedder, shard, job.images, write).run()
-    write_whole(done, json.dumps(asdict(count)).encode())
+    write_whole(done, json.dumps(asdict(count)))
     return count
 
 

@@ -112,14 +112,6 @@ def _is_plain(name: str) -> bool:
     return name not in ("", ".", "..") and PureWindowsPath(name).name == name and "\0" not in name
 
 
-def write_text_whole(path: Path, text: str) -> None:
-    """Writes a file that is there with all of its text or as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
-
-
 # ------------------------------------------------------------------------------------------------------------- reading
 def step_of(checkpoint: Path) -> int | None:
     """The step in the name of a checkpoint; None for anything else."""
