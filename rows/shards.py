@@ -228,16 +228,17 @@ def _read_parquet(file: BinaryIO, shard: str) -> Iterator[Row]:
 
     number = 0
     for batch in parquet.ParquetFile(file).iter_batches(batch_size=PARQUET_ROWS):
-        for row in rows_of_batch(batch):
-            yield {**row, "__shard__": shard, "__key__": str(number)}
-            number += 1
+        yield from rows_of_batch(batch, shard, number)
+        number += len(batch)
 
 
-def rows_of_batch(batch: Any) -> list[Row]:
-    """Rows of a batch; where one cannot be read, it alone stands for its fault."""
+def rows_of_batch(batch: Any, shard: str, start: int) -> list[Row]:
+    """Raw rows of a batch that begins at the row `start` of a shard; one that cannot be read stands for its fault."""
     try:
-        return [{**row} for row in batch.to_pylist()]
+        rows = batch.to_pylist()
     except SHARD_ERRORS as error:
-        if len(batch) == 1:
-            return [{FAULT_COLUMN: f"The row cannot be read: {error}"}]
-        return [row for number in range(len(batch)) for row in rows_of_batch(batch.slice(number, 1))]
+        if len(batch) > 1:
+            singles = ((batch.slice(place, 1), start + place) for place in range(len(batch)))
+            return [row for single, number in singles for row in rows_of_batch(single, shard, number)]
+        rows = [{FAULT_COLUMN: f"The row cannot be read: {error}"}]
+    return [{**row, "__shard__": shard, "__key__": str(number)} for number, row in enumerate(rows, start)]

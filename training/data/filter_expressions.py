@@ -4,7 +4,6 @@ Rules compare inputs: numbers in float64 without NaN, texts, and captions withou
 makes them from the columns of a table, `row_inputs` from rows that may hold anything, and `judge_inputs` judges both.
 """
 
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,17 +13,17 @@ from ...rows.json_rows import Row
 from ...rows.pair_rows import MAX_CAPTION, TEXT_COLUMNS
 from .filters import (
     COLUMNS,
+    COMPARISONS,
     DERIVED,
     NON_LETTERS,
     NUMBER,
     PATTERN_COMPARISONS,
     Filter,
     MissingColumnError,
-    as_number,
+    compared_value,
     metadata_row,
     missing_column,
     name_of_column,
-    value_of,
 )
 
 
@@ -34,14 +33,6 @@ with extra("filter"):
 FAULT = "fault"
 BLANKS = "".join(chr(code) for code in range(0x3001) if chr(code).isspace())  # what `str.strip` takes away
 NO_CAPTION = "A column is missing: the row has no caption."
-COMPARED: dict[str, Callable[[pl.Expr, pl.Expr], pl.Expr]] = {
-    ">=": operator.ge,
-    "<=": operator.le,
-    ">": operator.gt,
-    "<": operator.lt,
-    "==": operator.eq,
-    "!=": operator.ne,
-}
 
 
 @dataclass(frozen=True)
@@ -155,7 +146,7 @@ def _comparison(rule: Filter, value: pl.Expr) -> pl.Expr:
     if rule.comparison in PATTERN_COMPARISONS:
         found = value.str.strip_chars(BLANKS).str.contains(str(rule.value))
         return found if rule.comparison == "has" else ~found
-    return COMPARED[rule.comparison](value, pl.lit(rule.value if rule.is_on_text else float(rule.value)))
+    return COMPARISONS[rule.comparison](value, pl.lit(rule.value if rule.is_on_text else float(rule.value)))
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -267,28 +258,16 @@ def row_inputs(
     values: dict[str, list[Any]] = {one.name: [] for one in wanted}
     for number, row in enumerate(rows):
         for one in wanted:
+            value = None
             try:
-                values[one.name].append(_input_in(row, one))
+                value = compared_value(row, one.column, one.is_text)
+            except MissingColumnError:
+                pass
             except ValueError as error:
-                values[one.name].append(None)
                 faults[number] = faults[number] or str(error)
+            values[one.name].append(value)
     kinds = {one.name: pl.String if one.is_text else pl.Float64 for one in wanted}
     return pl.DataFrame({FAULT: faults, **values}, schema={FAULT: pl.String, **kinds}).lazy(), columns
-
-
-def _input_in(row: Row, wanted: Input) -> float | str | None:
-    try:
-        value = value_of(row, wanted.column)
-    except MissingColumnError:
-        return None
-    try:
-        if not wanted.is_text:
-            return None if value is None else as_number(value)
-        if value is not None and not isinstance(value, str):
-            raise ValueError("It is no text.")
-    except ValueError as error:
-        raise ValueError(f"The column `{wanted.column}` cannot be compared: it is {value!r:.80}.") from error
-    return value
 
 
 __all__ = [

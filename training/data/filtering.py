@@ -125,11 +125,7 @@ class ShardFilter:
         number = 0
         for schema, batch in self._parquet_batches():
             if self._is_by_row(schema) or not self._judge_table(batch, schema, number):
-                place = {"__shard__": self.shard}
-                rows = [
-                    {**row, **place, "__key__": str(number + index)} for index, row in enumerate(rows_of_batch(batch))
-                ]
-                self._judge_rows(rows, batch)
+                self._judge_rows(rows_of_batch(batch, self.shard, number), batch)
             number += len(batch)
 
     def _parquet_batches(self) -> Iterator[tuple[Mapping[str, Any], Any]]:

@@ -53,7 +53,7 @@ def _has(text: str, pattern: str) -> bool:
     return _compiled(pattern).search(text.strip()) is not None
 
 
-COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
+COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     ">=": operator.ge,
     "<=": operator.le,
     ">": operator.gt,
@@ -373,19 +373,11 @@ class Funnel:
     def _value(row: Mapping[str, Any], rule: Filter) -> Any:
         """What the rule compares, a number or a text; None where there is nothing."""
         try:
-            value = value_of(row, rule.column)
+            return compared_value(row, rule.column, rule.is_on_text)
         except MissingColumnError as error:
             if rule.is_optional:
                 return None
             raise missing_column(rule, str(error), row) from error
-        try:
-            if not rule.is_on_text:
-                return as_number(value) if value is not None else None
-            if value is not None and not isinstance(value, str):
-                raise ValueError("It is no text.")
-        except ValueError as error:
-            raise ValueError(f"The column `{rule.column}` cannot be compared: it is {value!r:.80}.") from error
-        return value
 
 
 def _holds(rule: Filter, value: Any) -> bool:
@@ -406,6 +398,24 @@ def value_of(row: Mapping[str, Any], column: str) -> Any:
     if not found:
         raise MissingColumnError(name_of_column(column))
     return next((value for value in found if not (value is None or value != value)), None)
+
+
+def compared_value(row: Mapping[str, Any], column: str, is_text: bool) -> float | str | None:
+    """The value of a column as a text, or as a number; None where there is nothing.
+
+    Raises:
+        MissingColumnError: If there is no such column.
+        ValueError: If the value is something else.
+    """
+    value = value_of(row, column)
+    try:
+        if not is_text:
+            return None if value is None else as_number(value)
+        if value is not None and not isinstance(value, str):
+            raise ValueError("It is no text.")
+    except ValueError as error:
+        raise ValueError(f"The column `{column}` cannot be compared: it is {value!r:.80}.") from error
+    return value
 
 
 def name_of_column(column: str) -> str:

@@ -123,10 +123,7 @@ class ShardScorer:
         number = 0
         with fsspec.open(self.shard, "rb") as file:
             for batch in parquet.ParquetFile(file).iter_batches(size):
-                place = {"__shard__": self.shard}
-                rows = [
-                    {**row, **place, "__key__": str(number + index)} for index, row in enumerate(rows_of_batch(batch))
-                ]
+                rows = rows_of_batch(batch, self.shard, number)
                 number += len(rows)
                 column = pyarrow.array(self.scores(rows), pyarrow.float64())
                 table = pyarrow.Table.from_batches([batch])
