@@ -46,7 +46,8 @@ CAPTION_PATTERNS: dict[str, CaptionPattern] = {
         r"^(?:[^\p{Lu}\p{Ll}\p{Lo}]*\p{Lu}){12}[^\p{Ll}\p{Lo}]*$", "readability; headlines and lists of parts"
     ),
     "gibberish": CaptionPattern(
-        rf"(?i)[bcdfghjklmnpqrstvwxz]{{7,}}|{_REPEATED_LETTERS}|(?:img|dsc|dscn|pxl|mvi)[_-]?[0-9]{{3,}}|[0-9a-f]{{16,}}",
+        rf"(?i)[bcdfghjklmnpqrstvwxz]{{7,}}|{_REPEATED_LETTERS}|"
+        r"(?:img|dsc|dscn|pxl|mvi)[_-]?[0-9]{3,}|[0-9a-f]{16,}",
         "runs of consonants or of one letter, names of camera files, hexadecimal numbers",
     ),
     "boilerplate": CaptionPattern(
