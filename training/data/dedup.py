@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from ...evaluation.vectors.files import EmbeddingFolder
 from ...evaluation.vectors.indexes import StoredVectors, search_vectors
-from ...evaluation.vectors.sources import Columns, EmbeddedItem, find_parts, fingerprint_of, item_of_row
+from ...evaluation.vectors.sources import Columns, EmbeddedItem, Part, find_parts, fingerprint_of, item_of_row
 from ...extras import extra
 from ...image_loading_internvl import read_image, to_pil
 from ...image_processing_internvl import InternVLImageProcessor
@@ -33,7 +34,7 @@ from ...rows.shards import find_shards, read_shards
 from ...writing import write_whole
 from .fingerprints import SIDE, fingerprint
 from .near_duplicates import MIN_SAMENESS, NEIGHBOURS, Fingerprints, groups_of, near_duplicates
-from .pair_files import begin_output, copy_rows, ending_of, pair_writer
+from .pair_files import begin_output, copy_rows, write_once
 
 
 with extra("filter"):
@@ -164,14 +165,13 @@ def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int64), *arrays])
 
 
-def _fingerprint_all(job: DedupJob) -> tuple[Images, Images]:
-    """Makes the fingerprints that are not there, of the data and of the evaluation sets."""
+def _fingerprint_all(job: DedupJob, parts: Sequence[Part]) -> tuple[Images, Images]:
+    """Makes the fingerprints that are not there, of the data and of the parts of the evaluation sets."""
     folder = Path(job.output, "fingerprints")
 
     def rows_of(shard: str) -> Iterator[EmbeddedItem]:
         return (item_of_row(row, job.columns) for row in read_shards([shard]))
 
-    parts = find_parts(job.against, Columns(), 4096) if job.against else []
     sources: list[tuple[Path, Callable[[], Iterable[EmbeddedItem]]]] = [
         (folder / f"{number:06d}.parquet", lambda shard=shard: rows_of(shard))  # type: ignore[misc]
         for number, shard in enumerate(job.shards)
@@ -258,20 +258,16 @@ def dedup_data(job: DedupJob) -> dict[str, Any]:
         "min_sameness": job.min_sameness, "crops": job.crops, "embeddings": job.embeddings,
         "min_cosine": job.min_cosine,
     }  # fmt: skip
-    begin_output(job.output, DESCRIPTION, description, ("fingerprints", "pairs", "done"))
-    images, others = _fingerprint_all(job)
+    begin_output(job.output, DESCRIPTION, description)
+    images, others = _fingerprint_all(job, parts)
     removed = _removed(job, images, others)
     lines = [json.dumps({name: value for name, value in row.items() if name != "number"}) for row in removed]
     write_whole(Path(job.output, REMOVED), "".join(f"{line}\n" for line in lines))
     is_kept = np.ones(len(images), bool)
     is_kept[[row["number"] for row in removed]] = False
     for part, shard in enumerate(tqdm(job.shards, "pairs", leave=False, disable=None, delay=1)):
-        done = Path(job.output, "done", f"{part:06d}.json")
-        if not done.is_file():
-            chosen = images.numbers[(images.parts == part) & is_kept].tolist()
-            with pair_writer(Path(job.output, "pairs", f"{part:06d}{ending_of(shard)}")) as write:
-                copy_rows(shard, set(chosen), write)
-            write_whole(done, json.dumps({"kept": len(chosen)}))
+        chosen = set(images.numbers[(images.parts == part) & is_kept].tolist())
+        write_once(job.output, shard, part, partial(_copied, shard, chosen))
     kinds = [row["kind"] for row in removed]
     return {
         "seen": len(images),
@@ -282,6 +278,11 @@ def dedup_data(job: DedupJob) -> dict[str, Any]:
         "against": len(others),
         "sameness": [round(row["sameness"], 4) for row in removed],
     }
+
+
+def _copied(shard: str, numbers: set[int], write: Callable[[Any], None]) -> dict[str, Any]:
+    copy_rows(shard, numbers, write)
+    return {"kept": len(numbers)}
 
 
 # --------------------------------------------------------------------------------------------------------- the command

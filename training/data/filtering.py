@@ -35,7 +35,7 @@ from ...rows.shards import (
 from ...writing import write_whole
 from .filter_expressions import Verdict, check_columns, input_columns, judge_inputs, row_inputs, table_inputs
 from .filters import COLUMNS, FILTERS, Filter, Funnel, paper_share, plot_report, read_filters, with_optional
-from .pair_files import begin_output, ending_of, pair_writer
+from .pair_files import begin_output, ending_of, write_once
 
 
 with extra("filter"):
@@ -76,7 +76,8 @@ class FilterJob:
 
     def description(self) -> dict[str, Any]:
         """What must be the same for a run to go on."""
-        return {"shards": list(self.shards), "stage": self.stage, "rules": [asdict(rule) for rule in self.applied]}
+        rules = [asdict(rule) for rule in self.applied]
+        return {"shards": list(self.shards), "stage": self.stage, "rules": rules, "images": self.images}
 
 
 @dataclass
@@ -235,19 +236,15 @@ def filter_shard(job: FilterJob, number: int) -> ShardCount:
     shard = job.shards[number]
     if job.output is None:
         return ShardFilter(job, shard, lambda _: None).run()
-    done = Path(job.output, "done", f"{number:06d}.json")
-    if done.is_file():
-        return ShardCount(**json.loads(done.read_text(encoding="utf-8")))
-    with pair_writer(Path(job.output, "pairs", f"{number:06d}{ending_of(shard)}")) as write:
-        count = ShardFilter(job, shard, write).run()
-    write_whole(done, json.dumps(asdict(count)))
-    return count
+    return ShardCount(
+        **write_once(job.output, shard, number, lambda write: asdict(ShardFilter(job, shard, write).run()))
+    )
 
 
 def begin_filtering(job: FilterJob) -> None:
     """Makes the output folder of a job, or checks that it belongs to the same one; see `begin_output`."""
     if job.output is not None:
-        begin_output(job.output, DESCRIPTION, job.description(), ("pairs", "done"))
+        begin_output(job.output, DESCRIPTION, job.description())
 
 
 def filter_data(job: FilterJob) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -99,11 +99,8 @@ def ending_of(shard: str) -> str:
 
 
 @contextmanager
-def pair_writer(path: Path | None) -> Iterator[Callable[[Any], None]]:
+def pair_writer(path: Path) -> Iterator[Callable[[Any], None]]:
     """Writes a file that appears when all of it is there; none if nothing was written."""
-    if path is None:
-        yield lambda _: None
-        return
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     writer: PairWriter
     if path.suffix == ".parquet":
@@ -128,6 +125,29 @@ def pair_writer(path: Path | None) -> Iterator[Callable[[Any], None]]:
         beside.unlink(missing_ok=True)
 
 
+def write_once(
+    output: str, shard: str, number: int, work: Callable[[Callable[[Any], None]], dict[str, Any]]
+) -> dict[str, Any]:
+    """Writes the pairs of a shard, and then what is to be remembered of them, unless both are there.
+
+    Args:
+        output: Folder that `begin_output` made.
+        shard: The file.
+        number: Of the shard, by which its files are named.
+        work: Called with what takes pairs (see `pair_writer`); returns what is to be remembered, as JSON has it.
+
+    Returns:
+        That.
+    """
+    done = Path(output, "done", f"{number:06d}.json")
+    if done.is_file():
+        return json.loads(done.read_text(encoding="utf-8"))
+    with pair_writer(Path(output, "pairs", f"{number:06d}{ending_of(shard)}")) as write:
+        found = work(write)
+    write_whole(done, json.dumps(found))
+    return found
+
+
 def copy_rows(shard: str, numbers: Container[int], write: Callable[[Any], None]) -> None:
     """Writes rows of a shard.
 
@@ -149,14 +169,13 @@ def copy_rows(shard: str, numbers: Container[int], write: Callable[[Any], None])
             number += len(batch)
 
 
-def begin_output(output: str | Path, name: str, description: dict[str, Any], folders: Sequence[str]) -> None:
+def begin_output(output: str, name: str, description: dict[str, Any]) -> None:
     """Makes the folder of a command that can be stopped, or checks that it belongs to the same one.
 
     Args:
         output: The folder.
         name: Of the file that describes what was asked for.
         description: That, as JSON has it.
-        folders: In the folder.
 
     Raises:
         ValueError: If the folder holds something else.
@@ -170,8 +189,8 @@ def begin_output(output: str | Path, name: str, description: dict[str, Any], fol
         write_whole(file, json.dumps(description, indent=2))
     elif json.loads(file.read_text(encoding="utf-8")) != json.loads(json.dumps(description)):
         raise ValueError(f"`{folder}` holds pairs of other data or by other rules: name another folder.")
-    for name in folders:
+    for name in ("pairs", "done"):
         (folder / name).mkdir(exist_ok=True)
 
 
-__all__ = ["begin_output", "copy_rows", "ending_of", "pair_writer"]
+__all__ = ["begin_output", "copy_rows", "ending_of", "pair_writer", "write_once"]

@@ -27,9 +27,8 @@ from ...kinds import check_kind
 from ...rows.json_rows import Row
 from ...rows.pair_rows import JSON_COLUMN, metadata_of
 from ...rows.shards import FAULT_COLUMN, find_shards, has_lines, read_shards, rows_of_batch
-from ...writing import write_whole
 from .filters import MissingColumnError, as_number, value_of
-from .pair_files import begin_output, ending_of, pair_writer
+from .pair_files import begin_output, ending_of, write_once
 
 
 with extra("train"):
@@ -175,20 +174,18 @@ def _with_score(row: Row, score: float | None) -> Row:
 
 def score_shard(job: ScoreJob, embedder: Embedder, number: int) -> ScoreCount:
     """Scores one shard of a job, unless it is done."""
-    done = Path(job.output, "done", f"{number:06d}.json")
-    if done.is_file():
-        return ScoreCount(**json.loads(done.read_text(encoding="utf-8")))
     shard = job.shards[number]
-    with pair_writer(Path(job.output, "pairs", f"{number:06d}{ending_of(shard)}")) as write:
-        count = ShardScorer(embedder, shard, job.images, write).run()
-    write_whole(done, json.dumps(asdict(count)))
-    return count
+    return ScoreCount(
+        **write_once(
+            job.output, shard, number, lambda write: asdict(ShardScorer(embedder, shard, job.images, write).run())
+        )
+    )
 
 
 def begin_scoring(job: ScoreJob) -> None:
     """Makes the output folder, or checks that it belongs to the same job."""
     description = {"shards": list(job.shards), "place": asdict(job.place), "mode": job.mode, "images": job.images}
-    begin_output(job.output, DESCRIPTION, description, ("pairs", "done"))
+    begin_output(job.output, DESCRIPTION, description)
 
 
 def score_data(job: ScoreJob, embedder: Embedder, rank: int = 0, world: int = 1) -> list[ScoreCount]:
