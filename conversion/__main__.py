@@ -4,6 +4,7 @@ import argparse
 import sys
 import warnings
 from dataclasses import fields
+from typing import Any
 
 from .. import register
 from ..console import exit_status
@@ -70,6 +71,9 @@ def _add_result_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
+    parser.add_argument(
+        "--image-size", metavar="N", type=int, help="resize the vision tower's positions to images of N pixels"
+    )
 
 
 def _add_source_options(parser: argparse.ArgumentParser) -> None:
@@ -82,9 +86,6 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head", metavar="FILE", help="classification head to put on a raw backbone")
     parser.add_argument(
         "--num-heads", metavar="N", type=int, help="attention heads of the tower of a raw file without a config.json"
-    )
-    parser.add_argument(
-        "--image-size", metavar="N", type=int, help="resize the vision tower's positions to images of N pixels"
     )
     parser.add_argument(
         "--patch-size", metavar="N", type=int, help="resize the vision tower's patch kernel to N pixels"
@@ -142,9 +143,6 @@ def _assembly_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--template", metavar="NAME", help="conversation template (default: by the tokenizer's tokens)"
     )
-    parser.add_argument(
-        "--image-size", metavar="N", type=int, help="resize the vision tower's positions to images of N pixels"
-    )
     parser.add_argument("--max-tiles", metavar="N", type=int, default=12, help="most tiles of an image (default: 12)")
     parser.add_argument(
         "--select-layer", metavar="N", type=int, help="hidden state of the tower that gives the patches (default: -1)"
@@ -177,22 +175,24 @@ def main(arguments: list[str] | None = None) -> int:
     return exit_status(lambda: (_assemble if is_assembly else _convert)(options))
 
 
+def _choices(kind: type, options: argparse.Namespace) -> dict[str, Any]:
+    """The options of the command line that are fields of a class."""
+    return {field.name: getattr(options, field.name) for field in fields(kind)}
+
+
+def _writing(options: argparse.Namespace) -> dict[str, Any]:
+    """How a result is written."""
+    return {"max_shard_size": options.max_shard_size, "overwrite": options.overwrite, "report": print}
+
+
 def _assemble(options: argparse.Namespace) -> None:
     from .assemble import AssemblyOptions, assemble_model, plan_assembly
 
-    choices = {field.name: getattr(options, field.name) for field in fields(AssemblyOptions)}
+    choices = _choices(AssemblyOptions, options)
     if options.dry_run:
-        for line in plan_assembly(AssemblyOptions(**choices)).describe():
-            print(line)
+        print(*plan_assembly(AssemblyOptions(**choices)).describe(), sep="\n")
         return
-    assemble_model(
-        options.out,
-        **choices,
-        max_shard_size=options.max_shard_size,
-        overwrite=options.overwrite,
-        report=print,
-        verify=options.verify,
-    )
+    assemble_model(options.out, **choices, **_writing(options), verify=options.verify)
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -206,10 +206,9 @@ def _convert(options: argparse.Namespace) -> None:
             raise ValueError("`--with-heads` writes a model: name a folder to write.")
         convert_upernet(options.source, options.out, overwrite=options.overwrite, report=print)
         return
-    choices = {field.name: getattr(options, field.name) for field in fields(ConversionOptions)}
+    choices = _choices(ConversionOptions, options)
     if options.dry_run:
-        for line in plan_conversion(options.source, ConversionOptions(**choices)).describe():
-            print(line)
+        print(*plan_conversion(options.source, ConversionOptions(**choices)).describe(), sep="\n")
         return
     if options.push_to_hub:
         create_repository(options.push_to_hub, options.private)
@@ -217,9 +216,7 @@ def _convert(options: argparse.Namespace) -> None:
         options.source,
         options.out,
         **choices,
-        max_shard_size=options.max_shard_size,
-        overwrite=options.overwrite,
-        report=print,
+        **_writing(options),
         verify=options.verify is not None,
         recorded=options.verify or None,
     )

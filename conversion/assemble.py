@@ -148,11 +148,10 @@ class Assembly(Plan):
         """Describes the parts."""
         lines = []
         for name, found in self.parts.items():
-            tensors = (*found.part.tensors.values(), *found.part.beside.values())
             lines.append(
-                f"Found {name}, of {found.title} (`{found.source.folder}`): {len(tensors)} tensors, "
-                f"{name_size(sum(tensor.num_bytes for tensor in tensors))}, "
-                f"{name_dtypes(tensor.dtype for tensor in tensors)}."
+                f"Found {name}, of {found.title} (`{found.source.folder}`): {len(found.tensors)} tensors, "
+                f"{name_size(sum(tensor.num_bytes for tensor in found.tensors))}, "
+                f"{name_dtypes(tensor.dtype for tensor in found.tensors)}."
             )
         return lines
 
@@ -430,14 +429,20 @@ def _filled(
     main = torch.float32 if not kept else DTYPES[main_dtype(kept)]
     kept = {name: cast(name, tensor, target_dtype(tensor.dtype, options.dtype)) for name, tensor in kept.items()}
     file = next(iter(found.values())).file
-    new = _random(source_format, draft.settings, added, target_dtype(main, options.dtype), options.seed, file)
+    new_shapes = {name: shapes[name] for name in added}
+    new = _random(source_format, draft.settings, new_shapes, target_dtype(main, options.dtype), options.seed, file)
     return {name: (new if name in new else kept)[name] for name in shapes}, added
 
 
 def _random(
-    source_format: Format, settings: dict[str, Any], names: dict[str, str], dtype: torch.dtype, seed: int, file: Path
+    source_format: Format,
+    settings: dict[str, Any],
+    shapes: dict[str, torch.Size],
+    dtype: torch.dtype,
+    seed: int,
+    file: Path,
 ) -> Tensors:
-    """Tensors as the model initialises them, in float32 and then cast; computed when the first of them is read."""
+    """Tensors of these names as the model initialises them, in float32 and then cast; computed when one is read."""
 
     @cache
     def values() -> dict[str, torch.Tensor]:
@@ -446,20 +451,19 @@ def _random(
         for path, module in model.named_modules():
             own = {name: f"{path}.{name}".lstrip(".") for name in module._parameters}
             # Modules without new tensors keep what they have, which is nothing: they are on the meta device.
-            module._is_hf_initialized = not any(full in names for full in own.values())
+            module._is_hf_initialized = not any(full in shapes for full in own.values())
             for name, full in own.items():
                 parameter = module._parameters[name]
-                if full in names:
+                if full in shapes:
                     module._parameters[name] = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"))
                 elif parameter is not None:
                     parameter._is_hf_initialized = True
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model.initialize_weights()
-        return {name: model.get_parameter(name).detach().to(dtype) for name in names}
+        return {name: model.get_parameter(name).detach().to(dtype) for name in shapes}
 
     def reading(name: str) -> Callable[..., torch.Tensor]:
         return lambda reader: values()[name]
 
-    shapes = {name: parameter.shape for name, parameter in model_on_meta(source_format, settings).named_parameters()}
-    return {name: LazyTensor(tuple(shapes[name]), dtype, file, reading(name)) for name in names}
+    return {name: LazyTensor(tuple(shape), dtype, file, reading(name)) for name, shape in shapes.items()}

@@ -22,7 +22,7 @@ from .readers.damages import DAMAGES, describing, reason_of
 from .readers.hub import find_source
 from .readers.opening import open_files, open_source
 from .readers.source import Source
-from .readers.tensors import Tensors
+from .readers.tensors import LazyTensor, Tensors
 from .repository.result import stored_state
 from .repository.shards import BESIDE_STEM
 from .repository.tokenizer import has_tokenizer
@@ -51,10 +51,14 @@ class FoundPart:
     image_settings: dict[str, Any] | None = None
 
     @property
+    def tensors(self) -> list[LazyTensor]:
+        """Its tensors, and those beside it."""
+        return [*self.part.tensors.values(), *self.part.beside.values()]
+
+    @property
     def files(self) -> list[Path]:
         """Files with its tensors."""
-        tensors = (*self.part.tensors.values(), *self.part.beside.values())
-        return list(dict.fromkeys(tensor.file for tensor in tensors))
+        return list(dict.fromkeys(tensor.file for tensor in self.tensors))
 
 
 def find_part(place: str | Path, name: str, image_size: int | None = None) -> FoundPart:

@@ -171,7 +171,7 @@ def test_new_rows_are_the_mean_of_the_others_and_the_rest_is_untouched(places, t
 
 def test_the_seed_decides_what_is_new_and_nothing_else(places, tmp_path):
     options = {"vision": places["rms_norm"], "decoder": places["llama"]}
-    folders = [assembled(tmp_path / str(seed), **options, seed=seed)[0] for seed in (0, 0, 1)[1:]]
+    folders = [assembled(tmp_path / str(seed), **options, seed=seed)[0] for seed in (0, 1)]
     first, other = map(weights_of, folders)
     again = weights_of(assembled(tmp_path / "again", **options)[0])
     assert_same(again, first)

@@ -1,6 +1,7 @@
 """`dedup`: near duplicates and images of evaluation sets are left out, others stay, and a run that was stopped goes
 on."""
 
+import io
 import json
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from internvl.rows.shards import read_shards
 from internvl.training.__main__ import main
 from internvl.training.data import dedup
-from internvl.training.data.fingerprints import fingerprint, sameness
+from internvl.training.data.fingerprints import coefficients, fingerprint, perceptual_hashes, sameness
 from internvl.training.data.near_duplicates import (
     Fingerprints,
     groups_of,
@@ -77,14 +78,14 @@ def test_of_images_that_are_the_same_the_largest_is_kept(found, data):
     for seed in range(PLANTED):
         original, copy = texture(seed), changed(texture(seed), seed)
         pixels = {f"caption {seed}": original.width * original.height}
-        with Image.open(__import__("io").BytesIO(copy[1])) as image:
+        with Image.open(io.BytesIO(copy[1])) as image:
             pixels[f"caption {100 + IMAGES - 40 + seed}"] = image.width * image.height
         assert sorted(kept & set(pixels)) == [max(pixels, key=lambda name: (pixels[name], -int(name.split()[1])))]
 
 
 def test_a_run_that_was_stopped_goes_on(found, data, tmp_path, monkeypatch):
     report, whole = found
-    copy_rows, fingerprints, calls = dedup.copy_rows, dedup.write_fingerprints, []
+    copy_rows, calls = dedup.copy_rows, []
 
     def stop_at_the_second(*arguments):
         calls.append(1)
@@ -100,12 +101,11 @@ def test_a_run_that_was_stopped_goes_on(found, data, tmp_path, monkeypatch):
     assert dedup.dedup_data(job(data, tmp_path / "out", against=against)) == report
     assert len(calls) == 3
     assert captions(tmp_path / "out") == captions(whole)
-    assert fingerprints is not None
     with pytest.raises(ValueError, match="other data or by other rules"):
         dedup.dedup_data(job(data, tmp_path / "out"))
 
 
-def test_the_command_says_what_was_left_out(found, data, tmp_path, capsys, monkeypatch):
+def test_the_command_says_what_was_left_out(found, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     report, _ = found
     shard = str(write_tar(tmp_path / "a.tar", [pair(as_png(texture(number // 2)), number) for number in range(6)]))
@@ -148,8 +148,6 @@ def test_hashes_are_found_as_a_slow_loop_finds_them():
 
 
 def test_the_hash_of_a_mirrored_image_is_known_without_it():
-    from internvl.training.data.fingerprints import coefficients, perceptual_hashes
-
     image = texture(3)
     grids = prints_of([image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]).grids
     one, other = perceptual_hashes(coefficients(grids[:, 0])[:, 0])

@@ -5,7 +5,6 @@ import csv
 import json
 import math
 import random
-import tarfile
 import time
 
 import pyarrow
@@ -100,10 +99,8 @@ def write_shard(path, rows):
             | ({} if row["caption"] is None else {"txt": row["caption"].encode()})
             for row in rows
         ]
-        with tarfile.open(path, "w") as archive:
-            writer = pair_files._TarWriter.__new__(pair_files._TarWriter)
-            writer.file = archive
-            writer.write(contents)
+        with pair_files.pair_writer(path) as write:
+            write(contents)
     return str(path)
 
 
@@ -306,6 +303,8 @@ def test_another_job_in_the_same_folder_is_refused(tmp_path):
     filtering.filter_data(job(shards, tmp_path / "out"))
     with pytest.raises(ValueError, match="other data or by other rules"):
         filtering.filter_data(job(shards, tmp_path / "out", stage=1))
+    with pytest.raises(ValueError, match="other data or by other rules"):
+        filtering.filter_data(job(shards, tmp_path / "out", images=str(tmp_path)))
     with pytest.raises(ValueError, match="is not empty"):
         filtering.filter_data(job(shards, tmp_path))
 

@@ -72,14 +72,13 @@ def part_content(content: Content, name: str) -> Content:
     part = take_part(content, name)
     title = f"{name} of {content.source_format.name}"
     target = _vision_format(title) if name == "vision" else _part_format(title, part)
-    facts = {
+    auto_map = target.result.auto_map
+    settings = {
+        **part.settings,
         "architectures": [target.result.model_class.__name__],
-        "auto_map": target.result.auto_map,
+        **({"auto_map": auto_map} if auto_map else {}),
         "dtype": main_dtype(part.tensors),
     }
-    if not target.result.auto_map:
-        del facts["auto_map"]
-    settings = {**part.settings, **facts}
     return replace(
         content,
         source_format=target,

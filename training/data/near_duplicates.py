@@ -53,6 +53,16 @@ class Fingerprints:
         """The means of the channels, (B, 3)."""
         return np.concatenate([part.mean(axis=(2, 3)) for part in self.parts()])
 
+    @cached_property
+    def coefficients(self) -> np.ndarray:
+        """Of the grey channel of each image as a whole, (B, C, C); see `fingerprints.coefficients`."""
+        return np.concatenate([coefficients(part[:, 0])[:, 0] for part in self.parts()])
+
+    @cached_property
+    def hashes(self) -> np.ndarray:
+        """Perceptual hashes, (B, 8)."""
+        return perceptual_hashes(self.coefficients)
+
     def parts(self) -> Iterator[np.ndarray]:
         """Yields some grids at a time."""
         for start in range(0, len(self), IMAGES_AT_ONCE):
@@ -90,9 +100,8 @@ def mirrored_hashes(hashes: np.ndarray) -> np.ndarray:
 def _vector_pairs(images: Fingerprints, others: Fingerprints) -> Iterator[np.ndarray]:
     """Yields pairs of which one may be a crop of the other: every image looks, as a whole and mirrored, for windows of
     others."""
-    whitening = Whitening(np.concatenate([values[:, 0] for values in _coefficients(others)]))
-    vectors = np.concatenate([whitening.vectors(values[:, 0]) for values in _coefficients(others)])
-    index = _index_of(vectors)
+    whitening = Whitening(others.coefficients)
+    index = _index_of(whitening.vectors(others.coefficients))
     for start in range(0, len(images), IMAGES_AT_ONCE):
         grey = images.grids[start : start + IMAGES_AT_ONCE, 0]
         windows = coefficients(grey, SEARCHED_CUTS)  # (B, W, C, C)
@@ -102,11 +111,6 @@ def _vector_pairs(images: Fingerprints, others: Fingerprints) -> Iterator[np.nda
             scores, found = index.search(whitening.vectors(values), min(NEIGHBOURS, len(others)))
             query, place = np.nonzero((scores >= MIN_COSINE) & (found >= 0))
             yield np.unique(np.stack([rows[query], found[query, place]], axis=1), axis=0)
-
-
-def _coefficients(images: Fingerprints) -> Iterator[np.ndarray]:
-    for part in images.parts():
-        yield coefficients(part[:, 0])
 
 
 def _index_of(vectors: np.ndarray) -> Any:
@@ -142,10 +146,7 @@ def near_duplicates(
     others = images if others is None else others
     if not len(images) or not len(others):
         return np.zeros((0, 2), np.int64), np.zeros(0, np.float32)
-    hashes, other_hashes = (
-        np.concatenate([perceptual_hashes(values[:, 0]) for values in _coefficients(one)]) for one in (images, others)
-    )
-    found = [hash_pairs(hashes, other_hashes), hash_pairs(mirrored_hashes(hashes), other_hashes)]
+    found = [hash_pairs(hashes, others.hashes) for hashes in (images.hashes, mirrored_hashes(images.hashes))]
     if crops:
         found += _vector_pairs(images, others)
         if not among:
