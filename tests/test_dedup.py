@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from internvl.evaluation.vectors.files import Description, EmbeddingFolder
+from internvl.evaluation.vectors.sources import Columns, item_of_row
 from internvl.rows.shards import read_shards
 from internvl.training.__main__ import main
 from internvl.training.data import dedup
@@ -118,6 +120,27 @@ def test_the_command_says_what_was_left_out(found, tmp_path, capsys):
     assert set(json.loads((output / "report.json").read_text())) == set(report)
     assert main(["dedup", shard, "--output", str(output), "--min-sameness", "2"]) == 2
     assert "`min_sameness` must be above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("min_cosine", "left_out"), [(0.97, [3]), (0.85, [3, 4])])
+def test_images_that_are_alike_to_a_model_are_left_out_too(data, tmp_path, min_cosine, left_out):
+    images = [texture(seed).resize((100, 100 - seed)) for seed in range(6)]
+    shard = str(write_tar(tmp_path / "a.tar", [pair(as_png(image), number) for number, image in enumerate(images)]))
+    vectors = np.eye(6, dtype=np.float32)
+    vectors[3], vectors[4, 1], vectors[4, 4] = vectors[0], 0.9, 0.19**0.5
+    kind = {"precision": "float32", "size": 6, "vectors": 1, "rows_per_file": 6, "parts": 1}
+    folder = EmbeddingFolder(tmp_path / "vectors", Description("tiny", "InternVL-C", **kind, data=""))
+    items = [item_of_row(row, Columns()) for row in read_shards([shard])]
+    folder.write_block(0, 0, items, {"image": vectors[:, None]}, 0)
+    folder.mark_done(0, 1, 6)
+    settings = {"embeddings": str(folder.path), "min_cosine": min_cosine}
+    dedup.dedup_data(dedup.DedupJob((shard,), str(tmp_path / "out"), **settings))
+    removed = [json.loads(line) for line in (tmp_path / "out" / "removed.jsonl").read_text().splitlines()]
+    same_as = {3: items[0].id, 4: items[1].id}
+    assert [(row["id"], row["same_as"]) for row in removed] == [(items[n].id, same_as[n]) for n in left_out]
+    assert [row["sameness"] for row in removed] == pytest.approx([1.0, 0.9][: len(left_out)], abs=1e-5)
+    with pytest.raises(ValueError, match="holds embeddings of other data"):
+        dedup.dedup_data(job(data, tmp_path / "other", **settings))
 
 
 # ---------------------------------------------------------------------------------------------------------- the search
