@@ -1,12 +1,14 @@
 """`image_feature_cache_bytes`: an image that was seen is not encoded again until what it depends on changes."""
 
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from internvl.feature_cache_internvl import ImageFeatureCache
+from internvl.feature_cache_internvl import ImageFeatureCache, weights_state
 
 from . import tiny
 
@@ -86,7 +88,23 @@ def shuffle(model) -> None:
     model.config.ps_version = "v1"
 
 
-@pytest.mark.parametrize("change", [step, replace, load, choose_layer, shuffle])
+def edit_data(model) -> None:
+    next(model.vision_model.parameters()).data.mul_(1.5)
+
+
+def round_weights(model) -> None:
+    """The new tensors may take the places of the old ones."""
+    weight = next(model.mlp1[1].parameters())
+    place, rounded = weight.data_ptr(), (100 * weight.data).to(torch.bfloat16).float()
+    weight.data.copy_(rounded)
+    assert weight.data_ptr() == place
+
+
+def add_hook(model) -> None:
+    model.mlp1.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+@pytest.mark.parametrize("change", [step, replace, load, choose_layer, shuffle, edit_data, round_weights, add_hook])
 def test_what_changes_features_makes_it_forget(change: Callable, model):
     tiles = tiny.pixels(2)
     before = features(model, tiles)
@@ -95,6 +113,35 @@ def test_what_changes_features_makes_it_forget(change: Callable, model):
     assert not torch.allclose(before, after)
     model.image_feature_cache_bytes = 0
     assert torch.equal(features(model, tiles), after)
+
+
+def test_autocast_and_the_attention_make_it_forget(model):
+    tiles = tiny.pixels(2)
+    seen = count_tiles(model)
+    features(model, tiles)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert features(model, tiles).dtype == torch.bfloat16
+    assert features(model, tiles).dtype == torch.float32
+    model.set_attn_implementation("eager")
+    features(model, tiles)
+    assert seen == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_of_a_model_starts_with_an_empty_cache_of_the_same_size(copied: Callable, model):
+    tiles = tiny.pixels(2)
+    expected = features(model, tiles)
+    other = copied(model)
+    seen = count_tiles(other)
+    assert torch.equal(features(other, tiles), expected)
+    assert seen == [2]
+    assert other.image_feature_cache_bytes == MEGABYTE
+    assert other.image_feature_cache is not model.image_feature_cache
+
+
+def test_the_state_of_weights_holds_no_description_of_the_model():
+    state = weights_state(tiny.chat_model("llama"))
+    assert len(repr(state)) < 100 * len(state)
 
 
 def test_weights_of_the_decoder_change_nothing(model):
@@ -129,6 +176,19 @@ def test_gradients_and_training_bypass_it(model):
     seen = count_tiles(model)
     assert model.extract_feature(tiles).requires_grad
     features(model.train(), tiles)
+    features(model.eval(), tiles)
+    model.vision_model.train()
+    features(model, tiles)
+    assert seen == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(("module", "name"), [(torch.jit, "is_tracing"), (torch.compiler, "is_compiling")])
+def test_code_that_is_traced_bypasses_it(module, name, model, monkeypatch):
+    tiles = tiny.pixels(2)
+    seen = count_tiles(model)
+    features(model, tiles)
+    monkeypatch.setattr(module, name, lambda: True)
+    features(model, tiles)
     assert seen == [2, 2]
 
 
