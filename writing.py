@@ -5,17 +5,30 @@ from pathlib import Path
 from typing import Any
 
 
-def write_whole(path: Path, content: Any) -> None:
+def write_whole(path: Path, content: Any, keep: bool = False) -> None:
     """Writes a file, and makes the folders above it.
 
     Args:
         path: The file; until all of the content is written, it stays as it was.
         content: Bytes, or a text, which is stored as UTF-8.
+        keep: Leave a file that is there already, even if another process has put it there just now.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
-        beside.replace(path)
+        if not keep or not _link(beside, path):
+            beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _link(source: Path, path: Path) -> bool:
+    """Gives a file its name unless another has it; returns False on file systems without links."""
+    try:
+        os.link(source, path)
+    except FileExistsError:
+        pass
+    except OSError:
+        return False
+    return True

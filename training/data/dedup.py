@@ -34,7 +34,7 @@ from ...rows.shards import find_shards, read_shards
 from ...writing import write_whole
 from .fingerprints import SIDE, fingerprint
 from .near_duplicates import MIN_SAMENESS, NEIGHBOURS, Fingerprints, groups_of, near_duplicates
-from .pair_files import begin_output, copy_rows, write_once
+from .pair_files import begin_output, copy_rows, refuse_cut_shard, states_of, write_once
 
 
 with extra("filter"):
@@ -170,7 +170,9 @@ def _fingerprint_all(job: DedupJob, parts: Sequence[Part]) -> tuple[Images, Imag
     folder = Path(job.output, "fingerprints")
 
     def rows_of(shard: str) -> Iterator[EmbeddedItem]:
-        return (item_of_row(row, job.columns) for row in read_shards([shard]))
+        for row in read_shards([shard]):
+            refuse_cut_shard(shard, row)
+            yield item_of_row(row, job.columns)
 
     sources: list[tuple[Path, Callable[[], Iterable[EmbeddedItem]]]] = [
         (folder / f"{number:06d}.parquet", lambda shard=shard: rows_of(shard))  # type: ignore[misc]
@@ -254,7 +256,7 @@ def dedup_data(job: DedupJob) -> dict[str, Any]:
     """
     parts = find_parts(job.against, Columns(), 4096) if job.against else []
     description = {
-        "shards": list(job.shards), "against": fingerprint_of(parts, {}), "images": job.images,
+        "shards": states_of(job.shards), "against": fingerprint_of(parts, {}), "images": job.images,
         "min_sameness": job.min_sameness, "crops": job.crops, "embeddings": job.embeddings,
         "min_cosine": job.min_cosine,
     }  # fmt: skip
@@ -267,7 +269,7 @@ def dedup_data(job: DedupJob) -> dict[str, Any]:
     is_kept[[row["number"] for row in removed]] = False
     for part, shard in enumerate(tqdm(job.shards, "pairs", leave=False, disable=None, delay=1)):
         chosen = set(images.numbers[(images.parts == part) & is_kept].tolist())
-        write_once(job.output, shard, part, partial(_copied, shard, chosen))
+        write_once(job.output, shard, part, CopyCount, partial(_copied, shard, chosen))
     kinds = [row["kind"] for row in removed]
     return {
         "seen": len(images),
@@ -280,9 +282,16 @@ def dedup_data(job: DedupJob) -> dict[str, Any]:
     }
 
 
-def _copied(shard: str, numbers: set[int], write: Callable[[Any], None]) -> dict[str, Any]:
+@dataclass
+class CopyCount:
+    """Kept pairs of a shard."""
+
+    kept: int
+
+
+def _copied(shard: str, numbers: set[int], write: Callable[[Any], None]) -> CopyCount:
     copy_rows(shard, numbers, write)
-    return {"kept": len(numbers)}
+    return CopyCount(len(numbers))
 
 
 # --------------------------------------------------------------------------------------------------------- the command

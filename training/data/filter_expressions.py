@@ -93,6 +93,17 @@ def check_columns(rules: Iterable[Filter], columns: Iterable[str]) -> None:
                 raise missing_column(rule, name_of_column(wanted.column), columns)
 
 
+def check_patterns(rules: Iterable[Filter]) -> None:
+    """Raises a ValueError if a rule's regular expression is not one of polars too."""
+    for rule in rules:
+        if rule.comparison in PATTERN_COMPARISONS:
+            try:
+                pl.select(pl.lit("").str.contains(str(rule.value)))
+            except (pl.exceptions.PolarsError, UnicodeEncodeError) as error:
+                reason = " ".join(str(error).split("This error occurred")[0].split())
+                raise ValueError(f"The rule `{rule.name}` is not for whole columns: {reason:.200}.") from error
+
+
 # ------------------------------------------------------------------------------------------------------------- judging
 def judge_inputs(inputs: pl.LazyFrame, rules: Sequence[Filter], columns: Iterable[str]) -> Verdict:
     """Judges rows.
@@ -274,6 +285,7 @@ __all__ = [
     "Input",
     "Verdict",
     "check_columns",
+    "check_patterns",
     "input_columns",
     "inputs_of",
     "judge_inputs",

@@ -11,6 +11,7 @@ pair is lost, and none comes twice. Ray Data judges shards on many machines in t
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -25,7 +26,6 @@ from ...rows.bad_rows import BadRows, TooManyBadRowsError
 from ...rows.json_rows import Row
 from ...rows.pair_rows import IMAGE_COLUMNS, JSON_COLUMN
 from ...rows.shards import (
-    FAULT_COLUMN,
     SHARD_ERRORS,
     find_shards,
     place_of_row,
@@ -33,19 +33,34 @@ from ...rows.shards import (
     rows_of_batch,
 )
 from ...writing import write_whole
-from .filter_expressions import Verdict, check_columns, input_columns, judge_inputs, row_inputs, table_inputs
+from .filter_expressions import (
+    Verdict,
+    check_columns,
+    check_patterns,
+    input_columns,
+    judge_inputs,
+    row_inputs,
+    table_inputs,
+)
 from .filters import COLUMNS, FILTERS, Filter, Funnel, paper_share, plot_report, read_filters, with_optional
-from .pair_files import begin_output, ending_of, write_once
+from .pair_files import begin_output, chosen_rows, cut_off, ending_of, refuse_cut_shard, states_of, write_once
 
 
 with extra("filter"):
     import polars as pl
     import pyarrow
-    from pyarrow import parquet
+    from pyarrow import compute, parquet
 
 BATCH_BYTES = 2**26  # of a table that is judged at once
 MAX_BATCH_ROWS = 2**17
 ROWS_AT_ONCE = 1024  # of files that are read row by row
+PLAIN_KINDS = tuple(
+    getattr(pyarrow.types, f"is_{name}")
+    for name in (
+        *("boolean", "integer", "floating", "decimal", "null", "fixed_size_binary"),
+        *("string", "large_string", "string_view", "binary", "large_binary", "binary_view"),
+    )
+)
 DESCRIPTION, REPORT = "filter.json", "report.json"
 
 
@@ -77,7 +92,7 @@ class FilterJob:
     def description(self) -> dict[str, Any]:
         """What must be the same for a run to go on."""
         rules = [asdict(rule) for rule in self.applied]
-        return {"shards": list(self.shards), "stage": self.stage, "rules": rules, "images": self.images}
+        return {"shards": states_of(self.shards), "stage": self.stage, "rules": rules, "images": self.images}
 
 
 @dataclass
@@ -135,7 +150,8 @@ class ShardFilter:
             with fsspec.open(self.shard, "rb") as opened:
                 source = opened if "://" in self.shard else self.shard
                 with parquet.ParquetFile(source, memory_map="://" not in self.shard) as file:
-                    schema = pl.from_arrow(file.schema_arrow.empty_table()).schema
+                    _check_names(file.schema_arrow.names)
+                    schema = pl.from_arrow(_comparable(file.schema_arrow.empty_table())).schema
                     is_whole = self._is_by_row(schema) or self.job.output is not None
                     wanted = None if is_whole else input_columns(schema, self.job.applied)
                     for batch in file.iter_batches(_rows_of_batch(file, wanted), columns=wanted):
@@ -144,8 +160,8 @@ class ShardFilter:
             self._count_damage(error)
 
     def _count_damage(self, error: object) -> None:
-        if "://" in self.shard:  # which may be so for now only
-            raise OSError(f"`{self.shard}` cannot be read to its end: {error}. Try again: finished shards are kept.")
+        if "://" in self.shard:
+            raise cut_off(self.shard, error)
         self.bad_rows.count(self.shard, f"The shard is damaged: {error}")
 
     def _is_by_row(self, schema: Mapping[str, Any]) -> bool:
@@ -160,21 +176,19 @@ class ShardFilter:
         needed = batch.select(input_columns(schema, self.job.applied))
         try:
             needed.validate(full=True)
-            table = pl.from_arrow(needed)
+            table = pl.from_arrow(_comparable(needed))
             inputs = table_inputs(table.lazy(), schema, self.job.applied)
             verdict = judge_inputs(inputs, self.job.applied, schema)
         except (pyarrow.ArrowInvalid, pl.exceptions.PolarsError):
             return False
         self._count(verdict, lambda row: f"{self.shard}, sample `{start + row}`")
         if self.job.output is not None:
-            self.write(pyarrow.Table.from_batches([batch]).filter(verdict.kept.to_arrow()))
+            self.write(chosen_rows(batch, verdict.kept.to_arrow()))
         return True
 
     def _judge_rows(self, rows: list[Row], written: Any) -> None:
         """Judges raw rows; what is written of them are themselves, or the batch that they come from."""
-        last = rows[-1]
-        if "://" in self.shard and FAULT_COLUMN in last and not last["__key__"]:
-            self._count_damage(last[FAULT_COLUMN])
+        refuse_cut_shard(self.shard, rows[-1])
         inputs, columns = row_inputs(rows, self.job.applied, self.job.images)
         self.columns |= columns
         if columns:
@@ -184,13 +198,39 @@ class ShardFilter:
         if isinstance(written, list):
             self.write([row for row, is_kept in zip(rows, verdict.kept, strict=True) if is_kept])
         elif self.job.output is not None:
-            self.write(pyarrow.Table.from_batches([written]).filter(verdict.kept.to_arrow()))
+            self.write(chosen_rows(written, verdict.kept.to_arrow()))
 
     def _count(self, verdict: Verdict, place: Callable[[int], str]) -> None:
         self.funnel.add(verdict.seen, int(verdict.kept.sum()), verdict.tallies)
         self.bad_rows.seen += verdict.seen
         for row in verdict.faults.is_not_null().arg_true():
             self.bad_rows.count(place(row), verdict.faults[row])
+
+
+def _check_names(names: Sequence[str]) -> None:
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"two columns have the name `{twice[0]}`")
+
+
+def _comparable(table: Any) -> Any:
+    """An Arrow table or batch as polars can read it, which ends at some types, such as foreign time zones.
+
+    Columns that no rule can compare become dates, which none can either, and keep their nulls.
+    """
+    for number, column in enumerate(table.schema):
+        kind, values = column.type, table.column(number)
+        if pyarrow.types.is_decimal256(kind):
+            table = table.set_column(number, column.name, values.cast(pyarrow.float64()))
+        elif not _is_plain(kind):
+            dates = compute.if_else(values.is_valid(), *(pyarrow.scalar(day, pyarrow.date32()) for day in (0, None)))
+            table = table.set_column(number, column.name, dates)
+    return table
+
+
+def _is_plain(kind: Any) -> bool:
+    if pyarrow.types.is_dictionary(kind):
+        return _is_plain(kind.value_type)
+    return any(is_kind(kind) for is_kind in PLAIN_KINDS)
 
 
 def _rows_of_batch(file: Any, columns: Sequence[str] | None) -> int:
@@ -236,13 +276,12 @@ def filter_shard(job: FilterJob, number: int) -> ShardCount:
     shard = job.shards[number]
     if job.output is None:
         return ShardFilter(job, shard, lambda _: None).run()
-    return ShardCount(
-        **write_once(job.output, shard, number, lambda write: asdict(ShardFilter(job, shard, write).run()))
-    )
+    return write_once(job.output, shard, number, ShardCount, lambda write: ShardFilter(job, shard, write).run())
 
 
 def begin_filtering(job: FilterJob) -> None:
-    """Makes the output folder of a job, or checks that it belongs to the same one; see `begin_output`."""
+    """Checks the patterns of a job, and makes its output folder or checks whose it is; see `begin_output`."""
+    check_patterns(job.applied)
     if job.output is not None:
         begin_output(job.output, DESCRIPTION, job.description())
 

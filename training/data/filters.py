@@ -12,6 +12,7 @@ for whole columns. Duplicates and images of evaluation sets are found by `near_d
 import json
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
@@ -90,12 +91,19 @@ class Filter:
     label: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("column", "comparison", "why", "label"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"`{name}` must be a text, got {getattr(self, name)!r:.80}.")
+        if not isinstance(self.is_optional, bool):
+            raise ValueError(f"`is_optional` must be true or false, got {self.is_optional!r:.80}.")
         if self.comparison not in COMPARISONS:
             raise ValueError(f"`comparison` must be one of {', '.join(COMPARISONS)}, got `{self.comparison}`.")
-        if self.stage not in STAGES:
+        if isinstance(self.stage, bool) or self.stage not in STAGES:
             raise ValueError(f"`stage` must be one of {STAGES}, got {self.stage!r}.")
         if isinstance(self.value, bool) or not isinstance(self.value, (int, float, str)):
             raise ValueError(f"`value` must be a number or a text, got {self.value!r:.80}.")
+        if not isinstance(self.value, str) and not abs(self.value) <= sys.float_info.max:
+            raise ValueError(f"`value` must be a finite number, got {self.value!r:.80}.")
         if self.comparison in PATTERN_COMPARISONS:
             self._check_pattern()
 

@@ -5,10 +5,12 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import fsspec
 
@@ -22,6 +24,7 @@ with extra("train"):
     from pyarrow import parquet
 
 ROWS_COPIED_AT_ONCE = 256
+Count = TypeVar("Count")  # a dataclass: what is remembered of a shard
 
 
 class PairWriter(Protocol):
@@ -126,26 +129,35 @@ def pair_writer(path: Path) -> Iterator[Callable[[Any], None]]:
 
 
 def write_once(
-    output: str, shard: str, number: int, work: Callable[[Callable[[Any], None]], dict[str, Any]]
-) -> dict[str, Any]:
-    """Writes the pairs of a shard, and then what is to be remembered of them, unless both are there.
+    output: str, shard: str, number: int, kind: type[Count], work: Callable[[Callable[[Any], None]], Count]
+) -> Count:
+    """Writes the pairs of a shard, and then their count, unless both are there.
 
     Args:
         output: Folder that `begin_output` made.
         shard: The file.
         number: Of the shard, by which its files are named.
-        work: Called with what takes pairs (see `pair_writer`); returns what is to be remembered, as JSON has it.
+        kind: Of the count.
+        work: Called with what takes pairs (see `pair_writer`); returns the count.
 
     Returns:
-        That.
+        The count.
     """
     done = Path(output, "done", f"{number:06d}.json")
-    if done.is_file():
-        return json.loads(done.read_text(encoding="utf-8"))
+    if count := finished_count(done, kind):
+        return count
     with pair_writer(Path(output, "pairs", f"{number:06d}{ending_of(shard)}")) as write:
-        found = work(write)
-    write_whole(done, json.dumps(found))
-    return found
+        count = work(write)
+    write_whole(done, json.dumps(asdict(count)))  # type: ignore[call-overload]
+    return count
+
+
+def finished_count(file: Path, kind: type[Count]) -> Count | None:
+    """Reads the count of a shard that is done; None if it is not, or its file was lost to a crash of the machine."""
+    try:
+        return kind(**json.loads(file.read_text(encoding="utf-8")))
+    except (FileNotFoundError, TypeError, ValueError):
+        return None
 
 
 def copy_rows(shard: str, numbers: Container[int], write: Callable[[Any], None]) -> None:
@@ -158,6 +170,7 @@ def copy_rows(shard: str, numbers: Container[int], write: Callable[[Any], None])
     """
     if ending_of(shard) != ".parquet":
         for number, row in enumerate(read_shards([shard])):
+            refuse_cut_shard(shard, row)
             if number in numbers and FAULT_COLUMN not in row:
                 write([row])
         return
@@ -165,8 +178,37 @@ def copy_rows(shard: str, numbers: Container[int], write: Callable[[Any], None])
     with fsspec.open(shard, "rb") as file:
         for batch in parquet.ParquetFile(file).iter_batches(ROWS_COPIED_AT_ONCE):
             kept = [number + place in numbers for place in range(len(batch))]
-            write(pyarrow.Table.from_batches([batch]).filter(pyarrow.array(kept, pyarrow.bool_())))
+            write(chosen_rows(batch, pyarrow.array(kept, pyarrow.bool_())))
             number += len(batch)
+
+
+def chosen_rows(batch: Any, is_chosen: Any) -> Any:
+    """Returns the rows of an Arrow batch that are chosen, by an Arrow array of booleans, as a table."""
+    table = pyarrow.Table.from_batches([batch])
+    try:
+        return table.filter(is_chosen)
+    except pyarrow.ArrowNotImplementedError:  # of some types, such as string views
+        runs = [(chosen, len(list(run))) for chosen, run in groupby(is_chosen.to_pylist())]
+        starts = accumulate((length for _, length in runs), initial=0)
+        parts = [table.slice(start, length) for start, (chosen, length) in zip(starts, runs, strict=False) if chosen]
+        return pyarrow.concat_tables([table.slice(0, 0), *parts])
+
+
+def refuse_cut_shard(shard: str, row: Mapping[str, Any]) -> None:
+    """Raises an OSError if a raw row says that a remote shard cannot be read on."""
+    if "://" in shard and FAULT_COLUMN in row and not row["__key__"]:
+        raise cut_off(shard, row[FAULT_COLUMN])
+
+
+def cut_off(shard: str, fault: object) -> OSError:
+    """The error that a remote shard cannot be read to its end, which may be so for now only."""
+    return OSError(f"`{shard}` cannot be read to its end: {fault}. Try again: finished shards are kept.")
+
+
+def states_of(shards: Sequence[str]) -> list[list[str | int]]:
+    """Returns what differs when shards have changed: of each its name and, on disk, its size and time."""
+    stats = {shard: os.stat(shard) for shard in shards if "://" not in shard}
+    return [[shard, *((stats[shard].st_size, stats[shard].st_mtime_ns) if shard in stats else ())] for shard in shards]
 
 
 def begin_output(output: str, name: str, description: dict[str, Any]) -> None:
@@ -183,14 +225,34 @@ def begin_output(output: str, name: str, description: dict[str, Any]) -> None:
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / name
+    # Other processes may begin the same folder now; a kill may have left the file of one.
+    is_taken = any(not entry.name.startswith(f".{file.name}.") for entry in folder.iterdir())
+    if is_taken and not file.is_file():
+        raise ValueError(f"`{folder}` is not empty, and holds no pairs of this command: name another folder.")
     if not file.is_file():
-        if any(folder.iterdir()):
-            raise ValueError(f"`{folder}` is not empty, and holds no pairs of this command: name another folder.")
-        write_whole(file, json.dumps(description, indent=2))
-    elif json.loads(file.read_text(encoding="utf-8")) != json.loads(json.dumps(description)):
+        write_whole(file, json.dumps(description, indent=2), keep=True)
+    if _read_description(file) != json.loads(json.dumps(description)):
         raise ValueError(f"`{folder}` holds pairs of other data or by other rules: name another folder.")
     for name in ("pairs", "done"):
         (folder / name).mkdir(exist_ok=True)
 
 
-__all__ = ["begin_output", "copy_rows", "ending_of", "pair_writer", "write_once"]
+def _read_description(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"`{file}` is damaged ({error}): name another folder.") from error
+
+
+__all__ = [
+    "begin_output",
+    "chosen_rows",
+    "copy_rows",
+    "cut_off",
+    "ending_of",
+    "finished_count",
+    "pair_writer",
+    "refuse_cut_shard",
+    "states_of",
+    "write_once",
+]

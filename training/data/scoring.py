@@ -28,7 +28,7 @@ from ...rows.json_rows import Row
 from ...rows.pair_rows import JSON_COLUMN, metadata_of
 from ...rows.shards import FAULT_COLUMN, find_shards, has_lines, read_shards, rows_of_batch
 from .filters import MissingColumnError, as_number, value_of
-from .pair_files import begin_output, ending_of, write_once
+from .pair_files import begin_output, ending_of, finished_count, states_of, write_once
 
 
 with extra("train"):
@@ -175,16 +175,14 @@ def _with_score(row: Row, score: float | None) -> Row:
 def score_shard(job: ScoreJob, embedder: Embedder, number: int) -> ScoreCount:
     """Scores one shard of a job, unless it is done."""
     shard = job.shards[number]
-    return ScoreCount(
-        **write_once(
-            job.output, shard, number, lambda write: asdict(ShardScorer(embedder, shard, job.images, write).run())
-        )
+    return write_once(
+        job.output, shard, number, ScoreCount, lambda write: ShardScorer(embedder, shard, job.images, write).run()
     )
 
 
 def begin_scoring(job: ScoreJob) -> None:
     """Makes the output folder, or checks that it belongs to the same job."""
-    description = {"shards": list(job.shards), "place": asdict(job.place), "mode": job.mode, "images": job.images}
+    description = {"shards": states_of(job.shards), "place": asdict(job.place), "mode": job.mode, "images": job.images}
     begin_output(job.output, DESCRIPTION, description)
 
 
@@ -241,7 +239,8 @@ def score_by_ray(job: ScoreJob, workers: int, gpus: float) -> None:
 
 def _finished(job: ScoreJob) -> Iterator[ScoreCount]:
     for file in sorted(Path(job.output, "done").glob("*.json")):
-        yield ScoreCount(**json.loads(file.read_text(encoding="utf-8")))
+        if count := finished_count(file, ScoreCount):
+            yield count
 
 
 def score_job(options: argparse.Namespace, output: Path) -> ScoreJob:
