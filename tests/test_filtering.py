@@ -25,6 +25,7 @@ from internvl.training.data.filters import (
     MissingColumnError,
     metadata_row,
     paper_share,
+    with_optional,
 )
 
 from .fixtures_pairs import sample, write_tar
@@ -298,10 +299,30 @@ def test_a_damaged_shard_is_counted_and_the_others_are_read(tmp_path):
         filtering.filter_report(job(shards, max_bad_rate=0), [count])
 
 
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "tar"])
+def test_a_job_that_misses_a_column_can_be_asked_for_again_without_it(kind, tmp_path):
+    row = {"caption": "a caption", "similarity": 0.5}
+    shard = write_shard(tmp_path / f"a.{kind}", [row] * 2)
+    rules = tuple(Filter(column, ">=", 0.2, 1, "test") for column in ("similarity", "first", "second"))
+    with pytest.raises(MissingColumnError, match="--without first --without second`"):
+        filtering.filter_data(job([shard], tmp_path / "out", rules=rules))
+    assert not (tmp_path / "out").exists()
+    rules = with_optional(rules, ["first", "second"])
+    assert filtering.filter_data(job([shard], tmp_path / "out", rules=rules))["kept"] == 2
+
+
+def test_columns_may_come_with_later_rows(tmp_path):
+    shard = tmp_path / "a.jsonl"
+    rows = [{"caption": "a caption"}, {"caption": "a caption", "similarity": 0.5}]
+    shard.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rules = (Filter("similarity", ">=", 0.2, 1, "test"),)
+    assert filtering.filter_data(job([str(shard)], tmp_path / "out", rules=rules, max_bad_rate=1))["kept"] == 1
+
+
 def test_another_job_in_the_same_folder_is_refused(tmp_path):
     shards = shards_of(tmp_path, 1)
     filtering.filter_data(job(shards, tmp_path / "out"))
-    with pytest.raises(ValueError, match="other data or by other rules"):
+    with pytest.raises(ValueError, match=r"other data or by other rules \(rules, stage are not the same\)"):
         filtering.filter_data(job(shards, tmp_path / "out", stage=1))
     with pytest.raises(ValueError, match="other data or by other rules"):
         filtering.filter_data(job(shards, tmp_path / "out", images=str(tmp_path)))

@@ -145,7 +145,7 @@ def test_the_plot_is_a_image(tmp_path):
 def test_a_missing_column_is_an_error_that_names_it():
     row = {key: value for key, value in GOOD.items() if key != "pwatermark"}
     with pytest.raises(
-        MissingColumnError, match=r"watermark <= 0.95.*column `watermark`.*pwatermark.*similarity, punsafe"
+        MissingColumnError, match=r"watermark <= 0.95.*column `watermark`.*pwatermark.*similarity.*--without watermark"
     ):
         Funnel(1).keeps(row)
 
@@ -200,7 +200,8 @@ def test_tables_are_read_from_json(tmp_path):
     assert read_filters(file) == (Filter(**rule),)
     for content, match in (
         ({}, "list of objects"),
-        ([{"column": "a"}], "Filter 1 of"),
+        ([{"column": "a"}], "must have the fields column, comparison, stage, value, why, may .*, and has column"),
+        ([{**rule, "source": "mine"}], "and has .*source"),
         ([{**rule, "stage": 9}], "Filter 1 of"),
     ):
         file.write_text(json.dumps(content))

@@ -126,6 +126,13 @@ def test_what_a_kill_left_of_the_description_is_in_no_way(tmp_path):
     assert filter_data(job(shard, tmp_path / "out"))["kept"] == 2
 
 
+@pytest.mark.parametrize("content", ["", "{", "3"])
+def test_a_description_that_a_crash_damaged_is_no_other_job(content, tmp_path):
+    (tmp_path / "filter.json").write_text(content)
+    with pytest.raises(ValueError, match=r"filter\.json` is damaged"):
+        filter_data(job(table(tmp_path / "a.parquet"), tmp_path))
+
+
 def begin(folder, content, start):
     start.wait()
     try:

@@ -8,6 +8,8 @@ from internvl.rows.shards import read_shards
 from internvl.synthetic.captions import PAIR_LAYOUTS, caption
 from internvl.synthetic.scenes import draw_scene, sample_scene, scene_generator
 from internvl.training.__main__ import main
+from internvl.training.data.filters import FILTERS, with_optional
+from internvl.training.data.preparing import check_first_rows
 
 from .fixtures_pairs import sample, write_tar
 from .fixtures_textures import as_jpeg, as_png
@@ -82,3 +84,31 @@ def test_one_command_prepares_the_pairs_of_both_stages_and_a_stage_trains_on_the
     stage = ["stage1", "--data", *shards, "--tokenizer", MODEL, "--output", str(tmp_path / "model")]
     assert main([*stage, "--steps", "1", "--batch-size", "8", "--workers", "0"]) == 0
     assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
+WITHOUT = ["--without", "watermark", "--without", "unsafe", "--without", "aesthetic"]
+
+
+def test_what_later_steps_lack_is_said_before_any_pair_is_scored(tmp_path, capsys):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(as_png(draw_scene(scene(1))))
+        (tmp_path / name / "own.csv").write_text("image,caption\n1.png,a red star\n")
+    one, two = (str(tmp_path / name / "own.csv") for name in ("one", "two"))
+    command = ["prepare", "--model", MODEL, "--output", str(tmp_path / "out")]
+    assert main([*command, one]) == 2
+    assert "`--without watermark --without unsafe --without aesthetic`" in capsys.readouterr().err
+    assert main([*command, *WITHOUT, one, two]) == 2
+    assert "lie in 2 folders: name the folder below which all images lie by `--images`" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_named_by_a_path_are_found_below_the_folder_of_the_data(tmp_path):
+    (tmp_path / "1.png").write_bytes(as_png(draw_scene(scene(1))))
+    (tmp_path / "own.csv").write_text("image,caption\n1.png,a red star\n")
+    rules = with_optional(FILTERS, WITHOUT[1::2])
+    own = str(tmp_path / "own.csv")
+    assert check_first_rows([own], rules) == str(tmp_path)
+    assert check_first_rows([own], rules, str(tmp_path)) == str(tmp_path)
+    write_tar(tmp_path / "a.tar", [sample(1, png=(tmp_path / "1.png").read_bytes(), txt=b"a red star")])
+    assert check_first_rows([str(tmp_path / "a.tar")], rules) is None

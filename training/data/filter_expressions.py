@@ -6,6 +6,7 @@ makes them from the columns of a table, `row_inputs` from rows that may hold any
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from ...extras import extra
@@ -31,6 +32,7 @@ with extra("filter"):
     import polars as pl
 
 FAULT = "fault"
+ROWS_AT_ONCE = 1024  # of files that are read row by row
 BLANKS = "".join(chr(code) for code in range(0x3001) if chr(code).isspace())  # what `str.strip` takes away
 NO_CAPTION = "A column is missing: the row has no caption."
 
@@ -86,11 +88,39 @@ def inputs_of(rules: Iterable[Filter], columns: Iterable[str]) -> tuple[Input, .
 def check_columns(rules: Iterable[Filter], columns: Iterable[str]) -> None:
     """Raises a `MissingColumnError` if a rule that is not optional finds no column."""
     columns = list(columns)
-    for rule in rules:
-        for wanted in inputs_of([rule], columns)[1:]:
-            names = COLUMNS.get(wanted.column, (wanted.column,))
-            if not rule.is_optional and not set(names) & set(columns):
-                raise missing_column(rule, name_of_column(wanted.column), columns)
+    missing = [
+        (rule, wanted.column)
+        for rule in rules
+        for wanted in inputs_of([rule], columns)[1:]
+        if not rule.is_optional and not set(COLUMNS.get(wanted.column, (wanted.column,))) & set(columns)
+    ]
+    if missing:
+        rule, column = missing[0]
+        raise missing_column(rule, name_of_column(column), columns, [rule.column for rule, _ in missing])
+
+
+def check_columns_of_rows(
+    raw_rows: Iterable[Row], rules: Sequence[Filter], images: str | None = None, known: Iterable[str] = ()
+) -> None:
+    """Raises a `MissingColumnError` if a rule that is not optional finds no column in the first rows of a shard.
+
+    Args:
+        raw_rows: Rows of `shards`, of which no more are read than it takes.
+        rules: Of a funnel.
+        images: See `metadata_row`.
+        known: Columns that the rows will have by then.
+    """
+    columns: set[str] = set()
+    missing = None
+    for raw in islice(raw_rows, ROWS_AT_ONCE):
+        columns |= row_inputs([raw], rules, images)[1]
+        try:
+            check_columns(rules, columns.union(known))
+            return
+        except MissingColumnError as error:
+            missing = error
+    if missing is not None and columns:
+        raise missing
 
 
 def check_patterns(rules: Iterable[Filter]) -> None:
@@ -282,9 +312,11 @@ def row_inputs(
 
 
 __all__ = [
+    "ROWS_AT_ONCE",
     "Input",
     "Verdict",
     "check_columns",
+    "check_columns_of_rows",
     "check_patterns",
     "input_columns",
     "inputs_of",

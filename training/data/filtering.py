@@ -13,6 +13,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,8 +35,10 @@ from ...rows.shards import (
 )
 from ...writing import write_whole
 from .filter_expressions import (
+    ROWS_AT_ONCE,
     Verdict,
     check_columns,
+    check_columns_of_rows,
     check_patterns,
     input_columns,
     judge_inputs,
@@ -53,7 +56,6 @@ with extra("filter"):
 
 BATCH_BYTES = 2**26  # of a table that is judged at once
 MAX_BATCH_ROWS = 2**17
-ROWS_AT_ONCE = 1024  # of files that are read row by row
 PLAIN_KINDS = tuple(
     getattr(pyarrow.types, f"is_{name}")
     for name in (
@@ -280,9 +282,14 @@ def filter_shard(job: FilterJob, number: int) -> ShardCount:
 
 
 def begin_filtering(job: FilterJob) -> None:
-    """Checks the patterns of a job, and makes its output folder or checks whose it is; see `begin_output`."""
+    """Checks the rules of a job, and makes its output folder or checks whose it is; see `begin_output`.
+
+    Rules that miss a column are told before the folder is made, so that it can be asked for again without them.
+    """
     check_patterns(job.applied)
     if job.output is not None:
+        with closing(read_shards(job.shards[:1])) as rows:
+            check_columns_of_rows(rows, job.applied, job.images)
         begin_output(job.output, DESCRIPTION, job.description())
 
 

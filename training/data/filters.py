@@ -14,7 +14,7 @@ import math
 import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -252,10 +252,16 @@ def read_filters(path: str | Path) -> tuple[Filter, ...]:
         raise ValueError(f"`{path}` must hold a list of objects with the fields {', '.join(sorted(known))}.")
     rules = []
     for number, entry in enumerate(table, start=1):
+        needed = {field.name for field in fields(Filter) if field.default is MISSING}
+        if not needed <= set(entry) <= known:
+            raise ValueError(
+                f"Filter {number} of `{path}` must have the fields {', '.join(sorted(needed))}, may have "
+                f"{', '.join(sorted(known - needed))}, and has {', '.join(sorted(entry))}."
+            )
         try:
             rules.append(Filter(**entry))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"Filter {number} of `{path}` is none: {error}") from error
+            raise ValueError(f"Filter {number} of `{path}` cannot be used: {error}") from error
     return tuple(rules)
 
 
@@ -432,17 +438,22 @@ def name_of_column(column: str) -> str:
     return f"column `{column}`" + (f" (nor {', '.join(names[1:])})" if len(names) > 1 else "")
 
 
-def missing_column(rule: Filter, missing: str, columns: Iterable[str]) -> MissingColumnError:
+def missing_column(
+    rule: Filter, missing: str, columns: Iterable[str], without: Sequence[str] = ()
+) -> MissingColumnError:
     """The error of a rule that finds no column.
 
     Args:
         rule: It.
         missing: Of `name_of_column`.
         columns: That the data has.
+        without: Columns of all rules that find none; by default that of this rule.
     """
+    options = " ".join(f"--without {column}" for column in dict.fromkeys(without or [rule.column]))
+    scored = ", have `score` fill it in" * (rule.column == "similarity")
     return MissingColumnError(
-        f"The rule `{rule.name}` finds no {missing}; the data has {', '.join(map(str, columns))}. Rename the "
-        "column, or make the rule optional."
+        f"The rule `{rule.name}` finds no {missing}; the data has {', '.join(sorted(map(str, columns)))}. Rename the "
+        f"column{scored}, or let all pairs pass that lack it: `{options}` of `funnel`, `filter` and `prepare`."
     )
 
 

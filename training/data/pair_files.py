@@ -231,16 +231,20 @@ def begin_output(output: str, name: str, description: dict[str, Any]) -> None:
         raise ValueError(f"`{folder}` is not empty, and holds no pairs of this command: name another folder.")
     if not file.is_file():
         write_whole(file, json.dumps(description, indent=2), keep=True)
-    if _read_description(file) != json.loads(json.dumps(description)):
-        raise ValueError(f"`{folder}` holds pairs of other data or by other rules: name another folder.")
+    known, asked = _read_description(file), json.loads(json.dumps(description))
+    if differing := sorted(key for key in known.keys() | asked.keys() if known.get(key) != asked.get(key)):
+        raise ValueError(
+            f"`{folder}` holds pairs of other data or by other rules ({', '.join(differing)} are not the same): "
+            "name another folder."
+        )
     for name in ("pairs", "done"):
         (folder / name).mkdir(exist_ok=True)
 
 
-def _read_description(file: Path) -> Any:
+def _read_description(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
         raise ValueError(f"`{file}` is damaged ({error}): name another folder.") from error
 
 

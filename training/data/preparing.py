@@ -12,19 +12,25 @@ Every step is the command of its own that it is named after, and goes on where i
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
+from itertools import chain, islice
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 
+from ...evaluation.vectors.sources import Columns, item_of_row
 from ...extras import extra
-from ...rows.shards import find_shards
+from ...rows.image_files import is_path
+from ...rows.shards import find_shards, read_shards
 from ...writing import write_whole
 from .dedup import DedupJob, dedup_data
+from .filter_expressions import check_columns_of_rows
 from .filtering import FilterJob, filter_data
-from .filters import FILTERS, paper_share, read_filters, with_optional
-from .scoring import score_data, score_job
+from .filters import FILTERS, Filter, paper_share, read_filters, with_optional
+from .pair_files import ending_of
+from .scoring import SCORE, score_data, score_job
 
 
 CUTS = "cuts.json"
@@ -64,6 +70,39 @@ def _pairs_of(folder: Path) -> tuple[str, ...]:
     return tuple(find_shards(str(folder / "pairs" / "*")))
 
 
+def check_first_rows(shards: Sequence[str], rules: Sequence[Filter], images: str | None = None) -> str | None:
+    """Checks before any pair is scored that the later steps find what they need, by the first rows of shards.
+
+    Args:
+        shards: Files, of which one for each folder and format is opened.
+        rules: Of both stages.
+        images: Folder of the images that rows name by a path.
+
+    Returns:
+        That folder; by default the folder of the shards if their rows name images by a path, which later steps read
+        from shards that lie elsewhere.
+
+    Raises:
+        MissingColumnError: If a rule that is not optional finds no column.
+        ValueError: If rows name images by a path, and shards lie in several folders.
+    """
+    folders = {str(Path(shard).resolve().parent) for shard in shards if "://" not in shard}
+    found = images
+    for shard in {(PurePath(shard).parent, ending_of(shard)): shard for shard in reversed(shards)}.values():
+        with closing(read_shards([shard])) as rows:
+            first = list(islice(rows, 1))
+            check_columns_of_rows(chain(first, rows), rules, images, (SCORE,))
+        named = item_of_row(first[0], Columns(folder=images)).image if first else None
+        if images is None and folders and isinstance(named, str) and is_path(named):
+            if len(folders) > 1:
+                raise ValueError(
+                    f"The rows of `{shard}` name images by a path, and the data lie in {len(folders)} folders: name "
+                    "the folder below which all images lie by `--images`."
+                )
+            found = next(iter(folders))
+    return found
+
+
 def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     """Runs `prepare`.
 
@@ -77,9 +116,10 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     output = options.output
     rules = with_optional(FILTERS if options.rules is None else read_filters(options.rules), options.without)
     scoring = score_job(options, output / "scored")
+    images = check_first_rows(scoring.shards, rules, options.images)
     embedder = scoring.embedder("cuda" if torch.cuda.is_available() else "cpu")
     total = max(sum(count.rows for count in score_data(scoring, embedder)), 1)
-    rates = {"images": options.images, "max_bad_rate": options.max_bad_rate}
+    rates = {"images": images, "max_bad_rate": options.max_bad_rate}
     extremes = FilterJob(_pairs_of(output / "scored"), 1, rules, str(output / "extremes"), **rates)
     left: list[tuple[str, int, float | None]] = []
     left.append(("rules of stage 1", filter_data(extremes)["kept"], None))
@@ -101,8 +141,9 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
         print_fn(f"{cut['step']:<30} {cut['pairs']:>10} pairs ({cut['share']:.2%}{beside})")
     if options.plot:
         plot_cuts(cuts, options.plot)
-    print_fn(f"Stage 1 trains on {output / 'stage1' / 'pairs'}, stage 2 on {output / 'stage2' / 'pairs'}.")
+    folder = f", with `--images {images}`" if images else ""
+    print_fn(f"Stage 1 trains on {output / 'stage1' / 'pairs'}, stage 2 on {output / 'stage2' / 'pairs'}{folder}.")
     return 0
 
 
-__all__ = ["plot_cuts"]
+__all__ = ["check_first_rows", "plot_cuts"]
