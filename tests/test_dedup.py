@@ -114,7 +114,7 @@ def test_the_command_says_what_was_left_out(found, tmp_path, capsys):
     output, plot = tmp_path / "out", tmp_path / "plot.png"
     assert main(["dedup", shard, "--output", str(output), "--hashes-only", "--plot", str(plot)]) == 0
     out = capsys.readouterr().out
-    assert "3 images are near duplicates of others." in out
+    assert "Near duplicates of other images: 3." in out
     assert "3 of 6 pairs are kept, 0 broken." in out
     assert plot.stat().st_size > 5000
     assert set(json.loads((output / "report.json").read_text())) == set(report)

@@ -135,10 +135,7 @@ def _add_filter_options(parser: argparse.ArgumentParser) -> None:
         "--stage", type=int, choices=FUNNEL_STAGES, default=2, help="rules up to this stage (default: 2)"
     )
     parser.add_argument("--images", metavar="DIR", help="folder of the images that rows name by a path")
-    parser.add_argument("--rules", metavar="FILE", help="JSON table of rules, instead of the package's own")
-    parser.add_argument(
-        "--without", metavar="COLUMN", action="append", default=[], help="the data lacks it; its rules then pass"
-    )
+    _add_rule_options(parser)
     parser.add_argument(
         "--source", choices=PAPER_SOURCES, help="show the share that the paper kept of this source (default: of all)"
     )
@@ -150,6 +147,17 @@ def _add_filter_options(parser: argparse.ArgumentParser) -> None:
         "--ray-workers", metavar="N", type=positive_int, help="filter by so many workers of Ray Data, a shard each"
     )
     parser.set_defaults(module=".data.filtering")
+
+
+def _add_rule_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rules", metavar="FILE", help="JSON table of rules, instead of the package's own")
+    parser.add_argument(
+        "--without",
+        metavar="COLUMN",
+        action="append",
+        default=[],
+        help="the data lacks it; its rules then pass (may be given several times)",
+    )
 
 
 def add_score(commands: Any) -> None:
@@ -183,10 +191,7 @@ def add_prepare(commands: Any) -> None:
     )
     _add_score_options(parser)
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of all steps")
-    parser.add_argument("--rules", metavar="FILE", help="JSON table of rules, instead of the package's own")
-    parser.add_argument(
-        "--without", metavar="COLUMN", action="append", default=[], help="the data lacks it; its rules then pass"
-    )
+    _add_rule_options(parser)
     parser.add_argument(
         "--against", metavar="DATA", nargs="+", default=[], help="evaluation sets, whose images are left out"
     )

@@ -332,9 +332,9 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     write_whole(options.output / REPORT, json.dumps(report, indent=2) + "\n")
     if options.plot:
         plot_sameness(report, options.plot)
-    print_fn(f"{report['duplicates']} images are near duplicates of others.")
+    print_fn(f"Near duplicates of other images: {report['duplicates']}.")
     if job.against:
-        print_fn(f"{report['evaluation']} are among the {report['against']} images of evaluation sets.")
+        print_fn(f"Images of evaluation sets ({report['against']}) that the data hold: {report['evaluation']}.")
     print_fn(f"{report['kept']} of {report['seen']} pairs are kept, {report['broken']} broken.")
     print_fn(f"The kept pairs are in {options.output / 'pairs'}.")
     return 0
