@@ -23,7 +23,7 @@ Not covered: streaming, which Inference Endpoints offer for their own engines on
 import os
 import reprlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -136,7 +136,7 @@ class EndpointHandler:
         """
         if not isinstance(data, Mapping) or "inputs" not in data:
             raise ValueError('A request must be `{"inputs": ..., "parameters": {...}}`.')
-        _refuse(set(data) - {"inputs", "parameters", "options"}, "A request")
+        _refuse(data, {"inputs", "parameters", "options"}, "A request")
         inputs, settings = data["inputs"], _Settings(data.get("parameters"))
         task = settings.choice("task", self.tasks) or self._default_task(settings)
         answer: Callable[[Any, _Settings, float], Any] = {
@@ -292,7 +292,7 @@ class EndpointHandler:
         if isinstance(inputs, str):
             inputs = {"text": inputs}
         if isinstance(inputs, Mapping) and "messages" in inputs:
-            _refuse(set(inputs) - {"messages"}, "`inputs` with `messages`")
+            _refuse(inputs, {"messages"}, "`inputs` with `messages`")
             inputs = inputs["messages"]
         elif isinstance(inputs, Mapping):
             inputs = [_question(inputs)]
@@ -351,13 +351,18 @@ class _Settings:
         if given is not None and not isinstance(given, Mapping):
             raise ValueError(f"`parameters` must be an object of settings, got {_shown(given)}.")
         self.left = {name: value for name, value in (given or {}).items() if value is not None}
+        self.known: set[Any] = set()
+
+    def _take(self, name: str) -> Any:
+        self.known.add(name)
+        return self.left.pop(name, None)
 
     def __contains__(self, name: str) -> bool:
         return name in self.left
 
     def text(self, name: str) -> str | None:
         """Takes a text, None if it is not given."""
-        value = self.left.pop(name, None)
+        value = self._take(name)
         if value is not None and not isinstance(value, str):
             raise ValueError(f"`{name}` must be a text, got {_shown(value)}.")
         return value
@@ -371,14 +376,14 @@ class _Settings:
 
     def flag(self, name: str) -> bool | None:
         """Takes a boolean."""
-        value = self.left.pop(name, None)
+        value = self._take(name)
         if value is not None and not isinstance(value, bool):
             raise ValueError(f"`{name}` must be true or false, got {_shown(value)}.")
         return value
 
     def number(self, name: str, kind: type, least: float, most: float) -> Any:
         """Takes a number. A query of an address has numbers as text."""
-        value = self.left.pop(name, None)
+        value = self._take(name)
         if value is None:
             return None
         try:
@@ -392,7 +397,7 @@ class _Settings:
 
     def labels(self, name: str) -> list[str]:
         """Takes a list of texts, or one text with commas, as the page of a model sends it."""
-        value = self.left.pop(name, None)
+        value = self._take(name)
         found = value.split(",") if isinstance(value, str) else value
         if not isinstance(found, list) or not all(isinstance(label, str) and label.strip() for label in found):
             raise ValueError(f"`{name}` must be a list of texts, got {_shown(value)}.")
@@ -402,7 +407,7 @@ class _Settings:
 
     def close(self) -> None:
         """Raises a ValueError if anything is left."""
-        _refuse(set(self.left), "`parameters` of this task")
+        _refuse(self.left, self.known, "`parameters` of this task")
 
 
 # -------------------------------------------------------------------------------------------------- parts of a request
@@ -410,9 +415,10 @@ def _shown(value: Any) -> str:
     return f"{reprlib.repr(value)} ({type(value).__name__})"
 
 
-def _refuse(names: set[Any], what: str) -> None:
-    if names:
-        raise ValueError(f"{what} cannot hold {', '.join(sorted(map(reprlib.repr, names))[:5])}.")
+def _refuse(names: Iterable[Any], known: Collection[str], what: str) -> None:
+    unknown = sorted(reprlib.repr(name) for name in names if name not in known)
+    if unknown:
+        raise ValueError(f"{what} cannot hold {', '.join(unknown[:5])}; it can hold {', '.join(sorted(known))}.")
 
 
 def _seconds_left(deadline: float) -> float:
@@ -428,7 +434,7 @@ def _as_list(given: Any) -> list[Any]:
 
 def _question(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """A message of the user from images and a text."""
-    _refuse(set(inputs) - {"image", "images", "text"}, "`inputs` with `text`")
+    _refuse(inputs, {"image", "images", "text"}, "`inputs` with `text`")
     images = inputs.get("images", [])
     if not isinstance(images, (list, tuple)):
         raise ValueError(f"`images` must be a list, got {_shown(images)}.")
@@ -446,7 +452,7 @@ def _message(message: Any, sources: list[Any]) -> dict[str, Any]:
     """A checked copy of a message; its images are appended to `sources`."""
     if not isinstance(message, Mapping):
         raise ValueError(f"A message must be an object with `role` and `content`, got {_shown(message)}.")
-    _refuse(set(message) - {"role", "content"}, "A message")
+    _refuse(message, {"role", "content"}, "A message")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise ValueError(f"The `role` of a message must be one of {', '.join(ROLES)}, got {_shown(role)}.")
@@ -460,19 +466,19 @@ def _part(part: Any, sources: list[Any]) -> dict[str, str]:
     """A checked copy of a part of a message, without its image, which is appended to `sources`."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text":
-        _refuse(set(part) - {"type", "text"}, "A text of a message")
+        _refuse(part, {"type", "text"}, "A text of a message")
         if not isinstance(part.get("text"), str):
             raise ValueError(f"The `text` of a message must be a text, got {_shown(part.get('text'))}.")
         return {"type": "text", "text": part["text"]}
     if kind not in ("image", "image_url"):
         raise ValueError(f"A part of a message must have the `type` text, image or image_url, got {_shown(part)}.")
     given = [name for name in IMAGE_KEYS if part.get(name) is not None]
-    _refuse(set(part) - {"type", *IMAGE_KEYS}, "An image of a message")
+    _refuse(part, {"type", *IMAGE_KEYS}, "An image of a message")
     if len(given) != 1:
         raise ValueError(f"An image of a message must have one of {', '.join(IMAGE_KEYS)}, got {_shown(part)}.")
     source = part[given[0]]
     if given[0] == "image_url" and isinstance(source, Mapping):
-        _refuse(set(source) - {"url", "detail"}, "An `image_url`")
+        _refuse(source, {"url", "detail"}, "An `image_url`")
         source = source.get("url")
     sources.append(source)
     return {"type": "image"}
@@ -481,7 +487,7 @@ def _part(part: Any, sources: list[Any]) -> dict[str, str]:
 def _texts_and_images(inputs: Any) -> dict[str, list[Any]]:
     """Texts and images to embed, and under "order" the kind of each item if the two are mixed."""
     if isinstance(inputs, Mapping):
-        _refuse(set(inputs) - {"texts", "images"}, "`inputs` of embeddings")
+        _refuse(inputs, {"texts", "images"}, "`inputs` of embeddings")
         found = {name: _as_list(inputs.get(name) or []) for name in ("texts", "images")} | {"order": []}
     else:
         items = _as_list(inputs)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import socket
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -60,7 +61,22 @@ CONVERTED = {
 def wrong_kind(folder: str | os.PathLike, what: str, *expected: str, door: str) -> ValueError:
     """The error that a folder holds `what` where `door` needs one of `expected`, keys of `KIND_NAMES`."""
     wanted = " or ".join(KIND_NAMES[kind] for kind in expected)
-    return ValueError(f"{os.fspath(folder)} holds {what}, but {door} needs {wanted}.")
+    below = _models_below(Path(folder), expected)
+    hint = f" Below it there is {' and '.join(f'`{path}`' for path in below)}." if below else ""
+    return ValueError(f"{os.fspath(folder)} holds {what}, but {door} needs {wanted}.{hint}")
+
+
+def _models_below(folder: Path, expected: Collection[str]) -> list[Path]:
+    """Sub-folders that, by their `model_type`, hold a model of one of the kinds."""
+    found = []
+    for file in sorted(folder.glob("*/config.json")):
+        try:
+            kind = MODEL_TYPES.get(json.loads(file.read_text(encoding="utf-8"))["model_type"])
+        except (KeyError, OSError, TypeError, ValueError):
+            continue
+        if kind in expected or (kind == "InternVL-C or -G" and {"InternVL-C", "InternVL-G"} & set(expected)):
+            found.append(file.parent)
+    return found
 
 
 def check_folder(folder: str | os.PathLike, subfolder: str = "") -> str | None:

@@ -238,6 +238,7 @@ def test_a_worker_takes_what_is_there_and_drops_what_waited_too_long():
     ("arguments", "said"),
     [
         ([str(ROOT)], "an embeddings API needs an InternVL-C"),
+        ([str(ROOT)], f"Below it there is `{ROOT / 'internvl_g'}`."),
         ([str(ROOT / "nowhere")], "is not there"),
         ([str(ROOT), "--subfolder", "internvit"], "an InternViT vision tower"),
     ],

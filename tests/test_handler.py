@@ -276,6 +276,13 @@ def test_captions_are_those_of_the_model(contrastive):
 
 
 # ------------------------------------------------------------------------------------------------------------- hostile
+def test_what_a_request_cannot_hold_is_answered_with_what_it_can(chat, contrastive):
+    with pytest.raises(ValueError, match=r"cannot hold 'max_tokens'; it can hold .*max_new_tokens.*temperature"):
+        chat({"inputs": QUESTION, "parameters": {"max_tokens": 5}})
+    with pytest.raises(ValueError, match="cannot hold 'image', 'text'; it can hold images, texts"):
+        contrastive({"inputs": {"image": data_address(STAR), "text": "a red star"}})
+
+
 def file_names() -> list:
     star = str(STAR)
     parts = [{"type": "image", key: star} for key in ("image", "url", "base64", "path", "image_url")]
