@@ -12,7 +12,7 @@ import lzma
 import struct
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -125,7 +125,7 @@ def read_shard(shard: Shard) -> Iterator[Row]:
         yield from islice(rows, piece, None, pieces)
 
 
-def read_shards(shards: Sequence[Shard]) -> Iterator[Row]:
+def read_shards(shards: Sequence[Shard]) -> Generator[Row, None, None]:
     """Reads shards one after the other.
 
     Args:
