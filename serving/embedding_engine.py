@@ -74,14 +74,16 @@ class EmbeddingsAPI(litserve.LitAPI):
         place: Where the model lies.
         mode: "InternVL-C" or "InternVL-G".
         threads: Of torch on a CPU.
+        image_cache_bytes: Of features of images that are kept; 0 keeps none.
         settings: Of LitServe.
     """
 
-    def __init__(self, place: ModelPlace, mode: str, threads: int, **settings: Any) -> None:
+    def __init__(self, place: ModelPlace, mode: str, threads: int, image_cache_bytes: int, **settings: Any) -> None:
         super().__init__(**settings)
         self.place = place
         self.mode = mode
         self.threads = threads
+        self.image_cache_bytes = image_cache_bytes
         self.first = os.getpid()
 
     def setup(self, device: str) -> None:
@@ -91,6 +93,7 @@ class EmbeddingsAPI(litserve.LitAPI):
         torch.set_num_threads(self.threads)
         disable_progress_bar()
         self.model, self.processor = self.place.load(device)
+        self.model.image_feature_cache_bytes = self.image_cache_bytes
 
     def decode_request(self, request: Any) -> Any:
         """Returns an item as it is: a text or pixel values."""
@@ -316,6 +319,7 @@ def build_server(door: Door, options: argparse.Namespace) -> litserve.LitServer:
         door.place,
         door.mode,
         max(1, torch.get_num_threads() // options.workers),
+        options.image_cache_bytes,
         max_batch_size=options.max_batch_size,
         batch_timeout=options.batch_wait,
         loop=WaitingLoop(),

@@ -20,6 +20,13 @@ def _port(text: str) -> int:
     return value
 
 
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
 def _seconds(text: str) -> float:
     value = float(text)
     if not 0 <= value < 10**6:
@@ -47,19 +54,19 @@ def add_embeddings_arguments(parser: argparse.ArgumentParser) -> None:
         "max-image-bytes": (20 * 2**20, "of an image that is fetched"),
         "max-image-pixels": (64_000_000, "of an image"),
     }
-    for name, (default, summary) in numbers.items():
-        shown = f"{summary} (default: {default})"
-        parser.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=shown)
-    shown = "addresses of a request (default: 16; 0 fetches none)"
-    parser.add_argument("--max-image-urls", type=int, default=16, metavar="N", help=shown)
+    counts = {
+        "max-image-urls": (16, "addresses of a request; 0 fetches none"),
+        "image-cache-bytes": (0, "of features of images that a worker keeps for when they come again; 0 keeps none"),
+    }
     seconds = {
         "timeout": (60, "until a request is answered by 504"),
         "batch-wait": (0.005, "for a batch to fill"),
         "download-seconds": (10, "for an image to be fetched"),
     }
-    for name, (wait, summary) in seconds.items():
-        shown = f"{summary} (default: {wait})"
-        parser.add_argument(f"--{name}", type=_seconds, default=wait, metavar="SECONDS", help=shown)
+    for kind, metavar, table in ((positive, "N", numbers), (_count, "N", counts), (_seconds, "SECONDS", seconds)):
+        for name, (default, summary) in table.items():
+            shown = f"{summary} (default: {default})"
+            parser.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=shown)
     levels = ("critical", "error", "warning", "info", "debug")
     parser.add_argument("--log-level", choices=levels, default="warning", help="(default: warning)")
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from internvl.evaluation.embeddings import pixel_values_of
 from internvl.evaluation.indexing import ModelPlace
-from internvl.serving.__main__ import main
+from internvl.serving.__main__ import _parser, main
 
 from .conftest import ROOT
 from .fixtures_images import bomb, data_address, encoded
@@ -29,7 +29,8 @@ from .test_image_download import address, no_proxy  # noqa: F401  (fixtures)
 
 pytest.importorskip("litserve", reason="litserve is not installed: `pip install 'internvl[serving]'`")
 
-from internvl.serving.embedding_engine import EmbeddingsSpec, WaitingLoop
+from internvl.serving import embedding_engine
+from internvl.serving.embedding_engine import Door, EmbeddingsSpec, WaitingLoop, build_server
 
 
 TEXTS = ["a red circle", "two digits on a blue square, one above the other", "https://example.com/a.png", "圆"]
@@ -232,6 +233,23 @@ def test_a_worker_takes_what_is_there_and_drops_what_waited_too_long():
     assert loop.get_batch_requests(api, queue, None) == ([(0, 0, "item 0"), (0, 2, "item 2")], [(0, 1)])
     assert loop.get_batch_requests(api, queue, None) == ([(0, 3, "item 3"), (0, 4, "item 4")], [])
     assert loop.get_batch_requests(api, queue, None) == ([], [])
+
+
+@pytest.mark.parametrize(("flags", "forwards"), [([], [2, 1]), (["--image-cache-bytes", "1000000"], [2])])
+def test_an_image_that_comes_again_costs_no_forward_where_a_cache_is_asked_for(flags, forwards, monkeypatch):
+    monkeypatch.setattr(embedding_engine.os, "setpgrp", lambda: None)  # of this process, which is no worker
+    monkeypatch.setattr(embedding_engine, "end_with", lambda parent: None)
+    options = _parser(["embeddings"]).parse_args(["embeddings", str(ROOT), "--device", "cpu", *flags])
+    door = Door(ModelPlace(str(ROOT), "internvl_g", "float32"), "InternVL-G", None, None)
+    api = build_server(door, options).lit_api
+    api.setup("cpu")
+    seen = []
+    api.model.vision_model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    one, other = (pixel_values_of(api.model, api.processor, [image])[0].numpy() for image in IMAGES[:2])
+    (first, _), _, _ = api.predict([one, "a text", other])
+    (again, _), _ = api.predict([one, "a text"])
+    assert seen == forwards
+    np.testing.assert_allclose(again, first, atol=0 if flags else 1e-4)
 
 
 @pytest.mark.parametrize(
