@@ -19,6 +19,7 @@ import threading
 import time
 import uuid
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,7 +31,7 @@ from fastapi import HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from litserve.loops.simple_loops import BatchedLoop
 from litserve.specs.openai_embedding import OpenAIEmbeddingSpec
-from litserve.utils import LitAPIStatus, ResponseBufferItem
+from litserve.utils import LitAPIStatus, LoopResponseType, ResponseBufferItem
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.requests import ClientDisconnect
 from transformers import ProcessorMixin
@@ -47,6 +48,7 @@ BATCHES_AHEAD = 4  # that a process may have in the queue: an image in it takes 
 READERS = 4  # threads that decode images, in each process that speaks HTTP
 FETCHERS = 8  # threads that fetch images
 LONGEST_MESSAGE = 500
+CHECK_SECONDS = 1.0  # between looks at whether the worker that took an item is there
 
 
 @dataclass(frozen=True)
@@ -134,14 +136,23 @@ class WaitingLoop(BatchedLoop):
 
     def get_batch_requests(self, lit_api: litserve.LitAPI, request_queue: Any, transport: Any) -> tuple[list, list]:
         """Returns items to answer and items that waited for too long."""
-        items = [self.get_request(request_queue, timeout=1.0)]
+        items = [self._take(request_queue, transport, 1.0)]
         end = time.monotonic() + lit_api.batch_timeout
         while items[-1] is not None and len(items) < lit_api.max_batch_size:
-            items.append(self.get_request(request_queue, timeout=max(end - time.monotonic(), 0)))
+            items.append(self._take(request_queue, transport, max(end - time.monotonic(), 0)))
         earliest = time.monotonic() - lit_api.request_timeout
         taken = [item for item in items if item is not None]
         in_time = [(queue_id, uid, item) for queue_id, uid, since, item in taken if since >= earliest]
         return in_time, [(queue_id, uid) for queue_id, uid, since, _ in taken if since < earliest]
+
+    def _take(self, request_queue: Any, transport: Any, seconds: float) -> Any:
+        """Takes an item if there is one, and says which process did, as nobody else can answer it now."""
+        item = self.get_request(request_queue, timeout=seconds)
+        if item is not None:
+            queue_id, uid, *_ = item
+            taken = (None, LitAPIStatus.START, LoopResponseType.REGULAR, os.getpid())
+            transport.send((uid, taken), consumer_id=queue_id)
+        return item
 
 
 # ---------------------------------------------------------------------------------------------------------------- HTTP
@@ -230,7 +241,10 @@ class EmbeddingsSpec(OpenAIEmbeddingSpec):
         entry = (self.response_queue_id, uid, time.monotonic(), item)
         try:
             await asyncio.get_running_loop().run_in_executor(self.readers, self.request_queue.put, entry)
-            await waiting.event.wait()
+            while not await _is_set(waiting.event, CHECK_SECONDS):
+                # The process that took it; one that ended is reaped, and another started, by LitServe within seconds.
+                if waiting.worker_id is not None and not _is_running(waiting.worker_id):
+                    raise HTTPException(503, "The process that computed the answer ended. Ask again.")
         finally:
             del self.response_buffer[uid]
         found, status = waiting.response
@@ -276,6 +290,22 @@ async def _all(asked: list[Any]) -> list[Any]:
     finally:
         for task in tasks:
             task.cancel()
+
+
+async def _is_set(event: asyncio.Event, seconds: float) -> bool:
+    """Whether an event is set within some seconds."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    return event.is_set()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 async def as_openai_error(request: Request, error: Exception) -> Response:

@@ -1,10 +1,12 @@
 """The embeddings API as LitServe serves it, over HTTP; test_embedding_requests.py has what a request may hold."""
 
+import asyncio
 import base64
 import http.client
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -12,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import Queue
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,6 +31,9 @@ from .test_image_download import address, no_proxy  # noqa: F401  (fixtures)
 
 
 pytest.importorskip("litserve", reason="litserve is not installed: `pip install 'internvl[serving]'`")
+
+from fastapi import HTTPException
+from litserve.utils import LitAPIStatus
 
 from internvl.serving import embedding_engine
 from internvl.serving.embedding_engine import Door, EmbeddingsSpec, WaitingLoop, build_server
@@ -213,6 +219,21 @@ def test_models_and_health_are_told(server):
     assert [one["id"] for one in post(server, b"", "/v1/models", "GET")[1]["data"]] == ["internvl_g"]
 
 
+@pytest.mark.slow
+def test_what_a_killed_worker_took_is_answered_at_once_and_another_goes_on(server):
+    """The request waits for its batch when the worker ends."""
+    others = psutil.Process(server.process.pid).children()
+    (worker,) = [one for one in others if "spawn_main" in " ".join(one.cmdline())]
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(post, server, {"input": TEXTS[0]})
+        time.sleep(WAIT / 2)
+        worker.kill()
+        begun = time.monotonic()
+        check_refusal(asked.result(), 503, "ended")
+    assert time.monotonic() - begun < 20  # of the 100 seconds of a request
+    assert vectors(post(server, {"input": TEXTS[0]})).shape == (1, 192)
+
+
 def test_stopping_answers_what_was_begun(server, log):
     """Last, as it ends the server. The request waits for its batch when the signal comes."""
     with ThreadPoolExecutor(1) as pool:
@@ -225,14 +246,41 @@ def test_stopping_answers_what_was_begun(server, log):
 
 
 def test_a_worker_takes_what_is_there_and_drops_what_waited_too_long():
-    loop, queue = WaitingLoop(), Queue()
+    loop, queue, sent = WaitingLoop(), Queue(), []
+    transport = Namespace(send=lambda message, consumer_id: sent.append((consumer_id, *message)))
     api = Namespace(max_batch_size=3, batch_timeout=0.0, request_timeout=10)
     now = time.monotonic()
     for index in range(5):
         queue.put((0, index, now - 11 * (index == 1), f"item {index}"))
-    assert loop.get_batch_requests(api, queue, None) == ([(0, 0, "item 0"), (0, 2, "item 2")], [(0, 1)])
-    assert loop.get_batch_requests(api, queue, None) == ([(0, 3, "item 3"), (0, 4, "item 4")], [])
-    assert loop.get_batch_requests(api, queue, None) == ([], [])
+    assert loop.get_batch_requests(api, queue, transport) == ([(0, 0, "item 0"), (0, 2, "item 2")], [(0, 1)])
+    assert loop.get_batch_requests(api, queue, transport) == ([(0, 3, "item 3"), (0, 4, "item 4")], [])
+    assert loop.get_batch_requests(api, queue, transport) == ([], [])
+    assert [(queue_id, uid, answer[3]) for queue_id, uid, answer in sent] == [
+        (0, uid, os.getpid()) for uid in range(5)
+    ]
+
+
+def test_nobody_waits_for_a_process_that_ended(monkeypatch):
+    monkeypatch.setattr(embedding_engine, "CHECK_SECONDS", 0.01)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    spec = EmbeddingsSpec(None, timeout=5, max_batch_size=1, max_body_bytes=100)
+    spec.response_buffer, spec.response_queue_id, spec.request_queue = {}, 0, Queue()
+
+    async def ask(process: int):
+        asked = asyncio.create_task(spec._ask("a text"))
+        await asyncio.sleep(0.05)
+        (waiting,) = spec.response_buffer.values()
+        waiting.worker_id = process
+        await asyncio.sleep(0.05)
+        waiting.response = "features", LitAPIStatus.OK
+        waiting.event.set()
+        return await asked
+
+    assert asyncio.run(ask(os.getpid())) == "features"
+    with pytest.raises(HTTPException, match="503: The process that computed the answer ended"):
+        asyncio.run(ask(ended.pid))
+    assert not spec.response_buffer
 
 
 @pytest.mark.parametrize(("flags", "forwards"), [([], [2, 1]), (["--image-cache-bytes", "1000000"], [2])])
