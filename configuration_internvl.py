@@ -18,7 +18,10 @@ from transformers.utils.versions import require_version
 require_version("transformers>=5.19,<6", "The InternVL package is tested on transformers 5.19.0 to 5.23.0.")
 
 from transformers.backbone_utils import BackboneConfigMixin  # noqa: E402  (absent before the supported range)
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES  # noqa: E402
+from transformers.models.auto.modeling_auto import (  # noqa: E402
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from .configuration_internlm2 import InternLM2Config  # noqa: E402
 
@@ -452,5 +455,13 @@ class InternVLChatConfig(PretrainedConfig):
 
 # `transformers serve` chooses by these names how to load and to prompt a model, before its code is loaded.
 MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[InternVLChatConfig.model_type] = "InternVLChatForConditionalGeneration"
+# `Trainer` compares each position with the next label under label smoothing only for models of these names.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.update(
+    {
+        InternVLChatConfig.model_type: "InternVLChatForConditionalGeneration",
+        QLlamaConfig.model_type: "QLlamaForCausalLM",
+        InternLM2Config.model_type: "InternLM2ForCausalLM",
+    }
+)
 
 __all__ = ["InternLM2Config", "InternVLChatConfig", "InternVLConfig", "InternViTConfig", "QLlamaConfig"]

@@ -411,6 +411,19 @@ def test_trainer_hands_metrics_the_logits_alone(name, tmp_path):
     assert all(wanted in (None, found) for wanted, found in zip(shape, seen[0].predictions.shape, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["chat", "captions", "internlm2"])
+def test_label_smoothing_of_trainer_compares_each_position_with_the_next_label(kind, tmp_path):
+    make, rows, _ = EVALUATED.get(kind, EVALUATED["captions"])
+    model = tiny.chat_model("internlm2").language_model if kind == "internlm2" else make()
+    batch = stacked(rows(model))
+    arguments = evaluation_in(tmp_path, label_smoothing_factor=0.2)
+    found = Trainer(model, arguments, data_collator=stacked, eval_dataset=Rows(rows(model))).evaluate()["eval_loss"]
+    with torch.no_grad():
+        logits = model(**batch).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten(), label_smoothing=0.2)
+    assert found == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_trainer_hands_metrics_the_similarities_alone(tmp_path):
     class ContrastiveTrainer(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
