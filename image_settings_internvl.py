@@ -140,6 +140,9 @@ def _check_base_settings(settings: Mapping[str, Any]) -> None:
     size = settings.get("size")
     if not isinstance(size, (int, list, tuple, Mapping, SizeDict, type(None))):
         raise ValueError(f"`size` must be a number or a dict with `height` and `width`, got {size!r}.")
+    for name in ("do_pad", "pad_size"):
+        if settings.get(name):
+            raise ValueError(f"`{name}` pads nothing here: images become tiles of one size. See `resize_mode='pad'`.")
     if settings.get("data_format") not in (None, ChannelDimension.FIRST):
         raise ValueError(f"`data_format` can be `channels_first` only, got {settings['data_format']!r}.")
 

@@ -422,6 +422,8 @@ def test_grey_images_stay_grey_over_the_background():
         ({"size": {"height": 10**9, "width": 10**9}}, r"Image 1 of 1 would become 1 tile"),
         ({"size": {"height": 4000, "width": 4000}, "min_num": 12}, r"Image 1 of 1 would become 12 tile"),
         ({"data_format": "channels_last"}, "`data_format` can be"),
+        ({"do_pad": True}, "`do_pad` pads nothing here"),
+        ({"pad_size": {"height": 99, "width": 99}}, "`pad_size` pads nothing here"),
     ],
 )
 def test_settings_that_cannot_be_met_are_named(processor, settings, message):
