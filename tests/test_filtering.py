@@ -192,6 +192,17 @@ def test_sizes_are_read_from_images_where_the_table_lacks_them(tmp_path):
     assert parquet.read_table(tmp_path / "out" / "pairs" / "000000.parquet").equals(table.slice(0, 3))
 
 
+def test_sizes_of_images_that_rows_name_are_read_below_the_folder_of_images(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(sample(0)["png"])
+    (tmp_path / "a.csv").write_text("image,caption\na.png,a red bus on a street\nb.png,a red bus on a street\n")
+    shards, rules = [str(tmp_path / "a.csv")], (Filter("shorter_side", ">=", 1, 1, "test"),)
+    for images, kept in ((str(folder), 1), (None, 0)):
+        found = filtering.filter_data(job(shards, rules=rules, images=images, max_bad_rate=1))
+        assert (found["kept"], found["broken"]) == (kept, 2 - kept)
+
+
 # ----------------------------------------------------------------------------------------------------- bad captions
 BAD_CAPTIONS = {
     "one or two words": ["bus", "red bus"],
