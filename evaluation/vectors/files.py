@@ -98,7 +98,7 @@ class EmbeddingFolder:
             others = [name for name in os.listdir(self.path) if not name.startswith(".")]
             if others and not index.is_file():  # another process may have begun meanwhile
                 raise ValueError(f"`{self.path}` is not empty, and holds no embeddings: name another folder.")
-            write_whole(index, json.dumps(asdict(description), indent=2))
+            write_whole(index, json.dumps(asdict(description), indent=2), keep=True)
         for folder in ("rows", "done"):
             (self.path / folder).mkdir(exist_ok=True)
         found = self._read_description()
