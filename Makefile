@@ -73,7 +73,7 @@ endif
 deepspeed: $(DEEPSPEED) $(READY) ## installs DeepSpeed and tests training on many processes in full
 	$(PYTHON) -m pytest -m slow tests/test_engines.py
 
-faults: $(READY) ## kills conversion, saving and training at random points (tests/faults)
+faults: $(READY) ## kills conversion, saving, training and the data funnel at random points (tests/faults)
 	$(PYTHON) tests/faults/run.py
 
 versions: $(READY) ## the same tokens on every supported transformers release (tests/versions)

@@ -2,7 +2,8 @@
 
 Every topic is a module here with a function `rows(options)`. Each writes `benchmarks/results/TOPIC-DEVICE.json`: the
 calibration of its run, the versions, and its rows. `benchmarks.conversion` needs 40 GB of disk and runs only when
-named; `search` needs 12 GB in the temporary folder. `gpu` is a command of its own (see the folder of that name).
+named; `search` needs 12 GB in the temporary folder, `funnel` 2. `gpu` is a command of its own (see the folder of that
+name).
 """
 
 import argparse
@@ -31,6 +32,7 @@ TOPICS = (
     "quantizers",
     "contrastive",
     "fine_tuning",
+    "funnel",
     "search",
 )
 

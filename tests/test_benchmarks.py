@@ -49,6 +49,7 @@ TINY = {
     },
     "loading": {"VISION": VISION, "TEXT": TEXT, "SHARD": "50KB"},
     "memory": {"VISION": VISION, "TEXT": TEXT},
+    "funnel": {"COUNT": 2000, "FEW": 100, "MANY": 400, "NUM_IMAGES": 3, "NUM_NEAR": 5},
     "search": {"COUNT": 300, "SIZE": 32, "BLOCK": 128, "NUM_QUERIES": 5, "NUM_SCENES": 3},
 }
 
@@ -228,6 +229,30 @@ def test_the_chat_rows_run(small):
     rows = list(small("chat").rows(Options(rounds=2)))
     assert len(rows) == 5
     check_rows(rows)
+
+
+def test_the_funnel_rows_run_and_find_what_was_planted(small, monkeypatch):
+    pytest.importorskip("polars")
+    module = small("funnel")
+    monkeypatch.setattr(module, "in_fresh_process", lambda call, folder: 1 + abs(call(folder)))
+    rows = list(module.rows(Options(rounds=1)))
+    check_rows(rows)
+    assert len(rows) == 11
+    (hashes,) = (row for row in rows if "hashes" in row.name)
+    assert hashes.details["found"] == hashes.details["planted"] == 5
+
+
+def test_a_benchmark_of_the_funnel_keeps_the_rows_that_polars_alone_keeps(small, tmp_path):
+    pytest.importorskip("polars")
+    module = small("funnel")
+    (shard,) = module.write_metadata(tmp_path, 3000)
+    module.bare(shard, module.FILTERS, tmp_path / "bare.out")
+    report = module.filter_data(module.FilterJob((shard,), output=str(tmp_path / "ours")))
+    ours, bare = (
+        module.parquet.read_table(path) for path in (tmp_path / "ours/pairs/000000.parquet", tmp_path / "bare.out")
+    )
+    assert 300 < report["kept"] < 2000
+    assert ours.equals(bare.cast(ours.schema))
 
 
 def test_the_vision_rows_run_and_compiled_ones_are_skipped_without_a_compiler(small, monkeypatch):

@@ -4,7 +4,7 @@ Rules compare inputs: numbers in float64 without NaN, texts, and captions withou
 makes them from the columns of a table, `row_inputs` from rows that may hold anything, and `judge_inputs` judges both.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -146,9 +146,7 @@ def judge_inputs(inputs: pl.LazyFrame, rules: Sequence[Filter], columns: Iterabl
     columns = set(columns)
     flags: dict[str, pl.Expr] = {}
     for number, rule in enumerate(rules):
-        value = _value(rule, columns)
-        flags[f"missing {number}"] = value.is_null()
-        flags[f"holds {number}"] = _comparison(rule, value).fill_null(rule.is_optional)
+        flags[f"missing {number}"], flags[f"holds {number}"] = rule_expressions(rule, columns)
     found = inputs.select(pl.col(FAULT), **flags).collect()
     is_sound = found[FAULT].is_null()
     passes, left, tallies = is_sound, int(is_sound.sum()), []
@@ -162,7 +160,18 @@ def judge_inputs(inputs: pl.LazyFrame, rules: Sequence[Filter], columns: Iterabl
     return Verdict(passes, found[FAULT], int(is_sound.sum()), tallies)
 
 
-def _value(rule: Filter, columns: set[str]) -> pl.Expr:
+def rule_expressions(rule: Filter, columns: Collection[str]) -> tuple[pl.Expr, pl.Expr]:
+    """Returns where a rule finds no value, and where it holds, as expressions on inputs.
+
+    Args:
+        rule: Of a funnel.
+        columns: Of the data.
+    """
+    value = _value(rule, columns)
+    return value.is_null(), _comparison(rule, value).fill_null(rule.is_optional)
+
+
+def _value(rule: Filter, columns: Collection[str]) -> pl.Expr:
     """What a rule compares, null where there is nothing."""
     if rule.column not in DERIVED or rule.column in columns:
         return pl.col(Input(rule.column, rule.is_on_text).name)
@@ -322,5 +331,6 @@ __all__ = [
     "inputs_of",
     "judge_inputs",
     "row_inputs",
+    "rule_expressions",
     "table_inputs",
 ]

@@ -104,6 +104,10 @@ def ending_of(shard: str) -> str:
 @contextmanager
 def pair_writer(path: Path) -> Iterator[Callable[[Any], None]]:
     """Writes a file that appears when all of it is there; none if nothing was written."""
+    for unfinished in path.parent.glob(
+        f".{path.name}.*"
+    ):  # of a run that was killed: a shard has one writer at a time
+        unfinished.unlink()
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     writer: PairWriter
     if path.suffix == ".parquet":
