@@ -55,6 +55,25 @@ def contrastive():
     return load_handler(ROOT, "internvl_g")
 
 
+@pytest.fixture
+def noted(chat, contrastive, monkeypatch):
+    """What `generate` of both models was given, and whether another request had to wait."""
+    seen = []
+
+    def note(handler):
+        generate = handler.model.generate
+
+        def noting(**arguments):
+            seen.append({**arguments, "is_locked": handler._lock.locked()})
+            return generate(**arguments)
+
+        monkeypatch.setattr(handler.model, "generate", noting)
+
+    note(chat)
+    note(contrastive)
+    return seen
+
+
 def generated(handler, messages, **settings):
     inputs = handler.processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -152,7 +171,7 @@ def test_a_question_in_every_form_is_answered_as_generate_does(body, chat):
     assert chat(body) == [{"generated_text": "red", "finish_reason": "stop"}]
 
 
-def test_several_images_and_turns_are_read_in_their_order(chat):
+def test_several_images_and_turns_are_read_in_their_order(chat, monkeypatch):
     def messages(first, second):
         return [
             {"role": "user", "content": [{"type": "image", "image": first}, {"type": "text", "text": QUESTION}]},
@@ -168,46 +187,35 @@ def test_several_images_and_turns_are_read_in_their_order(chat):
         (answer,) = chat({"inputs": messages(*map(data_address, pair))})
         expected = [*messages(*map(str, pair))]
         expected[1] = {"role": "assistant", "content": [{"type": "text", "text": "red"}]}
-        chat.processor.image_processor.allow_local_files = True
-        assert answer["generated_text"] == generated(chat, expected)
-        chat.processor.image_processor.allow_local_files = False
+        with monkeypatch.context() as patched:
+            patched.setattr(chat.processor.image_processor, "allow_local_files", True)
+            assert answer["generated_text"] == generated(chat, expected)
         answers.append(answer["generated_text"])
     assert answers[0] != answers[1]
 
 
-def test_settings_of_generation_take_effect(chat, monkeypatch):
-    seen, generate = [], chat.model.generate
-
-    def noted(**arguments):
-        seen.append(arguments)
-        return generate(**arguments)
-
+def test_settings_of_generation_take_effect(chat, noted):
     def ask(**parameters):
         inputs = {"image": data_address(WORDS), "text": "What is written?"}
         (answer,) = chat({"inputs": inputs, "parameters": parameters})
         return answer
 
-    monkeypatch.setattr(chat.model, "generate", noted)
     assert ask(max_new_tokens=1)["finish_reason"] == "length"
-    assert seen[-1]["do_sample"] is False
+    assert noted[-1]["do_sample"] is False
     assert len({ask(temperature=50.0, max_new_tokens=8)["generated_text"] for _ in range(4)}) > 1
     given = {"top_p": 0.9, "top_k": 3, "num_beams": 2, "min_new_tokens": 2, "no_repeat_ngram_size": 3}
     given |= {"temperature": 0.5, "repetition_penalty": 1.5, "length_penalty": 0.5}
     ask(**given, max_new_tokens=4)
-    assert {name: seen[-1].get(name) for name in given} == given
-    assert seen[-1]["do_sample"] is True
+    assert {name: noted[-1].get(name) for name in given} == given
+    assert noted[-1]["do_sample"] is True
 
 
-def test_tiles_of_an_image_are_as_many_as_asked_for(chat, monkeypatch):
-    seen, generate = [], chat.model.generate
-    monkeypatch.setattr(
-        chat.model, "generate", lambda **inputs: (seen.append(len(inputs["pixel_values"])), generate(**inputs))[1]
-    )
+def test_tiles_of_an_image_are_as_many_as_asked_for(chat, noted, monkeypatch):
     for max_num, tiles in ((1, 2), (4, 10)):
         monkeypatch.setattr(chat, "limits", replace(chat.limits, tiles=tiles))
         inputs = {"images": [square(900)] * 2, "text": "?"}
         chat({"inputs": inputs, "parameters": {"max_num": max_num, "max_new_tokens": 1}})
-        assert seen.pop() == tiles
+        assert len(noted.pop()["pixel_values"]) == tiles
 
 
 def test_an_answer_ends_when_its_time_is_over(chat, monkeypatch):
@@ -264,7 +272,7 @@ def test_classification_gives_the_scores_of_the_model(contrastive):
         )
 
 
-def test_captions_are_those_of_the_model(contrastive):
+def test_captions_are_those_of_the_model(contrastive, noted):
     found = contrastive({"inputs": [data_address(STAR), WORDS.read_bytes()], "parameters": {"task": "caption"}})
     assert found[0] == {"generated_text": "a red star at the left", "finish_reason": "stop"}
     inputs = contrastive.processor(images=[Image.open(WORDS)], mode="caption", return_tensors="pt")
@@ -272,6 +280,7 @@ def test_captions_are_those_of_the_model(contrastive):
     assert found[1]["generated_text"] == contrastive.processor.decode(tokens[0], skip_special_tokens=True).strip()
     parameters = {"task": "caption", "prompt": CAPTION_PROMPTS["zh"]}
     (chinese,) = contrastive({"inputs": data_address(STAR), "parameters": parameters})
+    assert 0 < noted[-1]["max_time"] < contrastive.limits.seconds
     assert "星" in chinese["generated_text"]
 
 
@@ -339,6 +348,7 @@ def square(side: int) -> str:
         ({"texts": 1}, {"images": [square(8)], "text": "?"}, {}, "2 texts, more than 1"),
         ({"characters": 9}, "0123456789", {}, "10 characters, more than 9"),
         ({"new_tokens": 7}, "?", {"max_new_tokens": 8}, "from 1 to 7"),
+        ({}, "?", {"temperature": float("nan")}, "`temperature` must be a number from"),
         ({"new_tokens": 9000}, "?", {"max_new_tokens": 5000}, "more than the 4096 of this model"),
     ],
 )
@@ -348,10 +358,45 @@ def test_limits_hold(limits, inputs, parameters, message, chat, monkeypatch):
         chat({"inputs": inputs, "parameters": parameters})
 
 
-def test_what_exceeds_its_time_is_refused(contrastive, monkeypatch):
+def test_what_is_just_within_the_limits_is_answered(chat, noted, monkeypatch):
+    limits = {"images": 2, "image_bytes": len(square(8)), "pixels": 128, "tiles": 2, "texts": 3, "characters": 1}
+    monkeypatch.setattr(chat, "limits", replace(chat.limits, **limits, new_tokens=2))
+    chat({"inputs": {"images": [square(8)] * 2, "text": "?"}})
+    assert noted[-1]["max_new_tokens"] == 2
+    assert noted[-1]["is_locked"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "parameters", "message"),
+    [
+        ("0123456789", {}, "10 characters, more than 9"),
+        (square(8), {"candidate_labels": ["01234", "56789"]}, "10 characters, more than 9"),
+        (square(8), {"task": "caption", "prompt": "0123456789"}, "10 characters, more than 9"),
+        ([], {"candidate_labels": ["a"]}, "no image"),
+        ([], {"task": "caption"}, "no image"),
+    ],
+)
+def test_limits_hold_in_every_task(inputs, parameters, message, contrastive, monkeypatch):
+    monkeypatch.setattr(contrastive, "limits", replace(contrastive.limits, characters=9))
+    with pytest.raises(ValueError, match=message):
+        contrastive({"inputs": inputs, "parameters": parameters})
+
+
+def test_an_image_of_too_many_pixels_is_not_decoded(contrastive, monkeypatch):
+    monkeypatch.setattr(type(contrastive), "limits", replace(contrastive.limits, pixels=100))
+    monkeypatch.setenv("INTERNVL_SUBFOLDER", "internvl_g")
+    handler = type(contrastive)(ROOT)
+    monkeypatch.setattr(Image.Image, "convert", pytest.fail)
+    with pytest.raises(ValueError, match="Image 1 of 1"):
+        handler({"inputs": square(11)})
+
+
+@pytest.mark.parametrize("inputs", ["a red star", square(8)])
+def test_what_exceeds_its_time_is_refused(inputs, contrastive, monkeypatch):
     monkeypatch.setattr(contrastive, "limits", replace(contrastive.limits, seconds=0.0))
+    monkeypatch.setattr(contrastive.processor.image_processor, "fetch_images", pytest.fail)
     with pytest.raises(ValueError, match="took longer than it may"):
-        contrastive({"inputs": "a red star"})
+        contrastive({"inputs": inputs})
 
 
 def hostile_to_chat() -> list:
