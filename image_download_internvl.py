@@ -11,13 +11,14 @@ reached.
 import ipaddress
 import os
 import socket
+import string
 import time
 from contextlib import suppress
 from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from threading import Thread
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 from urllib.request import (
     AbstractHTTPHandler,
     HTTPDefaultErrorHandler,
@@ -179,12 +180,21 @@ def _opener(deadline: _Deadline) -> OpenerDirector:
     return opener
 
 
+def _in_ascii(url: str) -> str:
+    """Encodes letters beyond ASCII as browsers do: by IDNA in the host, percent-encoded elsewhere."""
+    if url.isascii():
+        return url
+    scheme, slashes, rest = url.partition("//")
+    length = next((index for index, letter in enumerate(rest) if letter in "/?#"), len(rest))
+    return scheme + slashes + rest[:length].encode("idna").decode() + quote(rest[length:], safe=string.punctuation)
+
+
 def _fetch(url: str, deadline: _Deadline, max_bytes: int, outcome: list[Any]) -> None:
     """Appends the body or the error to `outcome`."""
     body = bytearray()
     try:
         # Some hosts reject urllib's default user agent.
-        request = Request(url, headers={"User-Agent": "transformers"})
+        request = Request(_in_ascii(url), headers={"User-Agent": "transformers"})
         with _opener(deadline).open(request, timeout=deadline.left()) as response:
             while chunk := response.read(2**16):
                 body += chunk

@@ -81,6 +81,24 @@ def test_addresses_are_fetched(processor, address):
 
 
 @pytest.mark.usefixtures("private_hosts")
+def test_letters_beyond_ascii_are_encoded_as_browsers_do(processor, address, monkeypatch):
+    Handler.pages["/b%C3%BCcher/%E5%9B%BE%201.png?a=%C3%BC&b=%20"] = Handler.pages["/good.png"]
+    fetched = bytes_of_tiles(processor, f"{address}/b\u00fccher/\u56fe 1.png?a=\u00fc&b=%20")
+    np.testing.assert_array_equal(fetched, bytes_of_tiles(processor, make_image(50, 30)))
+    hosts: list[str] = []
+
+    def look_up(host, *arguments, **settings):
+        hosts.append(host)
+        raise OSError("no such host")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    for source in ("http://b\u00fccher.test:8080/a.png", "https://\u4f8b\u3048.test?\u00fc"):
+        with pytest.raises(ValueError, match="no such host"):
+            processor(source)
+    assert hosts == ["xn--bcher-kva.test", "xn--r8jz45g.test"]
+
+
+@pytest.mark.usefixtures("private_hosts")
 @pytest.mark.parametrize("page", ["bomb.png", "empty.png", "missing.png"])
 def test_bad_addresses_are_named(processor, address, page):
     with pytest.raises(ValueError, match=f"Image 2 of 2 .*127.0.0.1.*{page}"):
