@@ -10,9 +10,12 @@ def printable(text: str) -> str:
 
 
 def exit_status(command: Callable[[], int | None]) -> int:
-    """Runs a command and returns its exit status: 2 where it raises a `ValueError` or `OSError`, which is printed."""
+    """Runs a command and returns its exit status: 2 where it raises an error of its input, which is printed.
+
+    These are `ValueError` and `OSError`, and `RecursionError` of JSON that libraries read.
+    """
     try:
         return command() or 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         sys.stderr.write(f"error: {printable(str(error))}\n")
         return 2

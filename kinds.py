@@ -72,7 +72,7 @@ def _models_below(folder: Path, expected: Collection[str]) -> list[Path]:
     for file in sorted(folder.glob("*/config.json")):
         try:
             kind = MODEL_TYPES.get(json.loads(file.read_text(encoding="utf-8"))["model_type"])
-        except (KeyError, OSError, TypeError, ValueError):
+        except (KeyError, OSError, RecursionError, TypeError, ValueError):
             continue
         if kind in expected or (kind == "InternVL-C or -G" and {"InternVL-C", "InternVL-G"} & set(expected)):
             found.append(file.parent)
@@ -87,7 +87,7 @@ def check_folder(folder: str | os.PathLike, subfolder: str = "") -> str | None:
 
     Raises:
         OSError: If it is no folder, or holds no model that transformers loads.
-        ValueError: If its model has to be converted first.
+        ValueError: If its model has to be converted first, or a file of it is broken.
     """
     path = Path(folder, subfolder)
     if path.is_file():
@@ -101,17 +101,56 @@ def check_folder(folder: str | os.PathLike, subfolder: str = "") -> str | None:
         is_adapter = (path / "adapter_config.json").is_file()
         hint = ", but LoRA adapters: give the folder of the merged model, or of the model that they belong to"
         raise FileNotFoundError(f"`{path}` is a folder without config.json, so it holds no model{hint * is_adapter}.")
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"`{path / 'config.json'}` cannot be read: {error}") from error
-    model_type = str(config.get("model_type")) if isinstance(config, dict) else None
+    model_type = str(read_config_file(path / "config.json").get("model_type"))
     if model_type in CONVERTED:
         raise ValueError(
             f"{path} holds {CONVERTED[model_type]}, which is turned into one that loads here by `python -m "
             f"internvl.conversion {path} NEW_FOLDER`."
         )
+    check_weights(path)
     return model_type
+
+
+def read_config_file(file: Path) -> dict[str, Any]:
+    """Reads a configuration, before transformers does without expecting another content.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no JSON object, or nested too deeply.
+    """
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"`{file}` cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"`{file}` cannot be read: it holds {type(config).__name__} where settings by name belong.")
+    return config
+
+
+def check_weights(folder: str | os.PathLike) -> None:
+    """Check that the weights in a folder were written to their end; a name on the Hub passes.
+
+    Raises:
+        ValueError: Naming the first file that was not.
+    """
+    for path in sorted(Path(folder).glob("*.safetensors")) if os.path.isdir(folder) else ():
+        if path.is_file() and not is_whole_safetensors(path):
+            raise ValueError(f"{path} ends too early: copy or convert it again.")
+
+
+def is_whole_safetensors(path: Path) -> bool:
+    """Whether a file is as long as its header says."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            return False
+        try:
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            return size == 8 + length + max(ends, default=0)
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+            return False
 
 
 def _check_hub(name: str, subfolder: str) -> None:
@@ -169,4 +208,14 @@ def check_kind(folder: str | os.PathLike, *expected: str, door: str, **where: An
     raise wrong_kind(folder, what, *expected, door=door)
 
 
-__all__ = ["KIND_NAMES", "MODEL_TYPES", "check_folder", "check_kind", "kind_of", "wrong_kind"]
+__all__ = [
+    "KIND_NAMES",
+    "MODEL_TYPES",
+    "check_folder",
+    "check_kind",
+    "check_weights",
+    "is_whole_safetensors",
+    "kind_of",
+    "read_config_file",
+    "wrong_kind",
+]

@@ -28,6 +28,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging as transformers_logging
 
 from ..configuration_internvl import InternViTConfig, InternVLChatConfig, InternVLConfig, QLlamaConfig
+from ..kinds import read_config_file
 from ..modeling_internvit import (
     InternVisionModel,
     InternViTBackbone,
@@ -85,6 +86,8 @@ def read_config(model: str | Path) -> PretrainedConfig:
     path = SIZES.get(str(model), Path(model))
     if path.is_dir() and not (path / "config.json").is_file():
         raise OSError(f"{path} holds no `config.json`: name the folder of a checkpoint, or its configuration.")
+    if path.exists():
+        read_config_file(path / "config.json" if path.is_dir() else path)
     try:
         found, _ = PretrainedConfig.get_config_dict(path if path.exists() else model)
     except OSError as error:

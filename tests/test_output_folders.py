@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from internvl.kinds import check_weights
 from internvl.training import trainer
 from internvl.training.checkpoints import recorded
-from internvl.training.models.whole_folders import check_weights, recovered
+from internvl.training.models.whole_folders import recovered
 from internvl.training.output_folder import check_output, cleared_on_failure
 from internvl.training.recipes import stage1_small
 from internvl.training.stages import Run

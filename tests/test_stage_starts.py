@@ -3,6 +3,8 @@ no obstacle.
 """
 
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, AutoProcessor, LlamaConfig, LlamaForCausalLM
 
 from internvl.evaluation.__main__ import main as evaluate
+from internvl.export.__main__ import main as export
 from internvl.kinds import check_kind
+from internvl.planning.__main__ import main as plan
 from internvl.training.__main__ import main
 from internvl.training.data.dialogues import DialogueCollator
 from internvl.training.models.build import fit_image_sizes, set_dtypes
@@ -82,6 +86,45 @@ def test_validate_needs_a_chat_model_to_count_tokens_by(folders, capsys):
 def test_evaluations_name_the_kind_they_need(task, kind, wanted, folders, capsys):
     assert evaluate([task, str(folders[kind])]) == 2
     assert f"but this evaluation needs {wanted}" in capsys.readouterr().err
+
+
+READERS = {
+    "stage1 --model": lambda model, data, out: main(["stage1", *data, "--output", out, "--model", model]),
+    "stage1 --llama": lambda model, data, out: main(["stage1", *data, "--output", out, "--llama", model]),
+    "zero_shot": lambda model, data, out: evaluate(["zero_shot", model]),
+    "export": lambda model, data, out: export([model, out]),
+    "memory": lambda model, data, out: plan(["memory", model]),
+}
+BROKEN = {"[]": "it holds list", "5": "it holds int", "{": "cannot be read", '{"a":' * 100_000: "cannot be read"}
+
+
+@pytest.mark.parametrize("door", READERS)
+def test_a_broken_configuration_is_one_line_at_every_door(door, folders, tmp_path, capsys):
+    data = ["--data", str(folders["data"] / "pairs.tar")]
+    for text, said in BROKEN.items():
+        (tmp_path / "config.json").write_text(text)
+        assert READERS[door](str(tmp_path), data, str(tmp_path / "out")) == 2
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+        assert "config.json" in line
+        assert said in line
+
+
+@pytest.mark.parametrize("door", READERS.keys() - {"memory"})  # which reads no weights
+def test_weights_that_are_cut_off_are_one_line_at_every_door(door, folders, tmp_path, capsys):
+    kind = "llama" if "llama" in door else "InternVL-G"
+    model = shutil.copytree(folders[kind], tmp_path / "model")
+    os.truncate(model / "model.safetensors", (model / "model.safetensors").stat().st_size // 2)
+    data = ["--data", str(folders["data"] / "pairs.tar")]
+    assert READERS[door](str(model), data, str(tmp_path / "out")) == 2
+    assert "model.safetensors ends too early: copy or convert it again" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_nested_too_deeply_are_one_line_whoever_reads_them(folders, tmp_path, capsys):
+    shutil.copytree(folders["InternVL-G"], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "processor_config.json").write_text('{"a":' * 100_000)
+    assert evaluate(["zero_shot", str(tmp_path)]) == 2
+    assert "error: " in capsys.readouterr().err
 
 
 def test_others_own_language_models_are_not_refused_by_their_type(folders, tmp_path):

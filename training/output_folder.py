@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..kinds import check_weights
 from .checkpoints import LOG_FILE, RECORD_FILE
-from .models.whole_folders import INCOMPLETE, READY, check_weights, checkpoints_in
+from .models.whole_folders import INCOMPLETE, READY, checkpoints_in
 
 
 TRAINER_FOLDER = "trainer"  # of the record, and of a folder of checkpoints for each phase

@@ -32,7 +32,7 @@ from ...conversation_internvl import (
     get_conversation_template,
 )
 from ...image_processing_internvl import InternVLImageProcessor
-from ...kinds import check_kind, kind_of
+from ...kinds import check_kind, kind_of, read_config_file
 from ...modeling_internvl import InternVLModel
 from ...modeling_internvl_chat import InternVLChatForConditionalGeneration
 from ...processing_internvl import InternVLProcessor
@@ -139,6 +139,9 @@ def load_tokenizer(recipe: ContrastiveRecipe, folder: Folder | None) -> PreTrain
         ValueError: If there is none.
     """
     if folder is not None:
+        config = Path(folder, "config.json")
+        if config.is_file():
+            read_config_file(config)
         return AutoTokenizer.from_pretrained(folder)
     if recipe.is_generated:
         return caption_tokenizer()

@@ -18,6 +18,8 @@ from pathlib import Path, PureWindowsPath
 
 from transformers.utils import logging
 
+from ...kinds import is_whole_safetensors
+
 
 logger = logging.get_logger(__name__)
 
@@ -181,17 +183,6 @@ def fault_of(checkpoint: Path, processes: int = 1) -> str | None:
     return None
 
 
-def check_weights(folder: str | Path) -> None:
-    """Check that the weights in a folder were written to their end; a name on the Hub passes.
-
-    Raises:
-        ValueError: Naming the first file that was not.
-    """
-    for path in sorted(Path(folder).glob("*.safetensors")) if os.path.isdir(folder) else ():
-        if path.is_file() and (fault := _fault_in_file(path)):
-            raise ValueError(f"{path} {fault}: copy or convert it again.")
-
-
 def _fault_in_folder(path: Path) -> str | None:
     """torch.distributed.checkpoint writes its table of contents last."""
     return "has no .metadata" if any(path.glob("*.distcp")) and not (path / ".metadata").exists() else None
@@ -200,7 +191,7 @@ def _fault_in_folder(path: Path) -> str | None:
 def _fault_in_file(path: Path) -> str | None:
     """What shows that a file was not written to its end."""
     if path.suffix == ".safetensors":
-        return None if _is_whole_safetensors(path) else "ends too early"
+        return None if is_whole_safetensors(path) else "ends too early"
     if path.suffix in (".pt", ".pth", ".bin"):  # torch.save writes archives, whose table of contents is their end
         return None if zipfile.is_zipfile(path) else "ends too early"
     if path.suffix == ".json":
@@ -216,18 +207,3 @@ def _fault_in_json(path: Path) -> str | None:
     except _OF_OTHER_CONTENT:
         return "is broken JSON"
     return f"names {missing[0]}, which is missing" if missing else None
-
-
-def _is_whole_safetensors(path: Path) -> bool:
-    """Whether the file is as long as its header says."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            return False
-        try:
-            header = json.loads(file.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-            return size == 8 + length + max(ends, default=0)
-        except _OF_OTHER_CONTENT:
-            return False
