@@ -37,6 +37,15 @@ MODEL_TYPES = {
 }
 
 
+# What transformers reads beside `config.json`, each an object.
+SETTINGS_FILES = (
+    "added_tokens.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
 HUB_SECONDS = 5  # for the Hub to answer
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -107,6 +116,9 @@ def check_folder(folder: str | os.PathLike, subfolder: str = "") -> str | None:
             f"{path} holds {CONVERTED[model_type]}, which is turned into one that loads here by `python -m "
             f"internvl.conversion {path} NEW_FOLDER`."
         )
+    for name in SETTINGS_FILES:
+        if (path / name).is_file():
+            read_config_file(path / name)
     check_weights(path)
     return model_type
 

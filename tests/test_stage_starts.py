@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoProcessor, LlamaConfig, LlamaForCausalLM
 
 from internvl.evaluation.__main__ import main as evaluate
 from internvl.export.__main__ import main as export
-from internvl.kinds import check_kind
+from internvl.kinds import SETTINGS_FILES, check_kind
 from internvl.planning.__main__ import main as plan
 from internvl.training.__main__ import main
 from internvl.training.data.dialogues import DialogueCollator
@@ -120,9 +120,20 @@ def test_weights_that_are_cut_off_are_one_line_at_every_door(door, folders, tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", SETTINGS_FILES)
+def test_broken_settings_of_a_processor_are_one_line_with_their_file(name, folders, tmp_path, capsys):
+    shutil.copytree(folders["InternVL-G"], tmp_path, dirs_exist_ok=True)
+    for text, said in BROKEN.items():
+        (tmp_path / name).write_text(text)
+        assert evaluate(["zero_shot", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert name in error
+        assert said in error
+
+
 def test_files_nested_too_deeply_are_one_line_whoever_reads_them(folders, tmp_path, capsys):
     shutil.copytree(folders["InternVL-G"], tmp_path, dirs_exist_ok=True)
-    (tmp_path / "processor_config.json").write_text('{"a":' * 100_000)
+    (tmp_path / "tokenizer.json").write_text('{"a":' * 100_000)
     assert evaluate(["zero_shot", str(tmp_path)]) == 2
     assert "error: " in capsys.readouterr().err
 
