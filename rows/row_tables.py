@@ -102,7 +102,10 @@ def open_rows(source: str | Path) -> Rows:
             "JSON, JSON lines, parquet, or a data set."
         )
     if path.is_file() and path.suffix.lower() in PARQUET_ENDINGS:
-        return TableRows(_loaded("parquet", data_files={"train": [name]}, split="train"), path, path.parent)
+        try:
+            return TableRows(_loaded("parquet", data_files={"train": [name]}, split="train"), path, path.parent)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
     found, *choice = [name] if path.exists() else name.split(":")
     *configuration, split = choice or ["train"]
     if Path(found).is_dir():

@@ -15,6 +15,7 @@ import pytest
 from internvl.rows.bad_rows import MAX_KINDS, BadRows, UnusableRowError
 from internvl.rows.json_rows import JsonRows
 from internvl.rows.pair_rows import MAX_CAPTION
+from internvl.rows.row_tables import open_rows
 from internvl.rows.shards import find_shards
 from internvl.training.__main__ import main
 from internvl.training.data.dialogues import read_dialogue
@@ -289,6 +290,13 @@ def test_a_shard_that_is_no_file_is_told(make, tmp_path):
     make(tmp_path / "pairs.tar")
     with pytest.raises(OSError, match="is no regular file, and no shard"):
         find_shards(str(tmp_path / "*.tar"))
+
+
+@pytest.mark.parametrize("content", [b"PAR1" + bytes(99) + b"PAR1", b"PAR1" + b"\xff" * 99 + b"PAR1", b"text", b""])
+def test_a_broken_parquet_file_is_told_by_its_name(content, tmp_path):
+    (tmp_path / "rows.parquet").write_bytes(content)
+    with pytest.raises((OSError, ValueError), match=r"rows\.parquet"):
+        open_rows(tmp_path / "rows.parquet")
 
 
 def test_a_row_of_parquet_that_cannot_be_read_hides_no_other(tmp_path):

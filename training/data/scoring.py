@@ -121,7 +121,11 @@ class ShardScorer:
     def _score_parquet(self, size: int) -> None:
         number = 0
         with fsspec.open(self.shard, "rb") as file:
-            for batch in parquet.ParquetFile(file).iter_batches(size):
+            try:
+                source = parquet.ParquetFile(file)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"`{self.shard}` cannot be read: {error}") from error
+            for batch in source.iter_batches(size):
                 rows = rows_of_batch(batch, self.shard, number)
                 number += len(rows)
                 column = pyarrow.array(self.scores(rows), pyarrow.float64())
