@@ -39,6 +39,7 @@ TASKS = {
     "internvl_chat_model": ("chat",),
     "internvl_14b": ("embeddings", "zero-shot", "caption"),
 }
+MODES = ("InternVL-C", "C", "InternVL-G", "G")
 ROLES = ("system", "user", "assistant")
 IMAGE_KEYS = ("image", "url", "base64", "image_url")
 IMAGE_PREFIX = "data:image/"
@@ -111,6 +112,7 @@ class EndpointHandler:
         is_chat = "chat" in TASKS[config.model_type]
         has_captions = is_chat or config.has_queries
         self.tasks = [task for task in TASKS[config.model_type] if task != "caption" or has_captions]
+        self.modes = MODES if has_captions else MODES[:2]
         auto_class: Any = AutoModelForImageTextToText if is_chat else AutoModel
         # Many processors compute bfloat16 slowly.
         is_gpu = torch.cuda.is_available()
@@ -193,7 +195,7 @@ class EndpointHandler:
         return self._texts(self.model.generate(**features, **generation), generation)
 
     def _embed(self, inputs: Any, settings: "_Settings", deadline: float) -> dict[str, list[list[float]]]:
-        mode, normalize = settings.text("mode"), settings.flag("normalize")
+        mode, normalize = settings.choice("mode", self.modes), settings.flag("normalize")
         settings.close()
         given = _texts_and_images(inputs)
         self._check_texts(given["texts"])
@@ -211,10 +213,12 @@ class EndpointHandler:
 
     def _classify(self, inputs: Any, settings: "_Settings", deadline: float) -> list[Any]:
         labels, template = settings.labels("candidate_labels"), settings.text("hypothesis_template") or "{}"
-        mode = settings.text("mode")
+        mode = settings.choice("mode", self.modes)
         settings.close()
         if "{}" not in template:
             raise ValueError("`hypothesis_template` must hold `{}`, the place of the label.")
+        growth = template.count("{}")  # texts are made once it is known that they are few: they could fill the memory
+        self._check_size(len(labels), sum(len(template) + growth * (len(label) - 2) for label in labels))
         # Not `format`, whose fields could reach attributes.
         texts = [template.replace("{}", label) for label in labels]
         self._check_texts(texts)
@@ -306,12 +310,14 @@ class EndpointHandler:
         self._check_texts([part.get("text", "") for part in parts])
         return messages, sources
 
-    def _check_texts(self, texts: list[str]) -> None:
-        if len(texts) > self.limits.texts:
-            raise ValueError(f"The request holds {len(texts)} texts, more than {self.limits.texts}.")
-        characters = sum(map(len, texts))
+    def _check_size(self, count: int, characters: int) -> None:
+        if count > self.limits.texts:
+            raise ValueError(f"The request holds {count} texts, more than {self.limits.texts}.")
         if characters > self.limits.characters:
             raise ValueError(f"The texts have {characters} characters, more than {self.limits.characters}.")
+
+    def _check_texts(self, texts: list[str]) -> None:
+        self._check_size(len(texts), sum(map(len, texts)))
         for text in texts:
             try:
                 text.encode()
@@ -504,4 +510,6 @@ def _texts_and_images(inputs: Any) -> dict[str, list[Any]]:
 
 def _is_image(item: Any) -> bool:
     """Whether an item of a plain list is an image: a text that is an address stays a text."""
-    return isinstance(item, (Image.Image, bytes)) or (isinstance(item, str) and item.startswith(IMAGE_PREFIX))
+    return isinstance(item, (Image.Image, bytes)) or (
+        isinstance(item, str) and item[: len(IMAGE_PREFIX)].lower() == IMAGE_PREFIX
+    )

@@ -143,7 +143,10 @@ def _read_data_address(address: str, name: str) -> bytes:
     head, comma, body = address.partition(",")
     if not comma:
         raise ValueError(f"{name} is a data address without data: there is no comma in it.")
-    data = unquote_to_bytes(body)
+    try:
+        data = unquote_to_bytes(body)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} is no data address: it holds half of a surrogate pair.") from error
     return _decode_base64(data.decode("latin-1"), name) if head.lower().endswith(";base64") else data
 
 

@@ -36,6 +36,7 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.requests import ClientDisconnect
 from transformers import ProcessorMixin
 from transformers.utils.logging import disable_progress_bar
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..console import printable
 from ..evaluation.indexing import ModelPlace
@@ -49,6 +50,7 @@ READERS = 4  # threads that decode images, in each process that speaks HTTP
 FETCHERS = 8  # threads that fetch images
 LONGEST_MESSAGE = 500
 CHECK_SECONDS = 1.0  # between looks at whether the worker that took an item is there
+IDLE_SECONDS = 10.0  # of a connection without a request, once or twice this
 
 
 @dataclass(frozen=True)
@@ -270,6 +272,26 @@ class EmbeddingsSpec(OpenAIEmbeddingSpec):
         return inputs["pixel_values"][0].numpy()
 
 
+class PromptProtocol(H11Protocol):
+    """Closes connections whose next request does not come: each of them takes a place from others.
+
+    h11 refuses headers beyond 64 KiB; uvicorn's other parser of HTTP keeps them whatever their size.
+    """
+
+    def connection_made(self, transport: Any) -> None:
+        """Begins to watch."""
+        super().connection_made(transport)
+        self._watch(self)
+
+    def _watch(self, before: Any) -> None:
+        """Closes the connection if it waits for a request now and did, after the same one, at the last look."""
+        is_waiting = self.cycle is None or self.cycle.response_complete
+        if is_waiting and before is self.cycle:
+            self.transport.close()
+        elif not self.transport.is_closing():
+            self.loop.call_later(IDLE_SECONDS, self._watch, self.cycle if is_waiting else self)
+
+
 def _json(body: bytes) -> Any:
     """Returns the JSON value of a body."""
     try:
@@ -384,6 +406,8 @@ def serve(door: Door, options: argparse.Namespace) -> None:
             log_level=options.log_level,
             generate_client_file=False,
             limit_concurrency=options.max_connections,
+            http=PromptProtocol,
+            ws="none",
         )
     except RuntimeError as error:  # a worker could not start, and has logged why
         for worker in server.inference_workers:

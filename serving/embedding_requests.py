@@ -136,7 +136,7 @@ class RequestReader:
             )
         if not isinstance(text, str):
             raise ValueError(f"{name} must be a string, got {_kind(text)}.")
-        if text.startswith(IMAGE_PREFIX):
+        if text[: len(IMAGE_PREFIX)].lower() == IMAGE_PREFIX:
             return EmbeddingInput("data", text, name)
         if not text:
             raise ValueError(f"{name} is an empty text.")

@@ -35,6 +35,10 @@ def test_texts_images_and_addresses_are_told_apart():
     assert (asked.model, asked.dimensions, asked.encoding_format, asked.normalize) == ("ours", None, "float", True)
 
 
+def test_schemes_and_types_are_read_in_any_case():
+    assert [one.kind for one in READER.read({"input": [DATA.replace("data:image", "DATA:Image")]}).inputs] == ["data"]
+
+
 @pytest.mark.parametrize("text", ["/etc/passwd", "file:///x", " data:im", "~/.ssh"])
 def test_what_looks_like_a_file_is_a_text(text):
     assert READER.read({"input": text}).inputs == (EmbeddingInput("text", text, "`input[0]`"),)

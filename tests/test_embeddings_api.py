@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -32,11 +33,12 @@ from .test_image_download import address, no_proxy  # noqa: F401  (fixtures)
 
 pytest.importorskip("litserve", reason="litserve is not installed: `pip install 'internvl[serving]'`")
 
+import uvicorn
 from fastapi import HTTPException
 from litserve.utils import LitAPIStatus
 
 from internvl.serving import embedding_engine
-from internvl.serving.embedding_engine import Door, EmbeddingsSpec, WaitingLoop, build_server
+from internvl.serving.embedding_engine import Door, EmbeddingsSpec, PromptProtocol, WaitingLoop, build_server
 
 
 TEXTS = ["a red circle", "two digits on a blue square, one above the other", "https://example.com/a.png", "圆"]
@@ -193,6 +195,48 @@ def test_other_addresses_and_methods_are_refused_in_the_same_form(server):
     for path in ("/v2/embeddings", "/predict"):  # the second is LitServe's own, which reads forms
         check_refusal(post(server, {}, path), 404, "Not Found")
     check_refusal(post(server, {}, method="PUT"), 405, "Method Not Allowed")
+
+
+def test_headers_without_an_end_are_refused(server):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nX: " + b"a" * 2**17)
+        assert connection.recv(100).startswith(b"HTTP/1.1 400 ")
+
+
+def test_a_connection_without_a_request_is_closed_and_one_at_work_is_not(monkeypatch):
+    """Also after an answer, where the head of a next request begins and does not end."""
+    monkeypatch.setattr(embedding_engine, "IDLE_SECONDS", 0.2)
+
+    async def app(scope, receive, send):
+        await asyncio.sleep(1)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async def talk(port: int, *parts: bytes) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for part in parts:
+            writer.write(part)
+            await asyncio.sleep(1.1)
+        found = await asyncio.wait_for(reader.read(), 10)
+        writer.close()
+        return found
+
+    async def run() -> list[bytes]:
+        config = uvicorn.Config(app, port=free_port(), http=PromptProtocol, lifespan="off", timeout_keep_alive=60)
+        one = uvicorn.Server(config)
+        served = asyncio.create_task(one.serve())
+        while not one.started:
+            await asyncio.sleep(0.02)
+        head = b"GET / HTTP/1.1\r\nHost: a\r\n"
+        found = [await talk(config.port, *parts) for parts in ([], [head], [head + b"\r\n", head])]
+        one.should_exit = True
+        await served
+        return found
+
+    silent, begun, answered = asyncio.run(run())
+    assert silent == begun == b""
+    assert answered.startswith(b"HTTP/1.1 200 OK")
+    assert answered.endswith(b"ok")
 
 
 def test_an_input_that_cannot_be_read_fails_its_own_request_alone(server):

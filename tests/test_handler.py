@@ -446,3 +446,24 @@ def test_a_malformed_request_to_a_contrastive_model_is_refused_in_one_line(body,
     with pytest.raises(ValueError, match=r"\A.{5,2000}\Z"):
         contrastive(body)
     assert not contrastive._lock.locked()
+
+
+def test_templates_that_would_outgrow_the_memory_are_refused_before_texts_are_made_of_them(contrastive):
+    """Of 2 MB, a request would make texts of 500 GB."""
+    parameters = {"candidate_labels": ["x" * 10**6], "hypothesis_template": "{}" * 500_000}
+    with pytest.raises(ValueError, match="The texts have 500000000000 characters, more than 65536"):
+        contrastive({"inputs": square(8), "parameters": parameters})
+
+
+def test_a_mode_is_checked_where_only_texts_are_given_too(contrastive):
+    with pytest.raises(ValueError, match="`mode` must be one of InternVL-C, C, InternVL-G, G for this model"):
+        contrastive({"inputs": "a red star", "parameters": {"mode": "InternVL-X"}})
+    assert contrastive({"inputs": "a red star", "parameters": {"mode": "G"}})
+
+
+def test_an_image_in_a_plain_list_is_known_by_its_address_in_any_case(contrastive):
+    image = square(8)
+    found = contrastive({"inputs": [image.replace("data:image", "DATA:Image"), image]})["embeddings"]
+    assert found[0] == found[1]
+    with pytest.raises(ValueError, match=r"Image 1 of 1 .*half of a surrogate pair"):
+        contrastive({"inputs": "data:image/png;base64,\ud800"})
