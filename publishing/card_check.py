@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from ..conversion.readers.checkpoint_files import read_json
 
@@ -38,8 +39,9 @@ def card_faults(folder: Path, files: list[str]) -> list[str]:
     if CARD not in files:
         return [f"There is no card: `{CARD}` is missing. `python -m internvl.conversion DIR OUT` writes one."]
     try:
+        _check_aliases(folder / CARD)
         card = ModelCard.load(folder / CARD)
-    except (ValueError, TypeError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError, yaml.YAMLError) as error:
         return [f"The front matter of `{CARD}` is not valid: {' '.join(str(error).split())}"]
     data = card.data.to_dict()
     config = read_json(folder / "config.json")
@@ -49,6 +51,14 @@ def card_faults(folder: Path, files: list[str]) -> list[str]:
         *_widget_faults(data.get("widget"), files),
         *(f"`{CARD}` leads to `{link}`, which is not published." for link in _broken_links(card.text, files)),
     ]
+
+
+def _check_aliases(card: Path) -> None:
+    """Raises a ValueError for a front matter that repeats a part by its name: it could repeat itself, or grow."""
+    front = REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8"))
+    for event in yaml.parse(front[2] if front else ""):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"line {event.start_mark.line + 2} repeats a part as `*{event.anchor}`: write it out")
 
 
 def _license_faults(data: dict[str, Any], files: list[str]) -> Iterator[str]:

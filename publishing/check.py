@@ -70,7 +70,7 @@ class Inspection:
         """Returns the findings as lines of text."""
         lines = [f"{len(self.files)} files, {self.num_bytes / 1e6:,.1f} MB."]
         if self.left_out:
-            lines.append(f"Not sent: {', '.join(self.left_out)}.")
+            lines.append(printable(f"Not sent: {', '.join(self.left_out)}."))
         lines += [printable(f"fault: {fault}") for fault in self.faults]
         return [*lines, f"Faults: {len(self.faults)}." if self.faults else "Fit for the Hub."]
 
@@ -92,7 +92,11 @@ def inspect_folder(folder: Path, load: bool = True, trust: bool = False) -> Insp
     folder = folder.resolve()
     found = Inspection(folder)
     found.files, found.left_out = _listed(folder)
-    models = [place for place in (folder, *sorted(folder.iterdir())) if (place / "config.json").is_file()]
+    found.faults += _place_faults(folder, found.files)
+    if found.faults:  # what lies elsewhere is not read, nor what may have no end, as a pipe
+        return found
+    places = (folder, *sorted(folder.iterdir()))
+    models = [place for place in places if (place / "config.json").relative_to(folder).as_posix() in found.files]
     if not models:
         found.faults.append("There is no model: `config.json` is missing.")
     found.faults += _file_faults(folder, found.files)
@@ -123,7 +127,7 @@ def _listed(folder: Path) -> tuple[list[str], list[str]]:
 
 
 # --------------------------------------------------------------------------------------------------------------- files
-def _file_faults(folder: Path, files: list[str]) -> Iterator[str]:
+def _place_faults(folder: Path, files: list[str]) -> Iterator[str]:
     snapshots = hub_snapshot(folder)
     allowed = [folder.resolve(), *([snapshots.parent / "blobs"] if snapshots else [])]
     for name in files:
@@ -132,7 +136,12 @@ def _file_faults(folder: Path, files: list[str]) -> Iterator[str]:
             yield f"`{name}` is a link to {os.path.realpath(file)}, outside of the folder."
         elif not file.is_file():
             yield f"`{name}` is no file."
-        elif file.stat().st_size > MOST_FILE_BYTES:
+
+
+def _file_faults(folder: Path, files: list[str]) -> Iterator[str]:
+    for name in files:
+        file = folder / name
+        if file.stat().st_size > MOST_FILE_BYTES:
             yield f"`{name}` has {file.stat().st_size / 1e9:.0f} GB; the Hub takes 500 at most."
         elif file.stat().st_size <= MOST_TEXT_BYTES and TOKEN.search(file.read_bytes()):
             yield f"`{name}` holds an access token of the Hub. Take it out, and revoke it."
@@ -154,7 +163,7 @@ def _stray_faults(folder: Path, model: Path) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------------------- weights
 def _weight_faults(model: Path, place: str) -> Iterator[str]:
     """Faults of a model whose files are named with `place` before them."""
-    files = sorted(model.glob("*.safetensors"))
+    files = sorted(file for file in model.glob("*.safetensors") if file.is_file())
     if not files:
         yield f"`{place}config.json` has no weights beside it: there is no .safetensors file."
     names: dict[str, str] = {}

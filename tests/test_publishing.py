@@ -1,5 +1,6 @@
 """`python -m internvl.publishing check|push`: every fault is found, nothing else is; a push reaches the Hub whole."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -97,6 +98,57 @@ def test_a_link_to_nothing_is_found_in_one_line(folder, capsys):
     (folder / "gone\n.txt").symlink_to(folder / "nothing")
     assert main(["push", str(folder), "me/x", "--dry-run", "--no-load"]) == 1
     assert "fault: `gone .txt` is no file." in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("name", ["README.md", "model.safetensors", "config.json"])
+@pytest.mark.parametrize("target", ["/dev/zero", None])
+def test_what_has_no_end_is_named_and_not_read(name, target, folder):
+    (folder / name).unlink()
+    (folder / name).symlink_to(target) if target else os.mkfifo(folder / name)
+    assert faults_of(folder) == [
+        f"`{name}` is " + ("a link to /dev/zero, outside of the folder." if target else "no file.")
+    ]
+
+
+def test_models_behind_a_link_are_not_looked_at(folder, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    (folder / "part").symlink_to(tmp_path / "other")
+    found = inspect_folder(folder, load=False)
+    assert (found.faults, found.left_out) == ([], ["part"])
+
+
+@pytest.mark.parametrize("name", [b".\xff", b".a\nFit for the Hub."])
+def test_names_that_are_no_text_are_printed_on_their_line(name, folder, capsys):
+    with open(os.path.join(os.fsencode(folder), name), "w"):
+        pass
+    assert main(["check", str(folder), "--no-load"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Not sent")]
+    line.encode()
+
+
+@pytest.mark.parametrize(
+    "front",
+    [
+        "widget: &a [*a]",
+        "a0: &a0 [x]\n"
+        + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
+        + "widget: *a11",
+    ],
+)
+def test_a_card_that_repeats_parts_by_name_is_refused_before_it_grows(front, folder):
+    edit_card(folder, "license: mit", "license: mit\n" + front)
+    (fault,) = faults_of(folder)
+    assert "is not valid: line " in fault
+    assert "write it out" in fault
+
+
+@pytest.mark.parametrize(
+    "front", ["model-index: 5", "model-index: [5]", "model-index: [{name: x, results: [5]}]", "5: 6"]
+)
+def test_a_card_of_another_form_has_one_line_or_none(front, folder):
+    edit_card(folder, "license: mit", "license: mit\n" + front)
+    assert all("\n" not in fault for fault in faults_of(folder))
 
 
 def test_faults_of_a_model_in_a_sub_folder_are_named_with_it(folder):
