@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from internvl.image_processing_internvl import InternVLImageProcessor, choose_grid
+from internvl.synthetic.textures import as_jpeg
 
 from .harness import Options, Row, speed_row
 
@@ -52,13 +53,6 @@ def draw_images(sizes: Sequence[tuple[int, int]]) -> list[Image.Image]:
         noise = generator.normal(0, 4, (height, width, 3))
         images.append(Image.fromarray((np.asarray(shapes) + noise).clip(0, 255).astype(np.uint8)))
     return images
-
-
-def as_jpeg(image: Image.Image) -> bytes:
-    """The bytes of a file."""
-    buffer = BytesIO()
-    image.save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
 
 
 def published_tiles(image: Image.Image) -> list[Image.Image]:
@@ -123,7 +117,7 @@ def rows(options: Options) -> Iterator[Row]:
     options = Options("cpu", options.rounds)
     processor = InternVLImageProcessor(max_num=MAX_TILES)
     images, threads = draw_images(SIZES), torch.get_num_threads()
-    files = [as_jpeg(image) for image in images]
+    files = [as_jpeg(image, 90) for image in images]
     for name, sources, target in (
         (f"{len(images)} decoded images of mixed sizes to tensors, against the published path", images, 2.0),
         (f"{len(files)} JPEG files of mixed sizes to tensors, against the published path", files, 2.0),

@@ -7,8 +7,10 @@ import dataclasses
 import importlib
 import json
 import math
+import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -240,6 +242,25 @@ def test_the_funnel_rows_run_and_find_what_was_planted(small, monkeypatch):
     assert len(rows) == 11
     (hashes,) = (row for row in rows if "hashes" in row.name)
     assert hashes.details["found"] == hashes.details["planted"] == 5
+
+
+def test_the_curve_of_duplicates_counts_what_was_planted(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("faiss")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["duplicates", "--images", "60"])
+    module = importlib.import_module("internvl.benchmarks.duplicates")
+    assert module.main() == 0
+    found = json.loads((tmp_path / module.RESULTS).read_text())
+    assert (found["images"], found["copies"], found["leaks"]) == (78, 12, 6)
+    (row,) = (row for row in found["curve"] if row["min_sameness"] == module.MIN_SAMENESS)
+    assert row["copies_found"]["all"] == row["leaks_found"]["all"] == 1
+    assert row["false_alarms"] == row["false_leaks"] == 0
+    assert f"| {module.MIN_SAMENESS:g} | 100.000% | 100.000% | 0.000% | 0.000% |" in capsys.readouterr().out
+    monkeypatch.setattr(module, "near_duplicates", lambda images, others=None, **_: (np.array([[5, 3]]), np.ones(1)))
+    assert module.main() == 1  # nothing that was planted is found, and one image is a false alarm
+    (row, *_) = json.loads((tmp_path / module.RESULTS).read_text())["curve"]
+    assert row["copies_found"]["all"] == row["leaks_found"]["all"] == 0
+    assert row["false_alarms"] == row["false_leaks"] == 1 / 78
 
 
 def test_a_benchmark_of_the_funnel_keeps_the_rows_that_polars_alone_keeps(small, tmp_path):

@@ -11,10 +11,12 @@ from PIL import Image
 from internvl.evaluation.vectors.files import Description, EmbeddingFolder
 from internvl.evaluation.vectors.sources import Columns, item_of_row
 from internvl.rows.shards import read_shards
+from internvl.synthetic.textures import CHANGES, as_png, changed, texture, write_images
 from internvl.training.__main__ import main
 from internvl.training.data import dedup
 from internvl.training.data.fingerprints import coefficients, fingerprint, perceptual_hashes, sameness
 from internvl.training.data.near_duplicates import (
+    MIN_SAMENESS,
     Fingerprints,
     groups_of,
     hash_pairs,
@@ -23,7 +25,6 @@ from internvl.training.data.near_duplicates import (
 )
 
 from .fixtures_pairs import sample, write_tar
-from .fixtures_textures import CHANGES, as_png, changed, texture, write_images
 
 
 IMAGES, PLANTED, LEAKS = 60, 24, 8
@@ -183,6 +184,22 @@ def test_sameness_is_1_for_the_same_and_low_for_others():
     grids = prints_of([texture(seed) for seed in range(12)]).grids
     np.testing.assert_allclose(sameness(grids, grids), 1, atol=1e-5)
     assert sameness(grids, np.roll(grids, 1, axis=0)).max() < 0.5
+
+
+def test_noise_is_known_again_in_another_size_and_other_noise_is_not():
+    noises = [seed for seed in range(0, 300, 3) if changed(texture(seed), seed)[0] in ("resize", "crop", "jpeg")]
+    grids = prints_of([texture(seed) for seed in noises]).grids
+    copies = [Image.open(io.BytesIO(changed(texture(seed), seed)[1])) for seed in noises]
+    assert sameness(grids, prints_of(copies).grids).min() >= MIN_SAMENESS
+    assert sameness(grids, np.roll(grids, 1, axis=0)).max() < MIN_SAMENESS - 0.05
+
+
+def test_detail_finer_than_the_grid_does_not_make_images_alike():
+    rng = np.random.default_rng(0)
+    board = np.indices((32, 32)).sum(axis=0) % 2 * 160
+    smooth = rng.normal(0, 6, (20, 3, 4, 4)).repeat(8, axis=2).repeat(8, axis=3)  # much fainter than the board
+    grids = (smooth + board + 48).clip(0, 255).astype(np.uint8)
+    assert sameness(grids, np.roll(grids, 1, axis=0)).max() < MIN_SAMENESS
 
 
 def test_groups_reach_over_others():

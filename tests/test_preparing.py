@@ -7,12 +7,12 @@ import pytest
 from internvl.rows.shards import read_shards
 from internvl.synthetic.captions import PAIR_LAYOUTS, caption
 from internvl.synthetic.scenes import draw_scene, sample_scene, scene_generator
+from internvl.synthetic.textures import as_jpeg, as_png
 from internvl.training.__main__ import main
 from internvl.training.data.filters import FILTERS, with_optional
 from internvl.training.data.preparing import check_first_rows
 
 from .fixtures_pairs import sample, write_tar
-from .fixtures_textures import as_jpeg, as_png
 from .test_source import ROOT
 
 

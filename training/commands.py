@@ -218,8 +218,8 @@ def add_dedup(commands: Any) -> None:
         "--min-sameness",
         metavar="SHARE",
         type=float,
-        default=0.8,
-        help="from which images are the same (default: 0.8)",
+        default=0.9,
+        help="from which images are the same (default: 0.9)",
     )
     parser.add_argument(
         "--hashes-only",

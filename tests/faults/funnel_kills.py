@@ -15,11 +15,11 @@ import torch
 import transformers
 from forks import finished, started
 
+from internvl.synthetic.textures import changed, texture, write_images
 from internvl.training.data.dedup import DedupJob, dedup_data
 from internvl.training.data.filtering import FilterJob, filter_data
 from internvl.training.data.pair_files import pair_writer
 from tests.fixtures_conversions import state_of
-from tests.fixtures_textures import changed, texture, write_images
 from tests.test_filtering import random_rows, write_shard
 
 

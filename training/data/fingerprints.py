@@ -19,6 +19,10 @@ LOW = 4  # likewise, of what must agree closely, in all channels: a window that 
 LOW_TOLERANCE = 4.0  # how much less low coefficients may differ than all
 HASH_BITS = 64
 MAX_SEARCHED_ORDER = 8  # u + v of the coefficients in vectors
+# A crop or another size moves fine detail from one point of the grid to the next, and with it the coefficients of what
+# is nothing but detail: this share of its energy may differ, but never so much that unlike images would agree.
+UNSEEN_TOLERANCE = 0.25
+MAX_SLACK = 1.5  # of the energy of the coefficients: unlike images differ by at least 1 / 2.5 of it
 FLAT = 4.0  # shades of grey: what differs by less than this on average is not told apart
 # Cut away at the two ends of a side, as shares of it.
 SEARCHED_CUTS = ((0.0, 0.0), (0.0, 0.07), (0.07, 0.0), (0.05, 0.05))
@@ -123,13 +127,17 @@ def sameness(grids: np.ndarray, others: np.ndarray) -> np.ndarray:
 def _as_crop(grids: np.ndarray, others: np.ndarray) -> np.ndarray:
     """The best over all windows of each image, of `others` being that window, or its mirror."""
     found = []
+    unseen = _unseen(grids) + _unseen(others)  # (B, channels)
     for channels, count in ((slice(0, 1), COEFFICIENTS), (slice(0, 3), LOW)):
         windows = coefficients(grids[:, channels], COMPARED_CUTS, count)  # (B, channels, W, C, C)
         whole = coefficients(others[:, channels], count=count)  # (B, channels, 1, C, C)
-        energies = (_energy(windows) + _energy(whole)).sum(axis=1) + FLAT**2
+        energies = (_energy(windows) + _energy(whole)).sum(axis=1)  # (B, W)
+        slack = UNSEEN_TOLERANCE * unseen[:, channels].sum(axis=1)[:, None]
+        if count == COEFFICIENTS:
+            slack = np.minimum(slack, MAX_SLACK * energies)
         ways = (whole, whole * MIRRORED[:count])
         distances = np.stack([((windows - way) ** 2).sum(axis=(1, 3, 4)) for way in ways])
-        found.append(distances / energies)  # (ways, B, W)
+        found.append(distances / (energies + slack + FLAT**2))  # (ways, B, W)
     differing = np.maximum(found[0], LOW_TOLERANCE * found[1])
     return 1 - differing.min(axis=(0, 2))
 
@@ -137,3 +145,9 @@ def _as_crop(grids: np.ndarray, others: np.ndarray) -> np.ndarray:
 def _energy(values: np.ndarray) -> np.ndarray:
     """The square of the contrast."""
     return (values**2).sum(axis=(-2, -1)) - values[..., 0, 0] ** 2
+
+
+def _unseen(grids: np.ndarray) -> np.ndarray:
+    """The square of the contrast of each channel that is finer than the coefficients, (B, channels)."""
+    seen = _energy(coefficients(grids)[:, :, 0])
+    return np.maximum(grids.var(axis=(2, 3), dtype=np.float32) - seen, 0)

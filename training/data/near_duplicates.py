@@ -24,7 +24,7 @@ from .fingerprints import (
 with extra("search"):
     import faiss
 
-MIN_SAMENESS = 0.8
+MIN_SAMENESS = 0.9
 MAX_HASH_DISTANCE = 8  # bits
 MIN_COSINE = 0.6  # of vectors that are compared closely
 NEIGHBOURS = 8

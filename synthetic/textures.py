@@ -1,5 +1,6 @@
-"""Textured images, each unlike the others, and what others make of an image: noise, gradients, and mixtures of turned
-crops of photographs."""
+"""Textured images, each unlike the others: noise, gradients, and mixtures of turned crops of photographs; and copies as
+others change them.
+"""
 
 import io
 from functools import cache
@@ -14,13 +15,14 @@ CHANGES = ("jpeg", "resize", "crop", "flip")
 
 @cache
 def photographs() -> list[Image.Image]:
-    """Those of the libraries that the tests need anyway."""
+    """The sample images of scikit-learn."""
     from sklearn.datasets import load_sample_images
 
     return [Image.fromarray(image) for image in load_sample_images().images]
 
 
-def noise(rng: np.random.Generator, side: int) -> np.ndarray:
+def _noise(rng: np.random.Generator, side: int) -> np.ndarray:
+    """Independent pixels, or smooth spots with some noise over them."""
     if rng.random() < 0.5:
         return np.clip(rng.normal(128, 50, (side, side, 3)), 0, 255)
     coarse = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
@@ -28,7 +30,8 @@ def noise(rng: np.random.Generator, side: int) -> np.ndarray:
     return np.clip(smooth + rng.normal(0, 20, (side, side, 3)), 0, 255)
 
 
-def gradient(rng: np.random.Generator, side: int) -> np.ndarray:
+def _gradient(rng: np.random.Generator, side: int) -> np.ndarray:
+    """A sum of a few long waves of colour."""
     y, x = np.mgrid[0:side, 0:side] / side
     values = np.zeros((side, side, 3))
     for _ in range(rng.integers(2, 5)):
@@ -39,11 +42,12 @@ def gradient(rng: np.random.Generator, side: int) -> np.ndarray:
     return 255 * values / max(values.max(), 1e-6)
 
 
-def turned_crop(rng: np.random.Generator, side: int) -> np.ndarray:
+def _turned_crop(rng: np.random.Generator, side: int) -> np.ndarray:
+    """A part of a photograph, turned, with its channels in any order."""
     image = photographs()[rng.integers(len(photographs()))]
     half = int(rng.integers(35, 100))
     reach = int(1.5 * half)
-    x, y = rng.integers(reach, image.width - reach), rng.integers(reach, image.height - reach)
+    x, y = int(rng.integers(reach, image.width - reach)), int(rng.integers(reach, image.height - reach))
     around = image.crop((x - reach, y - reach, x + reach, y + reach))
     turned = around.rotate(rng.uniform(0, 360), Image.Resampling.BICUBIC)
     box = (reach - half, reach - half, reach + half, reach + half)
@@ -51,24 +55,28 @@ def turned_crop(rng: np.random.Generator, side: int) -> np.ndarray:
     return np.asarray(crop).astype(float)[..., rng.permutation(3)]
 
 
-def mixture(rng: np.random.Generator, side: int) -> np.ndarray:
+def _mixture(rng: np.random.Generator, side: int) -> np.ndarray:
+    """Two of these over each other."""
     weight = rng.uniform(0.4, 0.6)
-    return weight * turned_crop(rng, side) + (1 - weight) * turned_crop(rng, side)
+    return weight * _turned_crop(rng, side) + (1 - weight) * _turned_crop(rng, side)
 
 
 def texture(seed: int) -> Image.Image:
+    """An image of one of the three kinds, in turn; the same seed gives the same image."""
     rng = np.random.default_rng(seed)
     side = int(rng.integers(64, 128))
-    return Image.fromarray((noise, gradient, mixture)[seed % 3](rng, side).astype(np.uint8))
+    return Image.fromarray((_noise, _gradient, _mixture)[seed % 3](rng, side).astype(np.uint8))
 
 
 def as_jpeg(image: Image.Image, quality: int) -> bytes:
+    """The image as a JPEG file."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
     return file.getvalue()
 
 
 def as_png(image: Image.Image) -> bytes:
+    """The image as a PNG file."""
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)
     return file.getvalue()
