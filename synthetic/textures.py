@@ -1,5 +1,5 @@
-"""Textured images, each unlike the others: noise, gradients, and mixtures of turned crops of photographs; and copies as
-others change them.
+"""Textured images, each unlike the others: noise, gradients, and mixtures of turned crops of photographs; and what
+becomes of them where images are copied.
 """
 
 import io
