@@ -332,9 +332,9 @@ class EndpointHandler:
         for number, source in enumerate(sources, start=1):
             name = f"Image {number} of {len(sources)}"
             self._check_source(source, name)
-            _seconds_left(deadline)
+            limits = {"max_seconds": _seconds_left(deadline), "max_bytes": self.limits.image_bytes}
             try:
-                (image,) = self.processor.image_processor.fetch_images([source])
+                (image,) = self.processor.image_processor.fetch_images([source], **limits)
             except ValueError as error:  # which calls it the only one
                 raise ValueError(str(error).replace("Image 1 of 1", name, 1)) from error
             images.append(image)

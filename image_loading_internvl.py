@@ -68,6 +68,7 @@ ImageSource = (
     | np.ndarray
     | torch.Tensor
 )
+Fetch = Callable[[str, str], bytes]
 NestedImages = ImageSource | list[Any] | tuple[Any, ...]
 Background = str | tuple[int, int, int] | list[int]
 
@@ -150,12 +151,12 @@ def _read_data_address(address: str, name: str) -> bytes:
     return _decode_base64(data.decode("latin-1"), name) if head.lower().endswith(";base64") else data
 
 
-def _read_text(text: str, name: str, allow_local_files: bool) -> bytes | BinaryIO:
+def _read_text(text: str, name: str, allow_local_files: bool, fetch: Fetch | None) -> bytes | BinaryIO:
     """Opens or decodes what a URL, a path or a base64 text refers to."""
     found = SCHEME.match(text)
     scheme = found[0].lower() if found else ""
     if scheme in ("http", "https"):
-        return download(text, name)
+        return (fetch or download)(text, name)
     if scheme == "data":
         return _read_data_address(text, name)
     if scheme == "file" and allow_local_files:
@@ -230,13 +231,13 @@ def _read_file_object(handle: Any, name: str) -> bytes:
     return bytes(content)
 
 
-def _find(source: Any, name: str, allow_local_files: bool) -> bytes | BinaryIO:
+def _find(source: Any, name: str, allow_local_files: bool, fetch: Fetch | None = None) -> bytes | BinaryIO:
     """Returns the bytes of a source, or its opened file."""
     allow_local_files = local_files_are_read(allow_local_files)
     if isinstance(source, Mapping):
         source = _read_row(source, name)
     if isinstance(source, str):
-        return _read_text(source, name, allow_local_files)
+        return _read_text(source, name, allow_local_files, fetch)
     if isinstance(source, os.PathLike):
         if not allow_local_files:
             raise ValueError(f"{name} is refused: local files are not read here.")
@@ -252,7 +253,7 @@ def _find(source: Any, name: str, allow_local_files: bool) -> bytes | BinaryIO:
 
 
 def read_image(
-    source: ImageSource, name: str, max_image_pixels: int, allow_local_files: bool = True
+    source: ImageSource, name: str, max_image_pixels: int, allow_local_files: bool = True, fetch: Fetch | None = None
 ) -> Image.Image | np.ndarray | torch.Tensor:
     """Decodes a file in any form; PIL images, arrays and tensors pass through.
 
@@ -262,13 +263,14 @@ def read_image(
         name: Name of the image in errors.
         max_image_pixels: Largest width times height that is decoded.
         allow_local_files: Whether paths and `file:` URLs are read, if the environment allows it.
+        fetch: Gets an http(s) URL and the name, and returns the bytes; `download` by default.
 
     Raises:
         ValueError: If it cannot be read; the message describes what it is.
     """
     if isinstance(source, (Image.Image, np.ndarray, torch.Tensor)):
         return source
-    found = _find(source, name, allow_local_files)
+    found = _find(source, name, allow_local_files, fetch)
     with BytesIO(found) if isinstance(found, bytes) else found as handle:
         return decode_image(handle, name, max_image_pixels)
 
@@ -323,7 +325,9 @@ def name_images(sources: list[ImageSource]) -> list[str]:
     return names
 
 
-def read_nested_images(images: NestedImages, max_image_pixels: int, allow_local_files: bool = True) -> NestedImages:
+def read_nested_images(
+    images: NestedImages, max_image_pixels: int, allow_local_files: bool = True, fetch: Fetch | None = None
+) -> NestedImages:
     """Applies `read_image` to nested images; batches become lists, grey arrays get a channel axis."""
     names = iter(name_images(flatten_images(images)))
 
@@ -332,7 +336,7 @@ def read_nested_images(images: NestedImages, max_image_pixels: int, allow_local_
             return [read(item) for item in part]
         if isinstance(part, (np.ndarray, torch.Tensor)) and part.ndim == 4:
             return [read(item) for item in part]
-        image = read_image(part, next(names), max_image_pixels, allow_local_files)
+        image = read_image(part, next(names), max_image_pixels, allow_local_files, fetch)
         if isinstance(image, (np.ndarray, torch.Tensor)) and image.ndim == 2:
             return image[..., None]  # (H, W, C): transformers' processors expect three dimensions
         return image

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from threading import Lock
 from typing import Any
 
@@ -30,6 +30,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TensorType
 
 from .image_decoding_internvl import check_image_size, load_image
+from .image_download_internvl import download
 from .image_loading_internvl import (
     DEFAULT_BACKGROUND,
     ImageSource,
@@ -306,13 +307,23 @@ class InternVLImageProcessor(PilBackend):
                 del saved[name]
         return saved
 
-    def fetch_images(self, image_url_or_urls: NestedImages) -> NestedImages:
+    def fetch_images(
+        self, image_url_or_urls: NestedImages, max_seconds: float | None = None, max_bytes: int | None = None
+    ) -> NestedImages:
         """Decodes paths, URLs, base64 text and bytes, also nested, to PIL images; the rest and the nesting stay.
+
+        Args:
+            image_url_or_urls: The images.
+            max_seconds: Longest download of an http(s) URL; see `image_download_internvl.download`.
+            max_bytes: Largest one.
 
         Raises:
             ValueError: If an image cannot be read; the message names it.
         """
-        return read_nested_images(image_url_or_urls, self.max_image_pixels, self.allow_local_files)
+        fetch = None
+        if max_seconds is not None or max_bytes is not None:
+            fetch = partial(download, max_seconds=max_seconds, max_bytes=max_bytes)
+        return read_nested_images(image_url_or_urls, self.max_image_pixels, self.allow_local_files, fetch)
 
     def preprocess(
         self, images: NestedImages, *args: Any, **kwargs: Unpack[InternVLImageProcessorKwargs]

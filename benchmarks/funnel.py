@@ -19,8 +19,9 @@ import polars as pl
 import pyarrow
 from pyarrow import parquet
 
+from internvl.evaluation.embeddings import ModelPlace
 from internvl.evaluation.generated import held_out_scenes
-from internvl.evaluation.indexing import Embedder, Job, ModelPlace, embed_data
+from internvl.evaluation.indexing import Embedder, Job, embed_data
 from internvl.evaluation.vectors.sources import Columns
 from internvl.rows.shards import find_shards
 from internvl.synthetic.captions import caption

@@ -57,7 +57,8 @@ def run(options: argparse.Namespace) -> int | None:
     with extra("search"):
         import pyarrow  # noqa: F401
 
-    from .indexing import Job, ModelPlace, begin, embed_by_ray, embed_data
+    from .embeddings import ModelPlace
+    from .indexing import Job, begin, embed_by_ray, embed_data
     from .vectors.sources import Columns
 
     config = check_kind(options.model, "InternVL-C", "InternVL-G", door="`embed`", subfolder=options.subfolder)

@@ -1,6 +1,7 @@
 """Embeddings of images and texts by an `InternVLModel`."""
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
 
@@ -8,13 +9,48 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import AutoModel, AutoProcessor, PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 from ..modeling_internvl import MODES
 from ..renaming_internvl import renamed_arguments, renamed_names
 
 
+DIMS_KEY = "matryoshka_dims"  # of a configuration: the lengths to which its vectors may be cut
 Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class ModelPlace:
+    """Where a model is loaded from, and its type of numbers ("auto": that of the checkpoint)."""
+
+    model: str
+    subfolder: str = ""
+    dtype: str = "auto"
+
+    def load(self, device: str | torch.device = "cpu") -> tuple[PreTrainedModel, ProcessorMixin]:
+        """Returns the model on a device, and its processor."""
+        where = {"pretrained_model_name_or_path": self.model, "subfolder": self.subfolder}
+        model = AutoModel.from_pretrained(**where, dtype=self.dtype).eval().to(device)
+        return model, AutoProcessor.from_pretrained(**where)
+
+
+def vector_size(config: PretrainedConfig, dims: int | None) -> int:
+    """Returns the length of vectors.
+
+    Raises:
+        ValueError: The checkpoint was not trained to have its vectors cut to `dims`.
+    """
+    if dims is None:
+        return config.clip_embed_dim
+    trained = getattr(config, DIMS_KEY, None)
+    if not trained:
+        raise ValueError(
+            f"`dims` {dims}: this checkpoint was not trained to have its vectors cut, for its configuration has no "
+            f"`{DIMS_KEY}`. Leave `dims` out."
+        )
+    if dims not in trained:
+        raise ValueError(f"`dims` must be one of {', '.join(map(str, trained))}, as in `{DIMS_KEY}`, got {dims}.")
+    return dims
 
 
 def modes_of(model: PreTrainedModel) -> tuple[str, ...]:

@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoModel, AutoProcessor, PretrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 from ..extras import extra
 from ..image_loading_internvl import read_image, to_pil
 from ..modeling_internvl import MODES, check_mode
 from ..rows.bad_rows import BadRows
 from .checkpoints import checkpoint_state
-from .embeddings import batches, embed_images, embed_texts
+from .embeddings import ModelPlace, batches, embed_images, embed_texts, vector_size
 from .multi_vectors import embed_queries
 from .vectors.files import SIDES, Description, EmbeddingFolder
 from .vectors.quantization import check_precision, dtype_of, quantize, stored_size
@@ -33,7 +33,6 @@ QUERIES = "queries"
 ALL_MODES = (*MODES, QUERIES)
 ROWS_PER_FILE = 4096
 DECODED_AHEAD = 2  # batches
-DIMS_KEY = "matryoshka_dims"  # of a configuration: the lengths to which its vectors may be cut
 
 
 @dataclass(frozen=True)
@@ -63,40 +62,6 @@ class Job:
     rows_per_file: int = ROWS_PER_FILE
     batch_size: int = 64
     max_bad_rate: float = 0.01
-
-
-@dataclass(frozen=True)
-class ModelPlace:
-    """Where a model is loaded from, and its type of numbers ("auto": that of the checkpoint)."""
-
-    model: str
-    subfolder: str = ""
-    dtype: str = "auto"
-
-    def load(self, device: str | torch.device = "cpu") -> tuple[PreTrainedModel, ProcessorMixin]:
-        """Returns the model on a device, and its processor."""
-        where = {"pretrained_model_name_or_path": self.model, "subfolder": self.subfolder}
-        model = AutoModel.from_pretrained(**where, dtype=self.dtype).eval().to(device)
-        return model, AutoProcessor.from_pretrained(**where)
-
-
-def vector_size(config: PretrainedConfig, dims: int | None) -> int:
-    """Returns the length of vectors.
-
-    Raises:
-        ValueError: The checkpoint was not trained to have its vectors cut to `dims`.
-    """
-    if dims is None:
-        return config.clip_embed_dim
-    trained = getattr(config, DIMS_KEY, None)
-    if not trained:
-        raise ValueError(
-            f"`dims` {dims}: this checkpoint was not trained to have its vectors cut, for its configuration has no "
-            f"`{DIMS_KEY}`. Leave `dims` out."
-        )
-    if dims not in trained:
-        raise ValueError(f"`dims` must be one of {', '.join(map(str, trained))}, as in `{DIMS_KEY}`, got {dims}.")
-    return dims
 
 
 def check_job(job: Job, config: PretrainedConfig) -> None:

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int | None:
         import faiss  # noqa: F401
 
     from .checkpoints import checkpoint_state
-    from .indexing import ModelPlace
+    from .embeddings import ModelPlace
     from .samples import json_text
     from .searching import Searcher
     from .vectors.files import EmbeddingFolder

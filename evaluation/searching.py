@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ..image_loading_internvl import ImageSource, read_image
 from ..image_processing_internvl import InternVLImageProcessor
-from .indexing import QUERIES, Embedder, Job, ModelPlace
+from .embeddings import ModelPlace
+from .indexing import QUERIES, Embedder, Job
 from .matching import matching_scores
 from .vectors.files import EmbeddingFolder
 from .vectors.indexes import CANDIDATES, StoredVectors, search_vectors

@@ -39,7 +39,7 @@ from transformers.utils.logging import disable_progress_bar
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..console import printable
-from ..evaluation.indexing import ModelPlace
+from ..evaluation.embeddings import ModelPlace
 from ..image_download_internvl import download
 from ..image_loading_internvl import LOCAL_FILES, read_image
 from .embedding_requests import EmbeddingInput, RequestReader, UnknownModelError, answer

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PretrainedConfig
 
-from ..evaluation.indexing import vector_size
+from ..evaluation.embeddings import vector_size
 
 
 IMAGE_PREFIX = "data:image/"

@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
     """
     from transformers import AutoProcessor
 
-    from ..evaluation.indexing import ModelPlace
+    from ..evaluation.embeddings import ModelPlace
     from ..kinds import check_kind
     from ..modeling_internvl import check_mode
     from .embedding_requests import EmbeddingLimits, RequestReader

@@ -20,8 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from internvl.evaluation.embeddings import pixel_values_of
-from internvl.evaluation.indexing import ModelPlace
+from internvl.evaluation.embeddings import ModelPlace, pixel_values_of
 from internvl.serving.__main__ import _parser, main
 
 from .conftest import ROOT

@@ -16,16 +16,13 @@ from datasets import Dataset
 from PIL import Image
 
 from internvl.configuration_internvl import InternVLConfig
-from internvl.evaluation import indexing
-from internvl.evaluation.embeddings import embed_images, embed_texts
+from internvl.evaluation.embeddings import ModelPlace, embed_images, embed_texts, vector_size
 from internvl.evaluation.indexing import (
     Embedder,
     Job,
-    ModelPlace,
     embed_by_ray,
     embed_data,
     share_of,
-    vector_size,
 )
 from internvl.evaluation.multi_vectors import embed_queries
 from internvl.evaluation.vectors.files import EmbeddingFolder, rows_at
@@ -343,7 +340,7 @@ def test_ray_data_embeds_parts_by_actors(tmp_path, monkeypatch):
     ray = types.ModuleType("ray")
     ray.data = types.SimpleNamespace(from_items=lambda rows, override_num_blocks: Rows(rows))
     monkeypatch.setitem(sys.modules, "ray", ray)
-    monkeypatch.setattr(indexing.ModelPlace, "load", lambda self, device: (model(), processor()))
+    monkeypatch.setattr(ModelPlace, "load", lambda self, device: (model(), processor()))
     data = [image_folder(tmp_path / "images")]
     one = embedded(data, tmp_path / "one")
     folder = embed_by_ray(job(data, tmp_path / "ray"), PLACE, model().config, 3, 0)

@@ -3,6 +3,8 @@
 import base64
 import json
 import shutil
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -332,6 +334,23 @@ def test_no_task_reads_a_file(image, task, contrastive, monkeypatch):
 def test_addresses_inside_the_network_are_not_fetched(address, chat):
     with pytest.raises(ValueError, match=r"Image 2 of 2 .*(not public|is a `ftp` address)"):
         chat({"inputs": {"images": [data_address(STAR), address], "text": QUESTION}})
+
+
+def test_a_download_has_the_time_that_is_left_and_the_bytes_of_an_image(contrastive, monkeypatch):
+    seen = []
+
+    def download(url, name, max_seconds, max_bytes):
+        seen.append((max_seconds, max_bytes))
+        time.sleep(0.05)
+        return STAR.read_bytes()
+
+    monkeypatch.setattr(sys.modules[type(contrastive.processor.image_processor).__module__], "download", download)
+    monkeypatch.setattr(contrastive, "limits", replace(contrastive.limits, image_bytes=12_345, seconds=50))
+    found = contrastive({"inputs": {"images": ["https://example.org/a.png", "https://example.org/b.png"]}})
+    assert found == contrastive({"inputs": {"images": [data_address(STAR)] * 2}})
+    (first, most), (second, also) = seen
+    assert 40 < second < first - 0.05 < first < 50
+    assert most == also == 12_345
 
 
 def square(side: int) -> str:

@@ -112,6 +112,15 @@ def test_downloads_are_limited_in_size(processor, address, monkeypatch):
         processor(f"{address}/good.png")
 
 
+@pytest.mark.usefixtures("private_hosts")
+def test_one_caller_may_limit_its_own_downloads(processor, address):
+    assert processor.fetch_images([f"{address}/good.png"], max_seconds=20, max_bytes=2**20)[0].size
+    with pytest.raises(ValueError, match="more than 100 bytes"):
+        processor.fetch_images([f"{address}/good.png"], max_bytes=100)
+    with pytest.raises(ValueError, match=r"more than 1e-06 seconds"):
+        processor.fetch_images([f"{address}/good.png"], max_seconds=1e-6)
+
+
 @pytest.fixture
 def public_name(address, monkeypatch, no_proxy) -> str:
     """The server's address by a name that resolves to a public address, from which connections are turned to it."""

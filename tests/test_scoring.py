@@ -9,8 +9,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from internvl.evaluation.embeddings import embed_images, embed_texts
-from internvl.evaluation.indexing import Embedder, Job, ModelPlace
+from internvl.evaluation.embeddings import ModelPlace, embed_images, embed_texts
+from internvl.evaluation.indexing import Embedder, Job
 from internvl.rows.bad_rows import TooManyBadRowsError
 from internvl.rows.shards import read_shards
 from internvl.training.data import filtering, scoring

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from internvl.evaluation.__main__ import main
-from internvl.evaluation.embeddings import embed_images, embed_texts
-from internvl.evaluation.indexing import ModelPlace
+from internvl.evaluation.embeddings import ModelPlace, embed_images, embed_texts
 from internvl.evaluation.matching import matching_scores, matching_texts
 from internvl.evaluation.multi_vectors import embed_queries
 from internvl.evaluation.searching import Searcher

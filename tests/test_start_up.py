@@ -77,6 +77,13 @@ def test_importing_the_package_registers_the_classes_and_no_command_imports_what
     assert done.stdout.splitlines() == ["internvl", *names, *evaluations]
 
 
+def test_a_served_model_needs_nothing_that_reads_data():
+    """`pip install 'internvl[serving]'` brings none of these."""
+    absent = "import sys; sys.modules.update(dict.fromkeys(['pyarrow', 'datasets', 'faiss', 'polars', 'sklearn']));"
+    done = run("-c", f"{absent} import internvl.serving.embedding_engine, internvl.serving.embeddings_api")
+    assert done.returncode == 0, done.stderr
+
+
 def test_names_that_are_not_there_are_not_made_up():
     with pytest.raises(AttributeError, match="no attribute 'InternVLModle'"):
         internvl.InternVLModle  # noqa: B018

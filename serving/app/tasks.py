@@ -22,8 +22,8 @@ from ...demo import draw_tiling
 from ...evaluation.attention_maps import AttentionMap, caption_maps, dialogue_maps, joined
 from ...evaluation.captioning import generate_captions
 from ...evaluation.data.prompts import prompts_of
-from ...evaluation.embeddings import embed_images, modes_of
-from ...evaluation.indexing import Job, ModelPlace, embed_data
+from ...evaluation.embeddings import ModelPlace, embed_images, modes_of
+from ...evaluation.indexing import Job, embed_data
 from ...evaluation.map_drawing import drawn_over
 from ...evaluation.searching import Searcher, read_found_image
 from ...evaluation.zero_shot import embed_classes

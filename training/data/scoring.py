@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ...evaluation.indexing import Embedder, Job, ModelPlace
+from ...evaluation.embeddings import ModelPlace
+from ...evaluation.indexing import Embedder, Job
 from ...evaluation.vectors.sources import Columns, item_of_row
 from ...extras import extra
 from ...kinds import check_kind
