@@ -44,6 +44,7 @@ SETTINGS_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
     "special_tokens_map.json",
+    "tokenizer.json",
     "tokenizer_config.json",
 )
 HUB_SECONDS = 5  # for the Hub to answer
