@@ -11,10 +11,10 @@ import torch
 from pyarrow import parquet
 from torch.utils.data import DataLoader
 
+from internvl.rows import row_tables
 from internvl.rows.json_rows import stream_json_rows
 from internvl.rows.row_tables import open_rows
 from internvl.training.__main__ import main
-from internvl.training.data import row_tables
 from internvl.training.data.dialogue_rows import read_dialogue
 from internvl.training.data.dialogues import DialogueDataset, DialogueEncoder
 from internvl.training.data.pairs import PairStream

@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from internvl.rows import videos
 from internvl.rows.bad_rows import UnusableRowError
 from internvl.rows.videos import frames_of_video, middle_frames, read_frames
 from internvl.training.__main__ import main
-from internvl.training.data import videos
 from internvl.training.data.dialogue_rows import read_dialogue
 from internvl.training.data.dialogues import DialogueCollator, DialogueDataset, DialogueEncoder
 
