@@ -128,7 +128,14 @@ print(processor.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_to
 """
 
 
-@pytest.mark.parametrize(("model", "method"), [("patches", "whole"), ("converted", "whole"), ("converted", "lora")])
+@pytest.mark.parametrize(
+    ("model", "method"),
+    [
+        pytest.param("patches", "whole", marks=pytest.mark.slow),
+        pytest.param("converted", "whole", marks=pytest.mark.slow),
+        ("converted", "lora"),
+    ],
+)
 def test_a_taught_answer_is_given_by_the_saved_folder_without_this_package(folder, model, method, tmp_path):
     words = ("--method", method, "--epochs", "16", "--batch-size", "4", "--learning-rate", "1e-2")
     finetune(folder, model, tmp_path / "out", *PLAIN, *words)
@@ -184,6 +191,7 @@ def test_the_loss_of_held_out_rows_is_that_of_the_model_in_evaluation_mode(folde
     assert held_out == pytest.approx(trained, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_steps_are_profiled_and_the_model_is_compiled_where_asked_for(folder, tmp_path):
     compiled = ("--torch-compile", "--torch-compile-backend", "eager")
     finetune(folder, "patches", tmp_path / "plain", *SHORT, "--steps", "4")

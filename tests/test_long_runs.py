@@ -85,6 +85,7 @@ def test_a_kind_of_batch_is_counted_once_and_others_in_proportion(clock, monkeyp
     assert len(counted) == 2
 
 
+@pytest.mark.slow
 def test_compiled_models_are_counted_as_others_are(data, tmp_path):  # noqa: F811
     found = []
     for name, arguments in (("eager", {}), ("compiled", {"torch_compile_backend": "eager"})):
@@ -198,6 +199,7 @@ def test_an_impossible_decay_is_refused():
 
 
 # ------------------------------------------------------------------------------------------------------- gathered once
+@pytest.mark.slow
 def test_chunks_share_gathered_weights(tmp_path):
     for rank in two_processes.run("gathered", tmp_path):
         often, once = rank[False], rank[True]

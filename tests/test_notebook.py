@@ -11,7 +11,10 @@ import pytest
 from PIL import Image
 
 
-NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.ipynb"))
+NOTEBOOKS = [
+    pytest.param(file, id=file.name, marks=[pytest.mark.slow] if file.name == "finetune.ipynb" else [])
+    for file in sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.ipynb"))
+]
 
 
 def saved_outputs(cell: dict) -> list:
@@ -25,7 +28,7 @@ def saved_outputs(cell: dict) -> list:
     return outputs
 
 
-@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", NOTEBOOKS)
 def test_a_notebook_gives_the_outputs_that_are_saved_in_it(file, monkeypatch):
     monkeypatch.chdir(file.parent)
     monkeypatch.setattr(sys, "path", list(sys.path))

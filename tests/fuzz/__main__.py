@@ -51,6 +51,7 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(KINDS), metavar="KIND,...", help="kinds of input (default: all)")
     options = parser.parse_args()
     logging.set_verbosity(logging.CRITICAL)
+    logging.get_logger("internvl").setLevel(logging.CRITICAL)
     limit_memory(8 * 2**30)
     with quiet_libraries() as errors:
         # What hangs within a decoder is not interrupted by a signal: the whole run ends, and says where.

@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import random
 import tempfile
 from collections.abc import Callable, Iterator
@@ -102,7 +101,6 @@ KINDS = ((_dialogue_file, _validate), (_shard, _stream), (_video_file, _validate
 def inputs(seed: int, count: int) -> Iterator[tuple[str, Callable[[], Any], str]]:
     """Dialogue files and shards in turn. An error names the file, or where a whole epoch gives nothing says so."""
     generator = random.Random(f"{seed}/rows")
-    logging.getLogger("internvl").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "a.png").write_bytes(png())
