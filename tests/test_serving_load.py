@@ -15,6 +15,8 @@ from internvl.benchmarks.load_requests import PATH, exchange, hostile_requests, 
 from internvl.benchmarks.server_process import ServerProcess
 from internvl.benchmarks.serving_load import LoadRow, Tally, expected_answers, growth_of, load
 
+from .conftest import ROOT
+
 
 WORDS = [f"text {number}" for number in range(12)]
 # An endpoint of the standard library: a process that serves, and one that belongs to it.
@@ -249,3 +251,18 @@ def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     found = json.loads((tmp_path / serving_load.RESULTS).read_text())
     assert [row["met"] for row in found] == [True, False]
     assert "0: refused" in capsys.readouterr().out
+
+
+def test_the_guide_shows_what_was_measured():
+    guide = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    rows = json.loads((ROOT / serving_load.RESULTS).read_text())
+    assert [row["workers"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["met"]
+        hostile = row["refused"] + row["not_refused"]
+        assert (
+            f"| {row['workers']} | {row['answers']:,} ({row['vectors']:,}) | {row['lost']} | {row['mixed']} "
+            f"| {row['p50_ms']:,.0f} ms | {row['p95_ms']:,.0f} ms | {row['memory_mb'][-1] / 1000:.2f} GB "
+            f"| {row['growth'] - 1:.1%}".replace("%", " %")
+            + f" | {row['refused']:,} of {hostile:,} | after {row['restart_seconds']:.0f} s |"
+        ) in guide

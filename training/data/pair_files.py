@@ -44,7 +44,8 @@ class _ParquetWriter:
 
     def write(self, pairs: Any) -> None:
         if self.file is None:
-            self.file = parquet.ParquetWriter(self.path, pairs.schema)
+            # Captions, addresses and images hardly repeat: a dictionary of them costs time and room.
+            self.file = parquet.ParquetWriter(self.path, pairs.schema, use_dictionary=False)
         self.file.write_table(pairs)
 
     def close(self) -> None:
