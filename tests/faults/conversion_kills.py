@@ -1,19 +1,13 @@
 """Kills conversions: OUT is absent, or the whole old or new folder, and the next run succeeds."""
 
-import logging
-import os
 import random
 import shutil
-import signal
 import tempfile
-import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
-import torch
-import transformers
-from forks import finished, started
+from forks import finished, killed
 
 from internvl.conversion import convert
 from tests.fixtures_conversions import state_of
@@ -32,9 +26,6 @@ def main(kills: int, seed: int) -> None:
         kills: How many.
         seed: Of the moments.
     """
-    torch.set_num_threads(1)  # a fork has no threads of its parent
-    transformers.logging.set_verbosity_error()
-    logging.disable(logging.WARNING)
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -52,10 +43,7 @@ def main(kills: int, seed: int) -> None:
             if is_there:
                 out.mkdir()
                 (out / "old.txt").write_text("old")
-            process = started(partial(replace, source, out))
-            time.sleep(rng.uniform(0, 1.2 * took))
-            os.kill(process, signal.SIGKILL)
-            os.waitpid(process, 0)
+            killed(partial(replace, source, out), rng.uniform(0, 1.2 * took))
             seen["folder" if is_there else "nothing", found_at(out, whole, is_there)] += 1
             left += len(beside(folder))
             assert state_of(source) == before, f"kill {number} changed the source"

@@ -1,19 +1,13 @@
 """Kills `filter` and `dedup`: what a run has written is whole, and the run after it keeps every pair once."""
 
-import logging
-import os
 import random
 import shutil
-import signal
 import tempfile
-import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
-import torch
-import transformers
-from forks import finished, started
+from forks import finished, killed
 
 from internvl.synthetic.textures import changed, texture, write_images
 from internvl.training.data.dedup import DedupJob, dedup_data
@@ -34,9 +28,6 @@ def main(kills: int, seed: int) -> None:
         kills: How many.
         seed: Of the moments.
     """
-    torch.set_num_threads(1)  # a fork has no threads of its parent
-    transformers.logging.set_verbosity_error()
-    logging.disable(logging.WARNING)
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -51,10 +42,7 @@ def main(kills: int, seed: int) -> None:
         seen: Counter[tuple[str, str]] = Counter()
         for number in range(kills):
             name, out = list(jobs)[number % 2], folder / "out"
-            process = started(partial(jobs[name], out))
-            time.sleep(rng.uniform(0, 1.2 * took[name]))
-            os.kill(process, signal.SIGKILL)
-            os.waitpid(process, 0)
+            killed(partial(jobs[name], out), rng.uniform(0, 1.2 * took[name]))
             seen[name, found_at(out, whole[name])] += 1
             finished(partial(jobs[name], out))
             assert pairs_in(out) == whole[name], f"the run after kill {number} gave another result"

@@ -6,13 +6,27 @@ tests/faults/run.py conversion` runs one of them alone.
 
 import argparse
 import importlib
+import logging
 import sys
 import time
+import warnings
 from pathlib import Path
+
+import torch
+import transformers
 
 
 FOLDER = Path(__file__).resolve().parent
 ENDING = "_kills"
+
+
+def prepare() -> None:
+    """Nothing is printed but tables, and no fork misses a thread of its parent."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
 
 
 def main() -> None:
@@ -25,6 +39,7 @@ def main() -> None:
     unknown = sorted(set(options.names) - set(known))
     if unknown:
         parser.error(f"there is no {', '.join(unknown)}")
+    prepare()
     sys.path.insert(0, str(FOLDER))
     sys.path.append(str(FOLDER.parents[1]))  # the tests' fixtures
     for name in options.names or known:

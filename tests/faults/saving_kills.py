@@ -5,20 +5,14 @@ are checkpoints of a `Trainer`, beside an older one. Each runs in a fork of this
 everything.
 """
 
-import logging
-import os
 import random
 import shutil
-import signal
 import tempfile
-import time
-import warnings
 from collections import Counter
 from pathlib import Path
 
 import torch
-import transformers
-from forks import finished, started
+from forks import finished, killed
 from transformers import AutoModel, TrainingArguments
 
 from internvl.training.checkpoints import WholeCheckpointTrainer
@@ -35,11 +29,6 @@ def main(kills: int, seed: int) -> None:
         kills: How many.
         seed: Of the moments.
     """
-    torch.set_num_threads(1)  # a fork has no threads of its parent
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
     rng = random.Random(seed)
     models = [tiny_model(InternVLForContrastiveTraining, 0) for _ in range(2)]
     tiny.randomize(models[1], seed=1)
@@ -56,10 +45,7 @@ def main(kills: int, seed: int) -> None:
             name = list(doors)[number % 2]
             door = doors[name]
             door.prepare()
-            process = started(door.save)
-            time.sleep(rng.uniform(0, 1.2 * took[name]))
-            os.kill(process, signal.SIGKILL)
-            os.waitpid(process, 0)
+            killed(door.save, rng.uniform(0, 1.2 * took[name]))
             found = weights_of(door.load())
             index = next((i for i, wanted in enumerate(weights) if same(found, wanted)), None)
             assert index is not None, f"kill {number} left weights that are neither the old ones nor the new ones"

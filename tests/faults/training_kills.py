@@ -7,7 +7,6 @@ a fork of this process, which has imported everything; it saves after every seco
 
 import contextlib
 import io
-import logging
 import os
 import random
 import shutil
@@ -15,12 +14,10 @@ import signal
 import socket
 import tempfile
 import time
-import warnings
 from collections import Counter
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors.torch import load_file
 
 from internvl.training.models.whole_folders import INCOMPLETE, READY, checkpoints_in, fault_of
@@ -40,11 +37,6 @@ def main(kills: int, seed: int) -> None:
         kills: How many.
         seed: Of the moments.
     """
-    torch.set_num_threads(1)  # a fork has no threads of its parent
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(temporary)
