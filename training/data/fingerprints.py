@@ -121,13 +121,13 @@ def sameness(grids: np.ndarray, others: np.ndarray) -> np.ndarray:
     Returns:
         (B,), 1 for the same image, about 0 for one that has nothing to do with it.
     """
-    return np.maximum(_as_crop(grids, others), _as_crop(others, grids))
+    unseen = _unseen(grids) + _unseen(others)
+    return np.maximum(_as_crop(grids, others, unseen), _as_crop(others, grids, unseen))
 
 
-def _as_crop(grids: np.ndarray, others: np.ndarray) -> np.ndarray:
+def _as_crop(grids: np.ndarray, others: np.ndarray, unseen: np.ndarray) -> np.ndarray:
     """The best over all windows of each image, of `others` being that window, or its mirror."""
     found = []
-    unseen = _unseen(grids) + _unseen(others)  # (B, channels)
     for channels, count in ((slice(0, 1), COEFFICIENTS), (slice(0, 3), LOW)):
         windows = coefficients(grids[:, channels], COMPARED_CUTS, count)  # (B, channels, W, C, C)
         whole = coefficients(others[:, channels], count=count)  # (B, channels, 1, C, C)
