@@ -66,6 +66,8 @@ class WholeCheckpointTrainer(Trainer):
                 samples in each step.
         """
         folder = self.args.output_dir
+        if self.args.should_save:
+            shutil.rmtree(Path(folder, INCOMPLETE), ignore_errors=True)
         checkpoint = newest_whole(folder, processes or self.args.world_size) if resume else None
         self._is_finished = checkpoint is not None and (step_of(checkpoint) or 0) >= self.args.max_steps
         if checkpoint is not None:
@@ -175,17 +177,23 @@ class WholeCheckpointTrainer(Trainer):
                 self.state.save_to_json(str(folder / INCOMPLETE / name / TRAINER_STATE_NAME))
 
     def _put_in_place(self, folder: Path) -> None:
+        """Gives the new checkpoint its name and removes those that are not kept, each whole until it is out of sight:
+        a kill while files are deleted leaves none of them with only a part of its files.
+        """
         name = f"checkpoint-{self.state.global_step}"
-        shutil.rmtree(folder / name, ignore_errors=True)  # one that was not whole, or this run would be beyond it
+        removed = folder / INCOMPLETE / "removed"
+        removed.mkdir()
+        if (folder / name).exists():  # one that was not whole, or this run would be beyond it
+            (folder / name).rename(removed / name)
         (folder / INCOMPLETE / name).rename(folder / name)
-        (folder / INCOMPLETE).rmdir()
         others = [entry for entry in checkpoints_in(folder) if entry.name != name]
         whole = [entry for entry in others if fault_of(entry, self.args.world_size) is None]
         limit = self.args.save_total_limit
         kept = whole if limit is None else whole[: max(limit - 1, 0)]
         for entry in others:
             if entry not in kept and str(entry) != self.state.best_model_checkpoint:
-                shutil.rmtree(entry, ignore_errors=True)
+                entry.rename(removed / entry.name)
+        shutil.rmtree(folder / INCOMPLETE, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- the record

@@ -77,12 +77,15 @@ def inputs_of(rules: Iterable[Filter], columns: Iterable[str]) -> tuple[Input, .
     columns = set(columns)
     found = [Input("caption", True)]  # without one a row is broken
     for rule in rules:
-        if rule.column in DERIVED and rule.column not in columns:
-            sources, _ = DERIVED[rule.column]
-            found += [Input(source, source == "caption") for source in sources]
-        else:
-            found.append(Input(rule.column, rule.is_on_text))
+        found += _inputs_of_rule(rule, columns)
     return tuple(dict.fromkeys(found))
+
+
+def _inputs_of_rule(rule: Filter, columns: Collection[str]) -> list[Input]:
+    if rule.column in DERIVED and rule.column not in columns:
+        sources, _ = DERIVED[rule.column]
+        return [Input(source, source == "caption") for source in sources]
+    return [Input(rule.column, rule.is_on_text)]
 
 
 def check_columns(rules: Iterable[Filter], columns: Iterable[str]) -> None:
@@ -167,8 +170,9 @@ def rule_expressions(rule: Filter, columns: Collection[str]) -> tuple[pl.Expr, p
         rule: Of a funnel.
         columns: Of the data.
     """
-    value = _value(rule, columns)
-    return value.is_null(), _comparison(rule, value).fill_null(rule.is_optional)
+    # Not where the value is null, which is the same: words would be counted twice.
+    is_missing = pl.any_horizontal(pl.col(one.name).is_null() for one in _inputs_of_rule(rule, columns))
+    return is_missing, _comparison(rule, _value(rule, columns)).fill_null(rule.is_optional)
 
 
 def _value(rule: Filter, columns: Collection[str]) -> pl.Expr:
