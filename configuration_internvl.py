@@ -266,6 +266,8 @@ class InternVL14BConfig(PretrainedConfig):
         force_image_size: Size of the images the model is used with; None takes `vision_config.image_size`.
         default_mode: "InternVL-C" or "InternVL-G", the features of images where a call names no mode; also those of
             sentence-transformers and of the embeddings API.
+        matryoshka_dims: Lengths to which the model was trained to have its embeddings cut, see `--dims` of
+            `python -m internvl.evaluation embed`; training goes on with them.
         num_query_token, cross_attention_frequency: Shorthands that override the values inside `qllama_config`.
     """
 
@@ -289,6 +291,7 @@ class InternVL14BConfig(PretrainedConfig):
     max_txt_len: int = 32
     force_image_size: int | None = None
     default_mode: str = MODES[0]
+    matryoshka_dims: list[int] | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 
@@ -303,6 +306,11 @@ class InternVL14BConfig(PretrainedConfig):
         heads, of_part = self.attn_pool_num_heads, "hidden_size of the {} part"
         _check_multiple(of_part.format("vision"), self.vision_config.hidden_size, "attn_pool_num_heads", heads)
         _check_choice("default_mode", self.default_mode, MODES)
+        if not all(0 < size <= self.clip_embed_dim for size in self.matryoshka_dims or ()):
+            raise ValueError(
+                f"`matryoshka_dims` are lengths from 1 to `clip_embed_dim` {self.clip_embed_dim}, got "
+                f"{self.matryoshka_dims}."
+            )
         if self.has_queries:
             _check_multiple(of_part.format("QLLaMA"), self.qllama_config.hidden_size, "attn_pool_num_heads", heads)
         super().__post_init__(**kwargs)

@@ -15,7 +15,6 @@ from ..modeling_internvl import MODES
 from ..renaming_internvl import renamed_arguments, renamed_names
 
 
-DIMS_KEY = "matryoshka_dims"  # of a configuration: the lengths to which its vectors may be cut
 Item = TypeVar("Item")
 
 
@@ -42,14 +41,14 @@ def vector_size(config: PretrainedConfig, dims: int | None) -> int:
     """
     if dims is None:
         return config.clip_embed_dim
-    trained = getattr(config, DIMS_KEY, None)
+    trained = config.matryoshka_dims
     if not trained:
         raise ValueError(
             f"`dims` {dims}: this checkpoint was not trained to have its vectors cut, for its configuration has no "
-            f"`{DIMS_KEY}`. Leave `dims` out."
+            "`matryoshka_dims`. Leave `dims` out."
         )
     if dims not in trained:
-        raise ValueError(f"`dims` must be one of {', '.join(map(str, trained))}, as in `{DIMS_KEY}`, got {dims}.")
+        raise ValueError(f"`dims` must be one of {', '.join(map(str, trained))}, as in `matryoshka_dims`, got {dims}.")
     return dims
 
 

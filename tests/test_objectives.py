@@ -12,6 +12,7 @@ from internvl.training.models.losses import (
     generation_loss,
     info_nce_loss,
     matching_loss,
+    matryoshka_loss,
     retrieval_loss,
     scaled_similarities,
     sigmoid_loss,
@@ -136,6 +137,25 @@ def test_mean_of_the_losses_of_three_processes_is_the_loss_of_the_whole_batch(na
 
     whole = loss_of(slice(None), 0, lambda rows: rows)
     assert_same_loss_and_gradients(sum(loss_of_rank(rank) for rank in range(3)) / 3, whole, leaves)
+
+
+@pytest.mark.parametrize("dims", [(5, 3, 1), (3, 1)])
+def test_matryoshka_loss_is_the_mean_over_vectors_cut_to_every_length_and_whole(dims):
+    images, texts, scale, _ = leaves = features()
+    found = matryoshka_loss(lambda *cut: info_nce_loss(*cut, scale), images, texts, dims)
+    targets = [one_hot(i) for i in range(NUM_PAIRS)]
+    wanted = slow_symmetric(images, texts, scale, targets)
+    for size in (3, 1):
+        cut = ([row[:size] / row[:size].norm() for row in rows] for rows in (images, texts))
+        wanted = wanted + slow_symmetric(*cut, scale, targets)
+    wanted = wanted / 3
+    assert_same_loss_and_gradients(found, wanted, leaves)
+
+
+def test_without_lengths_the_matryoshka_loss_is_that_of_whole_vectors():
+    images, texts, scale, _ = features()
+    found = matryoshka_loss(lambda *cut: info_nce_loss(*cut, scale), images, texts, None)
+    assert torch.equal(found, info_nce_loss(images, texts, scale))
 
 
 def test_matching_loss_is_the_mean_over_the_rows_that_count():

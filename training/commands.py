@@ -272,6 +272,7 @@ def add_finetune(commands: Any) -> None:
         "--max-length", metavar="N", type=positive_int, help="most tokens of a dialogue (default: 4096)"
     )
     parser.add_argument("--pack", action="store_true", help="pack the dialogues of a batch into one row")
+    _add_matryoshka_dims(parser)
     parser.set_defaults(module=".finetune_command", stage="finetune")
 
 
@@ -281,9 +282,11 @@ def add_stages(commands: Any) -> None:
     parser.add_argument("--tokenizer", metavar="DIR", help="folder of the tokenizer (default: that of MODEL or LLAMA)")
     parser.add_argument("--model", metavar="DIR", help="InternVL-C to go on from (default: start from nothing)")
     parser.add_argument("--llama", metavar="DIR", help="LLaMA that the text encoder starts from")
+    _add_matryoshka_dims(parser)
     parser = _add_stage(commands, "stage2", "queries and cross-attention of QLLaMA", "pairs")
     parser.add_argument("--model", metavar="DIR", required=True, help="folder of stage 1")
     parser.add_argument("--llama", metavar="DIR", help="LLaMA whose language head is taken (default: a fresh one)")
+    _add_matryoshka_dims(parser)
     parser = _add_stage(commands, "retrieval", "fine-tuning for retrieval", "pairs")
     parser.add_argument("--model", metavar="DIR", required=True, help="folder of stage 2")
     parser.add_argument("--image-size", metavar="N", type=positive_int, help="side of the images (full: 364, or 224)")
@@ -294,6 +297,7 @@ def add_stages(commands: Any) -> None:
         help="train for as long as on this data (full; default: flickr30k)",
     )
     parser.add_argument("--heads-only", action="store_true", help="train the text projection alone (full: at 224 px)")
+    _add_matryoshka_dims(parser)
     parser = _add_stage(commands, "captions", "fine-tuning for captions", "pairs")
     parser.add_argument("--model", metavar="DIR", required=True, help="folder of stage 2")
     parser.add_argument("--image-size", metavar="N", type=positive_int, help="side of the images (full: 364)")
@@ -320,6 +324,13 @@ def add_stages(commands: Any) -> None:
     parser.add_argument(
         "--video-frames", metavar="N", nargs="+", type=positive_int, help="frames of a video: one number, or two"
     )
+
+
+def _add_matryoshka_dims(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--matryoshka-dims", metavar="N", nargs="+", type=positive_int, default=[],
+        help="lengths to which embeddings can be cut afterwards, such as 384 192 96",
+    )  # fmt: skip
 
 
 def fraction(text: str) -> float:

@@ -15,7 +15,7 @@ from .data.sources import num_rows
 from .models.build import check_whole_patches
 from .models.parameter_groups import LORA_PARTS
 from .recipes.finetuning import PARTS_OF_TASK, FineTuning, finetuning_recipe, parts_that_learn
-from .stage_command import run_of, with_video_frames
+from .stage_command import run_of, with_matryoshka_dims, with_video_frames
 from .stages import run_captions, run_retrieval, run_stage1, run_stage3
 from .trainer import is_first_process
 
@@ -72,7 +72,8 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
         seed=options.seed,
     )
     max_text_length = _processor_of(options.model).max_text_length
-    recipe = with_video_frames(finetuning_recipe(choice, config, max_text_length), options)
+    recipe = finetuning_recipe(choice, config, max_text_length)
+    recipe = with_matryoshka_dims(with_video_frames(recipe, options), options)
     recipe, how = apply_flags(recipe, run_of(options, **adapters), flags, options.learning_rates)
     rates = ", ".join(f"{part} at {rate:g}" for part, rate in recipe.phases[0].learning_rates.items())
     logger.warning(f"{task}, {method}: {rates}; {recipe.phases[0].steps} steps of {recipe.phases[0].batch_size}.")

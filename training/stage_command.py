@@ -8,7 +8,7 @@ from typing import Any
 from ..kinds import check_kind
 from .arguments import apply_flags, batch_size_of, parse_flags
 from .models.build import check_whole_patches
-from .recipes import RECIPES, with_steps
+from .recipes import RECIPES, EmbeddingRecipe, with_steps
 from .stages import run_captions, run_retrieval, run_stage1, run_stage2, run_stage3
 from .trainer import Run, is_first_process, with_lora
 
@@ -33,7 +33,7 @@ def _recipe_of(options: argparse.Namespace) -> Any:
     if options.batch_size is not None:
         phases = tuple(replace(phase, batch_size=options.batch_size) for phase in recipe.phases)
         recipe = replace(recipe, phases=phases)
-    return with_lora(with_video_frames(recipe, options), options.lora_parts)
+    return with_lora(with_matryoshka_dims(with_video_frames(recipe, options), options), options.lora_parts)
 
 
 def with_video_frames(recipe: Any, options: argparse.Namespace) -> Any:
@@ -46,6 +46,16 @@ def with_video_frames(recipe: Any, options: argparse.Namespace) -> Any:
     if len(frames) > 2:
         raise ValueError("`--video-frames` takes one number, or the fewest and the most.")
     return replace(recipe, video_frames=(frames[0], frames[-1]))
+
+
+def with_matryoshka_dims(recipe: Any, options: argparse.Namespace) -> Any:
+    """Return the recipe with the lengths of embeddings that the command line names, if any."""
+    dims = getattr(options, "matryoshka_dims", None)
+    if not dims:
+        return recipe
+    if not isinstance(recipe, EmbeddingRecipe):
+        raise ValueError("`--matryoshka-dims` is for losses that compare embeddings, which this task has none of.")
+    return replace(recipe, matryoshka_dims=tuple(sorted(set(dims), reverse=True)))
 
 
 def run_of(options: argparse.Namespace, **settings: Any) -> Run:

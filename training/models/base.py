@@ -184,8 +184,7 @@ class InternVLTrainingModel(SavedAsInternVLModel):
     def _contrastive_embeds(
         self, queries: torch.Tensor, text: torch.Tensor, mask: torch.Tensor, text_embeds: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Unit vectors (B, E) of images and texts from what `_contrastive_pass` gave, or the known ones of the "
-        "texts."""
+        """Unit vectors (B, E) of images and texts from what `_contrastive_pass` gave, or the known ones of texts."""
         if text_embeds is None:
             text_embeds = l2_normalize(last_token_states(text, mask) @ self.text_projection)
         return l2_normalize(self.clip_projector2(queries)), text_embeds

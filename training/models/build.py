@@ -41,6 +41,7 @@ from ..recipes import (
     CaptionRecipe,
     ContrastiveRecipe,
     DialogueRecipe,
+    EmbeddingRecipe,
     GenerativeRecipe,
     Phase,
     Recipe,
@@ -216,6 +217,8 @@ def _config_of(source: Folder, recipe: Recipe) -> InternVLConfig:
     for name, value in _drop_path(recipe).items():
         setattr(config.vision_config, name, value)
     config.force_image_size = recipe.phases[-1].image_size
+    if isinstance(recipe, EmbeddingRecipe) and recipe.matryoshka_dims:
+        config = InternVLConfig.from_dict({**config.to_dict(), "matryoshka_dims": list(recipe.matryoshka_dims)})
     return config
 
 
@@ -286,6 +289,7 @@ def build_contrastive_model(
         qllama_config=text_config,
         num_query_token=0,
         force_image_size=recipe.phases[-1].image_size,
+        matryoshka_dims=list(recipe.matryoshka_dims) or None,
         **recipe.model_config,
     )
     model = InternVLForContrastiveTraining(config, **settings)

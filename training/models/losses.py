@@ -11,7 +11,7 @@ which the gather sums.
 Shape letters as in modeling_internvit; W is the number of processes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -214,6 +214,28 @@ def sigmoid_loss(
 
     columns = torch.arange(len(all_texts), device=image_embeds.device)
     return in_chunks(loss_of, chunk_size, all_texts, columns).sum() / num_rows
+
+
+def matryoshka_loss(
+    loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    dims: Sequence[int] | None,
+) -> torch.Tensor:
+    """The mean of a contrastive loss over embeddings cut to several lengths, the whole ones among them: their first
+    components are trained to be embeddings, too (https://arxiv.org/abs/2205.13147, with equal weights).
+
+    Args:
+        loss_of: Gives the loss of unit vectors of images (B, e) and texts (B, e).
+        image_embeds: (B, E), unit length.
+        text_embeds: (B, E), unit length.
+        dims: Lengths; None leaves the loss of the whole embeddings alone.
+    """
+    losses = [loss_of(image_embeds, text_embeds)]
+    for size in dims or ():
+        if size < image_embeds.shape[1]:
+            losses.append(loss_of(l2_normalize(image_embeds[:, :size]), l2_normalize(text_embeds[:, :size])))
+    return torch.stack(losses).mean()
 
 
 def draw_hard_negatives(

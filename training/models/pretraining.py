@@ -34,6 +34,7 @@ from .losses import (
     info_nce_loss,
     l2_normalize,
     matching_loss,
+    matryoshka_loss,
     retrieval_loss,
     sigmoid_loss,
 )
@@ -174,6 +175,9 @@ class InternVLForContrastiveTraining(InternVLTrainingModel):
         return l2_normalize(torch.cat(embeds)[by_length.argsort()])
 
     def _loss(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+        return matryoshka_loss(self._loss_of_vectors, image_embeds, text_embeds, self.config.matryoshka_dims)
+
+    def _loss_of_vectors(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
         gather, rank = self.current_gather()
         features = (image_embeds, text_embeds, self._scale())
         if self.objective == "sigmoid":
@@ -273,15 +277,17 @@ class InternVLForGenerativeTraining(InternVLTrainingModel):
         )
 
     def _contrast(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, texts: Texts) -> torch.Tensor:
-        return info_nce_loss(
-            image_embeds,
-            text_embeds,
-            self._scale(),
-            *self.current_gather(),
+        gather, rank = self.current_gather()
+        loss_of = partial(
+            info_nce_loss,
+            scale=self._scale(),
+            gather=gather,
+            rank=rank,
             label_smoothing=self.config.label_smoothing,
             is_ignored=texts.is_empty(self.summarize_prefix_length),
             chunk_size=self.grad_cache_chunk_size,
         )
+        return matryoshka_loss(loss_of, image_embeds, text_embeds, self.config.matryoshka_dims)
 
     def _matching_rows(
         self, positive: Texts, negative: Texts, has_negative: torch.Tensor
@@ -369,9 +375,15 @@ class InternVLForRetrievalTraining(InternVLTrainingModel):
         embeds = in_chunks(self._encode, self.grad_cache_chunk_size, *inputs)
         *negative_and_positive, image_embeds, pooled_embeds, text_embeds = embeds
         gather, _ = self.current_gather()
-        scale, chunk = self._scale(), self.grad_cache_chunk_size
-        itc = retrieval_loss(image_embeds, text_embeds, scale, image_ids, gather, chunk)
-        itc = itc + retrieval_loss(pooled_embeds, text_embeds, scale, image_ids, gather, chunk)
+        loss_of = partial(
+            retrieval_loss,
+            scale=self._scale(),
+            image_ids=image_ids,
+            gather=gather,
+            chunk_size=self.grad_cache_chunk_size,
+        )
+        itc = matryoshka_loss(loss_of, image_embeds, text_embeds, self.config.matryoshka_dims)
+        itc = itc + matryoshka_loss(loss_of, pooled_embeds, text_embeds, self.config.matryoshka_dims)
         labels = torch.cat([negative_labels, torch.ones_like(negative_labels)])
         itm = matching_loss(torch.cat(negative_and_positive), labels)
         return TrainingOutput(loss=itm + itc, loss_itc=itc.detach(), loss_itm=itm.detach())

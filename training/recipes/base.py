@@ -160,15 +160,29 @@ class Recipe:
         return all(phase.batches for phase in self.phases)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingRecipe(Recipe):
+    """What stages 1 and 2 and retrieval fine-tuning share.
+
+    Args:
+        max_logit_scale: Upper limit of the scale of the similarities.
+        max_text_length: Tokens of every text.
+        matryoshka_dims: Lengths to which embeddings can be cut afterwards, see `losses.matryoshka_loss`. Without any,
+            those of the model that training starts from stay.
+    """
+
+    max_logit_scale: float = 100.0
+    max_text_length: int = 80
+    matryoshka_dims: tuple[int, ...] = ()
+
+
 @renamed_arguments(rows_at_a_time="grad_cache_chunk_size")
 @dataclass(frozen=True, kw_only=True)
-class ContrastiveRecipe(Recipe):
+class ContrastiveRecipe(EmbeddingRecipe):
     """Stage 1.
 
     Args:
         objective: "softmax" (InfoNCE) or "sigmoid" (SigLIP).
-        max_logit_scale: Upper limit of the scale of the similarities.
-        max_text_length: Tokens of every text.
         drop_low_contrast_patches: Of the patches, drop those with the lowest contrast instead of random ones.
         num_length_buckets: Number of groups of similar length that texts are encoded in.
         init_as_beit: Start a vision tower from nothing as BEiT does, see `vision_start.init_as_beit`.
@@ -180,8 +194,6 @@ class ContrastiveRecipe(Recipe):
 
     stage: ClassVar[str] = "stage1"
     objective: str = "softmax"
-    max_logit_scale: float = 100.0
-    max_text_length: int = 80
     drop_low_contrast_patches: bool = False
     num_length_buckets: int = 1
     init_as_beit: bool = False
@@ -193,41 +205,33 @@ class ContrastiveRecipe(Recipe):
 
 @renamed_arguments(rows_at_a_time="grad_cache_chunk_size")
 @dataclass(frozen=True, kw_only=True)
-class GenerativeRecipe(Recipe):
+class GenerativeRecipe(EmbeddingRecipe):
     """Stage 2.
 
     Args:
         num_query_token: Number of queries that QLLaMA gets.
         cross_attention_frequency: Every how many layers one has cross-attention.
-        max_logit_scale: Upper limit of the scale of the similarities.
-        max_text_length: Tokens of every text.
         padding: "max_length" pads all texts to `max_text_length`, "longest" to the longest of their batch.
     """
 
     stage: ClassVar[str] = "stage2"
     num_query_token: int = 96
     cross_attention_frequency: int = 2
-    max_logit_scale: float = 100.0
-    max_text_length: int = 80
     padding: str = "max_length"
 
 
 @renamed_arguments(rows_at_a_time="grad_cache_chunk_size")
 @dataclass(frozen=True, kw_only=True)
-class RetrievalRecipe(Recipe):
+class RetrievalRecipe(EmbeddingRecipe):
     """Retrieval fine-tuning of InternVL-C and -G.
 
     Args:
-        max_logit_scale: Upper limit of the scale of the similarities.
-        max_text_length: Tokens of every text.
         negatives: Texts that do not match: "random" draws one for each image among the captions of all other images of
             the data, as published; "similar" among those of the batch, the likelier the more similar it is.
         simple_captions: Lower-case letters, no punctuation, at most 50 words, as published.
     """
 
     stage: ClassVar[str] = "retrieval"
-    max_logit_scale: float = 100.0
-    max_text_length: int = 80
     negatives: str = "similar"
     simple_captions: bool = False
 
