@@ -28,6 +28,7 @@ TOPICS = (
     "chat",
     "loading",
     "images",
+    "pairs",
     "qllama",
     "quantizers",
     "contrastive",

@@ -5,9 +5,7 @@ Rows are metadata as LAION has it, whose captions are words drawn at random: abo
 2 GB in the temporary folder.
 """
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -32,7 +30,7 @@ from internvl.training.data.filters import FILTERS, Filter
 from internvl.training.data.near_duplicates import hash_pairs
 from internvl.training.data.scoring import ScoreJob, score_data
 
-from .harness import Options, Row, in_fresh_process, interleave, memory_growth, row_of, seconds_of, speed_row
+from .harness import Options, Row, in_fresh_process, interleave, memory_growth, one_core, row_of, seconds_of, speed_row
 
 
 BUNDLED = Path(__file__).parents[1] / "internvl_g"
@@ -72,22 +70,6 @@ def write_metadata(folder: Path, num_rows: int, files: int = 1) -> list[str]:
     for path in paths[1:]:
         path.hardlink_to(paths[0])
     return list(map(str, paths))
-
-
-@contextmanager
-def one_core() -> Iterator[None]:
-    """All threads of this process on one core, those that libraries have started included."""
-    before = os.sched_getaffinity(0)
-
-    def move(cores: set[int]) -> None:
-        for task in os.listdir("/proc/self/task"):
-            os.sched_setaffinity(int(task), cores)
-
-    move({min(before)})
-    try:
-        yield
-    finally:
-        move(before)
 
 
 # -------------------------------------------------------------------------------------------------------------- filter

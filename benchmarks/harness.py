@@ -11,7 +11,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,26 @@ def no_compiler(device: str) -> str | None:
     names = ("g++", "clang++", "c++") if device == "cpu" else ("gcc", "clang", "cc")
     is_here = any(map(shutil.which, names))
     return None if is_here else f"torch.compile needs a compiler: none of {', '.join(names)} is here"
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """All threads of this process on one core, those that libraries have started included, and PyTorch with one
+    thread: several would wait for each other.
+    """
+    cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
+
+    def move(cores: set[int]) -> None:
+        for task in os.listdir("/proc/self/task"):
+            os.sched_setaffinity(int(task), cores)
+
+    move({min(cores)})
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        move(cores)
 
 
 def in_fresh_process(call: Callable[..., int], *arguments: str | int) -> int:

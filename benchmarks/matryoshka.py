@@ -41,7 +41,7 @@ CANDIDATES = 10  # of a search by signs, which are compared whole
 KEPT = 0.98  # target: of R@1, by an eighth of the dimensions
 
 
-def recipe_of(dims: tuple[int, ...], steps: int) -> ContrastiveRecipe:
+def nested_recipe(dims: tuple[int, ...], steps: int) -> ContrastiveRecipe:
     """The last phase of the bundled stage 1, with half of the patches and no curve."""
     bundled = stage1_bundled()
     phase = replace(bundled.phases[-1], name="pairs", steps=steps, patch_drop_rate=0.5)
@@ -66,7 +66,7 @@ def by_signs(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
     return (images @ texts.T).masked_fill(~is_candidate, -2.0)
 
 
-def measured(folder: Path, num_pairs: int) -> Iterator[tuple[str, int, float]]:
+def measured_recalls(folder: Path, num_pairs: int) -> Iterator[tuple[str, int, float]]:
     """What is kept of each vector, its bytes, and R@1 of the model in a folder."""
     model, processor = AutoModel.from_pretrained(folder).float().eval(), AutoProcessor.from_pretrained(folder)
     scenes = held_out_scenes(num_pairs)
@@ -95,9 +95,9 @@ def main() -> int:
     found: dict[str, list[tuple[str, int, float]]] = {}
     for name, dims in (("with lengths", DIMS), ("without", ())):
         folder = RUNS / name.replace(" ", "_")
-        run_stage1(recipe_of(dims, options.steps), None, Run(folder, resume=True, num_workers=1), source=BUNDLED)
-        found[name] = list(measured(folder, options.pairs))
-    print(format_table(found))
+        run_stage1(nested_recipe(dims, options.steps), None, Run(folder, resume=True, num_workers=1), source=BUNDLED)
+        found[name] = list(measured_recalls(folder, options.pairs))
+    print(format_recalls(found))
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {**versions(), "steps": options.steps, "pairs": options.pairs, "recall_at_1": found}
     RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -106,7 +106,7 @@ def main() -> int:
     return int(eighth < KEPT * whole)
 
 
-def format_table(found: dict[str, list[tuple[str, int, float]]]) -> str:
+def format_recalls(found: dict[str, list[tuple[str, int, float]]]) -> str:
     """The table in Markdown: R@1, and in brackets the share of that of whole vectors."""
     lines = [
         f"| vectors | bytes | {' | '.join(f'R@1, {name}' for name in found)} |",

@@ -51,6 +51,13 @@ TINY = {
     },
     "loading": {"VISION": VISION, "TEXT": TEXT, "SHARD": "50KB"},
     "memory": {"VISION": VISION, "TEXT": TEXT},
+    "pairs": {
+        "SIZES_BY_NAME": {"tiny": (((40, 30), (30, 50)), 28)},
+        "SHARDS": 1,
+        "PAIRS_OF_SHARD": 8,
+        "BATCH_SIZE": 4,
+        "PEERS": (),
+    },
     "funnel": {"COUNT": 2000, "FEW": 100, "MANY": 400, "NUM_IMAGES": 3, "NUM_NEAR": 5},
     "search": {"COUNT": 300, "SIZE": 32, "BLOCK": 128, "NUM_QUERIES": 5, "NUM_SCENES": 3},
 }
@@ -231,6 +238,29 @@ def test_the_chat_rows_run(small):
     rows = list(small("chat").rows(Options(rounds=2)))
     assert len(rows) == 5
     check_rows(rows)
+
+
+def test_the_pair_rows_run_and_refuse_loaders_that_give_different_pairs(small, monkeypatch):
+    module = small("pairs")
+    monkeypatch.setattr(module, "their_batches", module.our_batches)
+    check_rows(list(module.rows(Options(rounds=1))))
+    monkeypatch.setattr(module, "their_batches", lambda *_: [])
+    with pytest.raises(SystemExit, match="different captions"):
+        list(module.rows(Options(rounds=1)))
+    monkeypatch.setattr(module, "PEERS", ("no_such_loader",))
+    check_rows(list(module.rows(Options(rounds=1))), skipped=1)
+
+
+def test_recall_by_signs_with_all_candidates_is_that_of_whole_vectors(monkeypatch):
+    module = importlib.import_module("internvl.benchmarks.matryoshka")
+    generator = torch.Generator().manual_seed(0)
+    images, texts = (torch.nn.functional.normalize(torch.randn(12, 16, generator=generator)) for _ in range(2))
+    whole = images @ texts.T
+    few = module.by_signs(images, texts)
+    assert (few == -2).any()  # others than the best by signs are left out
+    assert torch.equal(few[few > -2], whole[few > -2])
+    monkeypatch.setattr(module, "CANDIDATES", 12)
+    assert torch.equal(module.by_signs(images, texts), whole)
 
 
 def test_the_funnel_rows_run_and_find_what_was_planted(small, monkeypatch):
