@@ -156,6 +156,15 @@ def test_a_run_in_which_nothing_learns_is_refused(tmp_path):
         apply_flags(stage1_small(), Run(tmp_path), {}, trained.items())
 
 
+@pytest.mark.parametrize("name", ["cp_size", "sp_size", "tp_size"])
+def test_a_launcher_that_would_split_rows_is_refused(name, monkeypatch, tmp_path):
+    recipe = stage1_small()
+    training_arguments(recipe, recipe.phases[0], Run(tmp_path))
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}", "2")
+    with pytest.raises(ValueError, match=f"`--parallelism_config_{name} 2`: .* is not for these models"):
+        training_arguments(recipe, recipe.phases[0], Run(tmp_path))
+
+
 def test_flags_that_are_refused_may_be_false():
     assert flags("--push-to-hub", "False", "--do-eval", "False") == {}
 

@@ -1,5 +1,6 @@
 """Checks of `Trainer`'s settings before a phase is trained: a bad one is a `ValueError` at once."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,8 @@ from transformers.utils import is_liger_kernel_available
 
 # What transformers, accelerate and torch raise for settings that are wrong or need a library that is not installed.
 LIBRARY_ERRORS = (AssertionError, AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError)
+# Sizes of `accelerate launch` by which processes would share rows, or layers, with each other.
+SHARED_ROWS = {"cp_size": "context", "sp_size": "sequence", "tp_size": "tensor"}
 MEASURED_ALWAYS = ("loss", "runtime", "samples_per_second", "steps_per_second")
 
 
@@ -21,6 +24,24 @@ def settings_of(what: str) -> Iterator[None]:
         yield
     except LIBRARY_ERRORS as error:
         raise ValueError(f"{what} cannot be set up: {error or type(error).__name__}") from error
+
+
+def check_launcher() -> None:
+    """Check that processes are to read rows of their own.
+
+    Raises:
+        ValueError: If they are to share rows. accelerate would split token ids before the model has put the images in
+            their places.
+    """
+    for name, kind in SHARED_ROWS.items():
+        size = os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")
+        if size != "1":
+            raise ValueError(
+                f"`--parallelism_config_{name} {size}`: {kind} parallelism is not for these models, whose images are "
+                "put between the tokens inside of the model. Leave it out, and share the weights by "
+                "`--parallelism_config_dp_shard_size` (configs/accelerate/fsdp2.yaml, hsdp.yaml); shorter rows, "
+                "packing and gradient checkpointing save memory for activations."
+            )
 
 
 def check_late_settings(arguments: TrainingArguments) -> None:

@@ -40,7 +40,7 @@ from .models.whole_folders import recovered, written_whole
 from .optimizers import MuonWithAdamW
 from .output_folder import check_output, cleared_on_failure, is_begun, remove_start
 from .recipes import Phase, Recipe, RecipeType
-from .settings_checks import check_best_metric, check_late_settings, settings_of
+from .settings_checks import check_best_metric, check_late_settings, check_launcher, settings_of
 
 
 logger = logging.get_logger(__name__)
@@ -343,6 +343,7 @@ def training_arguments(
     Raises:
         ValueError: If the batch cannot be shared out evenly, or a library refuses a setting.
     """
+    check_launcher()
     rows, num_forwards = _rows_and_forwards(phase, run, rows_per_process)
     settings: dict[str, Any] = {"lr_scheduler_type": "cosine"}
     if phase.cooldown_fraction is not None and "lr_scheduler_type" not in run.arguments:
