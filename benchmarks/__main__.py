@@ -29,6 +29,7 @@ TOPICS = (
     "loading",
     "images",
     "pairs",
+    "image_embeddings",
     "qllama",
     "quantizers",
     "contrastive",

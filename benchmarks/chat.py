@@ -5,11 +5,12 @@ conversation takes an eighth of the blocks of InternViT-300M and of that decoder
 parts take the same shares of the time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, InternVLForConditionalGeneration
 
 from internvl import InternVLChatForConditionalGeneration
@@ -21,6 +22,7 @@ from .native import IMAGE_TOKEN_ID, build_chat, build_pair
 VISION = sizes_of(256, 1024, 2, 4, image_size=448, patch_size=14)
 TEXT = sizes_of(896, 4864, 24, 14, vocab_size=32768, num_key_value_heads=2)
 PROMPT = 64  # tokens of text
+BATCH_PROMPTS = (8, 200, 32, 64, 16, 128, 96, 48)  # tokens of text of the prompts of a batch
 NEW_TOKENS = 16
 TURNS = 5
 QUESTION = 24  # tokens
@@ -49,6 +51,14 @@ def pixels_for(model: Chat, tiles: int) -> torch.Tensor:
     size = VISION["image_size"]
     generator = torch.Generator().manual_seed(2)
     return torch.randn(tiles, 3, size, size, generator=generator).to(model.device, model.dtype)
+
+
+def padded_prompts(lengths: Sequence[int], model: InternVLChatForConditionalGeneration) -> dict[str, torch.Tensor]:
+    """Prompts of one tile and so many tokens of text each, padded on the left."""
+    prompts = [prompt_of(1, length, model, model.num_image_token)[0] for length in lengths]
+    ids = pad_sequence(prompts, batch_first=True, padding_side="left")
+    mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left")
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels_for(model, len(lengths))}
 
 
 def read_prompt(model: Chat, ids: torch.Tensor, pixel_values: torch.Tensor) -> Any:
@@ -92,6 +102,16 @@ def token_rows(options: Options) -> Iterator[Row]:
         raise SystemExit("The two models generate different tokens: nothing to compare.")
     name = f"`generate` of {NEW_TOKENS} tokens after one tile, {decoder}, against native"
     yield speed_row(name, **calls, options=options, target=1.0, warmups=0)
+
+    batch = padded_prompts(BATCH_PROMPTS, ours)
+    calls = {
+        way: partial(model.generate, **batch, max_new_tokens=NEW_TOKENS, do_sample=False)
+        for way, model in models.items()
+    }
+    if not torch.equal(calls["ours"](), calls["peer"]()):
+        raise SystemExit("The two models generate different tokens for a batch: nothing to compare.")
+    name = f"`generate` of {NEW_TOKENS} tokens for {len(BATCH_PROMPTS)} unequal prompts at once, {decoder}"
+    yield speed_row(f"{name}, against native", **calls, options=options.at_most(5), target=1.0, warmups=0)
 
 
 def converse(model: Chat, pixel_values: torch.Tensor, opening: torch.Tensor, keeps_cache: bool) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 
 from internvl.benchmarks import __main__ as command
 from internvl.benchmarks import harness
-from internvl.benchmarks.harness import Options, Row
+from internvl.benchmarks.harness import Options, Row, sizes_of
 
 from . import tiny
 
@@ -46,6 +46,7 @@ TINY = {
         "NEW_TOKENS": 3,
         "QUESTION": 4,
         "PROMPT": 5,
+        "BATCH_PROMPTS": (2, 5, 3),
         "TURNS": 2,
         "TILES": (2, 1),
     },
@@ -58,6 +59,7 @@ TINY = {
         "BATCH_SIZE": 4,
         "PEERS": (),
     },
+    "image_embeddings": {"VISION": sizes_of(32, 64, 2, 4), "SIDE": 28, "WIDTH": 8, "NUM_IMAGES": 3, "BATCH_SIZE": 2},
     "funnel": {"COUNT": 2000, "FEW": 100, "MANY": 400, "NUM_IMAGES": 3, "NUM_NEAR": 5},
     "search": {"COUNT": 300, "SIZE": 32, "BLOCK": 128, "NUM_QUERIES": 5, "NUM_SCENES": 3},
 }
@@ -236,7 +238,7 @@ def test_the_start_up_rows_run(small, monkeypatch):
 
 def test_the_chat_rows_run(small):
     rows = list(small("chat").rows(Options(rounds=2)))
-    assert len(rows) == 5
+    assert len(rows) == 6
     check_rows(rows)
 
 
@@ -249,6 +251,16 @@ def test_the_pair_rows_run_and_refuse_loaders_that_give_different_pairs(small, m
         list(module.rows(Options(rounds=1)))
     monkeypatch.setattr(module, "PEERS", ("no_such_loader",))
     check_rows(list(module.rows(Options(rounds=1))), skipped=1)
+
+
+def test_the_rows_of_image_embeddings_run_and_refuse_what_is_no_unit_vector(small, monkeypatch):
+    module = small("image_embeddings")
+    monkeypatch.setattr(module, "PEERS", {"twin": "json", "none": "no_such_package"})
+    monkeypatch.setattr(module, "MAKERS", {"twin": module.by_internvl})
+    check_rows(list(module.rows(Options(rounds=1))), skipped=1)
+    monkeypatch.setattr(module, "MAKERS", {"twin": lambda _: lambda images: torch.ones(len(images), 8)})
+    with pytest.raises(SystemExit, match="3 unit vectors of 8 components were expected"):
+        list(module.rows(Options(rounds=1)))
 
 
 def test_recall_by_signs_with_all_candidates_is_that_of_whole_vectors(monkeypatch):
