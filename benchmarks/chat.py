@@ -7,7 +7,7 @@ parts take the same shares of the time.
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -31,10 +31,10 @@ CACHE_BYTES = 2**28
 CONVERSATION_VISION = sizes_of(1024, 4096, 3, 16, image_size=448, patch_size=14)
 CONVERSATION_TEXT = {**TEXT, "vocab_size": 18992, "num_hidden_layers": 3}
 
-Chat = InternVLChatForConditionalGeneration | InternVLForConditionalGeneration
+Chat: TypeAlias = InternVLChatForConditionalGeneration | InternVLForConditionalGeneration
 
 
-def random_ids(length: int, vocab_size: int, seed: int, device: str) -> torch.Tensor:
+def random_ids(length: int, vocab_size: int, seed: int, device: torch.device | str) -> torch.Tensor:
     """Text (1, length) without placeholders."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(IMAGE_TOKEN_ID + 1, vocab_size, (1, length), generator=generator).to(device)
@@ -121,7 +121,7 @@ def converse(model: Chat, pixel_values: torch.Tensor, opening: torch.Tensor, kee
     for turn in range(TURNS):
         if turn:
             ids = torch.cat([ids, random_ids(QUESTION, vocab_size, 10 + turn, ids.device)], dim=1)
-        given = {} if keeps_cache and turn else {"pixel_values": pixel_values}
+        given: dict[str, Any] = {} if keeps_cache and turn else {"pixel_values": pixel_values}
         given |= {"past_key_values": cache} if keeps_cache else {}
         mask = torch.ones_like(ids)
         ids = model.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, **given)
@@ -153,8 +153,8 @@ def ask_all(model: InternVLChatForConditionalGeneration, pixel_values: torch.Ten
         question = random_ids(QUESTION, model.config.text_config.vocab_size, 20 + client, model.device)
         places = torch.full_like(question[:, :1], IMAGE_TOKEN_ID).expand(-1, len(pixel_values) * model.num_image_token)
         ids = torch.cat([places, question], dim=1)
-        settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW_TOKENS, "do_sample": False}
-        answers.append(model.generate(ids, pixel_values=pixel_values, **settings))
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixel_values}
+        answers.append(model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False))
     return torch.cat(answers)
 
 

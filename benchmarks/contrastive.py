@@ -9,6 +9,7 @@ cannot do without a training loop of its own.
 import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 
@@ -31,16 +32,20 @@ MISSING = "open_clip is not installed: `pip install --no-deps open_clip_torch`"
 SCALE, BIAS = 14.3, -10.0
 
 Loss = Callable[..., torch.Tensor]
+Step = Callable[[], torch.Tensor]
 
 
-def open_clip_losses() -> ModuleType | None:
-    """open_clip's file of losses alone: its package would import torchvision and timm as well."""
+def open_clip_losses() -> ModuleType:
+    """open_clip's file of losses alone: its package would import torchvision and timm as well.
+
+    Raises:
+        ImportError: open_clip is not installed.
+    """
     package = importlib.util.find_spec("open_clip")
     if package is None or package.origin is None:
-        return None
-    spec = importlib.util.spec_from_file_location("open_clip_loss", Path(package.origin).with_name("loss.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+        raise ImportError(MISSING)
+    module = ModuleType("open_clip_loss")
+    SourceFileLoader(module.__name__, str(Path(package.origin).with_name("loss.py"))).exec_module(module)
     return module
 
 
@@ -65,7 +70,7 @@ def features(batch: int, device: str) -> list[torch.Tensor]:
     return [tensor.to(device).requires_grad_() for tensor in (*embeds, torch.tensor(SCALE), torch.tensor(BIAS))]
 
 
-def step(loss: Callable[[], torch.Tensor], parameters: list[torch.Tensor]) -> torch.Tensor:
+def step(loss: Step, parameters: list[torch.Tensor]) -> torch.Tensor:
     """Forward and backward, into fresh gradients."""
     for parameter in parameters:
         parameter.grad = None
@@ -74,9 +79,7 @@ def step(loss: Callable[[], torch.Tensor], parameters: list[torch.Tensor]) -> to
     return value.detach()
 
 
-def difference_of_losses(
-    ours: Callable[[], torch.Tensor], theirs: Callable[[], torch.Tensor], parameters: list
-) -> float:
+def difference_of_losses(ours: Step, theirs: Step, parameters: list) -> float:
     """Differences of losses, and of gradients relative to the largest: some, as of key biases, are only rounding."""
     found = step(ours, parameters)
     gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
@@ -119,7 +122,7 @@ def batch_of(batch: int, device: str) -> dict[str, torch.Tensor]:
 
 def model_losses(
     model: InternVLForContrastiveTraining, inputs: dict[str, torch.Tensor], theirs: ModuleType
-) -> tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]:
+) -> tuple[Step, Step]:
     """The model's own loss, and open_clip's on the features that the same model gives as a whole batch."""
     clip = theirs.ClipLoss()
 
@@ -132,20 +135,22 @@ def model_losses(
     return lambda: model(**inputs).loss, open_clip_loss
 
 
-def cases(device: str) -> dict[str, Callable[[int, ModuleType], Callable[[], torch.Tensor]]]:
+def cases(device: str) -> dict[str, Callable[[int, ModuleType], Step]]:
     """What a fresh process measures, by name: given the batch, one step."""
 
-    def of_loss(objective: str, rows: int | None, is_theirs: bool, batch: int, theirs: ModuleType) -> Callable:
+    def of_loss(objective: str, rows: int | None, is_theirs: bool, batch: int, theirs: ModuleType) -> Step:
         inputs = features(batch, device)
         function = losses(rows, theirs)[objective][is_theirs]
         return partial(step, partial(function, *inputs), inputs)
 
-    def of_model(rows: int | None, is_theirs: bool, batch: int, theirs: ModuleType) -> Callable:
+    def of_model(rows: int | None, is_theirs: bool, batch: int, theirs: ModuleType) -> Step:
         model = model_of(rows, device)
         function = model_losses(model, batch_of(batch, device), theirs)[is_theirs]
         return partial(step, function, list(model.parameters()))
 
-    found = {f"model-{who}": partial(of_model, rows, who == "theirs") for who, rows in ways(MODEL_ROWS_AT_A_TIME)}
+    found: dict[str, Callable[[int, ModuleType], Step]] = {}
+    for who, rows in ways(MODEL_ROWS_AT_A_TIME):
+        found[f"model-{who}"] = partial(of_model, rows, who == "theirs")
     for objective in ("softmax", "sigmoid"):
         for who, rows in ways(ROWS_AT_A_TIME):
             found[f"{objective}-{who}"] = partial(of_loss, objective, rows, who == "theirs")
@@ -180,8 +185,8 @@ def loss_rows(options: Options, theirs: ModuleType) -> Iterator[Row]:
             difference = difference_of_losses(ours, peer, inputs)
             manner = "whole" if rows_at_a_time is None else f"{rows_at_a_time} rows at a time"
             name = f"{objective} loss, {batch} x {WIDTH}, {manner}, against open_clip"
-            calls = (partial(step, function, inputs) for function in (ours, peer))
-            yield speed_row(f"{name}: step", *calls, options, largest_difference=difference)
+            steps = partial(step, ours, inputs), partial(step, peer, inputs)
+            yield speed_row(f"{name}: step", *steps, options=options, largest_difference=difference)
             yield memory_row(f"{name}: peak memory", f"{objective}-{who}", f"{objective}-theirs", batch, options)
 
 
@@ -194,16 +199,17 @@ def model_rows(options: Options, theirs: ModuleType) -> Iterator[Row]:
         difference = difference_of_losses(ours, peer, parameters)
         manner = "whole" if rows_at_a_time is None else f"gradient caching by {rows_at_a_time}"
         name = f"stage 1 small, {MODEL_BATCH} pairs, {manner}, against open_clip's loss"
-        calls = (partial(step, function, parameters) for function in (ours, peer))
-        yield speed_row(f"{name}: step", *calls, options, largest_difference=difference)
+        steps = partial(step, ours, parameters), partial(step, peer, parameters)
+        yield speed_row(f"{name}: step", *steps, options=options, largest_difference=difference)
         yield memory_row(f"{name}: peak memory", f"model-{who}", "model-theirs", MODEL_BATCH, options)
 
 
 def rows(options: Options) -> Iterator[Row]:
     """All of them, or one line that says what is missing."""
-    theirs = open_clip_losses()
-    if theirs is None:
-        yield Row("contrastive losses against open_clip", skipped=MISSING)
+    try:
+        theirs = open_clip_losses()
+    except ImportError as error:
+        yield Row("contrastive losses against open_clip", skipped=str(error))
         return
     yield from loss_rows(options, theirs)
     yield from model_rows(options, theirs)

@@ -69,8 +69,13 @@ def time_and_memory(call: Callable[[], Any], target: Path) -> tuple[float, int]:
     """Seconds of a call that writes a folder, data on the disk, and bytes by which the peak of resident memory grew
     over what was resident before.
     """
+
+    def write() -> None:
+        call()
+        flush(target)
+
     start = time.perf_counter()
-    growth = memory_growth(lambda: (call(), flush(target)))
+    growth = memory_growth(write)
     return time.perf_counter() - start, growth
 
 

@@ -65,8 +65,14 @@ def trainer_of_theirs(model: Any, folder: str) -> Trainer:
 
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1}, unk_token="<pad>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")
-    settings = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}, "report_to": "none"}
-    arguments = SFTConfig(folder, per_device_train_batch_size=1, **settings, **arguments_of_both(model))
+    arguments = SFTConfig(
+        folder,
+        per_device_train_batch_size=1,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        report_to="none",
+        **arguments_of_both(model),
+    )
     rows = datasets.Dataset.from_list([{"input_ids": [1], "labels": [1]}])  # batches are given as they are
     return SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
 

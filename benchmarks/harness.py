@@ -11,11 +11,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import transformers
@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 PRODUCT_SIZES = {"cpu": 2048, "cuda": 8192}
+Calls: TypeAlias = Mapping[str, Callable[[], Any]]
 
 
 def sizes_of(width: int, mlp_width: int, depth: int, heads: int, **others: Any) -> dict[str, Any]:
@@ -109,7 +110,7 @@ def seconds_of(call: Callable[[], Any], device: str = "cpu") -> float:
     return time.perf_counter() - start
 
 
-def interleave(calls: dict[str, Callable[[], Any]], options: Options, warmups: int = 2) -> dict[str, list[float]]:
+def interleave(calls: Calls, options: Options, warmups: int = 2) -> dict[str, list[float]]:
     """Seconds of every call in every counted round."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for index in range(warmups + options.rounds):

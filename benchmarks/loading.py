@@ -14,7 +14,7 @@ import torch
 from internvl import InternVLChatForConditionalGeneration
 
 from .chat import TEXT, VISION
-from .harness import Options, Row, in_fresh_process, interleave, memory_growth, row_of
+from .harness import Calls, Options, Row, in_fresh_process, interleave, memory_growth, row_of
 from .native import build_chat
 
 
@@ -48,7 +48,7 @@ def rows(options: Options) -> Iterator[Row]:
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         del model, found
         name = f"from_pretrained of {size / 1e9:.1f} GB in bf16"
-        calls = {"load": partial(load_model, folder, options.device), "read": partial(read, Path(folder))}
+        calls: Calls = {"load": partial(load_model, folder, options.device), "read": partial(read, Path(folder))}
         title = f"{name}: time against reading the files"
         yield row_of(title, interleave(calls, options), "read", "load", target=1.5, is_lower_better=True)
         growth = in_fresh_process(loading_memory, folder, options.device)

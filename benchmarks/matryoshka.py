@@ -10,7 +10,7 @@ table is in `benchmarks/results/matryoshka.json`, too.
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,9 @@ def nested_recipe(dims: tuple[int, ...], steps: int) -> ContrastiveRecipe:
     return replace(bundled, phases=(phase,), eval_steps=None, matryoshka_dims=dims)
 
 
-def recall(images: torch.Tensor, texts: torch.Tensor, captions: list[str]) -> float:
-    """R@1, the mean of both directions."""
+def recall(vectors: Iterable[torch.Tensor], captions: list[str]) -> float:
+    """R@1 of vectors (B, E) of images and (T, E) of texts, the mean of both directions."""
+    images, texts = vectors
     found = recalls_both_ways(images, texts, captions)
     return sum(part["R@1"] for part in found.values()) / len(found)
 
@@ -76,11 +77,11 @@ def measured_recalls(folder: Path, num_pairs: int) -> Iterator[tuple[str, int, f
     size = images.shape[1]
     for dims in (size, *DIMS):
         cut = [F.normalize(rows[:, :dims], dim=-1) for rows in (images, texts)]
-        yield f"{dims} of {size} in float32", 4 * dims, recall(*cut, captions)
+        yield f"{dims} of {size} in float32", 4 * dims, recall(cut, captions)
         narrow = [torch.from_numpy(dequantize(quantize(rows.numpy(), "int8"), "int8")) for rows in cut]
-        yield f"{dims} of {size} in int8", dims, recall(*narrow, captions)
+        yield f"{dims} of {size} in int8", dims, recall(narrow, captions)
         # Similarities are those of vectors and the unit matrix.
-        found = recall(by_signs(*cut), torch.eye(len(captions)), captions)
+        found = recall((by_signs(*cut), torch.eye(len(captions))), captions)
         yield f"{dims} signs, {CANDIDATES} candidates whole", dims // 8, found
 
 

@@ -6,7 +6,7 @@ have as many. Which pairs come in a batch differs, so the tensors of each pair m
 """
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -24,7 +24,7 @@ from internvl.training.data.pair_files import pair_writer
 from internvl.training.data.pairs import PairCollator, PairStream
 from internvl.training.data.stream_batches import stream_loader
 
-from .harness import Options, Row, interleave, one_core, row_of
+from .harness import Calls, Options, Row, interleave, one_core, row_of
 from .images import SIZES, draw_images
 
 
@@ -93,6 +93,11 @@ def decode_and_resize(shards: list[str], side: int) -> None:
         Image.open(BytesIO(row["jpg"])).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
 
 
+def read_all(batches: Callable[[], Iterator[dict[str, torch.Tensor]]]) -> list[dict[str, torch.Tensor]]:
+    """Every batch."""
+    return list(batches())
+
+
 def by_text(batches: Iterator[dict[str, torch.Tensor]]) -> dict[tuple[int, ...], torch.Tensor]:
     """Pixel values by the tokens of the caption."""
     found = {}
@@ -124,9 +129,9 @@ def rows(options: Options) -> Iterator[Row]:
             processor.image_processor.size = {"height": side, "width": side}
             ours, theirs = partial(our_batches, shards, processor), partial(their_batches, shards, processor)
             require_same_pairs(by_text(ours()), by_text(theirs()))
-            calls = {
-                "ours": lambda ours=ours: list(ours()),
-                "peer": lambda theirs=theirs: list(theirs()),
+            calls: Calls = {
+                "ours": partial(read_all, ours),
+                "peer": partial(read_all, theirs),
                 "Pillow": partial(decode_and_resize, shards, side),
             }
             seconds = interleave(calls, options, warmups=1)

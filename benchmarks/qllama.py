@@ -6,6 +6,7 @@ of the width.
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -29,8 +30,10 @@ BEAMS = 5
 VISION = sizes_of(640, 2560, 9, 10, image_size=224, patch_size=14)
 QLLAMA = sizes_of(768, 2064, 6, 12, vocab_size=4096)
 
+Model = TypeVar("Model", bound=InternVLModel)
 
-def build_pretraining(model_class: type, device: str) -> nn.Module:
+
+def build_pretraining(model_class: type[Model], device: str) -> Model:
     """A model of either class with the same random weights, in which every part has a say."""
     torch.manual_seed(0)
     model = model_class(InternVLConfig(vision_config=VISION, qllama_config=QLLAMA, attn_pool_num_heads=8))
@@ -131,18 +134,18 @@ def caption_rows(options: Options) -> Iterator[Row]:
     peer.qllama.__class__ = CopiesImages
     images = stage2_batch(options.device)["pixel_values"][:2]
     length = {"do_sample": False, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
-    cases = {
+    cases: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "against no cache: all anew in every step": ({}, {"use_cache": False}),
         f"{BEAMS} beams, against keys and values for every beam": ({"num_beams": BEAMS},) * 2,
     }
     for case, settings in cases.items():
-        calls = [
+        call, plain_call = (
             partial(model.generate, pixel_values=images, **length, **of_model)
             for model, of_model in zip((ours, peer), settings, strict=True)
-        ]
-        if not torch.equal(*(call() for call in calls)):
+        )
+        if not torch.equal(call(), plain_call()):
             raise SystemExit(f"The captions of the two differ ({case}): nothing to compare.")
-        yield speed_row(f"captions with QLLaMA, {NEW_TOKENS} tokens, {case}", *calls, options, warmups=1)
+        yield speed_row(f"captions with QLLaMA, {NEW_TOKENS} tokens, {case}", call, plain_call, options, warmups=1)
 
 
 def rows(options: Options) -> Iterator[Row]:

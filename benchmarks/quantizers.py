@@ -119,8 +119,8 @@ def _compare(
     name: str, model: PreTrainedModel, exact: PreTrainedModel, options: Options, is_16_bit: bool
 ) -> Iterator[Row]:
     ids = torch.randint(2, DECODER["vocab_size"], (1, 32), device=options.device)
-    scores = [each(input_ids=ids).logits.float().flatten() for each in (model, exact)]
-    cosine = torch.cosine_similarity(*scores, dim=0).item()
+    found, expected = (each(input_ids=ids).logits.float().flatten() for each in (model, exact))
+    cosine = torch.cosine_similarity(found, expected, dim=0).item()
     if cosine < 0.9:
         raise SystemExit(f"{name}: the scores have a cosine of {cosine} with those of fp32: nothing to compare.")
     sizes = {"bytes": held_bytes(model), "bytes_fp32": held_bytes(exact)}

@@ -7,6 +7,7 @@ narrow tower that has as many blocks as that one.
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -48,7 +49,7 @@ def pixels(batch: int, size: int, options: Options) -> torch.Tensor:
     return torch.randn(batch, 3, size, size, device=options.device, dtype=options.dtype)
 
 
-def compiled(model: torch.nn.Module, tiles: torch.Tensor) -> Callable:
+def compiled(model: Callable[..., Any], tiles: torch.Tensor) -> partial[Any]:
     """The forward of these tiles as one graph with its weights frozen in; to be made without gradients.
 
     Freezing is a setting of the moment of the first call: as an option of `torch.compile` it has no effect (torch
@@ -60,7 +61,7 @@ def compiled(model: torch.nn.Module, tiles: torch.Tensor) -> Callable:
     return partial(call, tiles)
 
 
-def tile_by_tile(call: Callable, tiles: torch.Tensor) -> BaseModelOutputWithPooling:
+def tile_by_tile(call: Callable[..., Any], tiles: torch.Tensor) -> BaseModelOutputWithPooling:
     """What a chat model with `vision_batch_size` 1 does: one compiled shape serves any number of tiles."""
     features = torch.cat([call(tile).last_hidden_state for tile in tiles.split(1)])
     return BaseModelOutputWithPooling(last_hidden_state=features)
@@ -69,14 +70,16 @@ def tile_by_tile(call: Callable, tiles: torch.Tensor) -> BaseModelOutputWithPool
 def forward_rows(options: Options) -> Iterator[Row]:
     """Both towers, and ours compiled, for one tile and for eight."""
     chat, native_chat = build_pair(SIZES, TEXT, options)
-    ours, native = chat.vision_model, native_chat.model.vision_tower
+    ours: Any = chat.vision_model
+    native = native_chat.model.vision_tower
     with torch.device("meta"):
-        shapes = InternVisionModel(ours.config)
+        shapes: Any = InternVisionModel(ours.config)
     missing = no_compiler(options.device)
     for batch, rounds in BATCHES.items():
         tiles = pixels(batch, SIZES["image_size"], options)
         flops = flops_of(partial(shapes, tiles.to("meta", torch.float32)))
-        calls = {"eager": partial(ours, tiles), "native": partial(native, tiles), "product": matrix_product(options)}
+        calls: dict[str, Callable[[], Any]] = {"eager": partial(ours, tiles), "native": partial(native, tiles)}
+        calls["product"] = matrix_product(options)
         if not missing:
             torch.compiler.reset()  # each shape anew
             calls["compiled"] = compiled(ours, tiles)
@@ -96,7 +99,7 @@ def forward_rows(options: Options) -> Iterator[Row]:
             if name not in calls:
                 yield from (Row(title, skipped=missing) for title in titles)
                 continue
-            details = {"largest_difference": difference[name], "device": options.device}
+            details: dict[str, Any] = {"largest_difference": difference[name], "device": options.device}
             yield row_of(titles[0], seconds, name, "native", against_native, **details)
             yield share_row(titles[1], seconds, name, flops, of_rate, **details)
 

@@ -91,7 +91,7 @@ def tower_jobs(setting: Setting) -> Iterator[Measurement]:
 
 def let_images_in(model: nn.Module) -> None:
     """Fresh cross-attention adds nothing: gives it weights."""
-    for layer in model.qllama.model.layers:  # type: ignore[union-attr]
+    for layer in model.qllama.model.layers:
         if layer.cross_attn is not None:
             nn.init.normal_(layer.cross_attn.o_proj.weight, std=0.02)
 

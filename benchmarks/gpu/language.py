@@ -16,7 +16,7 @@ from transformers import StaticCache
 
 from internvl import InternVLChatConfig, InternVLChatForConditionalGeneration, InternVLConfig, InternVLModel
 
-from ..harness import Options, Row, flops_of, interleave, matrix_product, row_of, share_row, sizes_of
+from ..harness import Calls, Options, Row, flops_of, interleave, matrix_product, row_of, share_row, sizes_of
 from ..quantizers import held_bytes
 from .jobs import CUDA, FP8, Measurement, Need, Setting, library
 from .models import (
@@ -69,7 +69,7 @@ def caption_row(name: str, model: Any, setting: Setting) -> Row:
     def caption(tokens: int) -> torch.Tensor:
         return model.generate(image, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
 
-    calls = {
+    calls: Calls = {
         "copy": copy_of(sizes.copied_bytes, options),
         "short": partial(caption, 1),
         "long": partial(caption, 1 + sizes.new_tokens),
@@ -188,7 +188,7 @@ def decoding_row(name: str, model: Any, way: str, setting: Setting) -> Row:
     """Share of the bandwidth of one stream."""
     sizes, options = setting.sizes, setting.options.at_most(7)
     step = compile_blocks(model) if way.startswith("compiled") else model
-    decode = decoding_steps(model, step, sizes, cache_length(setting, options))
+    decode: Callable[[], Any] = decoding_steps(model, step, sizes, cache_length(setting, options))
     decode = captured(decode) if way.endswith("CUDA graph") else decode
     calls = {"copy": copy_of(sizes.copied_bytes, options), "decoding": times(sizes.new_tokens, decode)}
     seconds = interleave(calls, options)

@@ -6,7 +6,6 @@ time and not as work, as in published MFU.
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -89,11 +88,9 @@ def stage1_jobs(setting: Setting) -> Iterator[Measurement]:
     def count() -> int:
         options = setting.options.on("meta")
         model = build_random(InternVLModel, config, options)
-        towers = (
-            partial(model.vision_model, noise(sizes.pairs, side, options)),
-            partial(model.qllama.model, input_ids=texts(options)["input_ids"]),
-        )
-        return sum(flops_of_backward_too(lambda run=run: run().last_hidden_state) for run in towers)
+        tiles, ids = noise(sizes.pairs, side, options), texts(options)["input_ids"]
+        vision = flops_of_backward_too(lambda: model.vision_model(tiles).last_hidden_state)
+        return vision + flops_of_backward_too(lambda: model.qllama.model(input_ids=ids).last_hidden_state)
 
     yield from step_jobs(f"stage-1 step, {sizes.pairs} pairs at {side} px: MFU", build, count, setting)
 

@@ -10,7 +10,7 @@ from transformers import InternVLVisionConfig, InternVLVisionModel
 
 from internvl import InternVisionModel, InternViTConfig
 
-from ..harness import Row, flops_of, interleave, matrix_product, no_compiler, row_of, share_row
+from ..harness import Calls, Row, flops_of, interleave, matrix_product, no_compiler, row_of, share_row
 from .jobs import CUDA, FP8, Measurement, Need, Setting, library
 from .models import build_random, captured, compile_blocks, noise, shapes_of, size_name
 
@@ -64,7 +64,7 @@ def batch_jobs(
         per_image = min(seconds[call]) / len(tiles)
         return share_row(name, seconds, call, flops, TARGETS[call], device=setting.device, seconds_per_image=per_image)
 
-    def against(name: str, runs: Callable[[], dict[str, Callable[[], Any]]], target: float | None) -> Row:
+    def against(name: str, runs: Callable[[], Calls], target: float | None) -> Row:
         return row_of(name, interleave(runs(), options), target=target)
 
     yield Measurement(
@@ -84,7 +84,7 @@ def batch_jobs(
     yield Measurement(name, partial(against, name, lambda: graph_and_eager(model, tiles), target), 45.0, (CUDA,))
 
 
-def graph_and_eager(model: Any, tiles: torch.Tensor) -> dict[str, Callable[[], Any]]:
+def graph_and_eager(model: Any, tiles: torch.Tensor) -> Calls:
     """The forward as a graph, and as it is."""
     eager = partial(model, tiles)
     return {"ours": captured(eager), "peer": eager}
