@@ -2,7 +2,7 @@
 
 One forward and backward pass of every phase runs on the meta device as its trainer would run it: with frozen parts,
 dropped patches, gradient caching, activation checkpointing, and the features of all processes to compare with. FLOPs,
-live tensors and calls of sharded layers are counted while it runs. `ASSUMPTIONS` is printed with every table.
+live tensors and calls of sharded layers are counted while it runs. `ASSUMPTIONS` is printed below the tables.
 
 Not covered: reading data, evaluation, restarts, pipeline and tensor parallelism.
 """
@@ -10,9 +10,10 @@ Not covered: reading data, evaluation, restarts, pipeline and tensor parallelism
 import argparse
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import tee
 from typing import Any
 
 import torch
@@ -360,41 +361,50 @@ def costs(cluster: Cluster, decoder: str = "13b", text_length: int = TEXT_LENGTH
 
 
 # ---------------------------------------------------------------------------------------------------- the command line
-def cost_row(cost: PhaseCost, cluster: Cluster) -> str:
-    """A row of the table in Markdown."""
+def work_cells(cost: PhaseCost, cluster: Cluster) -> dict[str, str]:
+    """What a phase computes, by the columns of the first table."""
+    return {
+        "phase": cost.name,
+        "trained": f"{cost.trained / 1e9:.2f} of {cost.parameters / 1e9:.2f} B",
+        "samples": f"{cost.samples / 1e6:,.1f} M",
+        "TFLOP a sample": f"{cost.flops / 1e12:.2f}",
+        "executed": f"{cost.executed / 1e12:.2f}",
+        "days": f"{cost.days:.2f}",
+        "GPU hours": f"{cost.days * 24 * cluster.gpus:,.0f}",
+    }
+
+
+def memory_cells(cost: PhaseCost, cluster: Cluster) -> dict[str, str]:
+    """What a GPU holds, and receives in a step, by the columns of the second table."""
     spare = cluster.gpu_memory * GIGABYTE - cost.total
-    cells = [
-        cost.name,
-        f"{cost.parameters / 1e9:.2f} B",
-        f"{cost.trained / 1e9:.2f} B",
-        f"{cost.samples / 1e6:,.1f} M",
-        f"{cost.flops / 1e12:.2f}",
-        f"{cost.executed / 1e12:.2f}",
-        f"{cost.days:.2f}",
-        f"{cost.days * 24 * cluster.gpus:,.0f}",
-        f"{cost.states / GIGABYTE:.1f} GB",
-        f"{cost.activations / GIGABYTE:.1f} GB",
-        f"{cost.traffic / GIGABYTE:,.1f} GB",
-        "yes" if spare >= 0 else f"{-spare / GIGABYTE:.0f} GB short",
-    ]
-    return f"| {' | '.join(cells)} |"
+    return {
+        "phase": cost.name,
+        "states": f"{cost.states / GIGABYTE:.1f} GB",
+        "activations": f"{cost.activations / GIGABYTE:.1f} GB",
+        f"fits in {cluster.gpu_memory:g} GB": "yes" if spare >= 0 else f"{-spare / GIGABYTE:.0f} GB short",
+        "traffic": f"{cost.traffic / GIGABYTE:,.1f} GB",
+    }
 
 
-COLUMNS = (
-    "phase | parameters | trained | samples | TFLOP a sample | executed | days | GPU hours | states | activations | "
-    "traffic | fits"
-)
+def table_lines(rows: Iterable[dict[str, str]]) -> Iterator[str]:
+    """A table in Markdown of rows by column, each line as soon as its row is there, and an empty line."""
+    for number, row in enumerate(rows):
+        if number == 0:
+            yield f"| {' | '.join(row)} |"
+            yield "|---" + "|---:" * (len(row) - 1) + "|"
+        yield f"| {' | '.join(row.values())} |"
+    yield ""
 
 
 def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
-    """Prints the table and what it assumes; returns exit code 0."""
+    """Prints both tables and what they assume; returns exit code 0."""
     cluster = Cluster(options.gpus, options.gpu_memory, options.peak_tflops, options.utilization, options.sharding)
     text_length = TEXT_LENGTH if options.text_length is None else options.text_length
-    print_fn(f"| {COLUMNS} |")
-    print_fn("|---" + "|---:" * 10 + "|---|")
-    for cost in costs(cluster, options.decoder, text_length):
-        print_fn(cost_row(cost, cluster))
-    print_fn("")
+    of_work, of_memory = tee(costs(cluster, options.decoder, text_length))
+    for line in table_lines(work_cells(cost, cluster) for cost in of_work):
+        print_fn(line)
+    for line in table_lines(memory_cells(cost, cluster) for cost in of_memory):
+        print_fn(line)
     facts = {
         "dialogue": text_length,
         "gpus": cluster.gpus,

@@ -1,6 +1,7 @@
 """The costs of the full recipes: what is counted on the meta device is what tiny models do with real tensors."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -240,21 +241,39 @@ def test_impossible_clusters_are_refused(changes, message):
         Cluster(**changes)
 
 
-def test_the_command_prints_a_row_for_every_phase_and_its_assumptions(capsys, monkeypatch):
-    asked = []
+@pytest.fixture
+def asked(monkeypatch):
+    """Arguments of `costs`, which gives a single phase."""
+    calls = []
 
     def few_costs(cluster, decoder, text_length):
-        asked.append((cluster, decoder, text_length))
-        yield PhaseCost("stage 1: short", 10**9, 10**9, 10**6, 2e12, 3e12, 1.5, 60e9, 2e9, 3e9)
+        calls.append((cluster, decoder, text_length))
+        yield PhaseCost("stage 1: short", 2 * 10**9, 10**9, 10**6, 2e12, 3e12, 1.5, 60e9, 2e9, 3e9)
 
     monkeypatch.setattr(planning, "costs", few_costs)
+    return calls
+
+
+def test_the_command_prints_a_row_for_every_phase_in_both_tables_and_its_assumptions(capsys, asked):
     assert main(["costs", "--gpus", "2", "--gpu-memory", "40", "--decoder", "7b"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert asked == [(Cluster(gpus=2, gpu_memory=40), "7b", 512)]
-    assert lines[2].startswith("| stage 1: short | 1.00 B | 1.00 B | 1.0 M | 2.00 | 3.00 | 1.50 | 72 |")
-    assert lines[2].endswith("| 2.0 GB | 3.0 GB | 22 GB short |")
-    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
+    assert lines[2] == "| stage 1: short | 1.00 of 2.00 B | 1.0 M | 2.00 | 3.00 | 1.50 | 72 |"
+    assert lines[4].startswith("| phase | states | activations | fits in 40 GB |")
+    assert lines[6] == "| stage 1: short | 60.0 GB | 2.0 GB | 22 GB short | 3.0 GB |"
+    for table in (lines[:3], lines[4:7]):
+        assert len({line.count("|") for line in table}) == 1
+    assert lines[3] == lines[7] == ""
     assert any("2 GPUs of 312 TFLOP/s" in line for line in lines)
+
+
+def test_the_readme_holds_the_columns_and_the_assumptions_of_the_command(capsys, asked):
+    assert main(["costs"]) == 0
+    readme = (Path(__file__).parents[1] / "training" / "README.md").read_text(encoding="utf-8")
+    printed = [line for line in capsys.readouterr().out.splitlines() if line and "stage 1: short" not in line]
+    assert len(printed) == 4 + len(planning.ASSUMPTIONS)
+    for line in printed:
+        assert " ".join(line.split()) in " ".join(readme.split())
 
 
 def test_the_old_command_names_the_new_one(capsys):
