@@ -306,7 +306,9 @@ class InternVL14BConfig(PretrainedConfig):
         heads, of_part = self.attn_pool_num_heads, "hidden_size of the {} part"
         _check_multiple(of_part.format("vision"), self.vision_config.hidden_size, "attn_pool_num_heads", heads)
         _check_choice("default_mode", self.default_mode, MODES)
-        if not all(0 < size <= self.clip_embed_dim for size in self.matryoshka_dims or ()):
+        sizes = [] if self.matryoshka_dims is None else self.matryoshka_dims
+        is_list = isinstance(sizes, (list, tuple))
+        if not is_list or not all(type(size) is int and 0 < size <= self.clip_embed_dim for size in sizes):
             raise ValueError(
                 f"`matryoshka_dims` are lengths from 1 to `clip_embed_dim` {self.clip_embed_dim}, got "
                 f"{self.matryoshka_dims}."

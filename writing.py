@@ -2,7 +2,13 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def write_whole(path: Path, content: Any, keep: bool = False) -> None:
@@ -32,3 +38,24 @@ def _link(source: Path, path: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def lock_file(file: IO[Any], path: Path, waits: bool = False) -> None:
+    """Keeps other processes from a file until it is closed, where the system has such locks.
+
+    Args:
+        file: Open for writing.
+        path: Of it, for messages.
+        waits: For the process that has it.
+
+    Raises:
+        ValueError: If another process has it.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+    except BlockingIOError as error:
+        raise ValueError(f"Another run is writing {path}: wait for it, or name another file.") from error
+    except OSError:  # a file system without locks
+        return

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..writing import write_whole
+from ..writing import lock_file, write_whole
 from .data.items import Item
 from .embeddings import batches
-from .samples import lock_file
 
 
 SAMPLED = 1024  # numbers of each weight that a model is known by

@@ -72,6 +72,7 @@ def check_job(job: Job, config: PretrainedConfig) -> None:
         raise ValueError(f"Mode {job.mode} needs a model with queries, an InternVL-G; this one is an InternVL-C.")
     if job.rows_per_file < 1 or job.batch_size < 1:
         raise ValueError("`rows_per_file` and `batch_size` must be at least 1.")
+    BadRows(max_rate=job.max_bad_rate, limit="`--max-bad-rate`")
     check_precision(job.precision, vector_size(config, job.dims))
 
 

@@ -10,15 +10,10 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self, TextIO
+from typing import Any, Self, TextIO
 
 from ..rows.json_files import is_finite_number
-
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from ..writing import lock_file
 
 
 Sample = dict[str, Any]
@@ -186,25 +181,4 @@ def _cut_torn_line(path: Path, keep: bool) -> None:
         os.fsync(file.fileno())
 
 
-def lock_file(file: IO[Any], path: Path, waits: bool = False) -> None:
-    """Keeps other processes from a file until it is closed, where the system has such locks.
-
-    Args:
-        file: Open for writing.
-        path: Of it, for messages.
-        waits: For the process that has it.
-
-    Raises:
-        ValueError: If another process has it.
-    """
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
-    except BlockingIOError as error:
-        raise ValueError(f"Another run is writing {path}: wait for it, or name another file.") from error
-    except OSError:  # a file system without locks
-        return
-
-
-__all__ = ["Sample", "SampleLog", "differing_settings", "json_text", "lock_file", "read_samples", "values_by_metric"]
+__all__ = ["Sample", "SampleLog", "differing_settings", "json_text", "read_samples", "values_by_metric"]

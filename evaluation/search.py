@@ -36,7 +36,10 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int | None:
     """Prints what is found, the best first: score, path and text, separated by tabs."""
     from ..extras import extra
+    from ..image_loading_internvl import read_image_size
+    from ..image_processing_internvl import InternVLImageProcessor
     from ..kinds import check_kind
+    from ..rows.image_files import is_path
 
     with extra("search"):
         import faiss  # noqa: F401
@@ -44,7 +47,7 @@ def run(options: argparse.Namespace) -> int | None:
     from .checkpoints import checkpoint_state
     from .embeddings import ModelPlace
     from .samples import json_text
-    from .searching import Searcher
+    from .searching import Searcher, check_fits
     from .vectors.files import EmbeddingFolder
 
     if options.top < 1 or options.rerank < 0 or options.candidates < 1:
@@ -56,7 +59,11 @@ def run(options: argparse.Namespace) -> int | None:
     Searcher(folder, **settings).check(side, options.rerank)
     model = options.model or description.model
     subfolder = "" if options.model else description.subfolder
-    check_kind(model, "InternVL-C", "InternVL-G", door="`search`", subfolder=subfolder)
+    config = check_kind(model, "InternVL-C", "InternVL-G", door="`search`", subfolder=subfolder)
+    check_fits(description, config, model)
+    for image in options.image or ():
+        if is_path(image):
+            read_image_size(Path(image), image, InternVLImageProcessor.max_image_pixels)
     if description.state and not options.model and description.state != checkpoint_state(model, subfolder):
         raise ValueError(f"`{model}` holds other weights than those of these embeddings: embed again.")
     searcher = Searcher(folder, *ModelPlace(model, subfolder).load(), **settings)

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 from ..image_loading_internvl import ImageSource, read_image
 from ..image_processing_internvl import InternVLImageProcessor
 from .embeddings import ModelPlace
 from .indexing import QUERIES, Embedder, Job
 from .matching import matching_scores
-from .vectors.files import EmbeddingFolder
+from .vectors.files import Description, EmbeddingFolder
 from .vectors.indexes import CANDIDATES, StoredVectors, search_vectors
 
 
@@ -118,6 +118,10 @@ class Searcher:
 
     def _search(self, query: np.ndarray, side: str, k: int) -> list[Hit]:
         """Finds the nearest of a query (K, E)."""
+        if not np.isfinite(query).all():
+            raise ValueError(
+                "The query's vector is not finite: the model is damaged, or computes in too narrow a type."
+            )
         vectors = self.vectors(side)
         is_set = self.folder.description.mode == QUERIES and len(query) > 1
         scores, rows = search_vectors(
@@ -131,6 +135,18 @@ class Searcher:
         matches = matching_scores(self._embedder.model, self._embedder.processor, images, texts).tolist()
         scored = [replace(hit, score=hit.score + match) for hit, match in zip(hits, matches, strict=False)]
         return sorted(scored, key=lambda hit: -hit.score) + hits[len(scored) :]
+
+
+def check_fits(description: Description, config: PretrainedConfig, model: str) -> None:
+    """Raises a ValueError if a model of this configuration gives no vectors like those of a folder."""
+    sizes = [config.clip_embed_dim, *(config.matryoshka_dims or ())]
+    if description.size not in sizes:
+        raise ValueError(
+            f"These embeddings have {description.size} components, and `{model}` gives {', '.join(map(str, sizes))}: "
+            "search by the model that embedded them."
+        )
+    if description.mode != "InternVL-C" and not config.has_queries:
+        raise ValueError(f"These embeddings are of mode {description.mode}, and `{model}` is an InternVL-C.")
 
 
 def read_found_image(hit: Hit) -> Image.Image:
@@ -148,4 +164,4 @@ def _loaded(image: ImageSource, name: str) -> Any:
     return read_image(image, name, InternVLImageProcessor.max_image_pixels)
 
 
-__all__ = ["Hit", "Searcher", "read_found_image"]
+__all__ = ["Hit", "Searcher", "check_fits", "read_found_image"]

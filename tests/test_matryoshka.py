@@ -61,6 +61,9 @@ def test_contrastive_losses_are_means_over_all_lengths(kind, chunk_size, monkeyp
 def test_lengths_beyond_the_embedding_are_refused():
     with pytest.raises(ValueError, match=r"lengths from 1 to `clip_embed_dim` 8, got \[9\]"):
         InternVLConfig(clip_embed_dim=8, matryoshka_dims=[9])
+    for sizes in (4, "4", ["4"], [4.0], [True]):  # as a file that somebody else wrote may have
+        with pytest.raises(ValueError, match="lengths from 1 to"):
+            InternVLConfig(clip_embed_dim=8, matryoshka_dims=sizes)
 
 
 @pytest.fixture(scope="module")

@@ -251,6 +251,7 @@ def test_two_processes_of_accelerate_embed_what_one_does(model_folder, tmp_path,
         (["--dims", "8"], "`dims` 8: this checkpoint was not trained"),
         (["--output", "images"], "is not empty, and holds no embeddings"),
         (["--batch-size", "0"], "must be at least 1"),
+        (["--max-bad-rate", "nan"], "is a share of the rows"),
     ],
 )
 def test_embedding_what_cannot_be_is_one_line_before_a_model_is_loaded(
@@ -273,10 +274,11 @@ def test_embedding_what_cannot_be_is_one_line_before_a_model_is_loaded(
         (["out", "--text", "a", "--rerank", "3"], "`rerank` needs embeddings of an InternVL-G"),
         (["out", "--text", "a", "--top", "0"], "must be at least 1"),
         (["out", "--text", "a", "--model", "./gone"], "`gone` is not there"),
+        (["out", "--image", "gone.png", "--model", "model"], "gone.png does not exist"),
     ],
 )
 def test_searching_what_is_not_there_is_one_line_before_a_model_is_loaded(
-    words, message, tmp_path, monkeypatch, capsys
+    words, message, model_folder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ModelPlace, "load", lambda *_: pytest.fail("loaded"))

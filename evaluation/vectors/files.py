@@ -11,6 +11,7 @@ not wait for each other. `search/` holds what the search makes of them.
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ class EmbeddingFolder:
         if not differing:
             return
         told = [f"{name} {getattr(found, name)}, now {getattr(description, name)}" for name in differing]
-        alone = {"data": "other data, or columns", "state": "other weights of the same name"}
+        alone = {"data": "other data, columns, sides or type of weights", "state": "other weights of the same name"}
         what = alone.get(differing[0], "") if len(differing) == 1 else ""
         what = what or "; ".join(told)
         raise ValueError(f"`{self.path}` holds embeddings that differ ({what}): name another folder.")
@@ -204,24 +205,26 @@ class EmbeddingFolder:
         """Yields of every file the numbers of the rows that have an image, or a text, and what is stored for them."""
         shape = (-1, self.description.vectors_of(side), self._stored_size())
         for file in self.files():
-            source = parquet.ParquetFile(file)
-            if f"{side}_embed" not in source.schema_arrow.names:
-                continue
-            start = 0
-            for batch in source.iter_batches(ROWS_READ_AT_ONCE, columns=[f"{side}_embed"]):
-                column = batch.column(0)
-                rows = start + np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
-                values = column.flatten().to_numpy(zero_copy_only=False)  # without those of rows that have none
-                yield file, rows, values.reshape(shape)
-                start += len(batch)
+            with _naming_damaged(file):
+                source = parquet.ParquetFile(file)
+                if f"{side}_embed" not in source.schema_arrow.names:
+                    continue
+                start = 0
+                for batch in source.iter_batches(ROWS_READ_AT_ONCE, columns=[f"{side}_embed"]):
+                    column = batch.column(0)
+                    rows = start + np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
+                    values = column.flatten().to_numpy(zero_copy_only=False)  # without those of rows that have none
+                    yield file, rows, values.reshape(shape)
+                    start += len(batch)
 
     def count(self) -> dict[str, int]:
         """Returns how many "images" and "texts" there are, and how many "bad_rows" were left out."""
         totals = dict.fromkeys(("images", "texts", "bad_rows"), 0)
         for file in self.files():
-            found = parquet.read_schema(file).metadata
-            for name in totals:
-                totals[name] += int(found[name.encode()])
+            with _naming_damaged(file):
+                found = parquet.read_schema(file).metadata or {}
+                for name in totals:
+                    totals[name] += int(found[name.encode()])
         return totals
 
     def _stored_size(self) -> int:
@@ -230,7 +233,20 @@ class EmbeddingFolder:
 
 def rows_at(file: Path, rows: Iterable[int]) -> list[dict[str, Any]]:
     """Returns id, path and text of some rows of a file."""
-    return parquet.read_table(file, columns=["id", "path", "text"]).take(list(rows)).to_pylist()
+    with _naming_damaged(file):
+        return parquet.read_table(file, columns=["id", "path", "text"]).take(list(rows)).to_pylist()
+
+
+@contextmanager
+def _naming_damaged(file: Path) -> Iterator[None]:
+    """Says of errors of pyarrow which file they are about."""
+    try:
+        yield
+    except (AttributeError, LookupError, OSError, ValueError) as error:
+        what = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"`{file}` is no block of embeddings, or damaged ({what}): delete it, and give the `embed` command again."
+        ) from error
 
 
 __all__ = ["SIDES", "Description", "EmbeddingFolder", "rows_at"]

@@ -6,13 +6,14 @@ indexes in 8 bits and in signs are faiss', are made once and mapped too.
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...extras import extra
-from ...writing import write_whole
+from ...writing import lock_file, write_whole
 from .files import EmbeddingFolder, rows_at
 from .quantization import dequantize, dtype_of, quantize, stored_size
 
@@ -30,7 +31,7 @@ Found = tuple[np.ndarray, np.ndarray]
 
 
 class StoredVectors:
-    """The vectors of a folder as one memory-mapped array, made when it is first needed.
+    """The vectors of a folder as one memory-mapped array, made when it is first needed, or where it is damaged.
 
     Args:
         folder: Finished embeddings.
@@ -48,10 +49,12 @@ class StoredVectors:
         self.precision = folder.description.precision
         self.path = folder.path / "search" / side
         self._files = folder.files()
-        if not self._is_fresh():
-            self._make()
-        self.stored = np.load(self.path / "vectors.npy", mmap_mode="c")  # never written, but torch asks for that
-        self._places = np.load(self.path / "places.npy", mmap_mode="r")  # (rows, 2): number of the file, row in it
+        if not self._open():
+            with self.locked():
+                if not self._open():  # another process may have made it meanwhile
+                    self._make()
+                    if not self._open():
+                        raise ValueError(f"`{self.path}` was changed while it was made: search again.")
 
     def __len__(self) -> int:
         return len(self.stored)
@@ -62,6 +65,8 @@ class StoredVectors:
         places = self._places[rows]
         for number in np.unique(places[:, 0]):
             inside = np.flatnonzero(places[:, 0] == number)
+            if not 0 <= number < len(self._files):
+                raise ValueError(f"`{self.path}` is damaged: delete it, and search again, which makes it anew.")
             found |= dict(zip(inside, rows_at(self._files[number], places[inside, 1]), strict=True))
         return [found[position] for position in range(len(rows))]
 
@@ -76,12 +81,29 @@ class StoredVectors:
         """Returns the vectors of some rows in float32."""
         return dequantize(self.stored[rows], self.precision)
 
-    def _is_fresh(self) -> bool:
-        """Whether what lies in the folder of the search was made from the files as they are."""
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from making the same files at once, of which each would see those half written."""
+        lock = self.path.with_name(f".{self.side}.lock")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("a") as file:
+            lock_file(file, lock, waits=True)
+            yield
+
+    def _open(self) -> bool:
+        """Maps what lies in the folder of the search; returns whether it is whole, and made from the files as they
+        are.
+        """
         try:
-            return json.loads((self.path / "made_from.json").read_text(encoding="utf-8")) == self._state()
-        except (FileNotFoundError, ValueError):
+            if json.loads((self.path / "made_from.json").read_text(encoding="utf-8")) != self._state():
+                return False
+            self.stored = np.load(self.path / "vectors.npy", mmap_mode="c")  # never written, but torch asks for that
+            self._places = np.load(self.path / "places.npy", mmap_mode="r")  # (rows, 2): number of the file, row in it
+        except (EOFError, OSError, RecursionError, ValueError):
             return False
+        size = stored_size(self.folder.description.size, self.precision)
+        shapes = (self.folder.description.vectors_of(self.side), size), (len(self.stored), 2)
+        return (self.stored.shape[1:], self._places.shape) == shapes and self.stored.dtype == dtype_of(self.precision)
 
     def _state(self) -> list[list[Any]]:
         status = [(file.name, file.stat()) for file in self._files]
@@ -211,16 +233,27 @@ def _search_binary(queries: np.ndarray, vectors: StoredVectors, k: int, candidat
 def _mapped(vectors: StoredVectors, name: str, make: Callable[[StoredVectors], Any]) -> Any:
     """Returns an index that is made once and read from disk as far as a search needs it."""
     path = vectors.path / name
-    read, write = (
-        (faiss.read_index_binary, faiss.write_index_binary)
-        if name.startswith("binary")
-        else (faiss.read_index, faiss.write_index)
-    )
+    if (index := _read_index(path, vectors)) is None:
+        with vectors.locked():
+            if (index := _read_index(path, vectors)) is None:  # another process may have made it meanwhile
+                write = faiss.write_index_binary if name.startswith("binary") else faiss.write_index
+                beside = path.with_name(f".{name}")
+                write(make(vectors), str(beside))
+                beside.replace(path)
+                index = _read_index(path, vectors)
+    return index
+
+
+def _read_index(path: Path, vectors: StoredVectors) -> Any:
+    """Maps an index; None where there is none of these vectors, or a damaged one."""
     if not path.is_file():
-        beside = path.with_name(f".{name}")
-        write(make(vectors), str(beside))
-        beside.replace(path)
-    return read(str(path), faiss.IO_FLAG_MMAP_IFC)
+        return None
+    read = faiss.read_index_binary if path.name.startswith("binary") else faiss.read_index
+    try:
+        index = read(str(path), faiss.IO_FLAG_MMAP_IFC)
+    except (MemoryError, RuntimeError):
+        return None
+    return index if (index.ntotal, index.d) == (len(vectors), vectors.folder.description.size) else None
 
 
 def _int8_index(vectors: StoredVectors) -> Any:
