@@ -54,11 +54,24 @@ def read_frames(source: str | bytes, name: str, count: int) -> list[Image.Image]
         MissingLibraryError: If PyAV is not installed.
         ValueError: If the file cannot be read, or is too large.
     """
+    with _naming(name):
+        return _decoded(source, count)
+
+
+def check_video(source: str | bytes, name: str) -> None:
+    """Check that a file is a video, as far as that is seen without decoding it; raises as `read_frames` does."""
+    with _naming(name), _opened(source):
+        pass
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Says of errors which video they are about."""
     with extra("video"):
         import av
 
     try:
-        return _decoded(source, count)
+        yield
     except (av.FFmpegError, ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{name} cannot be read as a video: {error}.") from error
 

@@ -12,7 +12,7 @@ from random import Random
 import numpy as np
 import torch
 
-from ...image_loading_internvl import read_image, to_pil
+from ...image_loading_internvl import read_image, read_image_size, to_pil
 
 
 NUM_CLASSES = 150
@@ -52,6 +52,19 @@ class SegmentedImage:
         name = f"The image {self.image}"
         image = to_pil(read_image(self.image, name, MAX_PIXELS), name, MAX_PIXELS, True, None)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+    def check_annotation(self) -> None:
+        """Checks, as far as headers say, that the annotation is an image of the size of its own.
+
+        Raises:
+            ValueError: If it is none.
+        """
+        names = f"The image {self.image}", f"The annotation {self.annotation}"
+        files = self.image, self.annotation
+        sizes = [read_image_size(file, name, MAX_PIXELS) for file, name in zip(files, names, strict=True)]
+        if sorted(sizes[0]) != sorted(sizes[1]):  # the image may lie on its side
+            shown = [f"{width} x {height}" for width, height in sizes]
+            raise ValueError(f"{names[0]} is {shown[0]} pixels large, and its annotation {shown[1]}.")
 
     def read_labels(self, num_classes: int) -> torch.Tensor:
         """Reads the class indices (height, width) from 0 on, `IGNORED` where there is no class.
@@ -108,9 +121,11 @@ def class_names(root: str | Path) -> list[str]:
     path = _folder_of(root) / NAMES_FILE
     if not path.is_file():
         return [f"class {number}" for number in range(1, NUM_CLASSES + 1)]
-    rows = [
-        re.split(r"\t+| {2,}", line.strip()) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
-    ]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8: {error}.") from error
+    rows = [re.split(r"\t+| {2,}", line.strip()) for line in lines if line.strip()]
     if len(rows) < 2 or not all(row[0] == str(number) for number, row in enumerate(rows[1:], start=1)):
         raise ValueError(f"{path} needs a line of titles and then a line for each class: number, ..., name, by tabs.")
     return [row[-1].split(",")[0] for row in rows[1:]]

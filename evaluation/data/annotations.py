@@ -150,20 +150,28 @@ def _read_coco(path: Path, content: dict[str, Any]) -> Captioned:
         if image is None:
             raise ValueError(f'{path}: annotation {number} has no "image_id" of an image in the file.')
         _add(found, image, row.get("caption"), f"{path}: annotation {number}")
-    without = [name for name, captions in found.items() if not captions]
-    if without:
-        raise ValueError(f"{path}: {len(without)} images have no caption, the first is {without[0]}.")
+    _check_captions(path, found, found, "images")
     return found
 
 
 def _read_msr_vtt(path: Path, content: dict[str, Any], split: str) -> Captioned:
     ids = [row.get("video_id") for row in content["videos"] if row.get("split", split) == split]
-    wanted = {name for name in ids if isinstance(name, str)}
+    if bad := [name for name in ids if not isinstance(name, str)]:
+        raise ValueError(f'{path}: a video names no image or video: its "video_id" has to be a text, not {bad[0]!r}.')
+    wanted = set(ids)
     found: Captioned = {}
     for number, row in enumerate(content["sentences"], start=1):
         if isinstance(row.get("video_id"), str) and row["video_id"] in wanted:
             _add(found, row["video_id"], row.get("caption"), f"{path}: sentence {number}")
+    _check_captions(path, ids, found, "videos")
     return found
+
+
+def _check_captions(path: Path, names: Iterable[str], found: Captioned, what: str) -> None:
+    """Refuses images without a caption: they would be left out, or never be found."""
+    without = [name for name in names if not found.get(name)]
+    if without:
+        raise ValueError(f"{path}: {len(without)} {what} have no caption, the first is {without[0]}.")
 
 
 def _gather(path: Path, rows: Iterable[Any], read: Callable[[Any], tuple[Any, list[Any]]]) -> Captioned:
@@ -198,7 +206,10 @@ def _of_karpathy_row(row: dict[str, Any]) -> tuple[Any, list[Any]]:
 def _read_table(path: Path) -> Captioned:
     text = path.read_text(encoding="utf-8-sig")
     lines = text.split("\n")  # other ends of lines belong to captions
-    separator, header = _header_of(lines[0])
+    try:
+        separator, header = _header_of(lines[0])
+    except csv.Error as error:
+        raise ValueError(f"{path} is no table: {error} in its first line.") from error
     name_column = _first_known(NAME_COLUMNS, header)
     caption_column = _first_known(CAPTION_COLUMNS, header)
     if name_column is None or caption_column is None:
@@ -211,11 +222,18 @@ def _read_table(path: Path) -> Captioned:
         for number, line in enumerate(lines[1:], start=2):
             if line.strip():
                 name, _, caption = line.partition(separator)
+                if header[0] != name_column:
+                    caption, _, name = line.rpartition(separator)
                 _add(found, _unquoted(name), _unquoted(caption), f"{path}, line {number}")
         return found
-    rows = csv.DictReader(io.StringIO(text, newline=""), fieldnames=header, strict=True, delimiter=separator)
+    rows = csv.DictReader(io.StringIO(text, newline=""), header, strict=True, delimiter=separator)
     try:
         for row in islice(rows, 1, None):
+            if any(map(str.strip, row.get(None) or ())):
+                raise ValueError(
+                    f"{path}, line {rows.line_num}: there are more fields than the {len(header)} columns of the first "
+                    "line; a caption with a separator in it has to be in quotes."
+                )
             _add(found, (row[name_column] or "").strip(), row[caption_column], f"{path}, line {rows.line_num}")
     except csv.Error as error:
         raise ValueError(f"{path}, line {rows.line_num}: {error}.") from error
@@ -233,8 +251,13 @@ def _first_known(names: Sequence[str], header: Sequence[str]) -> str | None:
 
 
 def _unquoted(text: str) -> str:
+    """A field without its quotes; a caption that has some at both ends alone keeps them."""
     text = text.strip()
-    return next(csv.reader([text]))[0] if text.startswith('"') and text.endswith('"') and len(text) > 1 else text
+    try:
+        fields = next(csv.reader([text], strict=True), []) if text.startswith('"') and text.endswith('"') else []
+    except csv.Error:
+        fields = []
+    return fields[0] if len(fields) == 1 else text
 
 
 def _add(found: Captioned, name: Any, text: Any, place: str) -> None:

@@ -11,7 +11,7 @@ from .items import IMAGE_ENDINGS, VIDEO_ENDINGS, Item
 
 
 CLASS_NAMES_FILE = "classnames.json"
-_WORDNET_ID = re.compile(r"n\d{8}")
+WORDNET_ID = re.compile(r"n\d{8}")
 
 
 @cache
@@ -47,7 +47,8 @@ def labelled_items(folder: Path, labels: dict[str, int]) -> list[Item]:
         for place in class_folders(folder)
         if place.name in labels
         for path in sorted(place.rglob("*"))
-        if path.name.lower().endswith((*IMAGE_ENDINGS, *VIDEO_ENDINGS)) and not path.name.startswith(".")
+        if path.name.lower().endswith((*IMAGE_ENDINGS, *VIDEO_ENDINGS))
+        and not any(part.startswith(".") for part in path.relative_to(place).parts)
     ]
 
 
@@ -97,15 +98,17 @@ def match_folders(
     Raises:
         ValueError: If they cannot be told.
     """
-    if all(map(_WORDNET_ID.fullmatch, folders)) and len(classes) == len(subset or imagenet()["wordnet_ids"]):
+    if all(map(WORDNET_ID.fullmatch, folders)) and len(classes) == len(subset or imagenet()["wordnet_ids"]):
         ids = imagenet()["wordnet_ids"]
         place_of = {ids[number]: place for place, number in enumerate(subset or range(len(ids)))}
     elif all(name.isdecimal() for name in folders):
         place_of = {name: int(name) for name in folders if int(name) < len(classes)}
     else:
-        by_name = {_plain(name): place for place, name in enumerate(classes)}
-        place_of = {name: by_name[_plain(name)] for name in folders if _plain(name) in by_name}
-        if len(place_of) < len(folders) == len(classes):
+        plain = [_plain(name) for name in classes]
+        place_of = {name: plain.index(_plain(name)) for name in folders if _plain(name) in plain}
+        # Folders in the order of the classes are so, too, where they have the same names.
+        is_ordered = all(plain[place] == _plain(name) for place, name in enumerate(folders) if name in place_of)
+        if len(place_of) < len(folders) == len(classes) and is_ordered:
             place_of = {name: place for place, name in enumerate(folders)}
     if unknown := [name for name in folders if name not in place_of]:
         raise ValueError(
@@ -149,6 +152,8 @@ def real_labels(items: Iterable[Item], path: Path) -> list[Item]:
 
 
 __all__ = [
+    "CLASS_NAMES_FILE",
+    "WORDNET_ID",
     "class_folders",
     "class_names_beside",
     "imagenet",

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ...image_loading_internvl import read_image, read_image_size
 from ...image_processing_internvl import InternVLImageProcessor
-from ...rows.videos import read_frames
+from ...rows.videos import check_video, read_frames
 
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -92,7 +92,9 @@ def check_items(items: Sequence[Item], place: str) -> None:
         names.add(item.name)
         if isinstance(item.source, Path) and not item.source.is_file():
             raise ValueError(f"{place} names {item.name}, but there is no file {item.source}.")
-        if not item.is_video:
+        if item.is_video:
+            check_video(item.source if isinstance(item.source, bytes) else str(item.source), item.name)
+        else:
             read_image_size(item.source, item.name, limit)
 
 

@@ -7,10 +7,13 @@ from typing import Any
 
 from ...rows.json_files import read_json_file
 from ...rows.shards import ENDINGS
-from ..protocols.protocol import Protocol, shipped_protocols
+from ...rows.texts import check_text
+from ..protocols.protocol import LAYOUTS_OF_TASK, Protocol, shipped_protocols
 from .ade20k import class_names, segmented_images
 from .annotations import captioned_items, read_annotations, read_parallel
 from .folders import (
+    CLASS_NAMES_FILE,
+    WORDNET_ID,
     class_folders,
     class_names_beside,
     imagenet,
@@ -45,8 +48,18 @@ def open_data(protocol: Protocol, root: str, limit: int | None = None) -> Evalua
     else:
         found = LAYOUTS[_layout(protocol)](protocol, _place(protocol, Path(root)))
     items = taken(found.items, limit)
+    _check_texts(found, items)
     check_items(items, found.place)
     return replace(found, items=items)
+
+
+def _check_texts(data: EvaluationData, items: Sequence[Item]) -> None:
+    """Check that a tokenizer takes the captions, and the names of classes where prompts are made of them."""
+    for item in items:
+        for text in item.captions:
+            check_text(text, f"{data.place}: a caption of {item.name}")
+    for text in (*data.classes, *data.templates) if data.templates else ():
+        check_text(text, f"{data.place}: {text}, of which prompts are made,")
 
 
 def find_data(protocol: Protocol, root: Path) -> Path | None:
@@ -98,8 +111,17 @@ def _are_shards(root: str) -> bool:
 
 def _layout(protocol: Protocol) -> str:
     layout = str(protocol.data["layout"])
-    if layout not in LAYOUTS:
-        raise ValueError(f"The protocol {protocol.name}: layout {layout!r} is none of {', '.join(LAYOUTS)}.")
+    known = LAYOUTS_OF_TASK[protocol.task]
+    if layout not in known:
+        raise ValueError(
+            f"The protocol {protocol.name}: layout {layout!r} is none that the task {protocol.task} reads: "
+            f"{', '.join(known)}."
+        )
+    if layout == "xtd" and len(annotation_names(protocol)) != 2:
+        raise ValueError(
+            f'The protocol {protocol.name}: the "annotations" of the layout xtd are two files, one with names of '
+            "images and one with their captions."
+        )
     return layout
 
 
@@ -120,6 +142,8 @@ def _place(protocol: Protocol, root: Path) -> Path:
     found = find_data(protocol, root)
     if found is not None:
         return found
+    if root.is_file() and protocol.data["layout"] != "captions":
+        raise ValueError(f"{root} is a file, and the layout {protocol.data['layout']} is that of a folder: give it.")
     if root.exists() and (root.is_file() or _is_there(protocol, root)):
         return root
     if not root.exists():
@@ -171,6 +195,11 @@ def _class_folders(protocol: Protocol, folder: Path) -> EvaluationData:
 def _names_of_folders(folder: Path, names: Sequence[str]) -> list[str]:
     """The names of classes by those of their folders, which have to tell them apart."""
     found: dict[str, str] = {}
+    if all(map(WORDNET_ID.fullmatch, names)):
+        raise ValueError(
+            f"The folders of {folder} are WordNet ids, such as {names[0]}, which no model reads as names: choose the "
+            f"protocol by --protocol (imagenet-1k-en), or put a {CLASS_NAMES_FILE} beside them."
+        )
     for name in names:
         other = found.setdefault(readable_name(name), name)
         if other != name:
@@ -279,13 +308,17 @@ def _held_out_folder(protocol: Protocol, folder: Path) -> Path | None:
 
 def _segmentation(protocol: Protocol, folder: Path) -> EvaluationData:
     images = segmented_images(folder, protocol.data.get("split", "validation"))
+    for one in images:
+        one.check_annotation()
     return EvaluationData([Item(one.name, one.image) for one in images], str(folder), tuple(class_names(folder)))
 
 
 def _from_shards(protocol: Protocol, root: str, limit: int | None) -> EvaluationData:
+    if protocol.data["layout"] not in ("class_folders", "captions", "xtd"):
+        raise ValueError(f"{root} are shards, and the layout {protocol.data['layout']} is that of a folder: give it.")
     is_remote = "://" in root  # of which no more is fetched than is measured
     items, classes = items_of_shards(root, limit, of_front=is_remote)
-    is_labelled = LAYOUTS[_layout(protocol)] is _class_folders
+    is_labelled = _layout(protocol) == "class_folders"
     lacking = next((item.name for item in items if not (item.labels if is_labelled else item.captions)), None)
     if lacking:
         what = "class (a column cls or label)" if is_labelled else "caption (a column txt, caption or text)"

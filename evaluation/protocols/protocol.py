@@ -14,7 +14,7 @@ A protocol has these keys, of which all but `task` and `data` may be missing:
 | `published` | figures by mode and metric, in percent or the metric's own unit, and their `source` |
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,13 @@ KINDS_IN_DATA = {
     "labels": "a text",
     "count": "a number above 0",
 }
+LAYOUTS_OF_TASK = {
+    "zero_shot": ("class_folders", "objectnet"),
+    "retrieval": ("captions", "xtd"),
+    "caption": ("captions", "xtd"),
+    "probe": ("probe_folders",),
+    "segmentation": ("segmentation",),
+}
 KINDS_IN_PROMPTS = {
     "classes": "a text",
     "templates": "a text or a list of texts",
@@ -59,6 +66,23 @@ KINDS_IN_PROMPTS = {
     "source": "a text",
     "InternVL-G": "a text",
     "chat": "a text",
+}
+POOLINGS = ("linear", "attention")  # of a probe
+KINDS_IN_OPTIONS = {
+    "rerank": "a number above 0",
+    "dual_softmax": "true or false",
+    "pooling": "a text",
+    "epochs": "a number above 0",
+    "views": "a whole number",
+    "sweep": "true or false",
+    "training_limit": "a number above 0",
+    "InternVL-G": "an object",
+    "chat": "an object",
+}
+KINDS_IN_GENERATION = {
+    "num_beams": "a number above 0",
+    "min_new_tokens": "a whole number",
+    "max_new_tokens": "a number above 0",
 }
 
 
@@ -90,6 +114,9 @@ class Protocol:
         check_keys(place, vars(self), KINDS_OF_KEYS)
         check_keys(f"{place}, data", self.data, KINDS_IN_DATA)
         check_keys(f"{place}, prompts", self.prompts, KINDS_IN_PROMPTS)
+        _check_known(f"{place}, data", self.data, ("layout", *KINDS_IN_DATA))
+        _check_known(f"{place}, prompts", self.prompts, KINDS_IN_PROMPTS)
+        _check_options(f"{place}, options", self.options)
         check_published(place, self.published)
         if bad := [mode for mode in self.modes if mode not in MODES]:
             raise ValueError(f"The protocol {self.name}: mode {bad[0]!r} is none of {', '.join(MODES)}.")
@@ -97,6 +124,24 @@ class Protocol:
     def folders_below(self, root: Path) -> list[Path]:
         """Where its data may lie, of a root that holds data sets."""
         return [root / name for name in self.data.get("folders", [])]
+
+
+def _check_known(place: str, content: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Refuses what no task reads: a misspelt key would change a figure, and nothing would say so."""
+    if unknown := sorted(set(content) - set(known)):
+        raise ValueError(f"{place}: there is no key {unknown[0]!r}, only {', '.join(sorted(known))}.")
+
+
+def _check_options(place: str, options: Mapping[str, Any]) -> None:
+    _check_known(place, options, KINDS_IN_OPTIONS)
+    check_keys(place, options, KINDS_IN_OPTIONS)
+    if options.get("pooling") not in (None, *POOLINGS):
+        raise ValueError(f"{place}: pooling {options['pooling']!r} is none of {', '.join(POOLINGS)}.")
+    for kind in ("InternVL-G", "chat"):
+        generation = options.get(kind) or {}
+        check_keys(f"{place}, {kind}", generation, KINDS_IN_GENERATION)
+        if bad := [name for name, value in generation.items() if not is_finite_number(value)]:
+            raise ValueError(f"{place}, {kind}: {bad[0]!r} has to be a number, or true or false.")
 
 
 def check_published(place: str, published: Mapping[str, Any]) -> None:
@@ -172,9 +217,11 @@ def find_protocol(name: str, task: str | None = None) -> Protocol:
 
 
 __all__ = [
+    "LAYOUTS_OF_TASK",
     "MODES",
     "OWN_DATA",
     "OWN_LAYOUTS",
+    "POOLINGS",
     "TASKS",
     "Protocol",
     "check_published",
