@@ -29,6 +29,21 @@ def write_whole(path: Path, content: Any, keep: bool = False) -> None:
         beside.unlink(missing_ok=True)
 
 
+def check_writable(path: Path) -> None:
+    """Check that a file can be written, before there is work to lose.
+
+    Raises:
+        OSError: If it cannot.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file.")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {above} is a file.")
+    if not os.access(above, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: this user may not write into {above}.")
+
+
 def _link(source: Path, path: Path) -> bool:
     """Gives a file its name unless another has it; returns False on file systems without links."""
     try:

@@ -12,6 +12,7 @@ from .. import register
 from ..console import exit_status
 from ..kinds import check_kind
 from ..renaming_internvl import RenamedOption
+from ..writing import check_writable, write_whole
 from .checkpoints import checkpoint_state
 from .commands import add_data_arguments, add_task_arguments, measure_card, measure_on_data, positive, print_protocols
 
@@ -155,6 +156,12 @@ def _run(options: argparse.Namespace) -> int | None:
 def _evaluate_generated(options: argparse.Namespace, task: Task) -> None:
     from transformers import AutoModel, AutoProcessor
 
+    from .reports import check_report_place
+
+    if options.output and task.keeps_samples:
+        check_report_place(options.output, task.module)
+    elif options.output:
+        check_writable(options.output)
     where = {"pretrained_model_name_or_path": options.model, "subfolder": options.subfolder}
     check_kind(options.model, *task.kinds, door="this evaluation", subfolder=options.subfolder)
     module = import_module(f".{task.module}", __package__)
@@ -167,9 +174,9 @@ def _evaluate_generated(options: argparse.Namespace, task: Task) -> None:
     else:
         report = getattr(module, f"evaluate_{task.module}")(*loaded, **numbers)
     text = json.dumps(report, indent=2)
-    if options.output and not task.keeps_samples:
-        options.output.write_text(f"{text}\n", encoding="utf-8")
     print(text)
+    if options.output and not task.keeps_samples:
+        write_whole(options.output, f"{text}\n")
 
 
 if __name__ == "__main__":

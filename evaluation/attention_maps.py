@@ -32,6 +32,7 @@ from .captioning import generate_captions
 from .dialogue import answer_questions
 from .embeddings import embed_texts, pixel_values_of
 from .matching import matching_texts
+from .metrics import check_finite
 
 
 RECORDED = "internvl_recorded"  # name of the attention that is recorded, among those of transformers
@@ -126,7 +127,12 @@ class AttentionMap:
     box: Box
 
     def highest(self) -> tuple[float, float]:
-        """The centre (x, y), in pixels of the image, of the patch with the highest value."""
+        """The centre (x, y), in pixels of the image, of the patch with the highest value.
+
+        Raises:
+            ValueError: If a value is not finite.
+        """
+        check_finite(self.values, "A value of a map")
         height, width = self.values.shape
         row, column = divmod(int(self.values.argmax()), width)
         left, top, right, bottom = self.box

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..kinds import check_kind, kind_of
+from ..writing import check_writable
 from .checkpoints import checkpoint_state
-from .protocols.protocol import OWN_DATA, TASKS, Protocol, find_protocol, own_protocol
+from .protocols.protocol import OWN_DATA, POOLINGS, TASKS, Protocol, find_protocol, own_protocol
 
 
 if TYPE_CHECKING:  # `--help` and wrong arguments need no torch
@@ -44,7 +45,7 @@ TASK_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--dual-softmax": {"action": "store_true", "help": "weight similarities by a softmax over all queries"},
     },
     "probe": {
-        "--pooling": {"choices": ("linear", "attention"), "help": "of the probe (default: linear, paper table 22)"},
+        "--pooling": {"choices": POOLINGS, "help": "of the probe (default: linear, paper table 22)"},
         "--epochs": {"type": positive, "metavar": "N", "help": "of training (default: 10)"},
         "--views": {"type": positive, "metavar": "N", "help": "random crops of a training image that are stored"},
         "--sweep": {"action": "store_true", "help": "choose the learning rate on a tenth of the training images"},
@@ -88,10 +89,13 @@ def measure_on_data(options: argparse.Namespace) -> int:
         protocol = replace(protocol, modes=(options.mode,))
     data = open_data(protocol, options.data, options.limit)
     _check_model(options, protocol.task)
+    _check_image_size(options, protocol.task)
     _check_modes(options, protocol)
     named_device(options.device)
     output = options.output or _default_output(options, protocol)
-    report = _measured(protocol, data, lambda: _load(options, protocol.task), options, output)
+    settings = _settings(protocol, data, options)
+    known = _known(protocol, data, options, output, settings)
+    report = known or _measured(protocol, data, lambda: _load(options, protocol.task), options, output, settings)
     print(card([report]))  # noqa: T201
     print(f"The report is {output}, its samples {samples_file(output)}.", file=sys.stderr)  # noqa: T201
     return 0
@@ -125,16 +129,20 @@ def measure_card(options: argparse.Namespace) -> int:
         tasks = ", ".join(dict.fromkeys(one.task for one in protocols))
         raise ValueError(f"{options.model} is no model that the protocols below {options.data} measure: {tasks}.")
     named_device(options.device)
-    opened = [(one, open_data(one, options.data, options.limit)) for one in fitting]
+    _check_image_size(options, fitting[0].task)
+    of_harnesses = [report for path in options.harness_results or () for report in read_harness_results(path)]
     folder = options.output or Path(f"{Path(options.model).resolve().name or 'model'}-card")
+    planned = []
+    for one in fitting:
+        data, output = open_data(one, options.data, options.limit), folder / f"{one.name}.json"
+        settings = _settings(one, data, options)
+        planned.append((one, data, output, settings, _known(one, data, options, output, settings)))
     load = cache(partial(_load, options))
     reports = []
-    for protocol, data in tqdm(opened, desc="protocols", disable=None):
-        loaded = partial(load, "segmentation" if protocol.task == "segmentation" else "")
-        reports.append(_measured(protocol, data, loaded, options, folder / f"{protocol.name}.json"))
-    for path in options.harness_results or ():
-        reports += read_harness_results(path)
-    print(card(reports))  # noqa: T201
+    for one, data, output, settings, known in tqdm(planned, desc="protocols", disable=None):
+        loaded = partial(load, "segmentation" if one.task == "segmentation" else "")
+        reports.append(known or _measured(one, data, loaded, options, output, settings))
+    print(card([*reports, *of_harnesses]))  # noqa: T201
     if kind_of(check_kind(options.model, *KINDS["probe"], door="a card", subfolder=options.subfolder)) == "chat":
         print(benchmark_commands(options.model), file=sys.stderr)  # noqa: T201
     return 0
@@ -182,6 +190,16 @@ def _check_model(options: argparse.Namespace, task: str) -> None:
         from .caption_scores import available_tokenizer
 
         available_tokenizer()
+
+
+def _check_image_size(options: argparse.Namespace, task: str) -> None:
+    """Check that images are whole patches of the model; of a segmentation model, `_check_model` does."""
+    if not options.image_size or task == "segmentation":
+        return
+    config = check_kind(options.model, *KINDS["probe"], door=f"the task {task}", subfolder=options.subfolder)
+    patch = getattr(config, "vision_config", config).patch_size
+    if options.image_size % patch:
+        raise ValueError(f"`--image-size` {options.image_size}: the model reads whole patches of {patch} pixels.")
 
 
 def _check_modes(options: argparse.Namespace, protocol: Protocol) -> None:
@@ -264,14 +282,37 @@ def _measured(
     load: Callable[[], tuple[Any, Any]],
     options: argparse.Namespace,
     output: Path,
+    settings: dict[str, Any],
 ) -> "Report":
-    from .reports import features_folder, read_report, samples_file, write_report
-    from .runs import TaskRun, data_state, measure, report_of
-    from .samples import SampleLog, differing_settings
+    from .reports import features_folder, samples_file, write_report
+    from .runs import TaskRun, measure, report_of
+    from .samples import SampleLog
 
+    features = features_folder(samples_file(output))
+    with SampleLog(samples_file(output), settings) as log:
+        if log.is_new:
+            shutil.rmtree(features, ignore_errors=True)
+        model, processor = load()
+        all_options = {**protocol.options, **_task_options(protocol, options)}
+        run = TaskRun(protocol, data, model, processor, log, options.batch_size, all_options)
+        report = report_of(run, measure(run))
+    write_report(output, report)
+    shutil.rmtree(features, ignore_errors=True)
+    return report
+
+
+def _task_options(protocol: Protocol, options: argparse.Namespace) -> dict[str, Any]:
+    """The options of a command line that only this task has, where they were given."""
     names = [flag.removeprefix("--").replace("-", "_") for flag in TASK_OPTIONS.get(protocol.task, {})]
-    extra = {name: value for name in names if (value := getattr(options, name, None))}
-    settings = {
+    return {name: value for name in names if (value := getattr(options, name, None))}
+
+
+def _settings(protocol: Protocol, data: "EvaluationData", options: argparse.Namespace) -> dict[str, Any]:
+    """What decides the results of a run."""
+    from .runs import data_state
+
+    extra = _task_options(protocol, options)
+    return {
         "model": f"{options.model}/{options.subfolder}" if options.subfolder else options.model,
         "state": checkpoint_state(options.model, options.subfolder),
         "protocol": protocol.name,
@@ -287,6 +328,21 @@ def _measured(
         "batch_size": options.batch_size,
         **{name: value for name, value in extra.items() if name not in PLACES},
     }
+
+
+def _known(
+    protocol: Protocol, data: "EvaluationData", options: argparse.Namespace, output: Path, settings: dict[str, Any]
+) -> "Report | None":
+    """The report of an earlier run of the same settings.
+
+    Raises:
+        OSError: If a report cannot be written.
+        ValueError: If a report or samples of other settings are there, or the model has other classes than the data.
+    """
+    from .reports import read_report, samples_file
+    from .samples import SampleLog, differing_settings
+
+    check_writable(output)
     if output.exists():
         known = read_report(output)
         if not (differing := differing_settings(known["settings"], settings)):
@@ -294,16 +350,12 @@ def _measured(
         raise ValueError(
             f"{output} is the report of other settings ({differing}): delete it, or name another by --output."
         )
-    features = features_folder(samples_file(output))
-    with SampleLog(samples_file(output), settings) as log:
-        if log.is_new:
-            shutil.rmtree(features, ignore_errors=True)
-        model, processor = load()
-        run = TaskRun(protocol, data, model, processor, log, options.batch_size, {**protocol.options, **extra})
-        report = report_of(run, measure(run))
-    write_report(output, report)
-    shutil.rmtree(features, ignore_errors=True)
-    return report
+    SampleLog(samples_file(output), settings)  # refuses those of other settings
+    if protocol.task == "segmentation":
+        from .segmentation import check_classes, check_segmenter
+
+        check_classes(check_segmenter(options.model, options.subfolder), data)
+    return None
 
 
 __all__ = [

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from ..console import printable
-from .reports import read_report, write_report
+from ..writing import check_writable
+from .reports import read_report, samples_file, write_report
 from .samples import Sample, read_samples
 from .statistics import Comparison, compare_scores, holm
 
 
 ALPHA = 0.05
 POINTS = 100  # of a score of 1
-SAME_IN_BOTH = ("question", "expected")  # what a sample of one id shows and asks
+SAME_IN_BOTH = ("question", "expected", "caption")  # what a sample of one id shows and asks
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def read_results(path: str | Path) -> Results:
         report = read_report(path)
         if not isinstance(report.get("samples"), str):
             raise ValueError(f"{path} names no results of its samples, and a comparison needs them.")
-        _, samples = read_samples(path.parent / report["samples"])
+        _, samples = read_samples(path.parent / Path(report["samples"]).name)
     if not samples:
         raise ValueError(f"{path} has no samples to compare.")
     task, model = str(report.get("protocol") or report.get("task") or ""), str(report.get("model") or path.stem)
@@ -193,7 +194,7 @@ def _compare_pair(
     known = metrics_in_both(first, second)
     if missing := [metric for metric in metrics if metric not in known]:
         raise ValueError(f"{first.path} and {second.path} have no {missing[0]!r}, but {', '.join(known)}.")
-    for metric in metrics or known:
+    for metric in dict.fromkeys(metrics or known):
         samples = [sample for sample in first.samples.values() if metric in sample["scores"]]
         ours, theirs = ([one.samples[sample["id"]]["scores"][metric] for sample in samples] for one in (first, second))
         clusters = [sample.get("cluster", sample["id"]) for sample in samples]
@@ -281,6 +282,11 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"Reports are compared in pairs, A.json B.json, got {len(options.reports)}.")
     if options.margin is not None and not 0 < options.margin < math.inf:
         raise ValueError(f"`--margin` must be above 0, got {options.margin:g}.")
+    if options.output:
+        check_writable(options.output)
+        given = (file.resolve() for path in options.reports for file in (path, samples_file(path)))
+        if options.output.resolve() in given:
+            raise ValueError(f"`--output` {options.output} is one of the reports, or its samples: name another file.")
     results = [read_results(path) for path in options.reports]
     pairs = list(zip(results[::2], results[1::2], strict=True))
     found = compare_results(pairs, options.margin, options.metric)

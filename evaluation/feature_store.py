@@ -97,7 +97,10 @@ class FeatureStore:
             return {}
         if not isinstance(state, dict) or state.get("key") != self.key:
             return {}
-        dtype = next(one for one in STORED_AS if str(one) == state["dtype"])
+        dtype = next((one for one in STORED_AS if str(one) == state.get("dtype")), None)
+        numbers = [state.get("rows"), *shape] if isinstance(shape := state.get("shape"), list) else [None]
+        if dtype is None or not all(isinstance(number, int) and number >= 0 for number in numbers):
+            return {}
         size = state["rows"] * math.prod(state["shape"]) * dtype.itemsize
         return state if self.path.stat().st_size >= size else {}  # cut off, as by a full disk
 

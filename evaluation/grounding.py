@@ -8,6 +8,7 @@ thousandths of the image.
 """
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,15 @@ def _numbers(value: Any, count: int, message: str) -> list[float]:
     return [float(one) for one in value]
 
 
+def state_of(expressions: Sequence[Expression]) -> str:
+    """Returns a short text that changes when expressions, their boxes or images do."""
+    from .data.items import Item
+    from .feature_store import fingerprint_of_items
+
+    images = fingerprint_of_items(Item(one.name, one.path) for one in expressions)
+    return hashlib.sha256(f"{images} {list(expressions)!r}".encode("utf-8", "backslashreplace")).hexdigest()[:16]
+
+
 def ground_expressions(
     model: "PreTrainedModel",
     processor: "ProcessorMixin",
@@ -189,16 +199,18 @@ def run(options: argparse.Namespace) -> None:
 
     from ..kinds import check_kind
     from .checkpoints import checkpoint_state
-    from .reports import new_report, samples_file, write_report
+    from .reports import check_report_place, new_report, samples_file, write_report
     from .samples import SampleLog, json_text
 
     check_kind(options.model, "chat", door="the task grounding", subfolder=options.subfolder)
     output = options.output or Path(f"{Path(options.model).name or 'model'}-{options.data.stem}.json")
+    check_report_place(output, "grounding")
     settings = {
         "task": "grounding",
         "model": f"{options.model}/{options.subfolder}" if options.subfolder else options.model,
         "state": checkpoint_state(options.model, options.subfolder),
         "data": str(options.data),
+        "data_state": state_of(expressions),
         **{name: getattr(options, name) for name in ("limit", "batch_size", "max_num", "dtype")},
     }
     with SampleLog(samples_file(output), settings) as log:

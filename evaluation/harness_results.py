@@ -19,7 +19,7 @@ from typing import Any
 from ..console import exit_status
 from ..rows.json_files import check_keys, is_finite_number, read_json_file
 from .protocols.protocol import shipped_protocols
-from .reports import metrics_of, new_report, samples_file, write_report
+from .reports import check_card_settings, metrics_of, new_report, samples_file, write_report
 from .samples import SampleLog
 
 
@@ -138,6 +138,7 @@ def read_harness_results(path: str | Path) -> list[dict[str, Any]]:
     by_task = {benchmark.task: benchmark for benchmark in harness_benchmarks()}
     for report in reports:
         check_keys(str(path), report, {"task": "a text", "protocol": "a text", "model": "a text"})
+        check_card_settings(str(path), report["settings"])
         if logged := samples_beside(path, report["protocol"]):
             for metric, summary in metrics_of(read_harness_samples(logged)).items():
                 if metric in report["metrics"]:
@@ -295,8 +296,13 @@ def read_harness_samples(path: str | Path) -> list[dict[str, Any]]:
         OSError: If the file cannot be read.
         ValueError: If it holds something else.
     """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8: {error}.") from error
     samples = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    # What else ends a line for Python may stand within a text.
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else (), start=1):
         try:
             row = json.loads(line)
         except (RecursionError, ValueError) as error:
@@ -361,7 +367,7 @@ def write_harness_reports(path: str | Path, output: str | Path) -> list[Path]:
     written = []
     for report in read_harness_results(path):
         parts = [report["protocol"], report["settings"].get("split"), report["settings"].get("subset")]
-        name = re.sub(r"[^\w.-]+", "-", "-".join(part for part in parts if part))
+        name = re.sub(r"[^\w.-]+", "-", "-".join(str(part) for part in parts if part))
         target = Path(output, f"{name}.json")
         if logged := samples_beside(path, report["protocol"]):
             with SampleLog(samples_file(target), report["settings"]) as log:

@@ -5,8 +5,11 @@ query, see attention_maps. FILE is a picture (`.png`), or a page (`.html`), whic
 """
 
 import argparse
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..writing import check_writable, write_whole
 
 
 if TYPE_CHECKING:  # `--help` and wrong arguments need no torch
@@ -38,6 +41,9 @@ def run(options: argparse.Namespace) -> None:
     output = options.output or options.image.with_suffix(".maps.png")
     if output.suffix.lower() not in (".png", ".html"):
         raise ValueError(f"{output} has to be a .png or a .html.")
+    check_writable(output)
+    if output.resolve() == options.image.resolve():
+        raise ValueError(f"{output} is the image: name another file by --output.")
     from transformers import AutoModel, AutoProcessor
 
     from ..kinds import check_kind, kind_of
@@ -55,7 +61,9 @@ def run(options: argparse.Namespace) -> None:
     if output.suffix.lower() == ".html":
         write_maps_page(output, [(options.ask or options.image.name, image, maps)])
     else:
-        sheet_of(cells_of(image, maps)).save(output, optimize=True)
+        content = BytesIO()
+        sheet_of(cells_of(image, maps)).save(content, "png", optimize=True)
+        write_whole(output, content.getvalue())
     print(f"{' '.join(found.text for found in maps)}: {output}")  # noqa: T201
 
 

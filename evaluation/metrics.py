@@ -31,10 +31,10 @@ def accuracy(image_embeds: torch.Tensor, class_embeds: torch.Tensor, labels: Seq
     return (predicted == torch.tensor(labels, device=predicted.device)).float().mean().item()
 
 
-def check_finite(similarity: torch.Tensor) -> None:
-    """Raises a ValueError if a similarity is no finite number: it would come out as a perfect rank."""
-    if not bool(torch.isfinite(similarity).all()):
-        raise ValueError("A similarity is not finite: the features that it was computed of are damaged.")
+def check_finite(scores: torch.Tensor, what: str = "A similarity") -> None:
+    """Raises a ValueError if a score is no finite number: it would come out as a perfect rank, or as some class."""
+    if not bool(torch.isfinite(scores).all()):
+        raise ValueError(f"{what} is not finite: the features that it was computed of are damaged.")
 
 
 def recalls(similarity: torch.Tensor, is_match: torch.Tensor, cuts: Sequence[int] = CUTS) -> dict[str, float]:
@@ -207,7 +207,7 @@ def accuracy_by_kind(questions: Sequence[Question], answers: Sequence[str]) -> d
 
 # --------------------------------------------------------------------------------------------------------------- boxes
 Box = tuple[float, float, float, float]
-_BOX = re.compile(r"\[([^\n]*?),([^\n]*?),([^\n]*?),([^\n]*?)\]")
+_BOX = re.compile(r"\[([^\n,]*),([^\n,]*),([^\n,]*),([^\n\]]*)\]")  # as published, in linear time
 BOX_SCALE = 1000
 
 

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from ..writing import check_writable
 from .card import metric_row
 from .reports import Report, read_report, samples_file
 from .samples import Sample, read_samples, values_by_metric
@@ -44,7 +45,10 @@ def add_page_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Writes the page of a report."""
     output = options.output or options.report.with_suffix(".html")
+    check_writable(output)
     report, samples = report_and_samples(options.report)
+    if output.resolve() in (options.report.resolve(), samples_of(options.report, report).resolve()):
+        raise ValueError(f"{output} is the report or its samples: name another file by --output.")
     from .sample_images import SampleImages
 
     images = SampleImages({**report["settings"], "task": report["task"]}, options.report.parent, options.data)
@@ -89,11 +93,16 @@ def report_and_samples(path: Path) -> tuple[Report, list[Sample]]:
         ValueError: If a file is no report or no samples.
     """
     report = read_report(path)
-    name = report.get("samples")
-    beside = path.parent / Path(name).name if isinstance(name, str) else samples_file(path)
+    beside = samples_of(path, report)
     if not beside.exists():
         raise FileNotFoundError(f"{path} has no samples beside it: there is no {beside}.")
     return report, read_samples(beside)[1]
+
+
+def samples_of(path: Path, report: Report) -> Path:
+    """The file of a report's samples, which lies beside it."""
+    name = report.get("samples")
+    return path.parent / Path(name).name if isinstance(name, str) else samples_file(path)
 
 
 def worst(samples: Sequence[Sample], limit: int) -> list[Sample]:

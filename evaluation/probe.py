@@ -17,17 +17,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from tqdm import tqdm
 
+from ..kinds import is_whole_safetensors
 from ..layers_internvl import InternVLAttentionPooling
-from .data.items import Item, taken
+from ..writing import write_whole
+from .data.items import Item, check_items, taken
 from .feature_store import FeatureStore, fingerprint_of_items, fingerprint_of_model, rows_at_random
+from .metrics import check_finite
+from .protocols.protocol import POOLINGS
 from .runs import TaskRun
 
 
-POOLINGS = ("linear", "attention")
 SWEPT_RATES = (0.05, 0.1, 0.2, 0.4, 0.8)
 HELD_OUT = 10  # every tenth training image measures the rates of a sweep
 CROP_AREAS, CROP_RATIOS, CROP_TRIALS = (0.08, 1.0), (3 / 4, 4 / 3), 10  # of torchvision's RandomResizedCrop
@@ -191,7 +194,7 @@ class FeatureSource:
 
 
 def _generator(*parts: Any) -> torch.Generator:
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    digest = hashlib.sha256("/".join(map(str, parts)).encode("utf-8", "surrogatepass")).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
@@ -299,10 +302,11 @@ def trained_probe(run: TaskRun, source: FeatureSource, recipe: ProbeRecipe, does
     name = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:20]
     path = source.folder / f"{name}.probe.safetensors"
     config, device = source.tower.config, source.tower.device
-    if path.is_file():
+    if path.is_file() and is_whole_safetensors(path):  # what a full disk or a crash cut off is trained again
         probe = Probe(config, num_classes, recipe.pooling)
         probe.load_state_dict(load_file(path))
         return probe.to(device).eval()
+    check_items(items, f"{run.data.place}, training images")
     if len(set(labels.tolist())) < 2:
         raise ValueError(f"{run.data.place}: the training images are of {len(set(labels.tolist()))} classes.")
 
@@ -315,7 +319,10 @@ def trained_probe(run: TaskRun, source: FeatureSource, recipe: ProbeRecipe, does
     if does_sweep:
         recipe = replace(recipe, learning_rate=best_rate(fit, source.features(items), labels, recipe))
     probe = fit(recipe)
-    save_file({name: tensor.contiguous() for name, tensor in probe.state_dict().items()}, path)
+    weights = {name: tensor.contiguous() for name, tensor in probe.state_dict().items()}
+    for name, tensor in weights.items():
+        check_finite(tensor, f"{name} of the probe")
+    write_whole(path, save(weights))
     return probe
 
 
@@ -330,6 +337,7 @@ def measure_probe(run: TaskRun) -> None:
     source = FeatureSource(run.model, run.processor, folder, recipe.pooling, run.batch_size, recipe.seed)
     probe = trained_probe(run, source, recipe, bool(run.options.get("sweep")))
     logits = probe_logits(probe, source.features(run.data.items))
+    check_finite(logits, "A score of the probe")
     candidates = torch.tensor(run.data.candidates or range(len(run.data.classes)))
     best = candidates[logits[:, candidates].topk(min(TOP, len(candidates)), dim=1).indices]
     for item, answers in zip(run.data.items, best.tolist(), strict=True):

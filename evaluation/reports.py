@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..rows.json_files import check_keys, is_finite_number, read_json_file
-from ..writing import write_whole
+from ..writing import check_writable, write_whole
 from .protocols.protocol import check_published
 from .samples import Sample, json_text, values_by_metric
 from .statistics import mean_interval
@@ -69,6 +69,24 @@ def features_folder(samples: str | Path) -> Path:
     return Path(samples).with_suffix(".features")
 
 
+def check_report_place(path: Path, task: str) -> None:
+    """Check that the report of a task can be written, before a model is loaded; an earlier one of it may be there.
+
+    Raises:
+        OSError: If it cannot.
+        ValueError: If something else is there.
+    """
+    check_writable(path)
+    if not path.exists():
+        return
+    try:
+        known = read_report(path)["task"]
+    except ValueError as error:
+        raise ValueError(f"{error} Name another file by --output.") from error
+    if known != task:
+        raise ValueError(f"{path} is the report of the task {known}: name another file by --output.")
+
+
 def write_report(path: str | Path, report: Mapping[str, Any]) -> None:
     """Writes a report as JSON, whole or not at all."""
     write_whole(Path(path), json_text(report, indent=2, allow_nan=False) + "\n")
@@ -84,16 +102,23 @@ def read_report(path: str | Path) -> Report:
     path = Path(path)
     report = read_json_file(path)
     missing = [key for key in KEYS if report.get(key) is None] if isinstance(report, dict) else list(KEYS)
-    if missing or not isinstance(report["metrics"], dict):
+    if not missing and not isinstance(report["metrics"], dict):
+        missing = ["metrics by name"]
+    if missing:
         raise ValueError(
             f"{path} is no report of `python -m internvl.evaluation TASK --output`: it lacks {', '.join(missing)}."
         )
     for name, metric in report["metrics"].items():
         _check_metric(f"{path}: the metric {name!r}", metric)
     check_keys(str(path), report, KINDS_OF_KEYS)
-    check_keys(f"{path}, settings", report["settings"], KINDS_IN_SETTINGS)
+    check_card_settings(str(path), report["settings"])
     check_published(str(path), report.get("published") or {})
     return report
+
+
+def check_card_settings(place: str, settings: Mapping[str, Any]) -> None:
+    """Checks the settings that a card reads; raises a ValueError if one is of another kind."""
+    check_keys(f"{place}, settings", settings, KINDS_IN_SETTINGS)
 
 
 def _check_metric(place: str, metric: Any) -> None:
@@ -106,4 +131,14 @@ def _check_metric(place: str, metric: Any) -> None:
     check_keys(place, metric, {"scale": "a number", "notes": "a list of texts", "samples": "a whole number"})
 
 
-__all__ = ["Report", "features_folder", "metrics_of", "new_report", "read_report", "samples_file", "write_report"]
+__all__ = [
+    "Report",
+    "check_card_settings",
+    "check_report_place",
+    "features_folder",
+    "metrics_of",
+    "new_report",
+    "read_report",
+    "samples_file",
+    "write_report",
+]

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from .matching import matching_scores
+from .metrics import check_finite, ranks_of_matches
 from .runs import TaskRun
 
 
@@ -38,14 +39,20 @@ def reranked(
             near = similarity.topk(min(count, len(found))).indices.tolist()
             pairs = [(query, captions[one]) if asking == 0 else (one, captions[query]) for one in near]
             scores = similarity[near] + _matching(run, pairs)
+            check_finite(scores, "A probability that image and text match")
             is_own = torch.tensor([one in set(own) for one in near])
             if is_own.any():
                 of_side.append(int(((scores >= scores[is_own].max()) & ~is_own).sum()))
             else:
-                best = similarity[list(own)].max()
-                of_side.append(int((similarity >= best).sum()) - 1)
+                of_side.append(int(ranks_of_matches(similarity[None], _is_match(own, len(similarity)))))
         ranks[f"InternVL-G+ITM/{side}"] = torch.tensor(of_side)
     return ranks
+
+
+def _is_match(own: Sequence[int], count: int) -> torch.Tensor:
+    found = torch.zeros(1, count, dtype=torch.bool)
+    found[0, list(own)] = True
+    return found
 
 
 def _matching(run: TaskRun, pairs: Sequence[tuple[int, str]]) -> torch.Tensor:

@@ -34,11 +34,12 @@ def read_samples(path: str | Path) -> tuple[dict[str, Any], list[Sample]]:
         ValueError: If it holds something else, or a sample twice.
     """
     path = Path(path)
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]  # what follows is empty, or torn, perhaps within a letter
     try:
-        text = path.read_text(encoding="utf-8")
+        lines = whole.decode("utf-8").split("\n")[:-1]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} holds no results of samples: it is no UTF-8 ({error}).") from error
-    lines = text.split("\n")[:-1]  # what follows the last end of a line is empty, or torn
     rows = [_parsed(path, number, line) for number, line in enumerate(lines, start=1)]
     if not rows:
         return {}, []

@@ -133,6 +133,8 @@ class Searcher:
     def _ordered(self, hits: list[Hit], images: list[Image.Image], texts: list[str]) -> list[Hit]:
         """Puts the first hits, one for each text, in order by how likely image and text match, too."""
         matches = matching_scores(self._embedder.model, self._embedder.processor, images, texts).tolist()
+        if not np.isfinite(matches).all():
+            raise ValueError("How likely an image and a text match is no number: the model is damaged.")
         scored = [replace(hit, score=hit.score + match) for hit, match in zip(hits, matches, strict=False)]
         return sorted(scored, key=lambda hit: -hit.score) + hits[len(scored) :]
 

@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSeg
 from ..kinds import check_folder
 from .corpus_intervals import at_most_one, interval_of_sums
 from .data.ade20k import SegmentedImage
+from .data.items import EvaluationData
 from .embeddings import batches
-from .metrics import class_areas, class_ious, mean_accuracy, mean_iou, pixel_accuracy
+from .metrics import check_finite, class_areas, class_ious, mean_accuracy, mean_iou, pixel_accuracy
 from .reports import metrics_of
 from .runs import TaskRun
 from .samples import Sample, SampleLog
@@ -62,6 +63,12 @@ def check_segmenter(folder: str, subfolder: str = "") -> Any:
     return config
 
 
+def check_classes(config: Any, data: EvaluationData) -> None:
+    """Raises a ValueError if a model has other classes than the data."""
+    if config.num_labels != len(data.classes):
+        raise ValueError(f"The model knows {config.num_labels} classes, and {data.place} has {len(data.classes)}.")
+
+
 def tower_config(config: Any) -> Any:
     """Returns the configuration of the InternViT in that of a segmentation model."""
     return config.backbone_config if config.model_type == UPERNET else config
@@ -101,6 +108,7 @@ def segment_image(
     )
     values = (fit_to_window(pixels, window) / 255 - mean) / deviation
     scores = window_scores(model, values.to(model.device, model.dtype), window, batch_size)
+    check_finite(scores, "A score of a pixel")
     return best_classes(scores, pixels.shape[-2], pixels.shape[-1]).cpu()
 
 
@@ -185,8 +193,7 @@ def measure_segmentation(run: TaskRun) -> dict[str, dict[str, Any]]:
         ValueError: If the model has other classes than the data.
     """
     config, names = run.model.config, run.data.classes
-    if config.num_labels != len(names):
-        raise ValueError(f"The model knows {config.num_labels} classes, and {run.data.place} has {len(names)}.")
+    check_classes(config, run.data)
     images = [SegmentedImage.at(Path(str(item.source))) for item in run.data.items]
     window = window_of(config, run.processor.size["height"])
     areas = count_areas(run.model, run.processor, images, window, run.log, run.batch_size)

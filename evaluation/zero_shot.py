@@ -119,9 +119,9 @@ def _classified(
     answers: dict[str, str] = {}
     is_match = torch.zeros(1, len(classes), dtype=torch.bool)
     is_match[0, list(labels)] = True
-    names = {classes[label] for label in labels}
-    twins = [place for place in range(min(labels) + 1, len(classes)) if classes[place] in names]
-    behind = torch.tensor([place for place in twins if place not in labels], dtype=torch.long)
+    first = {classes[label]: label for label in sorted(labels, reverse=True)}  # right, of the classes of a name
+    twins = [place for place, name in enumerate(classes) if first.get(name, place) < place and place not in labels]
+    behind = torch.tensor(twins, dtype=torch.long)
     for mode, row in similarity.items():
         row = row.index_fill(0, behind, float(row.min()) - 1)
         rank = int(ranks_of_matches(row[None], is_match))
