@@ -34,11 +34,11 @@ ROUNDS = 5
 MISSING = "trl is not installed: pip install -e '.[dev]'"
 
 
-def batch_for(model: Any, tokens: int = TOKENS) -> dict[str, torch.Tensor]:
-    """A row (1, tokens): placeholders, a prompt of noise, and an answer with labels."""
+def batch_for(model: Any) -> dict[str, torch.Tensor]:
+    """A row (1, `TOKENS`): placeholders, a prompt of noise, and an answer with labels."""
     generator = torch.Generator().manual_seed(1)
     size, vocab_size = VISION["image_size"], model.config.get_text_config().vocab_size
-    ids = torch.randint(IMAGE_TOKEN_ID + 1, vocab_size, (1, tokens), generator=generator)
+    ids = torch.randint(IMAGE_TOKEN_ID + 1, vocab_size, (1, TOKENS), generator=generator)
     ids[:, 1 : 1 + TILES * TOKENS_PER_TILE] = IMAGE_TOKEN_ID
     labels = ids.clone()
     labels[:, :-ANSWER] = IGNORE_INDEX

@@ -44,9 +44,9 @@ wooden leather cotton black white green yellow silver gold design pattern poster
 bicycle bridge market church museum hotel restaurant 2019 London Paris""".split()
 
 
-def metadata(num_rows: int, seed: int = 0) -> pyarrow.Table:
+def metadata(num_rows: int) -> pyarrow.Table:
     """Rows without images: addresses, captions, sizes and scores, some of which are missing."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     words = np.array(WORDS, object)
     lengths = rng.integers(2, 16, num_rows)
     drawn, ends = words[rng.integers(len(words), size=lengths.sum())], lengths.cumsum()

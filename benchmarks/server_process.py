@@ -85,9 +85,9 @@ class ServerProcess:
                 continue
         return len(left)
 
-    def wait_for_requests(self, count: int, seconds: float = 10) -> None:
-        """Waits until it has read what so many clients sent to its port."""
-        end, seen = time.monotonic() + seconds, 0
+    def wait_for_requests(self, count: int) -> None:
+        """Waits until it has read what so many clients sent to its port, ten seconds at most."""
+        end, seen = time.monotonic() + 10, 0
         while seen < 3 and time.monotonic() < end:
             time.sleep(0.02)
             lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]

@@ -14,10 +14,15 @@ from ..kinds import check_kind
 from ..renaming_internvl import RenamedOption
 from ..writing import check_writable, write_whole
 from .checkpoints import checkpoint_state
-from .commands import add_data_arguments, add_task_arguments, measure_card, measure_on_data, positive, print_protocols
-
-
-CONTRASTIVE = ("InternVL-C", "InternVL-G")
+from .commands import (
+    CONTRASTIVE,
+    add_data_arguments,
+    add_task_arguments,
+    measure_card,
+    measure_on_data,
+    positive,
+    print_protocols,
+)
 
 
 @dataclass(frozen=True)

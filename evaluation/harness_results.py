@@ -87,10 +87,10 @@ def harness_benchmarks() -> list[Benchmark]:
     return [Benchmark(**row) for row in read_json_file(BENCHMARKS_FILE)]
 
 
-def harness_command(harness: str, tasks: Sequence[str], model: str | Path, output: str | Path = "results") -> str:
+def harness_command(harness: str, tasks: Sequence[str], model: str | Path) -> str:
     """Returns the command with which "lm-eval" or "lmms-eval" measures a chat model on tasks of its own."""
     settings = f"pretrained={model},trust_remote_code=True"
-    rest = f"--tasks {','.join(tasks)} --batch_size 1 --log_samples --output_path {shlex.quote(str(output))}"
+    rest = f"--tasks {','.join(tasks)} --batch_size 1 --log_samples --output_path results"
     if harness == "lm-eval":
         settings = shlex.quote(f"{settings},max_images=8")
         return f"lm_eval run --model hf-multimodal --model_args {settings} --apply_chat_template {rest}"

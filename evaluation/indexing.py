@@ -30,7 +30,6 @@ from .vectors.sources import Columns, EmbeddedItem, Part, find_parts, fingerprin
 
 
 QUERIES = "queries"
-ALL_MODES = (*MODES, QUERIES)
 ROWS_PER_FILE = 4096
 DECODED_AHEAD = 2  # batches
 

@@ -76,9 +76,9 @@ def sheet_of(cells: Sequence[tuple[str, Image.Image]], columns: int = 6) -> Imag
     return sheet
 
 
-def cells_of(image: Image.Image, maps: Sequence[AttentionMap], title: str = "") -> list[tuple[str, Image.Image]]:
+def cells_of(image: Image.Image, maps: Sequence[AttentionMap]) -> list[tuple[str, Image.Image]]:
     """An image and its maps, with their texts, for `sheet_of`."""
-    return [(title, image.convert("RGB")), *((found.text, drawn_over(image, found)) for found in maps)]
+    return [("", image.convert("RGB")), *((found.text, drawn_over(image, found)) for found in maps)]
 
 
 def write_maps_page(output: Path, rows: Sequence[tuple[str, Image.Image, Sequence[AttentionMap]]]) -> None:

@@ -16,6 +16,8 @@ CUTS = (1, 5, 10)
 LONGEST_NGRAM = 4
 SIGMA = 6.0  # of the length penalty of CIDEr-D, in words
 SCALE = 10.0
+BLOCK_BYTES = 2**27  # of similarities that are held at once
+NEIGHBOURS = 10  # of a query, which hubness looks at
 
 
 # ------------------------------------------------------------------------------------------- classification, retrieval
@@ -79,9 +81,7 @@ def rank_in_blocks(
     queries: torch.Tensor,
     items: torch.Tensor,
     matches: Sequence[Sequence[int]],
-    num_neighbours: int = 10,
     dual_softmax: float | None = None,
-    block_bytes: int = 2**27,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ranks items by their similarity to queries, as many queries at a time as fit into memory.
 
@@ -89,15 +89,13 @@ def rank_in_blocks(
         queries: (queries, E), unit length; may be mapped from a file.
         items: (items, E), likewise.
         matches: The items that match each query.
-        num_neighbours: How many of the most similar items are returned.
         dual_softmax: Logit scale with which similarities are weighted by their softmax over all queries (CAMoE,
             arXiv 2109.04290); None leaves them as they are.
-        block_bytes: Of the similarities that are held at once.
 
     Returns:
-        Ranks (queries,) as from `ranks_of_matches`, and the most similar items (queries, neighbours).
+        Ranks (queries,) as from `ranks_of_matches`, and the `NEIGHBOURS` most similar items (queries, neighbours).
     """
-    rows = max(1, block_bytes // (4 * max(1, len(items))))
+    rows = max(1, BLOCK_BYTES // (4 * max(1, len(items))))
     shift = None if dual_softmax is None else _log_sums(queries, items, dual_softmax, rows)
     ranks, neighbours = [], []
     for start in range(0, len(queries), rows):
@@ -108,7 +106,7 @@ def rank_in_blocks(
         for row, own in enumerate(matches[start : start + rows]):
             is_match[row, list(own)] = True
         ranks.append(ranks_of_matches(similarity, is_match))
-        neighbours.append(similarity.topk(min(num_neighbours, len(items)), dim=1).indices)
+        neighbours.append(similarity.topk(min(NEIGHBOURS, len(items)), dim=1).indices)
     return torch.cat(ranks), torch.cat(neighbours)
 
 

@@ -141,9 +141,7 @@ def measured(folder: Path, images: int) -> dict[str, float]:
     }
 
 
-def ablate_funnel(
-    size: FunnelAblation, output: Path, seeds: Sequence[int], resume: bool = False, scorer: Path = SCORER
-) -> dict[str, Any]:
+def ablate_funnel(size: FunnelAblation, output: Path, seeds: Sequence[int], resume: bool = False) -> dict[str, Any]:
     """Trains and measures every variant with every seed.
 
     Returns:
@@ -158,7 +156,7 @@ def ablate_funnel(
     output.mkdir(parents=True, exist_ok=True)
     file = output / REPORT_NAME
     report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    model, processor = AutoModel.from_pretrained(scorer).float().eval(), AutoProcessor.from_pretrained(scorer)
+    model, processor = AutoModel.from_pretrained(SCORER).float().eval(), AutoProcessor.from_pretrained(SCORER)
     rules = calibrated_rules(model, processor, size.calibration)
     caption_tokenizer().save_pretrained(output / "tokenizer")
     for seed in seeds:

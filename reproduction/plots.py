@@ -41,11 +41,11 @@ def series(log: Log, key: str, phases: Sequence[str] = ()) -> tuple[list[float],
     return steps, values
 
 
-def _figure(title: str, num_axes: int, width: float = 10) -> tuple[Any, list[Any]]:
+def _figure(title: str, num_axes: int) -> tuple[Any, list[Any]]:
     with extra("plot"):
         from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, 3.6), layout="constrained")
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
     figure.suptitle(title)
     return figure, [figure.add_subplot(1, num_axes, index + 1) for index in range(num_axes)]
 

@@ -40,7 +40,7 @@ COLOURS = {
     "brown": (124, 76, 40),
 }
 INKS = ((20, 20, 20), (24, 32, 96), (88, 16, 16), (16, 72, 40))
-MAX_COUNT = 6
+MAX_COUNT = 6  # of shapes in a scene
 NUMBERS = range(10, 100)
 
 # Font sizes in pixels, for images of any size. Ink is about half as high, three quarters with ascenders.
@@ -143,13 +143,13 @@ ONE_TILE = ((448, 448),)
 FEW_TILES = ((896, 448), (448, 896), (896, 896))
 MANY_TILES = ((1344, 896), (896, 1344))
 LAYOUTS = {
-    "mixed": Layout(ONE_TILE, shapes=(1, 6), digits=(0, 2), big_texts=(0, 1), small_texts=(0, 1)),
+    "mixed": Layout(ONE_TILE, shapes=(1, MAX_COUNT), digits=(0, 2), big_texts=(0, 1), small_texts=(0, 1)),
     "reading": Layout(ONE_TILE, shapes=(0, 1), digits=(0, 1), big_texts=(1, 3), small_texts=(5, 7)),
     "page": Layout(ONE_TILE, small_texts=(14, 18), lines=2),
-    "crowd": Layout(ONE_TILE, shapes=(4, 6), digits=(3, 5)),
+    "crowd": Layout(ONE_TILE, shapes=(4, MAX_COUNT), digits=(3, 5)),
     "digits": Layout(ONE_TILE, shapes=(0, 3), digits=(4, 6), small_texts=(0, 1)),
-    "few_tiles": Layout(FEW_TILES, shapes=(1, 6), digits=(0, 2), small_texts=(1, 1)),
-    "many_tiles": Layout(MANY_TILES, shapes=(1, 6), digits=(0, 2), small_texts=(1, 1)),
+    "few_tiles": Layout(FEW_TILES, shapes=(1, MAX_COUNT), digits=(0, 2), small_texts=(1, 1)),
+    "many_tiles": Layout(MANY_TILES, shapes=(1, MAX_COUNT), digits=(0, 2), small_texts=(1, 1)),
 }
 
 

@@ -4,7 +4,6 @@ becomes of them where images are copied.
 
 import io
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -99,11 +98,3 @@ def changed(image: Image.Image, seed: int) -> tuple[str, bytes]:
     left, top = rng.uniform(0, cut_x), rng.uniform(0, cut_y)
     box = (left * width, top * height, (1 - cut_x + left) * width, (1 - cut_y + top) * height)
     return kind, as_png(image.crop(tuple(round(edge) for edge in box)))
-
-
-def write_images(folder: Path, seeds: range) -> Path:
-    """A folder of textures."""
-    folder.mkdir()
-    for seed in seeds:
-        (folder / f"{seed}.png").write_bytes(as_png(texture(seed)))
-    return folder

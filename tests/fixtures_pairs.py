@@ -9,11 +9,20 @@ import pyarrow
 from PIL import Image
 from pyarrow import parquet
 
+from internvl.synthetic.textures import as_png, texture
+
 
 def png(number: int = 0, side: int = 4) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (side, side), (number % 256, number // 256 % 256, 7)).save(file, "PNG")
     return file.getvalue()
+
+
+def write_textures(folder: Path, seeds: range) -> Path:
+    folder.mkdir()
+    for seed in seeds:
+        (folder / f"{seed}.png").write_bytes(as_png(texture(seed)))
+    return folder
 
 
 def sample(number: int, **changes: bytes | None) -> dict[str, bytes]:

@@ -295,8 +295,8 @@ def test_a_map_is_drawn_where_it_is_high():
     assert drawn.size == image.size
     assert min(red, green) > 2 * blue  # yellow
     assert len(set(drawn.getpixel((4, 28)))) == 1  # grey
-    cells = cells_of(image, [found] * 7, "a title that takes two lines below its image")
-    sheet = sheet_of(cells, columns=4)
+    (_, plain), *cells = cells_of(image, [found] * 7)
+    sheet = sheet_of([("a title that takes two lines below its image", plain), *cells], columns=4)
     assert sheet.size == (4 * 208 + 8, 2 * (100 + 2 * 18 + 8 + 8) + 8)
     second = sheet.crop((8 + 208, 8, 8 + 408, 108))
     assert second.resize((64, 32)).getpixel((60, 2))[2] < 100  # yellow again

@@ -11,7 +11,7 @@ from PIL import Image
 from internvl.evaluation.vectors.files import Description, EmbeddingFolder
 from internvl.evaluation.vectors.sources import Columns, item_of_row
 from internvl.rows.shards import read_shards
-from internvl.synthetic.textures import CHANGES, as_png, changed, texture, write_images
+from internvl.synthetic.textures import CHANGES, as_png, changed, texture
 from internvl.training.__main__ import main
 from internvl.training.data import dedup
 from internvl.training.data.fingerprints import coefficients, fingerprint, perceptual_hashes, sameness
@@ -24,7 +24,7 @@ from internvl.training.data.near_duplicates import (
     near_duplicates,
 )
 
-from .fixtures_pairs import sample, write_tar
+from .fixtures_pairs import sample, write_tar, write_textures
 
 
 IMAGES, PLANTED, LEAKS = 60, 24, 8
@@ -45,7 +45,7 @@ def data(tmp_path_factory):
     first, second = [*images[:40], *leaks], [*images[40:], *copies, b"no image"]
     write_tar(folder / "a.tar", [pair(image, number) for number, image in enumerate(first)])
     write_tar(folder / "b.tar", [pair(image, 100 + number) for number, image in enumerate(second)])
-    write_images(folder / "evaluation", range(1000, 1000 + 2 * LEAKS))
+    write_textures(folder / "evaluation", range(1000, 1000 + 2 * LEAKS))
     return folder
 
 

@@ -12,13 +12,13 @@ from PIL import Image
 from sklearn.metrics import top_k_accuracy_score
 
 from internvl.configuration_internvl import InternVLConfig
-from internvl.evaluation import captioning, dialogue, embeddings, zero_shot
+from internvl.evaluation import captioning, dialogue, embeddings, metrics, zero_shot
 from internvl.evaluation.__main__ import _parser
 from internvl.evaluation.captioning import score_facts
 from internvl.evaluation.embeddings import embed_images, embed_texts
 from internvl.evaluation.generated import CLASSES, held_out_scenes, labelled_images
 from internvl.evaluation.linear_probe import evaluate_linear_probe, fit_and_score, linear_probe
-from internvl.evaluation.metrics import accuracy, cider, recalls, recalls_both_ways, words_of
+from internvl.evaluation.metrics import accuracy, cider, rank_in_blocks, recalls, recalls_both_ways, words_of
 from internvl.evaluation.retrieval import evaluate_retrieval, retrieve
 from internvl.evaluation.zero_shot import classify, ensemble, evaluate_zero_shot
 from internvl.image_processing_internvl import InternVLImageProcessor
@@ -152,6 +152,21 @@ def test_equal_captions_match_each_others_images():
 def test_a_query_without_a_match_is_refused():
     with pytest.raises(ValueError, match="needs a match"):
         recalls(torch.zeros(2, 2), torch.tensor([[True, False], [False, False]]))
+
+
+@pytest.mark.parametrize("dual_softmax", [None, 20.0])
+def test_queries_in_blocks_have_the_ranks_and_neighbours_of_the_whole_table(dual_softmax, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    queries, items = (torch.nn.functional.normalize(torch.randn(n, 6, generator=generator)) for n in (13, 12))
+    matches = [[place % 12, (place + 5) % 12] for place in range(13)]
+    table = queries @ items.T
+    if dual_softmax is not None:
+        table = table * torch.softmax(dual_softmax * table, dim=0)
+    order = [sorted(range(12), key=lambda item: -row[item]) for row in table.tolist()]
+    monkeypatch.setattr(metrics, "BLOCK_BYTES", 4 * 12 * 3)  # three queries at a time
+    ranks, near = rank_in_blocks(queries, items, matches, dual_softmax)
+    assert ranks.tolist() == [min(map(row.index, own)) for row, own in zip(order, matches, strict=True)]
+    assert near.tolist() == [row[: metrics.NEIGHBOURS] for row in order]
 
 
 def test_each_of_several_captions_finds_its_image():

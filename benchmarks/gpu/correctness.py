@@ -128,12 +128,12 @@ def build_checked_chat(setting: Setting) -> Any:
     return build_random(InternVLChatForConditionalGeneration, config, setting.options)
 
 
-def chat_inputs(model: Any, setting: Setting, tiles: int = 1, missing: int = 0, length: int = 16) -> dict[str, Any]:
-    """A row of placeholders and text, with the tiles; `missing` placeholders are left out."""
-    ids = torch.arange(4, 4 + length, device=setting.device)[None]
-    places = torch.full((1, tiles * model.num_image_token - missing), IMAGE_TOKEN_ID, device=setting.device)
+def chat_inputs(model: Any, setting: Setting, missing: int = 0) -> dict[str, Any]:
+    """A row of placeholders and 16 tokens of text, with one tile; `missing` placeholders are left out."""
+    ids = torch.arange(4, 20, device=setting.device)[None]
+    places = torch.full((1, model.num_image_token - missing), IMAGE_TOKEN_ID, device=setting.device)
     side = model.config.vision_config.image_size
-    return {"input_ids": torch.cat([places, ids], dim=1), "pixel_values": noise(tiles, side, setting.options)}
+    return {"input_ids": torch.cat([places, ids], dim=1), "pixel_values": noise(1, side, setting.options)}
 
 
 def chat_jobs(setting: Setting) -> Iterator[Measurement]:

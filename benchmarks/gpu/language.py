@@ -179,9 +179,9 @@ def times(count: int, call: Callable[[], Any]) -> Callable[[], Any]:
     return repeat
 
 
-def cache_length(setting: Setting, options: Options, warmups: int = 2) -> int:
-    """Tokens of the prompt, of all rounds, and of the capture of a graph."""
-    return setting.sizes.prompt + (warmups + options.rounds) * setting.sizes.new_tokens + 8
+def cache_length(setting: Setting, options: Options) -> int:
+    """Tokens of the prompt, of all rounds with two to warm up, and of the capture of a graph."""
+    return setting.sizes.prompt + (2 + options.rounds) * setting.sizes.new_tokens + 8
 
 
 def decoding_row(name: str, model: Any, way: str, setting: Setting) -> Row:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from forks import finished, killed
 
-from internvl.synthetic.textures import changed, texture, write_images
+from internvl.synthetic.textures import changed, texture
 from internvl.training.data.dedup import DedupJob, dedup_data
 from internvl.training.data.filtering import FilterJob, filter_data
 from internvl.training.data.pair_files import pair_writer
 from tests.fixtures_conversions import state_of
+from tests.fixtures_pairs import write_textures
 from tests.test_filtering import random_rows, write_shard
 
 
@@ -67,7 +68,7 @@ def filter_of(data: Path):
 
 def dedup_of(data: Path):
     """Leaves near duplicates out into a folder."""
-    images = write_images(data / "images", range(TEXTURES))
+    images = write_textures(data / "images", range(TEXTURES))
     for number in range(COPIES):
         _, content = changed(texture(number), number)
         (images / f"copy{number}.png").write_bytes(content)

@@ -28,8 +28,6 @@ FLAT = 4.0  # shades of grey: what differs by less than this on average is not t
 SEARCHED_CUTS = ((0.0, 0.0), (0.0, 0.07), (0.07, 0.0), (0.05, 0.05))
 COMPARED_CUTS = tuple((a / 50, b / 50) for a, b in product(range(7), repeat=2) if a + b <= 6)
 
-Window = tuple[tuple[float, float], tuple[float, float]]  # cuts at top and bottom, and at left and right
-
 
 def fingerprint(image: Image.Image) -> np.ndarray:
     """Returns the channels Y, Cb and Cr of an image on a grid, (3, SIDE, SIDE), uint8."""

@@ -11,8 +11,6 @@ import torch
 from .base import CaptionRecipe, ContrastiveRecipe, DialogueRecipe, Phase, RetrievalRecipe
 
 
-METHODS = ("whole", "lora", "head")
-TASKS = ("dialogue", "contrastive", "retrieval", "captions")
 # What each method trains, by the task. Adapters sit on the parts below and leave everything else as it is.
 PARTS_OF_TASK: dict[str, dict[str, tuple[str, ...]]] = {
     "dialogue": {"whole": ("projector", "language"), "lora": ("language",), "head": ("projector",)},
@@ -50,7 +48,7 @@ def parts_that_learn(task: str, config: Any) -> tuple[str, ...]:
     """Return the parts of a model that the loss of a task reaches.
 
     Args:
-        task: One of `TASKS`.
+        task: A key of `PARTS_OF_TASK`.
         config: Configuration of the model.
     """
     parts = (*PARTS_OF_TASK[task]["whole"], *_MORE_PARTS_OF_TASK.get(task, ()))
@@ -69,7 +67,7 @@ class FineTuning:
     """What a user chooses.
 
     Args:
-        task: One of `TASKS`.
+        task: A key of `PARTS_OF_TASK`.
         method: "whole", "lora" (adapters), or "head" (the layers behind the towers, or the projector of a chat model).
         steps: Optimizer steps.
         batch_size: Samples of a step over all processes.
