@@ -268,7 +268,7 @@ def test_a_run_that_was_stopped_goes_on_with_what_is_missing(tmp_path, monkeypat
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"mode": "InternVL-G"}, "mode InternVL-C, now InternVL-G"), ({"sides": ("text",)}, "other data, or columns")],
+    [({"mode": "InternVL-G"}, "mode InternVL-C, now InternVL-G"), ({"sides": ("text",)}, "other data, columns")],
 )
 def test_a_folder_of_another_job_is_refused(changes, message, tmp_path):
     data = [image_folder(tmp_path / "images")]
@@ -281,7 +281,7 @@ def test_changed_data_and_a_folder_of_something_else_are_refused(tmp_path):
     data = image_folder(tmp_path / "images")
     embedded([data], tmp_path / "out")
     (data / "5.txt").write_text("new", encoding="utf-8")
-    with pytest.raises(ValueError, match="other data, or columns"):
+    with pytest.raises(ValueError, match="other data, columns"):
         embedded([data], tmp_path / "out")
     with pytest.raises(ValueError, match="is not empty, and holds no embeddings"):
         embedded([data], data)
