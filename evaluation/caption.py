@@ -67,11 +67,13 @@ def captions_of(run: TaskRun, kind: str) -> dict[str, str]:
         run: The run. A protocol may state `prompts` and `options` by the kind of the model.
         kind: "InternVL-G" or "chat".
     """
+    run.log.check_done(["answer"])
     if all(item.name in run.log.done for item in run.data.items):
         return {name: sample["answer"] for name, sample in run.log.done.items()}
     prompt = run.protocol.prompts.get(kind, PROMPTS[kind])
     generation = {**GENERATION[kind], **run.protocol.options.get(kind, {})}
     with SampleLog(run.log.path.with_suffix(ENDING), {**run.log.settings, "prompt": prompt, **generation}) as log:
+        log.check_done(["answer"])
         left = [item for item in run.data.items if item.name not in log.done]
         for start in range(0, len(left), run.batch_size):
             batch = left[start : start + run.batch_size]

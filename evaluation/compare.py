@@ -312,7 +312,8 @@ def _notes(pairs: Iterable[tuple[Results, Results]], rows: Sequence[ComparedMetr
     )
     compared = {row.metric for row in rows}
     for number, (first, second) in enumerate(pairs, start=1):
-        yield f"{number}. A: {printable(first.model)} ({first.path}), B: {printable(second.model)} ({second.path})"
+        sides = [f"{side}: {printable(f'{one.model} ({one.path})')}" for side, one in (("A", first), ("B", second))]
+        yield f"{number}. {', '.join(sides)}"
         left_out = [name for name in first.metrics if name not in compared]
         if left_out and not is_choice:
             yield f"   left out, as single samples do not have them: {printable(', '.join(left_out))}"

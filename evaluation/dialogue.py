@@ -192,6 +192,8 @@ def _ask_generated(
     """Asks held-out generated questions that `log` has no answers to; returns samples of all, in order."""
     names = {f"generated/{seed}/{number}{suffix}": number for number in numbers}
     done = dict(log.done) if log else {}
+    if log:
+        log.check_done(["kind", "question", "expected", "answer"])
     left = ((name, held_out_question(number, seed)) for name, number in names.items() if name not in done)
     for sample in answer_samples(model, processor, left, batch_size, metric, **image_settings):
         cluster = {"cluster": sample["id"].removesuffix(suffix)} if suffix else {}

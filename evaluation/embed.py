@@ -91,8 +91,8 @@ def run(options: argparse.Namespace) -> int | None:
             raise ValueError(f"{len(missing)} parts are missing in `{folder.path}`: give the command again.")
         return None  # another process is at work on them
     count = folder.count()
-    if not count["images"] + count["texts"]:
-        raise ValueError(f"Nothing in {printable(', '.join(options.data))} could be embedded.")
     left_out = f", {count['bad_rows']} rows left out" if count["bad_rows"] else ""
+    if not count["images"] + count["texts"]:
+        raise ValueError(f"Nothing in {printable(', '.join(options.data))} could be embedded{left_out}.")
     sys.stdout.write(f"{folder.path}: {count['images']} images, {count['texts']} texts{left_out}\n")
     return None

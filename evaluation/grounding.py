@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ..rows.image_files import image_file
 from ..rows.json_files import is_finite_number
 from ..rows.json_rows import UnusableRowError, stream_json_rows
+from ..rows.texts import check_text
 
 
 if TYPE_CHECKING:  # `--help` and bad data need no torch
@@ -76,6 +77,7 @@ def _expression(row: dict[str, Any] | UnusableRowError, place: str, line: int, f
     for key in ("image", "sent"):
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise ValueError(f'{place}: a row needs "{key}", a text.')
+    check_text(row["sent"], f'{place}: "sent"')
     box = _numbers(row.get("bbox"), 4, f'{place}: "bbox" has to be four numbers, x1, y1, x2 and y2')
     if box[0] >= box[2] or box[1] >= box[3]:
         raise ValueError(f'{place}: "bbox" has to be x1 < x2 and y1 < y2, got {list(box)}.')
@@ -199,9 +201,12 @@ def run(options: argparse.Namespace) -> None:
 
     from ..kinds import check_kind
     from .checkpoints import checkpoint_state
+    from .data.items import Item, check_items
     from .reports import check_report_place, new_report, samples_file, write_report
     from .samples import SampleLog, json_text
 
+    files = {one.image: one.path for one in expressions}
+    check_items([Item(name, path) for name, path in files.items()], str(options.data))
     check_kind(options.model, "chat", door="the task grounding", subfolder=options.subfolder)
     output = options.output or Path(f"{Path(options.model).name or 'model'}-{options.data.stem}.json")
     check_report_place(output, "grounding")

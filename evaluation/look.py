@@ -9,6 +9,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..console import printable
 from ..writing import check_writable, write_whole
 
 
@@ -64,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
         content = BytesIO()
         sheet_of(cells_of(image, maps)).save(content, "png", optimize=True)
         write_whole(output, content.getvalue())
-    print(f"{' '.join(found.text for found in maps)}: {output}")  # noqa: T201
+    print(printable(f"{' '.join(found.text for found in maps)}: {output}"))  # noqa: T201
 
 
 def _maps(model: Any, processor: Any, image: "Image.Image", options: argparse.Namespace) -> list["AttentionMap"]:

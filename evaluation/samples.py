@@ -7,7 +7,7 @@ The first line holds the settings, every other one a sample: its "id", its "scor
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -126,6 +126,19 @@ class SampleLog:
             raise ValueError(f"The sample {sample['id']!r} was measured twice: ids have to differ.")
         self._write(sample)
         self.done[sample["id"]] = dict(sample)
+
+    def check_done(self, fields: Sequence[str] = (), metrics: Sequence[str] = ()) -> None:
+        """Checks that the samples of an earlier run have what a task reads of them.
+
+        Raises:
+            ValueError: If one lacks a field, or a score, as of another version of this package.
+        """
+        for sample in self.done.values():
+            lacking = [name for name in fields if name not in sample]
+            lacking += [name for name in metrics if name not in sample["scores"]]
+            if lacking:
+                what = f"{self.path}: the sample {sample['id']!r} lacks {lacking[0]!r}"
+                raise ValueError(f"{what}: delete the file, and measure again.")
 
     def left(self, ids: Iterable[str]) -> Iterator[tuple[int, str]]:
         """Yields the samples that are still to be measured, as their places and ids."""

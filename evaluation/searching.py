@@ -113,7 +113,11 @@ class Searcher:
         count = self.folder.count()
         if not count[f"{side}s"]:
             raise ValueError(f"`{self.folder.path}` has no embeddings of {side}s.")
-        if rerank and self.folder.description.mode == "InternVL-C":
+        description = self.folder.description
+        is_set = side == "image" and description.vectors > 1 and description.precision != "binary"
+        if is_set and self.index not in (None, "flat"):
+            raise ValueError(f"Sets of vectors are compared whole: the index must be flat, got {self.index!r}.")
+        if rerank and description.mode == "InternVL-C":
             raise ValueError("`rerank` needs embeddings of an InternVL-G, in mode InternVL-G or queries.")
 
     def _search(self, query: np.ndarray, side: str, k: int) -> list[Hit]:

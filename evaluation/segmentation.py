@@ -150,6 +150,8 @@ def count_areas(
         (images, 3, classes), see `class_areas`.
     """
     areas = []
+    if log is not None:
+        log.check_done(["areas"])
     for (item,) in batches(items, 1, "segmenting"):
         if log is not None and item.name in log.done:
             areas.append(_areas_of(log.done[item.name], model.config.num_labels))

@@ -91,6 +91,7 @@ def measure_zero_shot(run: TaskRun) -> dict[str, dict[str, Any]]:
         "MODE/mean per class", which is no mean of samples.
     """
     classes = run.data.classes
+    run.log.check_done(metrics=[f"{mode}/top-1" for mode in run.modes])
     if any(item.name not in run.log.done for item in run.data.items):
         embeds = embed_classes(run.model, run.processor, prompts_of(classes, run.data.templates))
     for batch in run.items_left("classifying"):

@@ -182,13 +182,17 @@ def _ending(shard: str) -> str:
 
 
 class _BoundedTarInfo(tarfile.TarInfo):
-    """A member whose long names and attributes, which are read at once, are bounded."""
+    """A member whose long names and attributes, which are read at once, are bounded, and whose header is whole: the
+    library takes a file that was cut off within one for a file that ends.
+    """
 
     _READ_AT_ONCE = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
     @classmethod
     def frombuf(cls, *settings: Any) -> "_BoundedTarInfo":
         """As in the library."""
+        if 0 < len(settings[0]) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("it is cut off within the header of a member")
         member = super().frombuf(*settings)
         if member.type in cls._READ_AT_ONCE and member.size > MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a member's name or attributes take {member.size} bytes")

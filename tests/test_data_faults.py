@@ -3,6 +3,8 @@ refused by a line that names it, before a model is loaded.
 """
 
 import json
+from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ from PIL import Image
 from internvl.evaluation.data.ade20k import class_names
 from internvl.evaluation.data.annotations import read_annotations
 from internvl.evaluation.data.folders import match_folders
+from internvl.evaluation.data.items import Item, check_items
 from internvl.evaluation.data.opening import open_data
 from internvl.evaluation.protocols.protocol import Protocol, own_protocol, read_protocol, shipped_protocols
+from internvl.rows.shards import FAULT_COLUMN, read_shards
 
 from .fixtures_pairs import png
 from .test_own_data import write_captions, write_classes, write_tar
@@ -96,6 +100,37 @@ def test_a_video_that_is_none_is_refused_before_any_is_decoded(tmp_path):
     (tmp_path / "rows.json").write_text('[{"video": "v0.mp4", "caption": "a"}]')
     with pytest.raises(ValueError, match=r"v0\.mp4 cannot be read as a video"):
         open_data(own_protocol("retrieval"), str(tmp_path / "rows.json"))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_images_that_were_cut_off_are_refused_before_any_is_decoded(kind, tmp_path, monkeypatch):
+    """Else a run stops at one of them after hours, and starts anew once it was replaced."""
+    pixels = np.random.default_rng(0).integers(0, 255, (60, 60, 3)).astype(np.uint8)
+    file = BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    read = Item.read
+    decoded = []
+    monkeypatch.setattr(Item, "read", lambda item: decoded.append(item.name) or read(item))
+    whole = file.getvalue()
+    check_items([Item("a", whole)], "here")
+    assert not decoded
+    check_items([Item("a", whole + b"more" * 5000)], "here")  # what some cameras put behind an image
+    assert decoded == ["a"]
+    (tmp_path / "b").write_bytes(whole[:-1000])
+    for source in (whole[: len(whole) // 2], tmp_path / "b"):
+        with pytest.raises(ValueError, match="b cannot be read as an image"):
+            check_items([Item("a", whole), Item("b", source)], "here")
+
+
+def test_a_tar_file_that_ends_within_a_header_is_damaged(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [{"png": png(), "txt": b"a"}])
+    content = Path(path).read_bytes()
+    size = 512 * (1 - -len(png()) // 512)  # of the first member
+    for length in (size + 100, size + 511):
+        Path(path).write_bytes(content[:length])
+        assert ["cut off within the header" in row.get(FAULT_COLUMN, "") for row in read_shards([path])] == [True]
+    Path(path).write_bytes(content)
+    assert [row["__key__"] for row in read_shards([path])] == ["0000"]
 
 
 def test_annotations_of_pixels_are_looked_at(tmp_path):

@@ -49,6 +49,15 @@ def test_a_sample_that_was_torn_within_a_letter_is_left_out(tmp_path):
     assert [sample["id"] for sample in read_samples(tmp_path / "s.jsonl")[1]] == ["a", "b"]
 
 
+def test_samples_that_lack_what_a_task_reads_are_named(tmp_path):
+    with SampleLog(tmp_path / "s.jsonl", {}) as log:
+        log.add({"id": "a", "scores": {"top-1": 1.0}, "answer": "x"})
+        log.check_done(["answer"], ["top-1"])
+        for needed in ((["areas"], []), ([], ["top-5"])):
+            with pytest.raises(ValueError, match=r"s\.jsonl: the sample 'a' lacks '(areas|top-5)': delete the file"):
+                log.check_done(*needed)
+
+
 @pytest.mark.parametrize(
     "change", [{"dtype": "x"}, {"dtype": None}, {"rows": "2"}, {"rows": -1}, {"shape": 3}, {"shape": ["a"]}]
 )
@@ -148,6 +157,16 @@ def test_expressions_that_changed_are_asked_again(data, answers, tmp_path, capsy
     assert command("MODEL", "--data", path, "--output", str(out)) == 2
     assert "data_state" in capsys.readouterr().err
     assert read_report(out)["metrics"]["accuracy@0.5"]["value"] == 1
+
+
+@pytest.mark.parametrize(("row", "message"), [({"sent": "\ud800"}, "line 1: .*lone surrogate"), ({}, "a.png cannot")])
+def test_what_cannot_be_asked_is_told_before_the_model(row, message, data, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(grounding, "_load_chat", lambda options: pytest.fail("loaded"))
+    path = data({**ROW, **row})
+    if not row:
+        (tmp_path / "coco" / "a.png").write_bytes(b"no image")
+    assert command("MODEL", "--data", path) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_outputs_that_are_taken_are_told_before_the_model(data, answers, tmp_path, capsys, monkeypatch):  # noqa: F811

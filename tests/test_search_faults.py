@@ -81,6 +81,13 @@ def test_a_query_that_is_not_finite_finds_nothing(tmp_path):
         searcher._search(np.full((1, 16), np.nan, np.float32), "image", 3)
 
 
+def test_sets_of_vectors_have_no_narrow_index(tmp_path):
+    folder = stored(tmp_path / "out", unit(20, 3, 16)).folder
+    Searcher(folder, index="flat").check("image", 0)
+    with pytest.raises(ValueError, match="the index must be flat, got 'int8'"):
+        Searcher(folder, index="int8").check("image", 0)
+
+
 def test_a_model_with_other_vectors_is_refused_by_its_configuration(tmp_path):
     description = stored(tmp_path / "out", unit(20, 1, 16)).folder.description
     check_fits(description, InternVLConfig(clip_embed_dim=16), "m")
