@@ -12,7 +12,7 @@ from .. import register
 from ..console import exit_status
 from ..kinds import check_kind
 from ..renaming_internvl import RenamedOption
-from ..writing import check_writable, write_whole
+from ..writing import write_whole
 from .checkpoints import checkpoint_state
 from .commands import (
     CONTRASTIVE,
@@ -163,10 +163,8 @@ def _evaluate_generated(options: argparse.Namespace, task: Task) -> None:
 
     from .reports import check_report_place
 
-    if options.output and task.keeps_samples:
-        check_report_place(options.output, task.module)
-    elif options.output:
-        check_writable(options.output)
+    if options.output:
+        check_report_place(options.output, task.module if task.keeps_samples else None)
     where = {"pretrained_model_name_or_path": options.model, "subfolder": options.subfolder}
     check_kind(options.model, *task.kinds, door="this evaluation", subfolder=options.subfolder)
     module = import_module(f".{task.module}", __package__)

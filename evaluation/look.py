@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..console import printable
+from ..rows.texts import check_text
 from ..writing import check_writable, write_whole
 
 
@@ -42,6 +43,8 @@ def run(options: argparse.Namespace) -> None:
     output = options.output or options.image.with_suffix(".maps.png")
     if output.suffix.lower() not in (".png", ".html"):
         raise ValueError(f"{output} has to be a .png or a .html.")
+    for name in ("ask", "text", "match"):
+        _check_given(getattr(options, name), f"`--{name}`")
     check_writable(output)
     if output.resolve() == options.image.resolve():
         raise ValueError(f"{output} is the image: name another file by --output.")
@@ -66,6 +69,14 @@ def run(options: argparse.Namespace) -> None:
         sheet_of(cells_of(image, maps)).save(content, "png", optimize=True)
         write_whole(output, content.getvalue())
     print(printable(f"{' '.join(found.text for found in maps)}: {output}"))  # noqa: T201
+
+
+def _check_given(text: str | None, name: str) -> None:
+    if text is None:
+        return
+    if not text.strip():
+        raise ValueError(f"{name} is empty: leave it out, or give a text.")
+    check_text(text, name)
 
 
 def _maps(model: Any, processor: Any, image: "Image.Image", options: argparse.Namespace) -> list["AttentionMap"]:

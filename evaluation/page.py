@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from ..writing import check_writable
 from .card import metric_row
+from .commands import positive
 from .reports import Report, read_report, samples_file
 from .samples import Sample, read_samples, values_by_metric
 
@@ -39,7 +40,7 @@ def add_page_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--look", metavar="MODEL", help="draw where this model looked for its worst answers or texts")
     parser.add_argument("--subfolder", default="", help="where in the folder that model lies")
-    parser.add_argument("--look-limit", type=int, default=24, metavar="N", help="(default: 24)")
+    parser.add_argument("--look-limit", type=positive, default=24, metavar="N", help="(default: 24)")
 
 
 def run(options: argparse.Namespace) -> None:

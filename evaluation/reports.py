@@ -69,8 +69,12 @@ def features_folder(samples: str | Path) -> Path:
     return Path(samples).with_suffix(".features")
 
 
-def check_report_place(path: Path, task: str) -> None:
+def check_report_place(path: Path, task: str | None) -> None:
     """Check that the report of a task can be written, before a model is loaded; an earlier one of it may be there.
+
+    Args:
+        path: Of the report.
+        task: Which it names; None where it has the figures alone.
 
     Raises:
         OSError: If it cannot.
@@ -80,11 +84,11 @@ def check_report_place(path: Path, task: str) -> None:
     if not path.exists():
         return
     try:
-        known = read_report(path)["task"]
+        known = read_json_file(path) if task is None else read_report(path)
     except ValueError as error:
         raise ValueError(f"{error} Name another file by --output.") from error
-    if known != task:
-        raise ValueError(f"{path} is the report of the task {known}: name another file by --output.")
+    if not isinstance(known, dict) or known.get("task") != task:
+        raise ValueError(f"{path} is the report of another task, or none: name another file by --output.")
 
 
 def write_report(path: str | Path, report: Mapping[str, Any]) -> None:

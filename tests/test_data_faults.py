@@ -14,7 +14,7 @@ from internvl.evaluation.data.ade20k import class_names
 from internvl.evaluation.data.annotations import read_annotations
 from internvl.evaluation.data.folders import match_folders
 from internvl.evaluation.data.items import Item, check_items
-from internvl.evaluation.data.opening import open_data
+from internvl.evaluation.data.opening import find_data, incomplete_below, open_data
 from internvl.evaluation.protocols.protocol import Protocol, own_protocol, read_protocol, shipped_protocols
 from internvl.rows.shards import FAULT_COLUMN, read_shards
 
@@ -76,6 +76,24 @@ def test_wordnet_ids_are_no_names(tmp_path):
         open_data(own_protocol("zero_shot"), str(folder))
     (folder / "classnames.json").write_text('["tench", "goldfish"]')
     assert open_data(own_protocol("zero_shot"), str(folder)).classes == ("tench", "goldfish")
+
+
+def test_folders_of_splits_are_no_classes(tmp_path):
+    """Of a data set that is half there: what is missing is named, and `val` is no class of ImageNet."""
+    (tmp_path / "imagenet-1k" / "val").mkdir(parents=True)
+    assert find_data(shipped_protocols()["imagenet-1k-en"], tmp_path) is None
+    assert incomplete_below(str(tmp_path), ["zero_shot"]) == {
+        str(tmp_path / "imagenet-1k" / "val"): ["the sub-folders of classes"]
+    }
+
+
+def test_a_probe_is_trained_on_two_classes(tmp_path):
+    for split in ("train", "val"):
+        write_classes(tmp_path / split, ["a", "b"])
+    assert len(open_data(own_protocol("probe"), str(tmp_path)).training) == 2
+    (tmp_path / "train" / "b" / "0.png").unlink()
+    with pytest.raises(ValueError, match="train has images of fewer than two classes"):
+        open_data(own_protocol("probe"), str(tmp_path))
 
 
 def test_hidden_folders_hold_no_images(tmp_path):

@@ -173,7 +173,11 @@ def test_outputs_that_are_taken_are_told_before_the_model(data, answers, tmp_pat
     monkeypatch.setattr(grounding, "_load_chat", lambda options: pytest.fail("loaded"))
     (tmp_path / "notes.json").write_text('{"mine": 1}')
     report(tmp_path, "other", answered(4))
-    for name, message in {"coco": "is a folder", "notes.json": "is no report", "other.json": "task dialogue"}.items():
+    for name, message in {
+        "coco": "is a folder",
+        "notes.json": "is no report",
+        "other.json": "report of another task",
+    }.items():
         assert command("MODEL", "--data", data(ROW), "--output", str(tmp_path / name)) == 2
         assert message in capsys.readouterr().err
     assert (tmp_path / "notes.json").read_text() == '{"mine": 1}'
@@ -211,13 +215,20 @@ def test_a_generated_run_needs_an_output_before_its_model(task, tmp_path, capsys
     for output, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "r.json", "cannot be written")):
         assert main([task, "MODEL", "--output", str(output)]) == 2
         assert message in capsys.readouterr().err
+    assert main([task, "MODEL", "--output", str(tmp_path / "file")]) == 2
+    assert "is no JSON" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
+    taken = report(tmp_path, "taken", answered(4))
+    assert main([task, "MODEL", "--output", str(taken)]) == 2
+    assert "is the report of another task, or none: name another" in capsys.readouterr().err
 
 
 def test_an_earlier_report_of_the_task_may_be_there(tmp_path):
     path = report(tmp_path, "a", answered(4))
     check_report_place(path, "dialogue")
-    with pytest.raises(ValueError, match="report of the task dialogue"):
+    (tmp_path / "figures.json").write_text('{"images": 3}')
+    check_report_place(tmp_path / "figures.json", None)
+    with pytest.raises(ValueError, match="report of another task"):
         check_report_place(path, "pointing")
 
 
@@ -257,6 +268,13 @@ def test_a_page_does_not_write_over_its_report(tmp_path, capsys):
         assert main(["page", str(path), "--output", str(tmp_path / name)]) == 2
         assert "is the report or its samples" in capsys.readouterr().err
     assert path.read_bytes() == before
+
+
+def test_texts_of_maps_are_texts(tmp_path, capsys, unloaded):
+    (tmp_path / "a.png").write_bytes(png())
+    for option, text, message in (("--match", " ", "`--match` is empty"), ("--text", "\ud800", "lone surrogate")):
+        assert main(["look", "MODEL", str(tmp_path / "a.png"), option, text]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_maps_are_not_drawn_over_the_file_of_the_image(tmp_path, capsys, unloaded):

@@ -112,7 +112,7 @@ def match_folders(
             place_of = {name: place for place, name in enumerate(folders)}
     if unknown := [name for name in folders if name not in place_of]:
         raise ValueError(
-            f"The folder {unknown[0]!r}" + f" (and {len(unknown) - 1} more)" * (len(unknown) > 1) + f" is none of the "
+            f"the folder {unknown[0]!r}" + f" (and {len(unknown) - 1} more)" * (len(unknown) > 1) + f" is none of the "
             f"{len(classes)} classes. Put a {CLASS_NAMES_FILE} beside the folders that gives the name of each."
         )
     return {name: place_of[name] for name in folders}

@@ -28,6 +28,8 @@ from .tables import items_of_shards
 
 
 REAL_LABELS_FILE = "real.json"
+FOLDERS_OF_CLASSES = "the sub-folders of classes"
+SPLITS = ("train", "val", "validation", "test")  # a folder with these alone has no classes in it
 TABLE_ENDINGS = (".json", ".csv", ".tsv")
 
 
@@ -92,7 +94,8 @@ def incomplete_below(root: str, tasks: Sequence[str]) -> dict[str, list[str]]:
         there = [folder for folder in protocol.folders_below(Path(root)) if folder.is_dir()]
         if protocol.task in tasks and there and find_data(protocol, Path(root)) is None:
             needed = found.setdefault(str(there[0]), [])
-            needed += [name for name in annotation_names(protocol) if name not in needed]
+            files = annotation_names(protocol) or [FOLDERS_OF_CLASSES] * (protocol.data["layout"] == "class_folders")
+            needed += [name for name in files if name not in needed]
     return {folder: names for folder, names in found.items() if names}
 
 
@@ -135,7 +138,7 @@ def _is_there(protocol: Protocol, folder: Path) -> bool:
         return any((folder / name).is_file() for name in needed)
     if protocol.data["layout"] == "captions":
         return folder.is_dir() and _only_table(folder) is not None
-    return folder.is_dir() and any(path.is_dir() for path in folder.iterdir())
+    return folder.is_dir() and any(path.is_dir() and path.name not in SPLITS for path in folder.iterdir())
 
 
 def _place(protocol: Protocol, root: Path) -> Path:
@@ -183,7 +186,10 @@ def _class_folders(protocol: Protocol, folder: Path) -> EvaluationData:
         known = benchmark_classes(prompts["classes"], prompts.get("language", "en"))
         if known is not None:
             classes = known if subset is None else [known[number] for number in subset]
-            labels = match_folders(names, classes, subset)
+            try:
+                labels = match_folders(names, classes, subset)
+            except ValueError as error:
+                raise ValueError(f"{folder}: {error}") from error
     if classes is None:
         classes = _names_of_folders(folder, names)
     items: Sequence[Item] = labelled_items(folder, labels)
@@ -295,6 +301,8 @@ def _probe_folders(protocol: Protocol, folder: Path) -> EvaluationData:
     classes = class_names_beside(training, names) or [readable_name(name) for name in names]
     candidates = tuple(sorted(labels.values())) if len(found) < len(names) else ()
     trained = labelled_items(training, number_of)
+    if len({item.labels for item in trained}) < 2:
+        raise ValueError(f"{training} has images of fewer than two classes, between which a probe could tell.")
     return EvaluationData(items, str(held_out), tuple(classes), training=trained, candidates=candidates)
 
 

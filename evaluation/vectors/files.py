@@ -109,7 +109,7 @@ class EmbeddingFolder:
         if not differing:
             return
         told = [f"{name} {getattr(found, name)}, now {getattr(description, name)}" for name in differing]
-        alone = {"data": "other data, or columns, or other --only or --dtype", "state": "other weights of the same name"}
+        alone = {"data": "other data, columns, sides or type of weights", "state": "other weights of the same name"}
         what = alone.get(differing[0], "") if len(differing) == 1 else ""
         what = what or "; ".join(told)
         raise ValueError(f"`{self.path}` holds embeddings that differ ({what}): name another folder.")
