@@ -281,7 +281,7 @@ def test_the_funnel_rows_run_and_find_what_was_planted(small, monkeypatch):
     monkeypatch.setattr(module, "in_fresh_process", lambda call, folder: 1 + abs(call(folder)))
     rows = list(module.rows(Options(rounds=1)))
     check_rows(rows)
-    assert len(rows) == 11
+    assert len(rows) == 12
     (hashes,) = (row for row in rows if "hashes" in row.name)
     assert hashes.details["found"] == hashes.details["planted"] == 5
 
