@@ -3,6 +3,7 @@ number.
 """
 
 import json
+import shutil
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from internvl.training.stages import Run, run_stage1
 from internvl.training.trainer import StageTrainer
 
 from . import two_processes
+from .engine_jobs import StoppedError
 from .fixtures_pairs import sample, write_tar
 from .fixtures_text import make_tokenizer
 from .test_stage_faults import RECIPE
@@ -90,6 +92,29 @@ def stop_at(trainer, step: int) -> None:
     trainer.training_step = stopping
     with pytest.raises(KeyboardInterrupt):
         trainer.run(resume=False)
+
+
+def test_a_kill_while_old_checkpoints_are_deleted_leaves_none_with_a_part_of_its_files(tmp_path, shards, monkeypatch):
+    whole = shutil.rmtree
+
+    def begin(path, **settings):
+        """Deletes the first file of what is to be removed, and no more."""
+        for file in [file for file in Path(path).rglob("*") if file.is_file()][:1]:
+            file.unlink()
+            raise StoppedError
+        whole(path, **settings)
+
+    settings = {"steps": 6, "save_total_limit": 1}
+    trainer = trainer_for(tmp_path / "run", shards, Numbers(tmp_path / "log"), 0, **settings)
+    monkeypatch.setattr("internvl.training.checkpoints.shutil.rmtree", begin)
+    with pytest.raises(StoppedError):
+        trainer.run(resume=False)
+    monkeypatch.undo()
+    left = checkpoints_in(tmp_path / "run")
+    assert [entry.name for entry in left] == ["checkpoint-6"]
+    assert fault_of(left[0]) is None
+    trainer_for(tmp_path / "run", shards, Numbers(tmp_path / "log"), 0, **settings).run(resume=True)
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["checkpoint-6"]
 
 
 @pytest.mark.parametrize(("workers", "accumulation"), [(0, 1), (0, 2), (2, 1), (3, 2)])
