@@ -364,10 +364,15 @@ def write_harness_reports(path: str | Path, output: str | Path) -> list[Path]:
         OSError: If a file cannot be read or written.
         ValueError: If it holds no results of a harness.
     """
-    written = []
+    reports = {}
     for report in read_harness_results(path):
         parts = [report["protocol"], report["settings"].get("split"), report["settings"].get("subset")]
         name = re.sub(r"[^\w.-]+", "-", "-".join(str(part) for part in parts if part))
+        if name in reports:
+            raise ValueError(f"{path} has two results that would both be called {name}.json.")
+        reports[name] = report
+    written = []
+    for name, report in reports.items():
         target = Path(output, f"{name}.json")
         if logged := samples_beside(path, report["protocol"]):
             with SampleLog(samples_file(target), report["settings"]) as log:

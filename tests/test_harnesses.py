@@ -4,7 +4,9 @@ write. What runs in environments of their own is in tests/engines.
 
 import importlib
 import json
+import os
 import re
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -253,6 +255,19 @@ def test_mteb_gets_the_embeddings_of_this_package(mode, in_mteb, checkpoint):
         encoder.encode(Rows([{"audio": []}]))
     with pytest.raises(ValueError, match="`mode` is one of InternVL-C, InternVL-G"):
         in_mteb.internvl_meta(checkpoint, "InternVL-D")
+
+
+def test_mteb_reads_no_results_of_other_weights_of_the_same_name(in_mteb, checkpoint, tmp_path):
+    """It keeps what it measured by name, revision and experiment, and does not measure it again."""
+    shutil.copytree(checkpoint, tmp_path / "model")
+    before = in_mteb.internvl_meta(tmp_path / "model")
+    assert in_mteb.internvl_meta(tmp_path / "model") == before
+    assert (
+        in_mteb.internvl_meta(tmp_path / "model", dtype="float32")["experiment_kwargs"] != before["experiment_kwargs"]
+    )
+    (weights,) = (tmp_path / "model").glob("*.safetensors")
+    os.utime(weights, ns=(1, 1))
+    assert in_mteb.internvl_meta(tmp_path / "model")["revision"] != before["revision"]
 
 
 def test_tasks_of_mteb_over_own_images(in_mteb, tmp_path):

@@ -316,6 +316,10 @@ def test_results_of_mteb_with_odd_settings(tmp_path):
     }
     path = written(tmp_path, content)
     assert [file.name for file in write_harness_reports(path, tmp_path / "out")] == ["mme-test-3.json"]
+    twice = {**content, "scores": {"test": content["scores"]["test"] * 2}}
+    with pytest.raises(ValueError, match=r"two results that would both be called mme-test-3\.json"):
+        write_harness_reports(written(tmp_path, twice, "twice.json"), tmp_path / "twice")
+    assert not (tmp_path / "twice").exists()
     (tmp_path / "model_meta.json").write_text(json.dumps({"experiment_kwargs": {"images": "many"}}))
     with pytest.raises(ValueError, match='settings: "images" has to be a whole number'):
         read_harness_results(path)

@@ -24,6 +24,7 @@ from ... import register
 from ...console import exit_status
 from ...kinds import check_kind
 from ...modeling_internvl import MODES
+from ..checkpoints import checkpoint_state
 from ..embeddings import embed_images, embed_texts
 from . import harness
 
@@ -126,10 +127,10 @@ def internvl_meta(
     is_local = folder.is_dir()
     return ModelMeta(
         loader=InternVLEncoder,
-        loader_kwargs={"folder": str(model), "dtype": dtype},
-        experiment_kwargs={"mode": mode},  # results of the modes lie apart
+        loader_kwargs={"folder": str(model)},
+        experiment_kwargs={"mode": mode, "dtype": dtype},  # MTEB keeps results of each apart, and reads them again
         name=f"internvl/{folder.resolve().name}" if is_local else str(model),
-        revision="local" if is_local else revision,
+        revision=checkpoint_state(model) if is_local else revision,  # else results of other weights would be read
         release_date=None,
         languages=LANGUAGES_OF_THE_PAPER,
         n_parameters=None,
