@@ -20,7 +20,7 @@ from .fixtures_processes import run_elsewhere
 from .fixtures_published import published_chat
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("house", "tree")
 QUESTION = "What is drawn here?"
