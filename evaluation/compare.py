@@ -15,7 +15,7 @@ from typing import Any
 
 from ..console import printable
 from ..writing import check_writable
-from .reports import read_report, samples_file, write_report
+from .reports import read_report, samples_file, samples_of, write_report
 from .samples import Sample, read_samples
 from .statistics import Comparison, compare_scores, holm
 
@@ -88,7 +88,7 @@ def read_results(path: str | Path) -> Results:
         report = read_report(path)
         if not isinstance(report.get("samples"), str):
             raise ValueError(f"{path} names no results of its samples, and a comparison needs them.")
-        _, samples = read_samples(path.parent / Path(report["samples"]).name)
+        _, samples = read_samples(samples_of(path, report))
     if not samples:
         raise ValueError(f"{path} has no samples to compare.")
     task, model = str(report.get("protocol") or report.get("task") or ""), str(report.get("model") or path.stem)

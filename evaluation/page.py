@@ -16,7 +16,7 @@ from urllib.parse import quote
 from ..writing import check_writable
 from .card import metric_row
 from .commands import positive
-from .reports import Report, read_report, samples_file
+from .reports import Report, read_report, samples_of
 from .samples import Sample, read_samples, values_by_metric
 
 
@@ -98,12 +98,6 @@ def report_and_samples(path: Path) -> tuple[Report, list[Sample]]:
     if not beside.exists():
         raise FileNotFoundError(f"{path} has no samples beside it: there is no {beside}.")
     return report, read_samples(beside)[1]
-
-
-def samples_of(path: Path, report: Report) -> Path:
-    """The file of a report's samples, which lies beside it."""
-    name = report.get("samples")
-    return path.parent / Path(name).name if isinstance(name, str) else samples_file(path)
 
 
 def worst(samples: Sequence[Sample], limit: int) -> list[Sample]:

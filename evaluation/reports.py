@@ -64,6 +64,12 @@ def samples_file(report: str | Path) -> Path:
     return Path(report).with_suffix(".samples.jsonl")
 
 
+def samples_of(path: Path, report: Report) -> Path:
+    """The file of a report's samples, which lies beside it."""
+    name = report.get("samples")
+    return path.parent / Path(name).name if isinstance(name, str) else samples_file(path)
+
+
 def features_folder(samples: str | Path) -> Path:
     """The folder of the embeddings of an unfinished run, beside the file of its samples."""
     return Path(samples).with_suffix(".features")
@@ -144,5 +150,6 @@ __all__ = [
     "new_report",
     "read_report",
     "samples_file",
+    "samples_of",
     "write_report",
 ]
