@@ -189,7 +189,9 @@ def _fit(
     if mode == "pad":
         mean = np.broadcast_to(settings["image_mean"], len(image.getbands()))
         image = _pad_to_square(image, tuple(int(value * 255) for value in mean), name, max_pixels)
-    return [_pixels(image.resize((size.width, size.height), resample))]
+    if image.size != (size.width, size.height):  # Pillow would copy it
+        image = image.resize((size.width, size.height), resample)
+    return [_pixels(image)]
 
 
 def _to_float(
@@ -352,15 +354,26 @@ class InternVLImageProcessor(PilBackend):
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
         """Counts the tiles of an upright image of a given size, including the thumbnail."""
-        settings = canonical_settings(images_kwargs or {}, self.resize_mode)
-        for name in ("resize_mode", "size", "crop_size", "do_resize", *TILE_SETTINGS, "max_image_pixels"):
-            settings.setdefault(name, getattr(self, name, None))
-        settings = self._standardize_kwargs(**settings)
+        settings = self._settings_of_sizes(images_kwargs or {})
         ((min_num, max_num, use_thumbnail),) = tile_limits(1, settings)
         if settings["resize_mode"] != "tiles" or not settings["do_resize"]:
             return 1
         columns, rows = choose_grid(width, height, min_num, max_num, settings["size"].height)
         return columns * rows + int(use_thumbnail and columns * rows > 1)
+
+    def get_fixed_size(self, images_kwargs: dict[str, Any] | None = None) -> tuple[int, int] | None:
+        """Returns the (width, height) that whole images are resized to, or None where it depends on the image."""
+        settings = self._settings_of_sizes(images_kwargs or {})
+        if settings["resize_mode"] != "squash" or not settings["do_resize"]:
+            return None
+        return settings["size"].width, settings["size"].height
+
+    def _settings_of_sizes(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Completes the settings of one call that decide the number and size of tiles."""
+        settings = canonical_settings(settings, self.resize_mode)
+        for name in ("resize_mode", "size", "crop_size", "do_resize", *TILE_SETTINGS, "max_image_pixels"):
+            settings.setdefault(name, getattr(self, name, None))
+        return self._standardize_kwargs(**settings)
 
     def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:
         """Completes and checks the settings of the processor or of one call."""

@@ -6,6 +6,7 @@ have as many. Which pairs come in a batch differs, so the tensors of each pair m
 """
 
 import importlib.util
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from io import BytesIO
@@ -57,7 +58,7 @@ def write_pairs(folder: Path, sizes: Sequence[tuple[int, int]]) -> list[str]:
 def our_batches(shards: list[str], processor: Any) -> Iterator[dict[str, torch.Tensor]]:
     """Batches of the loader that `python -m internvl.training stage1` makes, for one epoch."""
     stream = PairStream(shards, shuffle_buffer=SHUFFLE_BUFFER, epochs=1)
-    collator = PairCollator(processor, max_num=1, max_length=MAX_LENGTH)
+    collator = PairCollator(processor, resize_mode="squash", max_length=MAX_LENGTH)
     arguments = TrainingArguments(per_device_train_batch_size=BATCH_SIZE, dataloader_num_workers=0, report_to="none")
     for batch in stream_loader(stream, collator, arguments):
         yield {name: batch[name] for name in ("pixel_values", "input_ids")}
@@ -93,9 +94,9 @@ def decode_and_resize(shards: list[str], side: int) -> None:
         Image.open(BytesIO(row["jpg"])).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
 
 
-def read_all(batches: Callable[[], Iterator[dict[str, torch.Tensor]]]) -> list[dict[str, torch.Tensor]]:
-    """Every batch."""
-    return list(batches())
+def read_all(batches: Callable[[], Iterator[dict[str, torch.Tensor]]]) -> None:
+    """Every batch, and no longer kept than a training would."""
+    deque(batches(), maxlen=0)
 
 
 def by_text(batches: Iterator[dict[str, torch.Tensor]]) -> dict[tuple[int, ...], torch.Tensor]:

@@ -91,22 +91,54 @@ def test_what_is_drawn_depends_on_the_sample_its_epoch_and_the_seed_alone():
     assert augment(pair(1, is_held_out=True)).tobytes() == image.tobytes()
 
 
-def test_collators_augment_where_asked_and_only_there(processor):
-    rows = [pair(number) for number in range(4)]
-    augment = Augmentation((0.3, 0.5), seed=1)
-    cropped = [{**row, "image": augment(row)} for row in rows]
-    makers = (
+def collator_makers(processor):
+    return (
         lambda **settings: PairCollator(processor, max_length=40, padding="max_length", **settings),
         lambda **settings: GenerativeCollator(processor, 40, **settings),
         lambda **settings: RetrievalCollator(processor, 40, **settings),
         lambda **settings: CaptionCollator(processor, 40, **settings),
     )
-    for make in makers:
+
+
+def test_collators_augment_where_asked_and_only_there(processor):
+    rows = [pair(number) for number in range(4)]
+    augment = Augmentation((0.3, 0.5), seed=1)
+    cropped = [{**row, "image": augment(row)} for row in rows]
+    for make in collator_makers(processor):
         plain, augmented, wanted = make()(rows), make(augment=augment)(rows), make()(cropped)
         assert torch.equal(augmented["pixel_values"], wanted["pixel_values"])
         assert not torch.equal(augmented["pixel_values"], plain["pixel_values"])
         for name in plain.keys() - {"pixel_values"}:  # the image of `image_ids` is that before the crop
             assert torch.equal(plain[name], augmented[name]), name
+
+
+@pytest.mark.parametrize("augment", [None, Augmentation(flip_rate=1.0, jpeg_quality=(50, 90))])
+@pytest.mark.parametrize(
+    ("settings", "prepared_size"),
+    [
+        ({"resize_mode": "squash"}, (28, 28)),
+        ({"resize_mode": "squash", "size": {"height": 42, "width": 42}, "resample": 0}, (42, 42)),
+        ({"resize_mode": "squash", "do_resize": False}, None),
+        ({"resize_mode": "crop", "size": 36}, None),
+        ({"resize_mode": "pad"}, None),
+        ({"resize_mode": "tiles", "max_num": 2}, None),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_pairs_prepared_one_by_one_give_the_batch_of_the_processor(processor, settings, prepared_size, augment):
+    rows = [{**pair(number), "stored": make_image(50, 40, seed=number)} for number in range(3)]
+    images = [row["image"] if augment is None else augment(row) for row in rows]
+    wanted = processor.image_processor(images, return_tensors="pt", **settings)["pixel_values"]
+    for make in collator_makers(processor):
+        collator = make(augment=augment, **settings)
+        prepared = [collator.prepare(row) for row in rows]
+        sizes = [prepared_size or image.size for image in images]
+        assert [row["image"].size for row in prepared] == sizes
+        assert not any("stored" in row for row in prepared)  # a worker holds no large image
+        batch, direct = collator(prepared), collator(rows)
+        assert torch.equal(batch["pixel_values"], wanted)
+        assert batch.keys() == direct.keys()
+        assert all(torch.equal(batch[name], direct[name]) for name in batch)
 
 
 # ----------------------------------------------------------------------------------------------------------- negatives

@@ -220,6 +220,29 @@ def test_fewer_processes_go_on_with_the_same_samples_in_each_step(workers, shard
         assert {place["num_batches"] for loader in resumed for place in loader.dataset.places()} == {9}
 
 
+def test_each_sample_is_prepared_before_the_next_is_read(shards, tmp_path):
+    happened = []
+
+    class Watched(PairStream):
+        def _sample(self, row):
+            happened.append("read")
+            return super()._sample(row)
+
+    class Preparing:
+        def prepare(self, pair):
+            happened.append("prepared")
+            return {**pair, "is_prepared": True}
+
+        def __call__(self, pairs):
+            happened.append("batch")
+            return [pair["is_prepared"] for pair in pairs]
+
+    arguments, where = arguments_of(0, 1, 3, 0, tmp_path)
+    batches = iter(stream_loader(Watched(shards, shuffle_buffer=4, **where), Preparing(), arguments))
+    assert next(batches) == next(batches) == [True] * 3
+    assert happened == ["read", "prepared", "read", "prepared", "read", "prepared", "batch"] * 2
+
+
 @pytest.mark.parametrize(
     ("world_size", "rows", "message"),
     [(3, 1, "begun with 4 processes.*3 processes would read samples twice"), (2, 1, "a batch has 1, and must have 2")],

@@ -11,7 +11,7 @@ Every text has a fixed length, so that batches of all processes have one shape, 
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,11 +22,10 @@ from ...processing_internvl import InternVLProcessor
 from ...renaming_internvl import renamed_names
 from ...rows.texts import simple_caption
 from .negatives import CaptionPool
+from .pairs import Augment, ImageCollator
 
 
 PADDINGS = ("max_length", "longest")
-# Makes the training image of a pair.
-Augment = Callable[[Mapping[str, Any]], Image.Image]
 
 
 def image_number(image: Image.Image) -> int:
@@ -42,7 +41,7 @@ def _length_of_start(row: list[int], start: list[int]) -> int:
     return next((i for i, (found, wanted) in enumerate(pairs) if found != wanted), len(start))
 
 
-class GenerativeCollator:
+class GenerativeCollator(ImageCollator):
     """Pairs to inputs of `InternVLForGenerativeTraining`.
 
     Args:
@@ -67,11 +66,9 @@ class GenerativeCollator:
     ) -> None:
         if padding not in PADDINGS:
             raise ValueError(f"`padding` must be one of {list(PADDINGS)}, got {padding!r}.")
-        self.processor = processor
+        super().__init__(processor, augment, **settings)
         self.max_length = max_length
         self.padding = padding
-        self.augment = augment
-        self.settings = settings
         longest = max(*self.prefix_lengths().values(), len(self._rows([processor.caption_prompt])[0]) + 1)
         if max_length <= longest:
             raise ValueError(
@@ -95,7 +92,7 @@ class GenerativeCollator:
         return {**self._contrastive_and_matching(pairs), **self._generation(pairs)}
 
     def _images(self, pairs: Sequence[dict[str, Any]]) -> list[Image.Image]:
-        return [pair["image"] if self.augment is None else self.augment(pair) for pair in pairs]
+        return [pair["image"] for pair in self.prepared(pairs)]
 
     def _contrastive_and_matching(self, pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         images, texts = self._images(pairs), [pair["text"] for pair in pairs]
@@ -165,8 +162,14 @@ class RetrievalCollator(GenerativeCollator):
         self.seed = seed
         self.simplify = simple_caption if simple_captions else str
 
+    def prepare(self, pair: dict[str, Any]) -> dict[str, Any]:
+        """As in `ImageCollator`, after the image as it is stored was given its number."""
+        number = image_number(pair.get("stored", pair["image"]))
+        return {**super().prepare(pair), "image_number": number}
+
     def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        image_ids = torch.tensor([image_number(pair.get("stored", pair["image"])) for pair in pairs])
+        pairs = self.prepared(pairs)
+        image_ids = torch.tensor([pair["image_number"] for pair in pairs])
         simple = [{**pair, "text": self.simplify(pair["text"])} for pair in pairs]
         batch = {**self._contrastive_and_matching(simple), "image_ids": image_ids}
         if self.pool is not None:

@@ -104,7 +104,44 @@ class PairStream(RowStream):
         return to_pil(image, "The image", self.max_image_pixels, True, None, self.background_color)
 
 
-class PairCollator:
+# Makes the training image of a pair.
+Augment = Callable[[Mapping[str, Any]], Image.Image]
+
+
+class ImageCollator:
+    """What collators of pairs have in common: the training images.
+
+    Args:
+        processor: Of the model.
+        augment: Makes the training image of a pair; None takes its image as it is.
+        **settings: Of the image processor, `size` for instance.
+    """
+
+    def __init__(self, processor: InternVLProcessor, augment: Augment | None = None, **settings: Any) -> None:
+        self.processor = processor
+        self.augment = augment
+        self.settings = settings
+        of_images = processor.image_processor.valid_kwargs.__annotations__
+        self._size = processor.image_processor.get_fixed_size({k: v for k, v in settings.items() if k in of_images})
+
+    def prepare(self, pair: dict[str, Any]) -> dict[str, Any]:
+        """Augments the image of a pair, and resizes it where images become one tile of one size.
+
+        `StreamBatches` calls it for each pair as soon as it was read, while the pixels are in the cache of the CPU; a
+        batch then holds no large images. Pairs that are not prepared give the same pixel values.
+        """
+        image = pair["image"] if self.augment is None else self.augment(pair)
+        if self._size is not None and image.mode == "RGB":  # resizing to its own size changes nothing later
+            image = image.resize(self._size, self.settings.get("resample", self.processor.image_processor.resample))
+        kept = {name: value for name, value in pair.items() if name != "stored"}
+        return {**kept, "image": image, "is_prepared": True}
+
+    def prepared(self, pairs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Prepares the pairs that are not prepared yet."""
+        return [pair if pair.get("is_prepared") else self.prepare(pair) for pair in pairs]
+
+
+class PairCollator(ImageCollator):
     """Pairs to model inputs.
 
     Args:
@@ -118,13 +155,11 @@ class PairCollator:
         self,
         processor: InternVLProcessor,
         mode: str = "contrastive",
-        augment: Callable[[Mapping[str, Any]], Image.Image] | None = None,
+        augment: Augment | None = None,
         **settings: Any,
     ) -> None:
-        self.processor = processor
+        super().__init__(processor, augment, **settings)
         self.mode = mode
-        self.augment = augment
-        self.settings = settings
 
     def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Prepares a batch.
@@ -135,7 +170,7 @@ class PairCollator:
         Returns:
             `pixel_values` (T, 3, H, W), `input_ids` and `attention_mask` (B, L).
         """
-        images = [pair["image"] if self.augment is None else self.augment(pair) for pair in pairs]
+        images = [pair["image"] for pair in self.prepared(pairs)]
         texts = [pair["text"] for pair in pairs]
         settings = {"mode": self.mode, "return_tensors": "pt", **self.settings}
         return dict(self.processor(images=images, text=texts, **settings))

@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import TrainingArguments
 
 
+# Makes a batch. Its `prepare`, where it has one, is given each sample as soon as it was read, and what it returns is put
+# into the batch in its place: a decoded image is resized before the next one takes its place in the processor's cache.
 Collator = Callable[[Sequence[Any]], Any]
 
 
@@ -131,7 +133,8 @@ class _WorkerBatches(IterableDataset):
         # Loaders ask their workers in turn, beginning with the first.
         if info is not None and worker <= self.places[0]["last_worker"]:
             yield None
-        samples = [iter(stream) for stream in self.streams]
+        prepare = getattr(self.collator, "prepare", _as_it_is)
+        samples = [map(prepare, stream) for stream in self.streams]
         while True:
             rows = [row for iterator in samples for row in islice(iterator, self.rows)]
             if len(rows) < self.rows * len(samples):
