@@ -31,6 +31,7 @@ TOPICS = (
     "pairs",
     "image_embeddings",
     "qllama",
+    "connectors",
     "quantizers",
     "contrastive",
     "fine_tuning",

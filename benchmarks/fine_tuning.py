@@ -3,7 +3,7 @@
 A decoder of the shape of Qwen2.5-0.5B with its whole vocabulary behind a narrow tower, which is frozen, as in
 published fine-tuning. A row has an image of some tiles, a long prompt, and an answer: only the answer has labels, and
 this package's trainer asks for logits nowhere else. Both trainers get the same weights and the same batch, and must
-give the same loss.
+give the same loss. By default both compute activations again in the backward pass; the rows without that keep them.
 """
 
 import importlib.util
@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Trainer
 
 from internvl.layers_internvl import IGNORE_INDEX
+from internvl.training.callbacks import KeepFrozenPartsWithoutGradient
 from internvl.training.recipes.finetuning import FineTuning, finetuning_recipe
 from internvl.training.trainer import CHECKPOINTING, Run, Stage, StageTrainer, training_arguments
 
@@ -47,18 +48,21 @@ def batch_for(model: Any) -> dict[str, torch.Tensor]:
     return {name: value.to(model.device) for name, value in batch.items()}
 
 
-def trainer_of_ours(model: Any, folder: str) -> Trainer:
+def trainer_of_ours(model: Any, folder: str, recompute: bool) -> Trainer:
     """The trainer of `python -m internvl.training finetune`."""
     choice = FineTuning("dialogue", "whole", steps=1, batch_size=1, parts=TRAINED)
     recipe = finetuning_recipe(choice, model.config, 0)
-    run = Run(Path(folder), arguments=arguments_of_both(model))
+    run = Run(Path(folder), arguments=arguments_of_both(model, recompute))
     stage = Stage(model, None, recipe, run, None)  # type: ignore[arg-type]  # batches are given as they are
     model.skips_unlabelled_logits = True
     arguments = training_arguments(recipe, recipe.phases[0], run)
+    if recompute:  # as `Trainer.train` does it, which is not called here
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        KeepFrozenPartsWithoutGradient().on_train_begin(model=model)
     return StageTrainer(stage, recipe.phases[0], model=model, args=arguments)
 
 
-def trainer_of_theirs(model: Any, folder: str) -> Trainer:
+def trainer_of_theirs(model: Any, folder: str, recompute: bool) -> Trainer:
     """TRL's trainer."""
     import datasets
     from trl import SFTConfig, SFTTrainer
@@ -71,8 +75,10 @@ def trainer_of_theirs(model: Any, folder: str) -> Trainer:
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
         report_to="none",
-        **arguments_of_both(model),
+        **arguments_of_both(model, recompute),
     )
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     rows = datasets.Dataset.from_list([{"input_ids": [1], "labels": [1]}])  # batches are given as they are
     return SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
 
@@ -80,16 +86,18 @@ def trainer_of_theirs(model: Any, folder: str) -> Trainer:
 MAKERS = {"ours": trainer_of_ours, "theirs": trainer_of_theirs}
 
 
-def arguments_of_both(model: Any) -> dict[str, Any]:
+def arguments_of_both(model: Any, recompute: bool) -> dict[str, Any]:
     """What both trainers are told."""
-    return {CHECKPOINTING: False, "bf16": False, "use_cpu": model.device.type == "cpu"}
+    return {CHECKPOINTING: recompute, "bf16": False, "use_cpu": model.device.type == "cpu"}
 
 
-def make_step(who: str, model: Any, folder: str) -> Callable[[], torch.Tensor]:
+def make_step(who: str, model: Any, folder: str, recompute: bool) -> Callable[[], torch.Tensor]:
     """A step that leaves no gradient behind, and returns its loss."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("vision" not in name)
-    trainer, batch = MAKERS[who](model, folder), batch_for(model)
+    trainer, batch = MAKERS[who](model, folder, recompute), batch_for(model)
+    if model.is_gradient_checkpointing != recompute:
+        raise SystemExit(f"Activations of `{who}` are kept or recomputed against the arguments: nothing to compare.")
     trainer.current_gradient_accumulation_steps = 1
 
     def step() -> torch.Tensor:
@@ -100,11 +108,11 @@ def make_step(who: str, model: Any, folder: str) -> Callable[[], torch.Tensor]:
     return step
 
 
-def step_bytes(who: str, device: str) -> int:
+def step_bytes(who: str, device: str, recompute: bool) -> int:
     """What a step takes beside the weights."""
     model = dict(zip(MAKERS, build_pair(VISION, TEXT, Options(device)), strict=True))[who]
     with tempfile.TemporaryDirectory() as folder:
-        return memory_growth(make_step(who, model, folder), device)
+        return memory_growth(make_step(who, model, folder, recompute), device)
 
 
 def rows(options: Options) -> Iterator[Row]:
@@ -112,18 +120,20 @@ def rows(options: Options) -> Iterator[Row]:
     if importlib.util.find_spec("trl") is None:
         yield Row("fine-tuning against TRL", skipped=MISSING)
         return
-    pair = dict(zip(MAKERS, build_pair(VISION, TEXT, options), strict=True))
-    name = f"fine-tuning, a row of {TOKENS} tokens with {TILES} tiles, answer of {ANSWER}, against TRL on native"
-    with tempfile.TemporaryDirectory() as folder:
-        ours, theirs = (make_step(who, model, folder) for who, model in pair.items())
-        require_equal(ours(), theirs())
-        yield speed_row(f"{name}: step", ours, theirs, options.at_most(ROUNDS), target=TARGETS["step"], warmups=1)
-    del pair
-    taken = {who: in_fresh_process(step_bytes, who, options.device) for who in MAKERS}
-    yield Row(
-        f"{name}: peak memory beside weights",
-        ratio=taken["ours"] / taken["theirs"],
-        target=TARGETS["memory"],
-        is_lower_better=True,
-        details={"bytes": taken},
-    )
+    title = f"fine-tuning, a row of {TOKENS} tokens with {TILES} tiles, answer of {ANSWER}, against TRL on native"
+    for recompute, kind in ((True, "recomputed"), (False, "kept")):
+        name = f"{title}, activations {kind}"
+        pair = dict(zip(MAKERS, build_pair(VISION, TEXT, options), strict=True))
+        with tempfile.TemporaryDirectory() as folder:
+            ours, theirs = (make_step(who, model, folder, recompute) for who, model in pair.items())
+            require_equal(ours(), theirs())
+            yield speed_row(f"{name}: step", ours, theirs, options.at_most(ROUNDS), target=TARGETS["step"], warmups=1)
+        del pair, ours, theirs
+        taken = {who: in_fresh_process(step_bytes, who, options.device, recompute) for who in MAKERS}
+        yield Row(
+            f"{name}: peak memory beside weights",
+            ratio=taken["ours"] / taken["theirs"],
+            target=TARGETS["memory"],
+            is_lower_better=True,
+            details={"bytes": taken},
+        )

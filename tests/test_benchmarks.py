@@ -61,6 +61,7 @@ TINY = {
     },
     "image_embeddings": {"VISION": sizes_of(32, 64, 2, 4), "SIDE": 28, "WIDTH": 8, "NUM_IMAGES": 3, "BATCH_SIZE": 2},
     "funnel": {"COUNT": 2000, "FEW": 100, "MANY": 400, "NUM_IMAGES": 3, "NUM_NEAR": 5},
+    "connectors": {"IMAGE_SIZE": 28, "SHARE_OF_LAYERS": 1, "TILES": {"two": 2}, "TEXT_TOKENS": 5},
     "search": {"COUNT": 300, "SIZE": 32, "BLOCK": 128, "NUM_QUERIES": 5, "NUM_SCENES": 3},
 }
 
@@ -261,6 +262,28 @@ def test_the_rows_of_image_embeddings_run_and_refuse_what_is_no_unit_vector(smal
     monkeypatch.setattr(module, "MAKERS", {"twin": lambda _: lambda images: torch.ones(len(images), 8)})
     with pytest.raises(SystemExit, match="3 unit vectors of 8 components were expected"):
         list(module.rows(Options(rounds=1)))
+
+
+def test_the_connector_rows_run_on_shared_weights_and_count_tokens(small, monkeypatch, tmp_path):
+    module = small("connectors")
+    sizes = json.loads(module.SIZES.read_text())
+    tiny_parts = {"vision_config": VISION, "qllama_config": tiny.QLLAMA, "text_config": {**TEXT, "vocab_size": 1000}}
+    (tmp_path / "tiny.json").write_text(json.dumps({**sizes, **tiny_parts}))
+    monkeypatch.setattr(module, "SIZES", tmp_path / "tiny.json")
+    monkeypatch.setattr(module, "in_fresh_process", lambda call, *arguments: 1 + abs(call(*arguments)))
+    models = module.build_models("cpu")
+    assert models.keys() == set(module.CONNECTORS)
+    whole = models["queries_and_patches"]
+    assert all(model.config.connector == connector for connector, model in models.items())
+    assert all(parameter.device.type == "cpu" for model in models.values() for parameter in model.parameters())
+    assert models["queries"].qllama is whole.qllama
+    assert models["patches"].mlp1 is whole.mlp1
+    rows = list(module.rows(Options(rounds=1)))
+    check_rows(rows)
+    assert len(rows) == 4
+    queries, patches = tiny.QLLAMA["num_query_token"], 1  # 4 patches of 14 px, shuffled to one
+    assert rows[0].details["tokens"] == {"queries": 2 * queries + 5, "patches": 2 * patches + 5}
+    assert rows[1].details["tokens"] == {"queries_and_patches": 2 * (queries + patches) + 5, "patches": 7}
 
 
 def test_recall_by_signs_with_all_candidates_is_that_of_whole_vectors(monkeypatch):
