@@ -111,6 +111,8 @@ def make_step(who: str, model: Any, folder: str, recompute: bool) -> Callable[[]
 def step_bytes(who: str, device: str, recompute: bool) -> int:
     """What a step takes beside the weights."""
     model = dict(zip(MAKERS, build_pair(VISION, TEXT, Options(device)), strict=True))[who]
+    for parameter in model.parameters():  # weights of a file are resident only when they were read
+        parameter.sum()
     with tempfile.TemporaryDirectory() as folder:
         return memory_growth(make_step(who, model, folder, recompute), device)
 

@@ -48,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     ):
         text = f"{summary} (default: {default})"
         funnel.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text)
+    text = 'what is trained on beside all pairs, such as "rules of stage 1" (default: every variant)'
+    funnel.add_argument("--variants", nargs="*", metavar="NAME", help=text)
     for name in ("questions", "pairs"):
         ablation.add_argument(f"--{name}", type=int, default=500, metavar="N", help="of the evaluation (default: 500)")
     return parser

@@ -13,7 +13,7 @@ web. Its cosines have another scale than CLIP's, so the cut-offs of similarity a
 import argparse
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -141,16 +141,24 @@ def measured(folder: Path, images: int) -> dict[str, float]:
     }
 
 
-def ablate_funnel(size: FunnelAblation, output: Path, seeds: Sequence[int], resume: bool = False) -> dict[str, Any]:
-    """Trains and measures every variant with every seed.
+def ablate_funnel(
+    size: FunnelAblation,
+    output: Path,
+    seeds: Sequence[int],
+    resume: bool = False,
+    variants: Iterable[str] = VARIANTS_OF_DATA,
+) -> dict[str, Any]:
+    """Trains and measures all pairs, and the other `variants` of `VARIANTS_OF_DATA`, with every seed.
 
     Returns:
         By seed and variant "pairs", the number of each pollution, and "results"; `output/funnel.json` holds it too,
         after each of them.
 
     Raises:
-        ValueError: The folder holds something, and `resume` is not wanted.
+        ValueError: The folder holds something, and `resume` is not wanted; or a variant is unknown.
     """
+    if unknown := [name for name in variants if name not in VARIANTS_OF_DATA]:
+        raise ValueError(f"`variants` are of {list(VARIANTS_OF_DATA)}, got {unknown}.")
     if not resume and output.exists() and any(output.iterdir()):
         raise ValueError(f"`output` must be an empty folder, but {output} is not; go on with it by `--resume`.")
     output.mkdir(parents=True, exist_ok=True)
@@ -162,8 +170,8 @@ def ablate_funnel(size: FunnelAblation, output: Path, seeds: Sequence[int], resu
     for seed in seeds:
         folder = output / f"seed_{seed}"
         shards = write_polluted_shards(folder / "raw", size.pairs, seed, model, processor)
-        for name, stage in VARIANTS_OF_DATA.items():
-            found = report.setdefault(str(seed), {})
+        for name in dict.fromkeys([ALL, *variants]):
+            stage, found = VARIANTS_OF_DATA[name], report.setdefault(str(seed), {})
             if name in found:
                 continue
             short = name.replace(",", "").replace(" ", "_")
@@ -175,11 +183,12 @@ def ablate_funnel(size: FunnelAblation, output: Path, seeds: Sequence[int], resu
 
 
 def summary_of(report: dict[str, Any]) -> list[str]:
-    """Lines of a Markdown table: results of every variant, and their differences to all pairs, over the seeds."""
+    """Lines of a Markdown table: results of the variants that each seed has, and their differences to all pairs."""
     seeds = list(report.values())
+    variants = [name for name in VARIANTS_OF_DATA if all(name in seed for seed in seeds)]
     names = list(seeds[0][ALL]["results"])
     lines = [f"| trained on | pairs | {' | '.join(names)} |", f"|---|---|{'---|' * len(names)}"]
-    for variant in VARIANTS_OF_DATA:
+    for variant in variants:
         pairs = mean(sum(seed[variant]["pairs"].values()) for seed in seeds)
         cells = []
         for name in names:
@@ -189,7 +198,7 @@ def summary_of(report: dict[str, Any]) -> list[str]:
         lines.append(f"| {variant} | {pairs:,.0f} | {' | '.join(cells)} |")
     kinds = [CLEAN, *POLLUTIONS]
     lines += ["", f"| pairs that are kept | {' | '.join(kinds)} |", f"|---|{'---|' * len(kinds)}"]
-    for variant in VARIANTS_OF_DATA:
+    for variant in variants:
         counts = [mean(seed[variant]["pairs"].get(kind, 0) for seed in seeds) for kind in kinds]
         lines.append(f"| {variant} | {' | '.join(f'{count:,.0f}' for count in counts)} |")
     return lines
@@ -204,5 +213,5 @@ def run(options: argparse.Namespace) -> None:
     """Runs the ablation, as the command line says; `--seed` is the first of the seeds."""
     size = FunnelAblation(options.raw_pairs, options.steps, options.images, use_bf16=not options.fp32)
     seeds = range(options.seed, options.seed + options.seeds)
-    report = ablate_funnel(size, options.output, seeds, options.resume)
+    report = ablate_funnel(size, options.output, seeds, options.resume, options.variants or VARIANTS_OF_DATA)
     (options.output / PAGE_NAME).write_text("\n".join(summary_of(report)) + "\n", encoding="utf-8")

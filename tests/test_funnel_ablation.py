@@ -60,6 +60,8 @@ def test_every_variant_is_trained_measured_and_reported_and_a_finished_one_is_ke
         names = {"zero_shot_digit", "zero_shot_shape", "zero_shot_colour", "recall_at_1_InternVL-C"}
         assert all(set(part["results"]) == names for part in found.values())
 
+        with pytest.raises(ValueError, match=r"`variants` are of .*all pairs.*got \['no duplicates'\]"):
+            funnel.ablate_funnel(size, tmp_path / "other", [0], variants=["no duplicates"])
         with pytest.raises(ValueError, match="must be an empty folder"):
             funnel.ablate_funnel(size, tmp_path / "out", [0])
         file = tmp_path / "out" / funnel.REPORT_NAME
@@ -82,4 +84,7 @@ def test_the_page_has_means_and_differences_of_every_seed():
         "| rules of stage 2 | 10 | 55.0% (-5.0 +- 7.1) |",
         "| rules of stage 2, no duplicates | 10 | 60.0% (+0.0 +- 0.0) |",
     ]
+    few = {name: part for name, part in seed(0.5, 0.6, 0.4, 0.5).items() if name != "rules of stage 2"}
+    some = funnel.summary_of({"0": few, "1": seed(0.7, 0.9, 0.7, 0.7)})
+    assert some[2:5] == [*lines[2:4], lines[5]]  # what every seed has
     assert lines[-1].startswith("| rules of stage 2, no duplicates | 10 | 0")
