@@ -61,6 +61,7 @@ TINY = {
     },
     "image_embeddings": {"VISION": sizes_of(32, 64, 2, 4), "SIDE": 28, "WIDTH": 8, "NUM_IMAGES": 3, "BATCH_SIZE": 2},
     "funnel": {"COUNT": 2000, "FEW": 100, "MANY": 400, "NUM_IMAGES": 3, "NUM_NEAR": 5},
+    "images": {"SIZES": ((40, 30), (80, 30)), "LARGE": (60, 60), "SIDE": 28, "MAX_TILES": 2},
     "connectors": {"IMAGE_SIZE": 28, "SHARE_OF_LAYERS": 1, "TILES": {"two": 2}, "TEXT_TOKENS": 5},
     "search": {"COUNT": 300, "SIZE": 32, "BLOCK": 128, "NUM_QUERIES": 5, "NUM_SCENES": 3},
 }
@@ -241,6 +242,19 @@ def test_the_chat_rows_run(small):
     rows = list(small("chat").rows(Options(rounds=2)))
     assert len(rows) == 6
     check_rows(rows)
+
+
+def test_the_image_rows_run_and_refuse_other_bytes(small, monkeypatch):
+    module = small("images")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    rows = list(module.rows(Options(rounds=1)))
+    check_rows(rows)
+    assert [row.details["threads"] for row in rows] == [2, 2, 1, 1, 2, 2]
+    assert rows[0].details["tiles"] == 4  # one, and two with a thumbnail
+    assert module.resize_and_write(module.draw_images(module.SIZES), 1).shape == (4, 3, 28, 28)
+    monkeypatch.setattr(module, "published", lambda images: module.ours(module.InternVLImageProcessor(), images))
+    with pytest.raises(SystemExit, match="different bytes"):
+        list(module.rows(Options(rounds=1)))
 
 
 def test_the_pair_rows_run_and_refuse_loaders_that_give_different_pairs(small, monkeypatch):

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import TrainingArguments
 
 
-# Makes a batch. Its `prepare`, where it has one, is given each sample as soon as it was read, and what it returns is put
-# into the batch in its place: a decoded image is resized before the next one takes its place in the processor's cache.
+# Makes a batch. Its `prepare`, where it has one, is given each sample as soon as it was read, and the batch is made of
+# what that returns: a decoded image is resized before the next one takes its place in the processor's cache.
 Collator = Callable[[Sequence[Any]], Any]
 
 
