@@ -3,7 +3,7 @@
 A decoder of the shape of Qwen2.5-0.5B with its whole vocabulary behind a narrow tower, which is frozen, as in
 published fine-tuning. A row has an image of some tiles, a long prompt, and an answer: only the answer has labels, and
 this package's trainer asks for logits nowhere else. Both trainers get the same weights and the same batch, and must
-give the same loss. By default both compute activations again in the backward pass; the rows without that keep them.
+give the same loss. By default both compute activations again in the backward pass.
 """
 
 import importlib.util
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Trainer
 
@@ -30,6 +31,9 @@ TEXT = sizes_of(896, 4864, 24, 14, vocab_size=151_936, num_key_value_heads=2)
 TOKENS_PER_TILE = 256
 TILES, TOKENS, ANSWER = 4, 2000, 200
 TRAINED = ("projector", "language")
+ADAPTED = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+# Whether adapters are trained or the whole decoder and projector, and whether activations are computed again.
+CASES = {"LoRA": (True, True), "whole": (False, True), "whole, activations kept": (False, False)}
 TARGETS = {"step": 1.0, "memory": 0.7}  # speed at least, memory at most
 ROUNDS = 5
 MISSING = "trl is not installed: pip install -e '.[dev]'"
@@ -54,7 +58,7 @@ def trainer_of_ours(model: Any, folder: str, recompute: bool) -> Trainer:
     recipe = finetuning_recipe(choice, model.config, 0)
     run = Run(Path(folder), arguments=arguments_of_both(model, recompute))
     stage = Stage(model, None, recipe, run, None)  # type: ignore[arg-type]  # batches are given as they are
-    model.skips_unlabelled_logits = True
+    (model.get_base_model() if isinstance(model, PeftModel) else model).skips_unlabelled_logits = True
     arguments = training_arguments(recipe, recipe.phases[0], run)
     if recompute:  # as `Trainer.train` does it, which is not called here
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -91,10 +95,13 @@ def arguments_of_both(model: Any, recompute: bool) -> dict[str, Any]:
     return {CHECKPOINTING: recompute, "bf16": False, "use_cpu": model.device.type == "cpu"}
 
 
-def make_step(who: str, model: Any, folder: str, recompute: bool) -> Callable[[], torch.Tensor]:
+def make_step(who: str, model: Any, folder: str, case: str) -> Callable[[], torch.Tensor]:
     """A step that leaves no gradient behind, and returns its loss."""
+    has_adapters, recompute = CASES[case]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("vision" not in name)
+    if has_adapters:
+        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=ADAPTED))
     trainer, batch = MAKERS[who](model, folder, recompute), batch_for(model)
     if model.is_gradient_checkpointing != recompute:
         raise SystemExit(f"Activations of `{who}` are kept or recomputed against the arguments: nothing to compare.")
@@ -108,13 +115,13 @@ def make_step(who: str, model: Any, folder: str, recompute: bool) -> Callable[[]
     return step
 
 
-def step_bytes(who: str, device: str, recompute: bool) -> int:
+def step_bytes(who: str, device: str, case: str) -> int:
     """What a step takes beside the weights."""
     model = dict(zip(MAKERS, build_pair(VISION, TEXT, Options(device)), strict=True))[who]
     for parameter in model.parameters():  # weights of a file are resident only when they were read
         parameter.sum()
     with tempfile.TemporaryDirectory() as folder:
-        return memory_growth(make_step(who, model, folder, recompute), device)
+        return memory_growth(make_step(who, model, folder, case), device)
 
 
 def rows(options: Options) -> Iterator[Row]:
@@ -123,15 +130,15 @@ def rows(options: Options) -> Iterator[Row]:
         yield Row("fine-tuning against TRL", skipped=MISSING)
         return
     title = f"fine-tuning, a row of {TOKENS} tokens with {TILES} tiles, answer of {ANSWER}, against TRL on native"
-    for recompute, kind in ((True, "recomputed"), (False, "kept")):
-        name = f"{title}, activations {kind}"
+    for case in CASES:
+        name = f"{title}, {case}"
         pair = dict(zip(MAKERS, build_pair(VISION, TEXT, options), strict=True))
         with tempfile.TemporaryDirectory() as folder:
-            ours, theirs = (make_step(who, model, folder, recompute) for who, model in pair.items())
+            ours, theirs = (make_step(who, model, folder, case) for who, model in pair.items())
             require_equal(ours(), theirs())
             yield speed_row(f"{name}: step", ours, theirs, options.at_most(ROUNDS), target=TARGETS["step"], warmups=1)
         del pair, ours, theirs
-        taken = {who: in_fresh_process(step_bytes, who, options.device, recompute) for who in MAKERS}
+        taken = {who: in_fresh_process(step_bytes, who, options.device, case) for who in MAKERS}
         yield Row(
             f"{name}: peak memory beside weights",
             ratio=taken["ours"] / taken["theirs"],

@@ -61,6 +61,15 @@ TINY = {
     },
     "image_embeddings": {"VISION": sizes_of(32, 64, 2, 4), "SIDE": 28, "WIDTH": 8, "NUM_IMAGES": 3, "BATCH_SIZE": 2},
     "funnel": {"COUNT": 2000, "FEW": 100, "MANY": 400, "NUM_IMAGES": 3, "NUM_NEAR": 5},
+    "fine_tuning": {
+        "VISION": VISION,
+        "TEXT": TEXT,
+        "TOKENS_PER_TILE": 4,
+        "TILES": 2,
+        "TOKENS": 20,
+        "ANSWER": 5,
+        "ROUNDS": 1,
+    },
     "images": {"SIZES": ((40, 30), (80, 30)), "LARGE": (60, 60), "SIDE": 28, "MAX_TILES": 2},
     "connectors": {"IMAGE_SIZE": 28, "SHARE_OF_LAYERS": 1, "TILES": {"two": 2}, "TEXT_TOKENS": 5},
     "search": {"COUNT": 300, "SIZE": 32, "BLOCK": 128, "NUM_QUERIES": 5, "NUM_SCENES": 3},
@@ -242,6 +251,15 @@ def test_the_chat_rows_run(small):
     rows = list(small("chat").rows(Options(rounds=2)))
     assert len(rows) == 6
     check_rows(rows)
+
+
+def test_the_fine_tuning_rows_run_with_equal_losses_for_every_case(small, monkeypatch):
+    pytest.importorskip("trl")
+    module = small("fine_tuning")
+    monkeypatch.setattr(module, "in_fresh_process", lambda call, *arguments: 1 + abs(call(*arguments)))
+    rows = list(module.rows(Options(rounds=1)))
+    check_rows(rows)
+    assert len(rows) == 2 * len(module.CASES) == 6
 
 
 def test_the_image_rows_run_and_refuse_other_bytes(small, monkeypatch):
