@@ -14,10 +14,11 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
-from .harness import Options, Row, format_row, matrix_rate, versions
+from .harness import Options, Row, describe_processor, format_row, matrix_rate, versions
 
 
 RESULTS = Path("benchmarks", "results")  # of the current folder
@@ -74,7 +75,8 @@ def main() -> None:
     logging.disable_progress_bar()  # of loading and saving; that of the rows stays
     options = Options(arguments.device, arguments.rounds)
     found = [row for topic in arguments.topics or TOPICS for row in measure_topic(topic, options)]
-    print(format_table(found))
+    where = describe_processor() if options.device == "cpu" else torch.cuda.get_device_name()
+    print(f"{where}, {torch.get_num_threads()} threads\n\n{format_table(found)}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ first changing every round, and a row holds the median and the interquartile ran
 
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -276,6 +277,32 @@ def _status_bytes(key: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{key}:"))
 
 
+# Of the vector units that decide which kernels run.
+VECTOR_FLAGS = re.compile(r"^(avx|amx|fma|asimd|sve|bf16|i8mm)")
+# Variables that make PyTorch and oneDNN leave instructions unused: this processor then stands in for another kind.
+STAND_INS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+
+
+def processor() -> dict[str, Any]:
+    """The processor, its vector instructions, and which of them the kernels use."""
+    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    flags = found.get("flags", found.get("Features", "")).split()
+    return {
+        "name": found.get("model name") or platform.processor() or platform.machine(),
+        "flags": sorted(filter(VECTOR_FLAGS.match, flags)),
+        "kernels": torch.backends.cpu.get_cpu_capability(),
+        "stands_in_by": {name: os.environ[name] for name in STAND_INS if name in os.environ},
+    }
+
+
+def describe_processor() -> str:
+    """The processor in a line, for people who compare figures."""
+    found = processor()
+    changes = ", ".join(f"{name}={value}" for name, value in found["stands_in_by"].items())
+    return f"{found['name']}, {found['kernels']} kernels{f' (stands in by {changes})' if changes else ''}"
+
+
 def versions() -> dict[str, Any]:
     """What a result was measured with."""
     return {
@@ -283,5 +310,6 @@ def versions() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
+        "processor": processor(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

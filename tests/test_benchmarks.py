@@ -190,6 +190,18 @@ def test_memory_grows_by_what_a_call_held_though_it_gave_it_back_and_not_by_what
     assert 32 * 2**20 < harness.in_fresh_process(growth_by_64_mb_beyond_that_by_nothing) < 96 * 2**20
 
 
+def test_a_result_names_the_processor_and_what_it_stands_in_for(monkeypatch):
+    for name in harness.STAND_INS:
+        monkeypatch.delenv(name, raising=False)
+    found = harness.versions()["processor"]
+    assert found["name"]
+    assert found["kernels"] == torch.backends.cpu.get_cpu_capability()
+    assert found["stands_in_by"] == {}
+    assert harness.describe_processor() == f"{found['name']}, {found['kernels']} kernels"
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert harness.describe_processor().endswith("kernels (stands in by ONEDNN_MAX_CPU_ISA=AVX2)")
+
+
 # ----------------------------------------------------------------------------------------------------------- the table
 def test_the_table_names_the_target_and_whether_it_is_reached():
     rows = [
