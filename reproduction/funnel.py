@@ -51,6 +51,12 @@ VARIANTS_OF_DATA: dict[str, int | None] = {
 LOST_CLEAN_PAIRS = {1: 0.01, 2: 0.05}
 CALIBRATION_SEED = -1
 UNSCORED = ("unsafe", "aesthetic")  # generated scenes have neither
+TITLES = {
+    "zero_shot_digit": "digits",
+    "zero_shot_shape": "shapes",
+    "zero_shot_colour": "colours",
+    "recall_at_1_InternVL-C": "InternVL-C, R@1",
+}
 REPORT_NAME, PAGE_NAME = "funnel.json", "funnel.md"
 
 
@@ -187,14 +193,15 @@ def summary_of(report: dict[str, Any]) -> list[str]:
     seeds = list(report.values())
     variants = [name for name in VARIANTS_OF_DATA if all(name in seed for seed in seeds)]
     names = list(seeds[0][ALL]["results"])
-    lines = [f"| trained on | pairs | {' | '.join(names)} |", f"|---|---|{'---|' * len(names)}"]
+    titles = [TITLES.get(name, name) for name in names]
+    lines = [f"| trained on | pairs | {' | '.join(titles)} |", f"|---|---|{'---|' * len(names)}"]
     for variant in variants:
         pairs = mean(sum(seed[variant]["pairs"].values()) for seed in seeds)
         cells = []
         for name in names:
             values = [seed[variant]["results"][name] for seed in seeds]
             gains = [value - seed[ALL]["results"][name] for value, seed in zip(values, seeds, strict=True)]
-            cells.append(f"{mean(values):.1%}" + ("" if variant == ALL else f" ({_with_deviation(gains)})"))
+            cells.append(f"{100 * mean(values):.1f} %" + ("" if variant == ALL else f" ({_with_deviation(gains)})"))
         lines.append(f"| {variant} | {pairs:,.0f} | {' | '.join(cells)} |")
     kinds = [CLEAN, *POLLUTIONS]
     lines += ["", f"| pairs that are kept | {' | '.join(kinds)} |", f"|---|{'---|' * len(kinds)}"]
@@ -205,7 +212,7 @@ def summary_of(report: dict[str, Any]) -> list[str]:
 
 
 def _with_deviation(gains: Sequence[float]) -> str:
-    deviation = f" +- {100 * stdev(gains):.1f}" if len(gains) > 1 else ""
+    deviation = f" ± {100 * stdev(gains):.1f}" if len(gains) > 1 else ""
     return f"{100 * mean(gains):+.1f}{deviation}"
 
 

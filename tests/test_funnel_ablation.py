@@ -4,6 +4,7 @@ import io
 import json
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -70,6 +71,12 @@ def test_every_variant_is_trained_measured_and_reported_and_a_finished_one_is_ke
         assert funnel.ablate_funnel(size, tmp_path / "out", [0], resume=True) == kept
 
 
+def test_the_published_table_is_that_of_the_published_results():
+    results = Path(funnel.__file__).parent / "results"
+    page = (results / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(funnel.summary_of(json.loads((results / "funnel.json").read_text()))) in page
+
+
 def test_the_page_has_means_and_differences_of_every_seed():
     def seed(*values: float) -> dict:
         return {
@@ -79,10 +86,10 @@ def test_the_page_has_means_and_differences_of_every_seed():
 
     lines = funnel.summary_of({"0": seed(0.5, 0.6, 0.4, 0.5), "1": seed(0.7, 0.9, 0.7, 0.7)})
     assert lines[2:6] == [
-        "| all pairs | 10 | 60.0% |",
-        "| rules of stage 1 | 10 | 75.0% (+15.0 +- 7.1) |",
-        "| rules of stage 2 | 10 | 55.0% (-5.0 +- 7.1) |",
-        "| rules of stage 2, no duplicates | 10 | 60.0% (+0.0 +- 0.0) |",
+        "| all pairs | 10 | 60.0 % |",
+        "| rules of stage 1 | 10 | 75.0 % (+15.0 ± 7.1) |",
+        "| rules of stage 2 | 10 | 55.0 % (-5.0 ± 7.1) |",
+        "| rules of stage 2, no duplicates | 10 | 60.0 % (+0.0 ± 0.0) |",
     ]
     few = {name: part for name, part in seed(0.5, 0.6, 0.4, 0.5).items() if name != "rules of stage 2"}
     some = funnel.summary_of({"0": few, "1": seed(0.7, 0.9, 0.7, 0.7)})
