@@ -53,9 +53,9 @@ def plot_cuts(cuts: Sequence[dict[str, Any]], path: str | Path) -> None:
     for place, cut in enumerate(cuts):
         if cut["paper_share"] is not None:
             axes.plot([cut["paper_share"]] * 2, [place - 0.4, place + 0.4], color="0.2", linestyle=":")
-            axes.text(cut["paper_share"], place - 0.42, " paper", fontsize="small", va="bottom")
+            axes.text(cut["paper_share"], place - 0.4, " paper", fontsize="small", va="top")
     axes.invert_yaxis()
-    axes.set(xlim=(0, 1.1), xlabel="share of the pairs left")
+    axes.set(xlim=(0, 1.2), xlabel="share of the pairs left")
     figure.savefig(path)
 
 

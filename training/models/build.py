@@ -146,7 +146,9 @@ def load_tokenizer(recipe: ContrastiveRecipe, folder: Folder | None) -> PreTrain
         return AutoTokenizer.from_pretrained(folder)
     if recipe.is_generated:
         return caption_tokenizer()
-    raise ValueError("Stage 1 needs a tokenizer: give a folder with one, or a LLaMA to start from.")
+    raise ValueError(
+        "Stage 1 needs a tokenizer: give a folder with one (`--tokenizer`), or a LLaMA to start from (`--llama`)."
+    )
 
 
 def build_pair_processor(recipe: ContrastiveRecipe, tokenizer: PreTrainedTokenizerBase) -> InternVLProcessor:
