@@ -18,6 +18,7 @@ from internvl import InternVLChatConfig, InternVLChatForConditionalGeneration
 from internvl.configuration_internvl import CONNECTORS
 
 from .harness import Options, Row, in_fresh_process, interleave, memory_growth, row_of
+from .quantizers import held_bytes
 
 
 SIZES = Path(__file__).parents[1] / "configs" / "models" / "internvl-chat-full-13b.json"
@@ -84,11 +85,6 @@ def first_token_bytes(connector: str, tiles: int, device: str) -> int:
     return memory_growth(first_token_of(build_models(device)[connector], tiles), device)
 
 
-def weight_bytes(model: Any) -> int:
-    """Of all parameters."""
-    return sum(parameter.nbytes for parameter in model.parameters())
-
-
 def rows(options: Options) -> Iterator[Row]:
     """Time to the first token and memory of each connector against patches."""
     options = options.at_most(ROUNDS)
@@ -102,7 +98,7 @@ def rows(options: Options) -> Iterator[Row]:
                 title = f"{name}, connector `{connector}` against `{PEER}`: speed of the first token"
                 tokens = {each: decoder_tokens(models[each], tiles) for each in (connector, PEER)}
                 yield row_of(title, seconds, connector, PEER, tokens=tokens)
-    weights = {connector: weight_bytes(model) for connector, model in models.items()}
+    weights = {connector: held_bytes(model) for connector, model in models.items()}
     del models
     for name, tiles in TILES.items():
         measure = partial(in_fresh_process, first_token_bytes)
