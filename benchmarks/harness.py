@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -231,7 +231,8 @@ def one_core() -> Iterator[None]:
 
     def move(cores: set[int]) -> None:
         for task in os.listdir("/proc/self/task"):
-            os.sched_setaffinity(int(task), cores)
+            with suppress(ProcessLookupError):  # a thread that has ended since
+                os.sched_setaffinity(int(task), cores)
 
     move({min(cores)})
     torch.set_num_threads(1)

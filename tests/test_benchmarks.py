@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 import sys
 import time
 
@@ -156,6 +157,15 @@ def test_long_calls_take_at_most_the_rounds_that_were_asked_for():
 
 def test_seconds_are_those_of_the_call():
     assert harness.seconds_of(lambda: time.sleep(0.02)) >= 0.02
+
+
+def test_threads_that_end_meanwhile_do_not_keep_the_others_from_one_core(monkeypatch):
+    cores, listdir = os.sched_getaffinity(0), os.listdir
+    ended = 2**22 + 1  # above the largest number of a thread
+    monkeypatch.setattr(harness.os, "listdir", lambda path: [str(ended), *listdir(path)])
+    with harness.one_core():
+        assert os.sched_getaffinity(0) == {min(cores)}
+    assert os.sched_getaffinity(0) == cores
 
 
 def test_results_that_differ_are_not_compared():
