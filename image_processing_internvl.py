@@ -362,10 +362,15 @@ class InternVLImageProcessor(PilBackend):
         return columns * rows + int(use_thumbnail and columns * rows > 1)
 
     def get_fixed_size(self, images_kwargs: dict[str, Any] | None = None) -> tuple[int, int] | None:
-        """Returns the (width, height) that whole images are resized to, or None where it depends on the image."""
+        """Returns the (width, height) that whole images are resized to, or None where it depends on the image.
+
+        Raises:
+            ValueError: If a setting is invalid, or the size asks for too much memory.
+        """
         settings = self._settings_of_sizes(images_kwargs or {})
         if settings["resize_mode"] != "squash" or not settings["do_resize"]:
             return None
+        _check_output(1, settings["size"], "An image")
         return settings["size"].width, settings["size"].height
 
     def _settings_of_sizes(self, settings: dict[str, Any]) -> dict[str, Any]:

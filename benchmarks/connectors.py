@@ -8,7 +8,6 @@ answers.
 
 import json
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ TEXT_TOKENS = 64
 IMAGE_TOKEN_ID = 3
 DTYPE = torch.bfloat16
 PEER = "patches"  # what the others are compared with
+OTHERS = [connector for connector in CONNECTORS if connector != PEER]
 ROUNDS = 5
 
 
@@ -93,21 +93,18 @@ def rows(options: Options) -> Iterator[Row]:
         seconds = interleave(
             {connector: first_token_of(model, tiles) for connector, model in models.items()}, options, warmups=1
         )
-        for connector in CONNECTORS:
-            if connector != PEER:
-                title = f"{name}, connector `{connector}` against `{PEER}`: speed of the first token"
-                tokens = {each: decoder_tokens(models[each], tiles) for each in (connector, PEER)}
-                yield row_of(title, seconds, connector, PEER, tokens=tokens)
+        for connector in OTHERS:
+            title = f"{name}, connector `{connector}` against `{PEER}`: speed of the first token"
+            tokens = {each: decoder_tokens(models[each], tiles) for each in (connector, PEER)}
+            yield row_of(title, seconds, connector, PEER, tokens=tokens)
     weights = {connector: held_bytes(model) for connector, model in models.items()}
     del models
     for name, tiles in TILES.items():
-        measure = partial(in_fresh_process, first_token_bytes)
-        taken = {connector: measure(connector, tiles, options.device) for connector in CONNECTORS}
-        for connector in CONNECTORS:
-            if connector != PEER:
-                yield Row(
-                    f"{name}, connector `{connector}` against `{PEER}`: memory of the first token beside weights",
-                    ratio=taken[connector] / taken[PEER],
-                    is_lower_better=True,
-                    details={"bytes": taken, "weight_bytes": weights},
-                )
+        taken = {each: in_fresh_process(first_token_bytes, each, tiles, options.device) for each in CONNECTORS}
+        for connector in OTHERS:
+            yield Row(
+                f"{name}, connector `{connector}` against `{PEER}`: memory of the first token beside weights",
+                ratio=taken[connector] / taken[PEER],
+                is_lower_better=True,
+                details={"bytes": taken, "weight_bytes": weights},
+            )

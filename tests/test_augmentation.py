@@ -9,6 +9,7 @@ from collections import Counter
 from itertools import islice
 from random import Random
 
+import numpy
 import pytest
 import torch
 from PIL import Image, ImageOps
@@ -139,6 +140,25 @@ def test_pairs_prepared_one_by_one_give_the_batch_of_the_processor(processor, se
         assert torch.equal(batch["pixel_values"], wanted)
         assert batch.keys() == direct.keys()
         assert all(torch.equal(batch[name], direct[name]) for name in batch)
+
+
+def test_collators_take_what_the_processor_takes_and_prepare_only_what_is_decoded(processor):
+    image = make_image(50, 40, seed=1)
+    rows = [pair(1, image=image), pair(2, image=numpy.asarray(image)), pair(3, image=png(3))]
+    collator = PairCollator(processor, max_length=40, resize_mode="squash")
+    batch = collator(rows)["pixel_values"]
+    prepared = [collator.prepare(row) for row in rows]
+    assert [isinstance(row["image"], Image.Image) for row in prepared] == [True, False, False]
+    assert torch.equal(batch, collator(prepared)["pixel_values"])
+    assert torch.equal(batch[0], batch[1])
+    for nested in ({"size": {"height": 42, "width": 42}}, {"resize_mode": "pad"}):
+        collator = PairCollator(processor, max_length=40, images_kwargs=nested)
+        assert collator.prepare(rows[0])["image"].size == ((42, 42) if "size" in nested else (50, 40))
+        assert torch.equal(
+            collator(rows)["pixel_values"], collator([collator.prepare(rows[0]), *rows[1:]])["pixel_values"]
+        )
+    with pytest.raises(ValueError, match=r"An image would become 1 tile.*Give a smaller `size`"):
+        PairCollator(processor, resize_mode="squash", size={"height": 10**6, "width": 10**6})
 
 
 # ----------------------------------------------------------------------------------------------------------- negatives

@@ -92,7 +92,7 @@ class GenerativeCollator(ImageCollator):
         return {**self._contrastive_and_matching(pairs), **self._generation(pairs)}
 
     def _images(self, pairs: Sequence[dict[str, Any]]) -> list[Image.Image]:
-        return [pair["image"] for pair in self.prepared(pairs)]
+        return [self.training_image(pair) for pair in pairs]
 
     def _contrastive_and_matching(self, pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         images, texts = self._images(pairs), [pair["text"] for pair in pairs]
@@ -164,12 +164,13 @@ class RetrievalCollator(GenerativeCollator):
 
     def prepare(self, pair: dict[str, Any]) -> dict[str, Any]:
         """As in `ImageCollator`, after the image as it is stored was given its number."""
-        number = image_number(pair.get("stored", pair["image"]))
-        return {**super().prepare(pair), "image_number": number}
+        return {**super().prepare(pair), "image_number": self._number_of(pair)}
+
+    def _number_of(self, pair: dict[str, Any]) -> int:
+        return pair["image_number"] if pair.get("is_prepared") else image_number(pair.get("stored", pair["image"]))
 
     def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        pairs = self.prepared(pairs)
-        image_ids = torch.tensor([pair["image_number"] for pair in pairs])
+        image_ids = torch.tensor([self._number_of(pair) for pair in pairs])
         simple = [{**pair, "text": self.simplify(pair["text"])} for pair in pairs]
         batch = {**self._contrastive_and_matching(simple), "image_ids": image_ids}
         if self.pool is not None:

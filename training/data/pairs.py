@@ -121,8 +121,11 @@ class ImageCollator:
         self.processor = processor
         self.augment = augment
         self.settings = settings
-        of_images = processor.image_processor.valid_kwargs.__annotations__
-        self._size = processor.image_processor.get_fixed_size({k: v for k, v in settings.items() if k in of_images})
+        image_processor = processor.image_processor
+        given = {**settings, **settings.get("images_kwargs", {})}
+        of_images = {name: given[name] for name in given.keys() & image_processor.valid_kwargs.__annotations__.keys()}
+        self._size = image_processor.get_fixed_size(of_images)
+        self._resample = of_images.get("resample", image_processor.resample)
 
     def prepare(self, pair: dict[str, Any]) -> dict[str, Any]:
         """Augments the image of a pair, and resizes it where images become one tile of one size.
@@ -130,15 +133,16 @@ class ImageCollator:
         `StreamBatches` calls it for each pair as soon as it was read, while the pixels are in the cache of the CPU; a
         batch then holds no large images. Pairs that are not prepared give the same pixel values.
         """
-        image = pair["image"] if self.augment is None else self.augment(pair)
-        if self._size is not None and image.mode == "RGB":  # resizing to its own size changes nothing later
-            image = image.resize(self._size, self.settings.get("resample", self.processor.image_processor.resample))
+        image = self.training_image(pair)
+        # The processor leaves an image that has its size already as it is.
+        if self._size is not None and isinstance(image, Image.Image) and image.mode == "RGB":
+            image = image.resize(self._size, self._resample)
         kept = {name: value for name, value in pair.items() if name != "stored"}
         return {**kept, "image": image, "is_prepared": True}
 
-    def prepared(self, pairs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Prepares the pairs that are not prepared yet."""
-        return [pair if pair.get("is_prepared") else self.prepare(pair) for pair in pairs]
+    def training_image(self, pair: Mapping[str, Any]) -> Any:
+        """The image of a pair, augmented if it is not prepared."""
+        return pair["image"] if self.augment is None or pair.get("is_prepared") else self.augment(pair)
 
 
 class PairCollator(ImageCollator):
@@ -170,7 +174,7 @@ class PairCollator(ImageCollator):
         Returns:
             `pixel_values` (T, 3, H, W), `input_ids` and `attention_mask` (B, L).
         """
-        images = [pair["image"] for pair in self.prepared(pairs)]
+        images = [self.training_image(pair) for pair in pairs]
         texts = [pair["text"] for pair in pairs]
         settings = {"mode": self.mode, "return_tensors": "pt", **self.settings}
         return dict(self.processor(images=images, text=texts, **settings))
