@@ -39,7 +39,8 @@ def image_file(source: str | Path, folder: str | Path | None, what: str = "image
     if not is_inside:
         raise ValueError(f"{name} lies outside of `{folder}`; rows may only name {what}s below that folder.")
     if not is_file:
-        raise ValueError(f"{name} is missing: there is no file `{str(path)[:NAME_LENGTH]}`.")
+        beside = "" if folder is None or Path(source).is_absolute() else " Is `--images` the folder of its path?"
+        raise ValueError(f"{name} is missing: there is no file `{str(path)[:NAME_LENGTH]}`.{beside}")
     return path
 
 

@@ -216,6 +216,22 @@ def states_of(shards: Sequence[str]) -> list[list[str | int]]:
     return [[shard, *((stats[shard].st_size, stats[shard].st_mtime_ns) if shard in stats else ())] for shard in shards]
 
 
+# What a command was asked for, by its name in the description of an output folder, in a user's words.
+ASKED_FOR = {
+    "against": "`--against`",
+    "crops": "`--hashes-only`",
+    "embeddings": "`--embeddings`",
+    "images": "`--images`",
+    "min_cosine": "`--min-cosine`",
+    "min_sameness": "`--min-sameness`",
+    "mode": "`--mode`",
+    "place": "the model",
+    "rules": "the rules",
+    "shards": "the data",
+    "stage": "`--stage`",
+}
+
+
 def begin_output(output: str, name: str, description: dict[str, Any]) -> None:
     """Makes the folder of a command that can be stopped, or checks that it belongs to the same one.
 
@@ -238,9 +254,10 @@ def begin_output(output: str, name: str, description: dict[str, Any]) -> None:
         write_whole(file, json.dumps(description, indent=2), keep=True)
     known, asked = _read_description(file), json.loads(json.dumps(description))
     if differing := sorted(key for key in known.keys() | asked.keys() if known.get(key) != asked.get(key)):
+        changes = ", ".join(ASKED_FOR.get(key, key) for key in differing)
         raise ValueError(
-            f"`{folder}` holds pairs of other data or by other rules ({', '.join(differing)} are not the same): "
-            "name another folder."
+            f"`{folder}` holds pairs of other data or by other rules: it was begun with other values of {changes}. "
+            "Name another folder, or remove this one."
         )
     for name in ("pairs", "done"):
         (folder / name).mkdir(exist_ok=True)
