@@ -432,9 +432,10 @@ class InternVLChatConfig(PretrainedConfig):
 
     def _check_grid(self) -> None:
         depth, patch_size = self.vision_config.num_hidden_layers, self.vision_config.patch_size
-        if not -depth - 1 <= self.select_layer <= depth:
+        if not isinstance(self.select_layer, int) or not -depth - 1 <= self.select_layer <= depth:
             raise ValueError(
-                f"`select_layer` ({self.select_layer}) must lie within the {depth} blocks of the vision tower."
+                f"`select_layer` ({self.select_layer!r}) must lie within the {depth} blocks of the vision tower, "
+                "and be a whole number."
             )
         _check_multiple("force_image_size", self.image_size, "patch_size", patch_size)
         side = self.image_size // patch_size * self.downsample_ratio

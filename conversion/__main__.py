@@ -79,7 +79,9 @@ def _add_result_options(parser: argparse.ArgumentParser) -> None:
 def _add_source_options(parser: argparse.ArgumentParser) -> None:
     """Options that say what SOURCE is and what it lacks."""
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of SOURCE on the Hub")
-    parser.add_argument("--tokenizer", metavar="DIR", help="folder of a tokenizer, instead of the source's own")
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", type=path, help="folder of a tokenizer, instead of the source's own"
+    )
     parser.add_argument(
         "--image-token-id", metavar="N", type=int, help="id of <IMG_CONTEXT> where no tokenizer has it"
     )
@@ -139,7 +141,9 @@ def _assembly_parser() -> argparse.ArgumentParser:
         choices=CONNECTORS,
         help="what the decoder sees of a tile (default: queries_and_patches with --qllama, else patches)",
     )
-    parser.add_argument("--tokenizer", metavar="DIR", help="folder of a tokenizer, instead of that of a part")
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", type=path, help="folder of a tokenizer, instead of that of a part"
+    )
     parser.add_argument(
         "--template", metavar="NAME", help="conversation template (default: by the tokenizer's tokens)"
     )

@@ -290,7 +290,7 @@ def _qllama_settings(settings: dict[str, Any], num_query_token: int | None) -> d
     kept = {key: value for key, value in settings.items() if key not in POOLING_KEYS}
     if num_query_token is None:
         return kept
-    if kept["num_query_token"]:
+    if kept.get("num_query_token"):
         raise ValueError(f"`num_query_token` has no effect: this QLLaMA has {kept['num_query_token']} queries.")
     return {**kept, "num_query_token": num_query_token}
 

@@ -16,7 +16,7 @@ from .formats.hub_settings import without_old_defaults
 from .formats.key_tables import DERIVED_BUFFERS, OLD_DEFAULTS
 from .formats.part_formats import image_settings
 from .formats.parts import PROJECTOR_TYPE, ModelPart, take_part
-from .plan import ConversionOptions, plan_conversion
+from .plan import ConversionOptions, check_counts, plan_conversion
 from .readers.checkpoint_files import read_json
 from .readers.damages import DAMAGES, describing, reason_of
 from .readers.hub import find_source
@@ -102,6 +102,7 @@ def _alone(path: Path, name: str) -> FoundPart:
         if source.doubled:
             raise ValueError(f"`{path}` holds tensors in more than one file: {', '.join(source.doubled)}.")
         settings = without_old_defaults(source.config, OLD_DEFAULTS)
+        check_counts(source, settings)
         tensors = {key: tensor for key, tensor in source.tensors.items() if not key.endswith(DERIVED_BUFFERS)}
         title = f"{settings['model_type']} alone"
         if name == "decoder":

@@ -270,7 +270,7 @@ def _decoder_edits(options: ConversionOptions, records: dict[str, Record]) -> li
 def _draft(source: Source, source_format: Format, edits: Sequence[Edit]) -> tuple[Draft, Translation]:
     """The model under today's names, with every change that was asked for."""
     settings = source_format.map_config(source)
-    _check_counts(source, settings)
+    check_counts(source, settings)
     derived = {name: "a buffer that is computed" for name in source.tensors if _is_derived(name)}
     weights = {name: tensor for name, tensor in source.tensors.items() if name not in derived}
     translation = translate(weights, source_format.rules, settings)
@@ -280,8 +280,12 @@ def _draft(source: Source, source_format: Format, edits: Sequence[Edit]) -> tupl
     return draft, translation
 
 
-def _check_counts(source: Source, settings: dict[str, Any]) -> None:
-    """Refuses counts that are no numbers, and more layers than the source has tensors, before a model is built."""
+def check_counts(source: Source, settings: dict[str, Any]) -> None:
+    """Refuses counts that are no numbers, and more layers than the source has tensors, before a model is built.
+
+    Raises:
+        ValueError: A flag in place of a count, or too many layers.
+    """
     parts = {"": settings, **{f"{key}.": part for key, part in settings.items() if isinstance(part, dict)}}
     file = source.folder / "config.json"
     for prefix, part in parts.items():

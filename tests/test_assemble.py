@@ -8,6 +8,7 @@
 
 import json
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
@@ -353,6 +354,36 @@ def test_what_does_not_fit_is_refused_in_a_line_before_anything_is_written(case,
     with pytest.raises((ValueError, OSError), match=message):
         assembled(tmp_path / "out", vision=places["rms_norm"], **named)
     assert not list(tmp_path.iterdir())
+
+
+def changed_copy(folder: Path, out: Path, **changes) -> Path:
+    """A copy whose config.json has other values; None takes one out."""
+    copytree(folder, out)
+    known = {**json_of(out), **changes}
+    (out / "config.json").write_text(json.dumps({key: value for key, value in known.items() if value is not None}))
+    return out
+
+
+def test_a_damaged_config_of_a_part_is_refused_in_a_line_before_a_model_is_built(places, tmp_path, capsys):
+    deep = changed_copy(places["llama"], tmp_path / "deep", num_hidden_layers=2**40)
+    words = ("assemble", "--vision", places["rms_norm"], "--decoder", deep, "--dry-run")
+    assert command(*words) == 2
+    assert "says `num_hidden_layers` 1,099,511,627,776, but the weights are" in capsys.readouterr().err
+    silent = changed_copy(places["alone"], tmp_path / "silent", num_query_token=None)
+    out = tmp_path / "out"
+    words = ("assemble", out, "--vision", places["rms_norm"], "--decoder", places["llama"], "--qllama", silent)
+    assert command(*words, "--num-query-token", 3) == 2
+    error = capsys.readouterr().err
+    assert "error: " in error
+    assert "Traceback" not in error
+    assert not out.exists()
+
+
+def test_an_unset_variable_is_no_tokenizer(places, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(places["llama"])  # an empty name would mean this folder
+    with pytest.raises(SystemExit):
+        command("assemble", tmp_path / "out", "--vision", places["rms_norm"], "--decoder", "llama", "--tokenizer", "")
+    assert "argument --tokenizer: must be a name, got ''" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

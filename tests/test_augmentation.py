@@ -3,6 +3,7 @@
 Nothing of it depends on workers, processes or what was read before: a sample in an epoch gets the same.
 """
 
+import io
 import json
 import math
 from collections import Counter
@@ -142,7 +143,7 @@ def test_pairs_prepared_one_by_one_give_the_batch_of_the_processor(processor, se
         assert all(torch.equal(batch[name], direct[name]) for name in batch)
 
 
-def test_collators_take_what_the_processor_takes_and_prepare_only_what_is_decoded(processor):
+def test_collators_take_what_the_processor_takes_and_prepare_only_what_is_decoded(processor, tmp_path):
     image = make_image(50, 40, seed=1)
     rows = [pair(1, image=image), pair(2, image=numpy.asarray(image)), pair(3, image=png(3))]
     collator = PairCollator(processor, max_length=40, resize_mode="squash")
@@ -151,6 +152,14 @@ def test_collators_take_what_the_processor_takes_and_prepare_only_what_is_decode
     assert [isinstance(row["image"], Image.Image) for row in prepared] == [True, False, False]
     assert torch.equal(batch, collator(prepared)["pixel_values"])
     assert torch.equal(batch[0], batch[1])
+    clear = make_image(50, 40, seed=2)
+    clear.info["transparency"] = clear.getpixel((0, 0))
+    whole = Image.open(io.BytesIO(png(3)))
+    for hidden in (clear, whole, make_image(2000, 2, seed=1)):
+        few = PairCollator(processor, max_length=40, resize_mode="squash", max_image_pixels=3000)
+        assert few.prepare(pair(image=hidden))["image"] is hidden  # the processor composites, reads or refuses it
+    read = next(iter(PairStream(str(write_tar(tmp_path / "a.tar", [sample(1, png=png(1))])))))
+    assert collator.prepare(read)["image"].size == (28, 28)
     for nested in ({"size": {"height": 42, "width": 42}}, {"resize_mode": "pad"}):
         collator = PairCollator(processor, max_length=40, images_kwargs=nested)
         assert collator.prepare(rows[0])["image"].size == ((42, 42) if "size" in nested else (50, 40))

@@ -387,6 +387,8 @@ def test_transformers_serve_takes_a_folder_with_its_code_for_a_model_of_images_a
         ({"qllama_config": dict(tiny.QLLAMA)}, "`qllama_config` needs a `connector` with queries"),
         ({"projector_type": "linear"}, "`projector_type` must be one of"),
         ({"ps_version": "v3"}, "`ps_version` must be one of"),
+        ({"select_layer": 1.5}, r"`select_layer` \(1\.5\) must lie within the 3 blocks .* whole number"),
+        ({"select_layer": "x"}, r"`select_layer` \('x'\) must lie within the 3 blocks"),
         ({"select_layer": -5}, r"`select_layer` \(-5\) must lie within the 3 blocks"),
         ({"downsample_ratio": 0.3}, r"`downsample_ratio` \(0.3\) must be"),
         ({"force_image_size": 60}, r"`force_image_size` \(60\) must be a multiple"),

@@ -126,6 +126,7 @@ class ImageCollator:
         of_images = {name: given[name] for name in given.keys() & image_processor.valid_kwargs.__annotations__.keys()}
         self._size = image_processor.get_fixed_size(of_images)
         self._resample = of_images.get("resample", image_processor.resample)
+        self._max_pixels = of_images.get("max_image_pixels", image_processor.max_image_pixels)
 
     def prepare(self, pair: dict[str, Any]) -> dict[str, Any]:
         """Augments the image of a pair, and resizes it where images become one tile of one size.
@@ -135,10 +136,20 @@ class ImageCollator:
         """
         image = self.training_image(pair)
         # The processor leaves an image that has its size already as it is.
-        if self._size is not None and isinstance(image, Image.Image) and image.mode == "RGB":
+        if self._size is not None and self._is_decoded(image):
             image = image.resize(self._size, self._resample)
         kept = {name: value for name, value in pair.items() if name != "stored"}
         return {**kept, "image": image, "is_prepared": True}
+
+    def _is_decoded(self, image: Any) -> bool:
+        """Whether the processor would change nothing about an image but its size, nor refuse it."""
+        return (
+            isinstance(image, Image.Image)
+            and image.mode == "RGB"
+            and "transparency" not in image.info
+            and getattr(image, "fp", None) is None  # of a file that is not read yet
+            and image.width * image.height <= self._max_pixels
+        )
 
     def training_image(self, pair: Mapping[str, Any]) -> Any:
         """The image of a pair, augmented if it is not prepared."""
