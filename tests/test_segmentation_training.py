@@ -313,10 +313,13 @@ def test_a_published_upernet_is_read_with_its_heads(tmp_path, capsys):
     check_segmenter(str(tmp_path / "out"))
     model, _ = load_segmenter(str(tmp_path / "out"))
     image = tiny.pixels(2, 56, 56)
-    with torch.no_grad():
-        torch.testing.assert_close(model(image).logits, expected(image).logits)
     for name, tensor in expected.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
+    with torch.no_grad():
+        logits, reference = model(image).logits, expected(image).logits
+    # A file's tensors lie elsewhere in a cache line than fresh ones, for which kernels may sum in another order;
+    # logits near zero are differences of sums as large as the largest logit.
+    torch.testing.assert_close(logits, reference, rtol=0, atol=1e-5 * reference.abs().max().item())
 
 
 @pytest.mark.parametrize(
