@@ -300,6 +300,11 @@ def load_image(image: Image.Image, name: str, max_image_pixels: int) -> None:
     if not is_decoded:
         _check_undecoded(image, name, max_image_pixels)
     check_image_size(*image.size, name, max_image_pixels)
+    _load_checked(image, name, max_image_pixels)
+
+
+def _load_checked(image: Image.Image, name: str, max_image_pixels: int) -> None:
+    """Decodes what passed the checks already; the size in the header may be another than the decoder's."""
     with decoding(name):
         image.load()
     check_image_size(*image.size, name, max_image_pixels)
@@ -308,7 +313,7 @@ def load_image(image: Image.Image, name: str, max_image_pixels: int) -> None:
 def decode_image(handle: BinaryIO, name: str, max_image_pixels: int) -> Image.Image:
     """Decodes a file and applies its EXIF orientation; see `open_image`."""
     image = open_image(handle, name, max_image_pixels)
-    load_image(image, name, max_image_pixels)
+    _load_checked(image, name, max_image_pixels)
     with decoding(name):
         ImageOps.exif_transpose(image, in_place=True)
     return image
