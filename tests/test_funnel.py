@@ -16,10 +16,10 @@ from internvl.training.data.filters import (
     Funnel,
     MissingColumnError,
     metadata_rows,
-    plot_report,
     read_filters,
     with_optional,
 )
+from internvl.training.data.plots import plot_report
 
 from .fixtures_pairs import sample, write_tar
 
@@ -228,6 +228,30 @@ def test_the_command_reports_and_draws(tmp_path, capsys):
     assert (saved["seen"], saved["kept"], saved["broken"]) == (20, 16, 1)
     assert plot.stat().st_size > 5000
     assert "16 of 20 pairs are kept (80.00%), 1 broken." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["filter", "dedup", "prepare"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("plot.doc", "must end in one of "),
+        ("plot", "must end in one of "),
+        ("a.tar/plot.png", "cannot be written"),
+    ],
+)
+def test_a_plot_that_cannot_be_drawn_is_refused_before_there_is_work_to_lose(command, name, message, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path, output = write_pairs(tmp_path), tmp_path / "out"
+    model = ["--model", "nowhere"] if command == "prepare" else []
+    assert main([command, path, "--output", str(output), *model, "--plot", str(tmp_path / name)]) == 2
+    assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_a_plot_gets_the_folder_that_it_names(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot_report(Funnel(2).report(), tmp_path / "new" / "plot.png")
+    assert (tmp_path / "new" / "plot.png").stat().st_size > 5000
 
 
 def test_the_command_says_which_column_is_missing(tmp_path, capsys):

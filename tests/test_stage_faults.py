@@ -305,6 +305,12 @@ def test_numbers_that_cannot_be_are_told_at_once_by_the_name_of_the_option(optio
     assert not (tmp_path / "out").exists()
 
 
+def test_a_seed_that_numpy_does_not_take_is_told_at_once(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["stage1", "--output", str(tmp_path / "out"), "--seed", str(2**32)])
+    assert "argument --seed: must be at most 4294967295, got '4294967296'" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------- nothing to train on
 @pytest.mark.parametrize("is_there", [True, False], ids=["into a folder", "without a folder"])
 def test_a_shard_without_samples_is_one_line_and_no_folder(is_there, data, tmp_path, capsys):

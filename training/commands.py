@@ -14,6 +14,7 @@ from ..conversation_internvl import list_conversation_templates
 from .models.parts import PARTS
 
 
+LARGEST_SEED = 2**32 - 1  # of NumPy
 LARGEST_RATE = 100  # what is larger is a slip, and overflows in the optimizer
 METHODS = ("whole", "lora", "head")
 SEGMENTATION_METHODS = ("linear", "head", "full", "few-shot")
@@ -50,6 +51,14 @@ def positive_int(text: str) -> int:
 def count(text: str) -> int:
     """A number of things of which there may be none."""
     return _whole_number(text, 0)
+
+
+def seed(text: str) -> int:
+    """What random numbers begin with."""
+    number = count(text)
+    if number > LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"must be at most {LARGEST_SEED}, got {text!r}")
+    return number
 
 
 def default_workers() -> int:
@@ -378,7 +387,7 @@ def add_segmentation(commands: Any) -> None:
         default=default_workers(),
         help="processes that prepare batches while the model trains (default here: %(default)s)",
     )
-    parser.add_argument("--seed", type=count, default=0)
+    parser.add_argument("--seed", metavar="N", type=seed, default=0)
 
 
 def _add_stage(commands: Any, name: str, what: str, data: str) -> argparse.ArgumentParser:
@@ -419,7 +428,7 @@ def _add_training(commands: Any, name: str, what: str) -> argparse.ArgumentParse
         "--learning-rates", metavar="PART=RATE", nargs="+", type=part_and_rate, default=[], help="of single parts"
     )
     parser.add_argument("--profile-steps", metavar="N", type=count, default=0, help="record N steps of each phase")
-    parser.add_argument("--seed", type=count, default=0)
+    parser.add_argument("--seed", metavar="N", type=seed, default=0)
     parser.add_argument("--lora-rank", metavar="N", type=count, default=0, help="train LoRA adapters of this rank")
     parser.add_argument(
         "--lora-parts", metavar="PART", nargs="+", choices=PARTS, default=[], help="parts that get them"

@@ -35,6 +35,7 @@ from ...writing import write_whole
 from .fingerprints import SIDE, fingerprint
 from .near_duplicates import MIN_SAMENESS, NEIGHBOURS, Fingerprints, groups_of, near_duplicates
 from .pair_files import begin_output, copy_rows, refuse_cut_shard, states_of, write_once
+from .plots import check_plot, plot_sameness
 
 
 with extra("filter"):
@@ -295,18 +296,6 @@ def _copied(shard: str, numbers: set[int], write: Callable[[Any], None]) -> Copy
 
 
 # --------------------------------------------------------------------------------------------------------- the command
-def plot_sameness(report: dict[str, Any], path: str | Path) -> None:
-    """Draws how alike the images that were left out are to what is kept."""
-    with extra("plot"):
-        from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3), layout="constrained")
-    axes = figure.add_subplot()
-    axes.hist(report["sameness"], bins=40, range=(0.5, 1))
-    axes.set(xlabel="sameness", ylabel="images", title=f"{len(report['sameness'])} of {report['seen']} left out")
-    figure.savefig(path)
-
-
 def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     """Runs `dedup`.
 
@@ -317,6 +306,8 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     Returns:
         Exit code 0.
     """
+    if options.plot:
+        check_plot(options.plot)
     job = DedupJob(
         shards=tuple(find_shards(options.data)),
         output=str(options.output),

@@ -45,8 +45,9 @@ from .filter_expressions import (
     row_inputs,
     table_inputs,
 )
-from .filters import COLUMNS, FILTERS, Filter, Funnel, paper_share, plot_report, read_filters, with_optional
+from .filters import COLUMNS, FILTERS, Filter, Funnel, paper_share, read_filters, with_optional
 from .pair_files import begin_output, chosen_rows, cut_off, ending_of, refuse_cut_shard, states_of, write_once
+from .plots import check_plot, plot_report
 
 
 with extra("filter"):
@@ -388,6 +389,8 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     Returns:
         Exit code 0.
     """
+    if options.plot:
+        check_plot(options.plot)
     rules = FILTERS if options.rules is None else read_filters(options.rules)
     folder = options.output if options.writes_pairs else None
     job = FilterJob(

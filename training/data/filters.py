@@ -21,7 +21,6 @@ from typing import Any
 
 import regex
 
-from ...extras import extra
 from ...renaming_internvl import renamed_arguments, renamed_names
 from ...rows.bad_rows import BadRows
 from ...rows.json_rows import Row
@@ -459,37 +458,6 @@ def missing_column(
 
 def _listed(rules: Iterable[Filter]) -> str:
     return ", ".join(dict.fromkeys(rule.column for rule in rules))
-
-
-def plot_report(report: Mapping[str, Any], path: str | Path) -> None:
-    """Draws the funnel: rows left behind each rule.
-
-    Args:
-        report: What `Funnel.report` returned.
-        path: File to write; its ending says the format.
-    """
-    with extra("plot"):
-        from matplotlib.figure import Figure
-
-    rules = report["rules"]
-    seen = max(report["seen"], 1)
-    labels = ["all", *(row["name"] + " (skipped)" * row["skipped"] for row in rules)]
-    left = [1.0, *(row["left"] / seen for row in rules)]
-    colours = ["0.6", *("tab:blue" if row["stage"] == 1 else "tab:orange" for row in rules)]
-    figure = Figure(figsize=(8, 1.2 + 0.32 * len(labels)), layout="constrained")
-    axes = figure.add_subplot()
-    bars = axes.barh(range(len(left)), left, color=colours)
-    axes.set_yticks(range(len(left)), labels)
-    axes.bar_label(bars, labels=[f"{share:.1%}" for share in left], padding=3)
-    source = report.get("source")
-    for stage in range(1, report["stage"] + 1):
-        share = paper_share(stage, source)
-        axes.axvline(share, color="0.3", linestyle=":")
-        axes.text(share, len(labels) - 0.4, f" paper, stage {stage}", fontsize="small", va="top")
-    axes.invert_yaxis()
-    title = f"Data funnel up to stage {report['stage']}" + (f", {source}" if source else "")
-    axes.set(xlim=(0, 1.1), xlabel="share of the pairs left", title=title)
-    figure.savefig(path)
 
 
 def metadata_row(raw: Row, images: str | None = None) -> Row:

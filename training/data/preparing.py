@@ -16,12 +16,10 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path, PurePath
-from typing import Any
 
 import torch
 
 from ...evaluation.vectors.sources import Columns, item_of_row
-from ...extras import extra
 from ...rows.image_files import is_path
 from ...rows.shards import find_shards, read_shards
 from ...writing import write_whole
@@ -30,33 +28,11 @@ from .filter_expressions import check_columns_of_rows
 from .filtering import FilterJob, filter_data
 from .filters import FILTERS, Filter, paper_share, read_filters, with_optional
 from .pair_files import ending_of
+from .plots import check_plot, plot_cuts
 from .scoring import SCORE, score_data, score_job
 
 
 CUTS = "cuts.json"
-
-
-def plot_cuts(cuts: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Draws what each step left, beside the paper's share.
-
-    Args:
-        cuts: In their order, with "step", "share" and "paper_share".
-        path: File to write; its ending says the format.
-    """
-    with extra("plot"):
-        from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 1 + 0.5 * len(cuts)), layout="constrained")
-    axes = figure.add_subplot()
-    bars = axes.barh([cut["step"] for cut in cuts], [cut["share"] for cut in cuts], color="tab:blue")
-    axes.bar_label(bars, labels=[f"{cut['share']:.1%}" for cut in cuts], padding=3)
-    for place, cut in enumerate(cuts):
-        if cut["paper_share"] is not None:
-            axes.plot([cut["paper_share"]] * 2, [place - 0.4, place + 0.4], color="0.2", linestyle=":")
-            axes.text(cut["paper_share"], place - 0.4, " paper", fontsize="small", va="top")
-    axes.invert_yaxis()
-    axes.set(xlim=(0, 1.2), xlabel="share of the pairs left")
-    figure.savefig(path)
 
 
 def _pairs_of(folder: Path) -> tuple[str, ...]:
@@ -113,6 +89,8 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     Returns:
         Exit code 0.
     """
+    if options.plot:
+        check_plot(options.plot)
     output = options.output
     rules = with_optional(FILTERS if options.rules is None else read_filters(options.rules), options.without)
     scoring = score_job(options, output / "scored")
@@ -146,4 +124,4 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     return 0
 
 
-__all__ = ["check_first_rows", "plot_cuts"]
+__all__ = ["check_first_rows"]
