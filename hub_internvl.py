@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from logging import LogRecord
 from typing import TYPE_CHECKING, Any
 
+import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -38,6 +40,21 @@ class OwnParameters(nn.Module):
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         return (parameter for parameter in self._of_model.values() if parameter is not None)
+
+
+def loaded_parameter(model: nn.Module, name: str) -> torch.Tensor:
+    """Returns a parameter that a model holds directly, also where it is offloaded.
+
+    accelerate loads the parameters of a module for the time of its `forward`, which does not run where a model is
+    called by another method.
+    """
+    parameter: torch.Tensor = getattr(model, name)
+    hook = getattr(model, "_hf_hook", None)
+    if not parameter.is_meta or hook is None:
+        return parameter
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
+    loading = next((each for each in hooks if isinstance(each, AlignDevicesHook) and each.offload), None)
+    return parameter if loading is None else loading.weights_map[name].to(loading.execution_device)
 
 
 class HubModelMixin(_PreTrained):

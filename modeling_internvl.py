@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_internvl import MODES, InternVLConfig
 from .feature_cache_internvl import CachesImageFeatures
-from .hub_internvl import HubModelMixin, OwnParameters
+from .hub_internvl import HubModelMixin, OwnParameters, loaded_parameter
 from .keywords_internvl import refuse_unknown
 from .layers_internvl import InternVLAttentionPooling, InternVLPoolingAttention
 from .modeling_internvit import InternVisionModel
@@ -295,7 +295,7 @@ class InternVLModel(CachesImageFeatures, InternVLPreTrainedModel):
         self._check_has_queries("`get_query_features`")
         if vision_hidden_states is None:
             vision_hidden_states = self.vision_model(pixel_values, return_dict=True).last_hidden_state
-        query_embeds = self.query_tokens.expand(vision_hidden_states.shape[0], -1, -1)
+        query_embeds = loaded_parameter(self, "query_tokens").expand(vision_hidden_states.shape[0], -1, -1)
         outputs = self.qllama.model(
             query_embeds=query_embeds,
             vision_hidden_states=vision_hidden_states,
@@ -327,7 +327,7 @@ class InternVLModel(CachesImageFeatures, InternVLPreTrainedModel):
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True
         )
         states = last_token_states(outputs.last_hidden_state, attention_mask)
-        return states @ self.text_projection.to(states.device)
+        return states @ loaded_parameter(self, "text_projection").to(states.device)
 
     def get_matching_logits(
         self,
@@ -349,7 +349,7 @@ class InternVLModel(CachesImageFeatures, InternVLPreTrainedModel):
         self._check_has_queries("`get_matching_logits`")
         attention_mask = self._text_mask(input_ids, attention_mask)
         tokens = self.vision_model(pixel_values, return_dict=True).last_hidden_state
-        query_embeds = self.query_tokens.expand(input_ids.shape[0], -1, -1)
+        query_embeds = loaded_parameter(self, "query_tokens").expand(input_ids.shape[0], -1, -1)
         outputs = self.qllama.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -397,7 +397,7 @@ class InternVLModel(CachesImageFeatures, InternVLPreTrainedModel):
                 f"Give one prompt, or one for each image: got {len(input_ids)} prompts for {len(tokens)} images."
             )
         input_ids, attention_mask = (x.expand(len(tokens), -1) for x in (input_ids, attention_mask))
-        query_embeds = self.query_tokens.expand(len(tokens), -1, -1)
+        query_embeds = loaded_parameter(self, "query_tokens").expand(len(tokens), -1, -1)
         placeholders = input_ids.new_zeros(len(tokens), query_embeds.shape[1])
         prompt = torch.cat([placeholders, input_ids], dim=1)
         outputs = self.qllama.generate(

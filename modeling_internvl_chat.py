@@ -39,7 +39,7 @@ from .chat_helpers_internvl import ChatHelpersMixin
 from .configuration_internvl import InternVLChatConfig
 from .feature_cache_internvl import CachesImageFeatures
 from .generation_internvl_chat import ImageGenerationMixin
-from .hub_internvl import HubModelMixin, OwnParameters
+from .hub_internvl import HubModelMixin, OwnParameters, loaded_parameter
 from .image_placement_internvl import NO_IMAGE_TOKEN, TILES_HINT, check, on_host, place_by_row, place_in_order
 from .keywords_internvl import refuse_unknown
 from .layers_internvl import IGNORE_INDEX, next_token_loss
@@ -302,7 +302,7 @@ class InternVLChatBaseModel(CachesImageFeatures, InternVLChatPreTrainedModel):
         features = []
         if last is not None:
             queries = self.qllama(
-                query_embeds=self.query_tokens.expand(len(last), -1, -1),
+                query_embeds=loaded_parameter(self, "query_tokens").expand(len(last), -1, -1),
                 vision_hidden_states=last,
                 use_cache=False,
                 return_dict=True,

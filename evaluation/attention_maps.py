@@ -23,6 +23,7 @@ from PIL import Image
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, ProcessorMixin
 from transformers.masking_utils import eager_mask
 
+from ..hub_internvl import loaded_parameter
 from ..image_processing_internvl import choose_grid
 from ..layers_internvl import eager_attention_forward
 from ..modeling_qllama import QLlamaCrossAttention
@@ -218,7 +219,7 @@ def _caption_scores(
     tokens = model.vision_model(pixels, return_dict=True).last_hidden_state
     outputs = model.qllama(
         input_ids=ids,
-        query_embeds=model.query_tokens.expand(len(rows), -1, -1),
+        query_embeds=loaded_parameter(model, "query_tokens").expand(len(rows), -1, -1),
         vision_hidden_states=tokens,
         use_cache=False,
         return_dict=True,

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
+from ..hub_internvl import loaded_parameter
 from ..synthetic.captions import LANGUAGES, caption
 from ..synthetic.scenes import draw_scene
 from .data.items import Item
@@ -77,7 +78,9 @@ def measure_retrieval(run: TaskRun) -> dict[str, dict[str, Any]]:
         places.setdefault(text, []).append(place)
     texts_of = [sorted({place for text in item.captions for place in places[text]}) for item in items]
     images_of = [[image] for image in owner]
-    scale = float(run.model.logit_scale.detach().exp()) if run.options.get("dual_softmax") else None
+    scale = (
+        float(loaded_parameter(run.model, "logit_scale").detach().exp()) if run.options.get("dual_softmax") else None
+    )
     sides = {"image_to_text": (0, 1, texts_of), "text_to_image": (1, 0, images_of)}
     ranks: dict[str, torch.Tensor] = {}
     of_whole: dict[str, dict[str, Any]] = {}

@@ -141,20 +141,53 @@ def test_any_part_alone_on_disk_changes_nothing(name, tmp_path):
 @each_case
 @pytest.mark.parametrize("to_disk", [False, True])
 def test_offloading_all_of_it_changes_nothing(name, to_disk, tmp_path):
-    """Every module is fetched for its own forward only: what reads a parameter of another module fails here. (What
-    accelerate's hooks do not see are calls beside `forward` that read a parameter of the model itself, e.g. its
-    queries.)
-    """
+    """Every module is fetched for its own forward only: what reads a parameter of another module fails here."""
     model, inputs = build(name)
     expected = run(model, inputs)
-    if to_disk:
-        disk_offload(model, tmp_path, execution_device="cpu")
-    else:
-        cpu_offload(model, execution_device="cpu")
-    inside = [p for name, p in model.named_parameters() if "." in name]
-    assert inside
-    assert all(p.is_meta for p in inside)
+    offload(model, tmp_path if to_disk else None)
     assert_same(model, inputs, expected)
+
+
+def offload(model, folder=None) -> None:
+    """Puts every parameter into memory or a folder, to be fetched when it is needed."""
+    if folder is None:
+        cpu_offload(model, execution_device="cpu")
+    else:
+        disk_offload(model, folder, execution_device="cpu")
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+OTHER_CALLS = {
+    "image features": lambda model, pixels, ids: model.get_image_features(pixels, mode="InternVL-G"),
+    "query features": lambda model, pixels, ids: model.get_query_features(pixels),
+    "text features": lambda model, pixels, ids: model.get_text_features(ids),
+    "published image features": lambda model, pixels, ids: model.encode_image(pixels, mode="InternVL-G"),
+    "published text features": lambda model, pixels, ids: model.encode_text(ids),
+    "matching": lambda model, pixels, ids: model.get_matching_logits(pixels, ids),
+    "a caption": lambda model, pixels, ids: model.generate(pixels, max_new_tokens=3, min_new_tokens=3),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("call", OTHER_CALLS)
+@pytest.mark.parametrize("to_disk", [False, True])
+def test_offloading_all_of_it_changes_no_other_call(call, to_disk, tmp_path):
+    """accelerate fetches what a model holds directly, such as queries, for its `forward` alone."""
+    model, pixels, ids = tiny.internvl_model(), tiny.pixels(2), tiny.summary_ids(2)
+    expected = OTHER_CALLS[call](model, pixels, ids)
+    offload(model, tmp_path if to_disk else None)
+    assert torch.equal(OTHER_CALLS[call](model, pixels, ids), expected)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_a_chat_model_with_queries_gives_features_and_answers_when_all_of_it_is_offloaded():
+    model, inputs = build("chat-full")
+    length = {"do_sample": False, "max_new_tokens": 3, "min_new_tokens": 3}
+    features, answer = model.extract_feature(inputs["pixel_values"]), model.generate(**inputs, **length)
+    offload(model)
+    assert torch.equal(model.extract_feature(inputs["pixel_values"]), features)
+    assert torch.equal(model.generate(**inputs, **length), answer)
 
 
 @pytest.mark.parametrize(
