@@ -6,7 +6,7 @@ PYTHON := .venv/bin/python
 READY := .venv/ready
 endif
 
-.PHONY: help demo test test-all check style bench bench-conversion conformance deepspeed faults versions engines serving fuzz default-run ablation funnel-ablation clean
+.PHONY: help demo test test-all check style bench bench-conversion bench-real-sizes conformance deepspeed faults versions engines serving fuzz default-run ablation funnel-ablation clean
 .DEFAULT_GOAL := test
 
 # clip-benchmark alone, of which JSON files are read: with it would come libraries that nothing here needs.
@@ -56,6 +56,9 @@ bench: $(BENCH) $(READY) ## speed and memory, one table (benchmarks/README.md)
 
 bench-conversion: $(READY) ## conversion of InternViT-6B's size: 40 GB of disk, some minutes
 	$(PYTHON) -m internvl.benchmarks.conversion
+
+bench-real-sizes: $(READY) ## models of 6 to 19 billion parameters: 40 GB of disk, 24 GB of memory
+	$(PYTHON) -m internvl.benchmarks.real_sizes
 
 conformance: $(READY) ## transformers' own tests against every class of this package
 	$(PYTHON) tests/conformance/run.py

@@ -28,9 +28,8 @@ import torch
 
 from internvl import InternVisionModel, InternViTConfig
 from internvl.conversion import convert
-from internvl.conversion.readers.tensors import LazyTensor
-from internvl.conversion.repository.shards import write_shards
 
+from .checkpoints import write_random_weights
 from .harness import memory_growth
 
 
@@ -43,18 +42,10 @@ def write_checkpoint(folder: Path, num_layers: int) -> None:
     config = InternViTConfig(num_hidden_layers=num_layers)
     with torch.device("meta"):
         shapes = {name: tuple(value.shape) for name, value in InternVisionModel(config).state_dict().items()}
-    noise = torch.empty(2**20, dtype=torch.bfloat16).normal_(std=0.02)
-
-    def tensor(shape: tuple[int, ...]) -> LazyTensor:
-        numel = torch.Size(shape).numel()
-        return LazyTensor(
-            shape, torch.bfloat16, folder, lambda _: noise.repeat(numel // len(noise) + 1)[:numel].view(shape)
-        )
-
     folder.mkdir(parents=True)
     settings = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
     (folder / "config.json").write_text(json.dumps(settings))
-    write_shards(folder, {name: tensor(shape) for name, shape in shapes.items()}, "5GB")
+    write_random_weights(folder, shapes, "5GB")
 
 
 def flush(folder: Path) -> None:

@@ -10,6 +10,8 @@ import math
 import os
 import sys
 import time
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from internvl.benchmarks import harness
 from internvl.benchmarks.harness import Options, Row, sizes_of
 
 from . import tiny
+from .test_quantization import chat, contrastive
 
 
 VISION = {key: value for key, value in tiny.VISION.items() if key != "initializer_factor"}
@@ -338,6 +341,80 @@ def test_the_connector_rows_run_on_shared_weights_and_count_tokens(small, monkey
     queries, patches = tiny.QLLAMA["num_query_token"], 1  # 4 patches of 14 px, shuffled to one
     assert rows[0].details["tokens"] == {"queries": 2 * queries + 5, "patches": 2 * patches + 5}
     assert rows[1].details["tokens"] == {"queries_and_patches": 2 * (queries + patches) + 5, "patches": 7}
+
+
+@pytest.fixture
+def real_sizes(monkeypatch, tmp_path):
+    """The module with three tiny sizes, in this process."""
+    module = importlib.import_module("internvl.benchmarks.real_sizes")
+    disk = module.Loading("disk", "bfloat16", "100KiB")
+    nf4 = [module.Loading("nf4", "nf4")] if find_spec("bitsandbytes") else []
+    cases = {}
+    for name, model, loadings in (
+        ("tower", tiny.vision_model(), (module.BF16,)),
+        ("pairs", contrastive(), (*nf4, disk)),
+        ("chat", chat(), (*nf4, disk)),
+    ):
+        model.config.save_pretrained(tmp_path / name)
+        cases[str(tmp_path / name)] = tuple(loadings)
+    monkeypatch.setattr(module, "CASES", cases)
+    monkeypatch.setattr(module, "in_one_process", lambda call, *arguments: call(*arguments))
+    return module
+
+
+def test_models_of_real_sizes_are_measured_and_deleted_one_by_one(real_sizes, tmp_path):
+    results, folder = tmp_path / "results" / "real_sizes.json", tmp_path / "disk"
+    folder.mkdir()
+    rows = list(real_sizes.rows(real_sizes.CASES, folder, results))
+    check_rows(rows)
+    assert len(rows) == sum(map(len, real_sizes.CASES.values()))
+    assert not list(folder.iterdir())
+    for row in rows:
+        assert (row.details["on_disk"] > 0) == ("disk" in row.name)
+        assert row.details["said"] > 0
+    outputs = {row.name.split(",")[0].rpartition("/")[2]: row.details["outputs"] for row in rows}
+    assert outputs["tower"] == {"features": [1, tiny.VISION["hidden_size"]]}
+    assert outputs["pairs"] == {"InternVL-C": [1, 32], "InternVL-G": [1, 32], "caption": [1, 2]}
+    assert outputs["chat"] == {"answer": [1, 2]}
+
+
+def test_a_stopped_run_over_real_sizes_measures_what_is_left(real_sizes, monkeypatch, tmp_path):
+    results = tmp_path / "real_sizes.json"
+    measure = real_sizes.measure
+    measured = []
+
+    def stopped(folder, loading):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(loading.name)
+        return measure(folder, loading)
+
+    monkeypatch.setattr(real_sizes, "measure", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        list(real_sizes.rows(real_sizes.CASES, tmp_path, results))
+    assert not list(tmp_path.glob("internvl-real-size-*"))
+    monkeypatch.setattr(real_sizes, "measure", lambda *arguments: (measured.append("again"), measure(*arguments))[1])
+    rows = list(real_sizes.rows(real_sizes.CASES, tmp_path, results))
+    assert measured.count("again") == len(rows) - 2
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(real_sizes, monkeypatch, tmp_path):
+    monkeypatch.setattr(real_sizes.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match=r"needs .* GB of disk, and .* has 0.0 GB left"):
+        list(real_sizes.rows(real_sizes.CASES, tmp_path, tmp_path / "real_sizes.json"))
+    assert not list(tmp_path.glob("internvl-real-size-*"))
+
+
+def test_weights_that_are_mapped_from_a_file_are_counted_and_others_are_not(real_sizes, tmp_path):
+    model = tiny.vision_model().to(torch.bfloat16)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert real_sizes.mapped_bytes(model, tmp_path) == 0
+    for name, tensor in model.state_dict().items():
+        path = tmp_path / name
+        tensor.view(torch.uint8).numpy().tofile(path)
+        mapped = torch.from_file(str(path), shared=False, size=tensor.numel(), dtype=torch.bfloat16)
+        model.get_parameter(name).data = mapped.view(tensor.shape)
+    assert real_sizes.mapped_bytes(model, tmp_path) == weights
 
 
 def test_recall_by_signs_with_all_candidates_is_that_of_whole_vectors(monkeypatch):
