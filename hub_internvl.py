@@ -9,7 +9,6 @@ from logging import LogRecord
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.hooks import AlignDevicesHook, SequentialHook
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -50,11 +49,11 @@ def loaded_parameter(model: nn.Module, name: str) -> torch.Tensor:
     """
     parameter: torch.Tensor = getattr(model, name)
     hook = getattr(model, "_hf_hook", None)
-    if not parameter.is_meta or hook is None:
+    hooks = getattr(hook, "hooks", (hook,))  # one, or several in a row
+    loading = next((each for each in hooks if getattr(each, "offload", False)), None)
+    if not parameter.is_meta or loading is None:
         return parameter
-    hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
-    loading = next((each for each in hooks if isinstance(each, AlignDevicesHook) and each.offload), None)
-    return parameter if loading is None else loading.weights_map[name].to(loading.execution_device)
+    return loading.weights_map[name].to(loading.execution_device)
 
 
 class HubModelMixin(_PreTrained):

@@ -90,7 +90,7 @@ CASES: dict[str, tuple[Loading, ...]] = {
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
-def write_checkpoint(folder: Path, config: PretrainedConfig) -> None:
+def write_model(folder: Path, config: PretrainedConfig) -> None:
     """Writes a model with random weights in bf16 shards of 2 GB."""
     model = build_on_meta(config, torch.bfloat16)
     tied = set(model.all_tied_weights_keys)
@@ -100,7 +100,7 @@ def write_checkpoint(folder: Path, config: PretrainedConfig) -> None:
     write_random_weights(folder, shapes, "2GB")
 
 
-def configuration(size: str) -> PretrainedConfig:
+def config_of_size(size: str) -> PretrainedConfig:
     """The configuration of a size, with what generating needs."""
     config = read_config(size)
     if isinstance(config, InternVLChatConfig):
@@ -161,7 +161,7 @@ def mapped_bytes(model: PreTrainedModel, folder: Path) -> int:
 
 
 # --------------------------------------------------------------------------------------------------------------- tasks
-def inputs_of(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+def image_and_text(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixel values of one image, and ids of a text (1, `TEXT_TOKENS`)."""
     vision = getattr(model.config, "vision_config", model.config)
     processor = InternVLImageProcessor(size={"height": vision.image_size, "width": vision.image_size}, max_num=1)
@@ -172,13 +172,13 @@ def inputs_of(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
 
 def run_tower(model: Any) -> dict[str, torch.Tensor]:
     """The features of an image."""
-    pixels, _ = inputs_of(model)
+    pixels, _ = image_and_text(model)
     return {"features": model(pixels).pooler_output}
 
 
 def run_internvl(model: Any) -> dict[str, torch.Tensor]:
     """Features of InternVL-C and -G, and the first tokens of a caption."""
-    pixels, ids = inputs_of(model)
+    pixels, ids = image_and_text(model)
     features = {mode: model.get_image_features(pixels, mode=mode) for mode in ("InternVL-C", "InternVL-G")}
     caption = model.generate(pixels, ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
     return {**features, "caption": caption}
@@ -186,7 +186,7 @@ def run_internvl(model: Any) -> dict[str, torch.Tensor]:
 
 def run_chat(model: Any) -> dict[str, torch.Tensor]:
     """The first tokens of an answer."""
-    pixels, ids = inputs_of(model)
+    pixels, ids = image_and_text(model)
     ids = torch.cat([torch.full((1, model.num_image_token), IMAGE_TOKEN_ID), ids], dim=1)
     length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
     return {"answer": model.generate(pixel_values=pixels, input_ids=ids, **length)[:, ids.shape[1] :]}
@@ -198,7 +198,7 @@ def task_of(config: PretrainedConfig) -> Callable[[Any], dict[str, torch.Tensor]
     return tasks.get(type(config), run_tower)
 
 
-def measure(folder: Path, loading: Loading) -> dict[str, Any]:
+def measure_loading(folder: Path, loading: Loading) -> dict[str, Any]:
     """Loads and runs a model; seconds, peak of memory, and what came out. For a process that did nothing else."""
     register()
     logging.set_verbosity_error()
@@ -251,13 +251,13 @@ def rows(sizes: Iterable[str], folder: Path, results: Path, is_anew: bool = Fals
         shutil.rmtree(checkpoint, ignore_errors=True)  # of a run that was stopped
         try:
             if left:
-                config = configuration(size)
+                config = config_of_size(size)
                 weights = sum(part.bytes for part in inspect_model(size, "bfloat16").parts)
                 check_disk(folder, size, int(weights * 1.02))
-                write_checkpoint(checkpoint, config)
+                write_model(checkpoint, config)
             for loading in left:
                 said = said_bytes(size, loading)
-                found = in_one_process(measure, checkpoint, loading)
+                found = in_one_process(measure_loading, checkpoint, loading)
                 row = Row(
                     f"{size}, {loading.name}: peak memory and what `planning memory` says, larger over smaller",
                     ratio=max(found["bytes"] / said, said / found["bytes"]),

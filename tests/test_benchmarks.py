@@ -380,7 +380,7 @@ def test_models_of_real_sizes_are_measured_and_deleted_one_by_one(real_sizes, tm
 
 def test_a_stopped_run_over_real_sizes_measures_what_is_left(real_sizes, monkeypatch, tmp_path):
     results = tmp_path / "real_sizes.json"
-    measure = real_sizes.measure
+    measure = real_sizes.measure_loading
     measured = []
 
     def stopped(folder, loading):
@@ -389,11 +389,13 @@ def test_a_stopped_run_over_real_sizes_measures_what_is_left(real_sizes, monkeyp
         measured.append(loading.name)
         return measure(folder, loading)
 
-    monkeypatch.setattr(real_sizes, "measure", stopped)
+    monkeypatch.setattr(real_sizes, "measure_loading", stopped)
     with pytest.raises(KeyboardInterrupt):
         list(real_sizes.rows(real_sizes.CASES, tmp_path, results))
     assert not list(tmp_path.glob("internvl-real-size-*"))
-    monkeypatch.setattr(real_sizes, "measure", lambda *arguments: (measured.append("again"), measure(*arguments))[1])
+    monkeypatch.setattr(
+        real_sizes, "measure_loading", lambda *arguments: (measured.append("again"), measure(*arguments))[1]
+    )
     rows = list(real_sizes.rows(real_sizes.CASES, tmp_path, results))
     assert measured.count("again") == len(rows) - 2
 
