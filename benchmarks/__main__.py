@@ -1,9 +1,9 @@
 """All benchmarks, one table: `python -m internvl.benchmarks [TOPIC ...] [--rounds 15] [--device cpu]`.
 
 Every topic is a module here with a function `rows(options)`. Each writes `benchmarks/results/TOPIC-DEVICE.json`: the
-calibration of its run, the versions, and its rows. `benchmarks.conversion` needs 40 GB of disk and runs only when
-named; `search` needs 12 GB in the temporary folder, `funnel` 2. `gpu` is a command of its own (see the folder of that
-name).
+calibration of its run, the versions, and its rows as they come. `conversion` and `real_sizes` are commands of their
+own, which need 40 GB of disk; `search` needs 12 GB in the temporary folder, `funnel` 2. `gpu` is a command of its own
+too (see the folder of that name).
 """
 
 import argparse
@@ -13,10 +13,13 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers.utils import logging
+
+from internvl.writing import write_whole
 
 from .harness import Options, Row, describe_processor, format_row, matrix_rate, versions
 
@@ -42,14 +45,14 @@ TOPICS = (
 
 
 def measure_topic(topic: str, options: Options) -> list[Row]:
-    """The rows of a topic, written to its file as well."""
+    """The rows of a topic, each written to its file as soon as it was measured."""
     rows = importlib.import_module(f".{topic}", __package__).rows(options)
-    calibration = matrix_rate(options)
-    found = list(tqdm(rows, desc=topic, unit="row", leave=False))
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    content = {"calibration": calibration, **versions(), "rows": [{**asdict(row), "met": row.is_met} for row in found]}
-    path = RESULTS / f"{topic}-{options.device}.json"
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    content: dict[str, Any] = {"calibration": matrix_rate(options), **versions(), "rows": []}
+    found = []
+    for row in tqdm(rows, desc=topic, unit="row", leave=False):
+        found.append(row)
+        content["rows"].append({**asdict(row), "met": row.is_met})
+        write_whole(RESULTS / f"{topic}-{options.device}.json", json.dumps(content, indent=1) + "\n")
     return found
 
 

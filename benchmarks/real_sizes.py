@@ -47,6 +47,7 @@ from internvl.planning.memory import (
     read_config,
 )
 from internvl.synthetic.textures import texture
+from internvl.writing import write_whole
 
 from .__main__ import RESULTS, format_table
 from .checkpoints import write_random_weights
@@ -266,8 +267,7 @@ def rows(sizes: Iterable[str], folder: Path, results: Path, is_anew: bool = Fals
                     details={**found, "said": said},
                 )
                 kept[f"{size}, {loading.name}"] = asdict(row)
-                results.parent.mkdir(parents=True, exist_ok=True)
-                results.write_text(json.dumps({**versions(), "rows": kept}, indent=1) + "\n", encoding="utf-8")
+                write_whole(results, json.dumps({**versions(), "rows": kept}, indent=1) + "\n")
         finally:
             shutil.rmtree(checkpoint, ignore_errors=True)
         for loading in CASES[size]:

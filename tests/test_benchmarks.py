@@ -247,6 +247,19 @@ def test_a_topic_is_written_with_its_calibration_and_its_rows(monkeypatch, tmp_p
     assert all(row["skipped"] and row["met"] is None for row in content["rows"])
 
 
+def test_rows_of_a_topic_that_breaks_are_in_its_file(monkeypatch, tmp_path):
+    def rows(options):
+        yield Row("first", 1.0)
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(command.importlib, "import_module", lambda *_: SimpleNamespace(rows=rows))
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    with pytest.raises(RuntimeError):
+        command.measure_topic("any", Options(rounds=1))
+    (row,) = json.loads((tmp_path / "any-cpu.json").read_text())["rows"]
+    assert (row["name"], row["ratio"]) == ("first", 1.0)
+
+
 # ---------------------------------------------------------------------------------------------------------- the topics
 @pytest.mark.parametrize("topic", command.TOPICS)
 def test_every_topic_has_rows(topic):
