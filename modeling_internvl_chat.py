@@ -555,9 +555,8 @@ class InternVLChatForConditionalGeneration(
             )
         if self.config.mask_image_token_logit:
             outputs.logits[..., self.img_context_token_id] = torch.finfo(outputs.logits.dtype).min
-        loss = self._loss(outputs, labels, loss_weight, positions, shift_labels=shift_labels, **kwargs)
         return InternVLChatOutput(
-            loss=loss,
+            loss=self._loss(outputs, labels, loss_weight, positions, shift_labels=shift_labels, **kwargs),
             image_hidden_states=features,
             **{name: getattr(outputs, name, None) for name in (*DECODER_OUTPUTS, "logits", "aux_loss")},
         )
