@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
+from internvl.rows.bad_rows import TooManyBadRowsError
 from internvl.training.__main__ import main
 from internvl.training.data.augmentation import Augmentation
 from internvl.training.data.dialogues import DialogueDataset, DialogueEncoder
@@ -242,6 +243,22 @@ def test_a_stream_gives_the_rows_of_the_data_set(folder, encoder, ending, monkey
     for number in range(10):
         row = expected[number]
         assert all(torch.equal(row[key], found[f"a {number}"][key]) for key in row)
+
+
+def rows_of(data) -> list:
+    return list(data) if isinstance(data, DialogueStream) else [data[index] for index in range(len(data))]
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_how_many_bad_rows_dialogues_may_have_is_said_by_their_option(folder, encoder, is_streamed):
+    path = folder / "many_bad.jsonl"
+    lines = [*["{}"] * 12, *[json.dumps(llava("a", f"b {number}")) for number in range(3)]]
+    path.write_text("".join(f"{line}\n" for line in lines))
+    place = {"is_streamed": True, "epochs": 1} if is_streamed else {}
+    with pytest.raises(TooManyBadRowsError, match="or raise `--max-bad-rate`"):
+        rows_of(dialogue_data([str(path)], encoder, **place))
+    found = [answer(encoder, row) for row in rows_of(dialogue_data([str(path)], encoder, max_bad_rate=0.8, **place))]
+    assert set(found) == {"b 0", "b 1", "b 2"}
 
 
 def test_a_stream_counts_bad_rows_and_looks_below_its_folder(folder, encoder):

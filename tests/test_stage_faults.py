@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+from internvl.rows.bad_rows import TooManyBadRowsError
 from internvl.training import trainer
 from internvl.training.__main__ import main
 from internvl.training.checkpoints import check_same_recipe, record_recipe
@@ -312,6 +313,24 @@ def test_a_seed_that_numpy_does_not_take_is_told_at_once(tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------------- nothing to train on
+def test_how_many_bad_rows_a_stage_puts_up_with_is_an_option(data, tmp_path):
+    bad = [sample(number, txt=b"") for number in range(8, 20)]
+    write_tar(tmp_path / "a.tar", [*(sample(number) for number in range(8)), *bad])
+    shards = [str(tmp_path / "a.tar")]
+    with pytest.raises(TooManyBadRowsError, match=r"11 of \d+ rows are broken, .* or raise `--max-bad-rate`"):
+        run_stage1(RECIPE, shards, Run(tmp_path / "out"), data / "tokenizer")
+    assert not (tmp_path / "out").exists()
+    run_stage1(RECIPE, shards, Run(tmp_path / "out", max_bad_rate=0.9), data / "tokenizer")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("value", ["-0.1", "1.5", "half", "nan"])
+def test_a_share_of_bad_rows_that_is_none_is_told_at_once(value, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["stage3", "--output", str(tmp_path / "out"), f"--max-bad-rate={value}"])
+    assert f"argument --max-bad-rate: must be a share from 0 to 1, got '{value}'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("is_there", [True, False], ids=["into a folder", "without a folder"])
 def test_a_shard_without_samples_is_one_line_and_no_folder(is_there, data, tmp_path, capsys):
     write_tar(tmp_path / "empty.tar", [])

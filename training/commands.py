@@ -61,6 +61,17 @@ def seed(text: str) -> int:
     return number
 
 
+def share(text: str) -> float:
+    """A share of rows."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"must be a share from 0 to 1, got {text!r}")
+    return number
+
+
 def default_workers() -> int:
     """The CPUs of this process but one, at most eight: batches are prepared while the model trains."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -150,7 +161,7 @@ def _add_filter_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--plot", metavar="FILE", help="draw the funnel to this image file")
     parser.add_argument(
-        "--max-bad-rate", metavar="SHARE", type=float, default=0.01, help="of rows that cannot be read (default: 0.01)"
+        "--max-bad-rate", metavar="SHARE", type=share, default=0.01, help="of rows that cannot be read (default: 0.01)"
     )
     parser.add_argument(
         "--ray-workers", metavar="N", type=positive_int, help="filter by so many workers of Ray Data, a shard each"
@@ -190,7 +201,7 @@ def _add_score_options(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="of the model (default: that of its weights)",
     )  # fmt: skip
-    parser.add_argument("--max-bad-rate", metavar="SHARE", type=float, default=0.01, help="of rows (default: 0.01)")
+    parser.add_argument("--max-bad-rate", metavar="SHARE", type=share, default=0.01, help="of rows (default: 0.01)")
 
 
 def add_prepare(commands: Any) -> None:
@@ -243,7 +254,7 @@ def add_dedup(commands: Any) -> None:
     parser.add_argument(
         "--min-cosine", metavar="COSINE", type=float, default=0.97, help="of such embeddings (default: 0.97)"
     )
-    parser.add_argument("--max-bad-rate", metavar="SHARE", type=float, default=0.01, help="of rows (default: 0.01)")
+    parser.add_argument("--max-bad-rate", metavar="SHARE", type=share, default=0.01, help="of rows (default: 0.01)")
     parser.add_argument("--plot", metavar="FILE", help="draw how alike the pairs of images are that were found")
     parser.set_defaults(module=".data.dedup")
 
@@ -412,6 +423,9 @@ def _add_training(commands: Any, name: str, what: str) -> argparse.ArgumentParse
     parser.add_argument("--images", metavar="DIR", help="folder of the images (default: the folder of each file)")
     parser.add_argument("--streaming", action="store_true", help="read dialogues front to back, without an index")
     parser.add_argument("--eval-data", metavar="FILE", nargs="+", default=[], help="held-out data to be measured on")
+    parser.add_argument(
+        "--max-bad-rate", metavar="SHARE", type=share, default=0.01, help="of rows that cannot be used (default: 0.01)"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from what a stopped run left in the folder")
     parser.add_argument("--steps", metavar="N", type=positive_int, help="steps of each phase, instead of the recipe's")
     parser.add_argument(

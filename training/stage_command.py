@@ -74,6 +74,7 @@ def run_of(options: argparse.Namespace, **settings: Any) -> Run:
         profile_steps=options.profile_steps,
         images=options.images,
         is_streamed=options.streaming,
+        max_bad_rate=options.max_bad_rate,
         **settings,
     )
 

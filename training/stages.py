@@ -127,6 +127,7 @@ def _pair_data(
             seed=recipe.seed + number,  # the next phase goes through the data in another order
             funnel=None if run.funnel_stage is None else Funnel(run.funnel_stage),
             images=run.images,
+            max_bad_rate=run.max_bad_rate,
         )
         side = phase.image_size
         settings: dict[str, Any] = {"size": {"height": side, "width": side}, "resize_mode": "squash"}
@@ -174,7 +175,9 @@ def _pair_evaluation(
     """What is measured on held-out pairs: the loss, and recall or CIDEr."""
     if not run.eval_data:
         return None
-    stream = pair_stream(list(run.eval_data), processor, images=run.images, shuffle_buffer=1, epochs=1)
+    stream = pair_stream(
+        list(run.eval_data), processor, images=run.images, max_bad_rate=run.max_bad_rate, shuffle_buffer=1, epochs=1
+    )
     held_out = HeldOutPairs(islice(stream, run.eval_samples))
     images, captions = [pair["image"] for pair in held_out.pairs], [pair["text"] for pair in held_out.pairs]
     return Evaluation(held_out, kind(processor, images, captions))
@@ -352,7 +355,10 @@ def run_stage3(
         model, processor = build_chat_model(recipe, source, decoder)
     images = run.images if images is None else images
     encoder = DialogueEncoder(processor, recipe.max_length, video_frames=recipe.video_frames)
-    indexed: Any = None if run.is_streamed or not files else dialogue_data(files, encoder, images, seed=recipe.seed)
+    settings: dict[str, Any] = {"images": images, "max_bad_rate": run.max_bad_rate}
+    indexed: Any = None
+    if files and not run.is_streamed:
+        indexed = dialogue_data(files, encoder, seed=recipe.seed, **settings)
     for rows in [] if indexed is None else getattr(indexed, "datasets", [indexed]):
         rows.check_has_rows()
 
@@ -360,12 +366,12 @@ def run_stage3(
         if phase.batches or not files:
             return dialogue_batches(recipe, phase, processor), only_item
         place = {"rank": arguments.process_index, "world_size": arguments.world_size}
-        rows = indexed or dialogue_data(files, encoder, images, True, recipe.seed + number, **place)
-        return rows, DialogueCollator(encoder, recipe.pack)
+        streamed = {"is_streamed": True, "seed": recipe.seed + number, **settings, **place}
+        return indexed or dialogue_data(files, encoder, **streamed), DialogueCollator(encoder, recipe.pack)
 
     evaluation = None
     if run.eval_data:
-        held_out = dialogue_data(run.eval_data, encoder, images)
+        held_out = dialogue_data(run.eval_data, encoder, **settings)
         evaluation = Evaluation(held_out, AnswerCurve(processor, held_out, run.eval_samples))
     return train(Stage(model, processor, recipe, run, data, recipe.grad_cache_chunk_size, evaluation=evaluation))
 

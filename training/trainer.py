@@ -90,6 +90,7 @@ class Run:
         is_streamed: Read dialogues front to back, without an index of their rows.
         funnel_stage: Leave out pairs by the filters of the data funnel up to this stage; None takes all.
         images: Folder of the images that rows name by a path; None takes the folder of each file.
+        max_bad_rate: Largest share of rows that cannot be used, of at least 1,000.
         inputs: Models and files of data that the stage reads, as `reading` sets them.
         eval_data: Files of held-out data, on which the stage is measured as it trains.
         eval_samples: Most held-out samples that are searched, or whose questions are answered.
@@ -105,6 +106,7 @@ class Run:
     is_streamed: bool = False
     funnel_stage: int | None = None
     images: str | None = None
+    max_bad_rate: float = 0.01
     inputs: tuple[str | Path, ...] = ()
     eval_data: tuple[str, ...] = ()
     eval_samples: int = 200

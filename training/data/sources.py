@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from ...rows.bad_rows import UnusableRowError
+from ...rows.bad_rows import BadRows, UnusableRowError
 from ...rows.image_files import NO_FOLDER
 from ...rows.json_rows import Row
 from ...rows.row_tables import open_all_rows
@@ -239,6 +239,7 @@ def dialogue_data(
     images: str | Path | None = None,
     is_streamed: bool = False,
     seed: int = 0,
+    max_bad_rate: float = 0.01,
     **settings: Any,
 ) -> Dataset:
     """Dialogues to train on.
@@ -249,6 +250,7 @@ def dialogue_data(
         images: Folder of the images; None takes the folder of each file.
         is_streamed: Read the rows front to back, without an index of them.
         seed: Decides the order of a stream, and what a mixture draws.
+        max_bad_rate: Largest share of the rows of a source that cannot be used.
         **settings: Of `RowStream`, for a stream.
 
     Returns:
@@ -257,20 +259,26 @@ def dialogue_data(
     sources = sources_of(files, images)
     encoders = [encoder_of(encoder, source, seed) for source in sources]
     if is_streamed:
+        settings |= {"seed": seed, "divides_shards": True}
         streams = [
-            DialogueStream(source.data, own, source.images, seed=seed, divides_shards=True, **settings)
+            DialogueStream(source.data, own, source.images, bad_rows=_allowed(max_bad_rate), **settings)
             for source, own in zip(sources, encoders, strict=True)
         ]
         return streams[0] if len(streams) == 1 else StreamMixture(streams, _weights(sources), seed)
     datasets = [
-        DialogueDataset(source.data, own, source.images) for source, own in zip(sources, encoders, strict=True)
+        DialogueDataset(source.data, own, source.images, bad_rows=_allowed(max_bad_rate))
+        for source, own in zip(sources, encoders, strict=True)
     ]
     is_plain = len(sources) == 1 and sources[0].repeat == 1
     return datasets[0] if is_plain else DialogueMixture(datasets, sources, seed)
 
 
 def pair_data(
-    files: Sequence[str], images: str | Path | None = None, seed: int = 0, **settings: Any
+    files: Sequence[str],
+    images: str | Path | None = None,
+    seed: int = 0,
+    max_bad_rate: float = 0.01,
+    **settings: Any,
 ) -> PairStream | StreamMixture:
     """Pairs to train on.
 
@@ -278,19 +286,27 @@ def pair_data(
         files: Shards or files of rows, or one mixture file.
         images: Folder of the images that rows name by a path; None takes the folder of each file.
         seed: Decides the order.
+        max_bad_rate: Largest share of the rows of a source that cannot be used.
         **settings: Of `PairStream`.
     """
     sources = sources_of(files, images)
     augments = [source.augmentation(seed) for source in sources]
     is_plain = len(sources) == 1 and augments[0] is None
     settings |= {"seed": seed, "divides_shards": not is_plain}
-    streams = [PairStream(source.data, images=source.images, **settings) for source in sources]
+    streams = [
+        PairStream(source.data, images=source.images, bad_rows=_allowed(max_bad_rate), **settings)
+        for source in sources
+    ]
     if is_plain:
         return streams[0]
     for source in sources:
         if source.max_tiles is not None or source.video_frames is not None:
             raise ValueError(f"Source `{source.name}`: pairs have neither `max_tiles` nor `video_frames`.")
     return StreamMixture(streams, _weights(sources), seed, augments)
+
+
+def _allowed(max_bad_rate: float) -> BadRows:
+    return BadRows(max_rate=max_bad_rate, limit="`--max-bad-rate`")
 
 
 def num_rows(files: Sequence[str], is_streamed: bool = False) -> int:
