@@ -245,9 +245,9 @@ def said_bytes(size: str, loading: Loading) -> int:
 # --------------------------------------------------------------------------------------------------------- the command
 def rows(sizes: Iterable[str], folder: Path, results: Path, is_anew: bool = False) -> Iterator[Row]:
     """A row for each size and way to load it; what `results` holds is passed over unless it is made anew."""
-    kept = {} if is_anew or not results.exists() else json.loads(results.read_text("utf-8"))["rows"]
+    kept = json.loads(results.read_text("utf-8"))["rows"] if results.exists() else {}
     for size in sizes:
-        left = [loading for loading in CASES[size] if f"{size}, {loading.name}" not in kept]
+        left = [loading for loading in CASES[size] if is_anew or f"{size}, {loading.name}" not in kept]
         checkpoint = folder / f"internvl-real-size-{Path(size).stem}"
         shutil.rmtree(checkpoint, ignore_errors=True)  # of a run that was stopped
         try:

@@ -411,6 +411,10 @@ def test_a_stopped_run_over_real_sizes_measures_what_is_left(real_sizes, monkeyp
     )
     rows = list(real_sizes.rows(real_sizes.CASES, tmp_path, results))
     assert measured.count("again") == len(rows) - 2
+    (tower, *others) = real_sizes.CASES
+    assert len(list(real_sizes.rows([tower], tmp_path, results, is_anew=True))) == 1
+    assert measured.count("again") == len(rows) - 1
+    assert list(real_sizes.rows(others, tmp_path, results)) == rows[1:]
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(real_sizes, monkeypatch, tmp_path):
