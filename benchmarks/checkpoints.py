@@ -10,8 +10,8 @@ from internvl.conversion.readers.tensors import LazyTensor
 from internvl.conversion.repository.shards import write_shards
 
 
-def write_random_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]], max_shard_size: str) -> int:
-    """Writes tensors of these shapes in bf16, and returns their bytes.
+def write_random_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]], max_shard_size: str) -> None:
+    """Writes tensors of these shapes in bf16.
 
     Matrices have a standard deviation of 0.02; vectors lie around one, so that norms pass on what they get.
     """
@@ -27,4 +27,3 @@ def write_random_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]], ma
         return LazyTensor(shape, torch.bfloat16, folder, values)
 
     write_shards(folder, {name: tensor(shape) for name, shape in shapes.items()}, max_shard_size)
-    return sum(torch.Size(shape).numel() for shape in shapes.values()) * torch.bfloat16.itemsize
