@@ -1,5 +1,6 @@
 """What command lines share: an error is one line that a terminal can take, and exit status 2."""
 
+import re
 import sys
 from collections.abc import Callable
 
@@ -7,6 +8,14 @@ from collections.abc import Callable
 def printable(text: str) -> str:
     """Returns a text on one line, with escapes for control characters and lone surrogates."""
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in " ".join(text.split()))
+
+
+def message_of(error: Exception) -> str:
+    """Returns what an error says, without the traceback that torch puts around one of a `DataLoader`'s worker."""
+    text = str(error)
+    if not text.startswith("Caught "):
+        return text
+    return re.split(rf"(?m)^(?:\w+\.)*{type(error).__name__}: ", text)[-1]
 
 
 def exit_status(command: Callable[[], int | None]) -> int:
@@ -17,5 +26,5 @@ def exit_status(command: Callable[[], int | None]) -> int:
     try:
         return command() or 0
     except (ValueError, OSError, RecursionError) as error:
-        sys.stderr.write(f"error: {printable(str(error))}\n")
+        sys.stderr.write(f"error: {printable(message_of(error))}\n")
         return 2

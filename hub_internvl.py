@@ -48,12 +48,16 @@ def loaded_parameter(model: nn.Module, name: str) -> torch.Tensor:
     called by another method.
     """
     parameter: torch.Tensor = getattr(model, name)
-    hook = getattr(model, "_hf_hook", None)
-    hooks = getattr(hook, "hooks", (hook,))  # one, or several in a row
-    loading = next((each for each in hooks if getattr(each, "offload", False)), None)
+    loading = next((hook for hook in _hooks_of(model) if getattr(hook, "offload", False)), None)
     if not parameter.is_meta or loading is None:
         return parameter
     return loading.weights_map[name].to(loading.execution_device)
+
+
+def _hooks_of(module: nn.Module) -> tuple[Any, ...]:
+    """accelerate's hooks of a module: none, one, or several in a row."""
+    hook = getattr(module, "_hf_hook", None)
+    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
 
 
 class HubModelMixin(_PreTrained):
@@ -88,6 +92,17 @@ class HubModelMixin(_PreTrained):
         parts = dict(super().named_children())
         first = {name: parts.pop(name) for name in (self._text_part,) if name in parts}
         yield from {**first, **parts}.items()
+
+    @property
+    def device(self) -> torch.device:
+        """As in transformers; where the first weights are offloaded, and lie on "meta", the device that computes with
+        them.
+        """
+        device: torch.device = super().device
+        if device.type != "meta":
+            return device
+        places = (getattr(hook, "execution_device", None) for part in self.modules() for hook in _hooks_of(part))
+        return next((torch.device(place) for place in places if place is not None), device)
 
     @classmethod
     def from_pretrained(

@@ -20,7 +20,7 @@ def write_whole(path: Path, content: Any, keep: bool = False) -> None:
         keep: Leave a file that is there already, even if another process has put it there just now.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = _beside(path)
     try:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
         if not keep or not _link(beside, path):
@@ -40,8 +40,17 @@ def check_writable(path: Path) -> None:
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir():
         raise NotADirectoryError(f"{path} cannot be written: {above} is a file.")
-    if not os.access(above, os.W_OK):
-        raise PermissionError(f"{path} cannot be written: this user may not write into {above}.")
+    beside = _beside(above / path.name)
+    try:
+        beside.touch()
+        beside.unlink()
+    except OSError as error:
+        raise type(error)(f"{path} cannot be written into {above}: {error.strerror}.") from error
+
+
+def _beside(path: Path) -> Path:
+    """Where a file is written until it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def _link(source: Path, path: Path) -> bool:

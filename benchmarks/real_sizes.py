@@ -55,6 +55,7 @@ from .harness import Row, versions
 
 
 FILE = "real_sizes.json"  # in the folder of results
+OWN = "random_weights"  # an empty file in folders that may be deleted
 IMAGE_SIZE = 224
 TEXT_TOKENS = 16
 NEW_TOKENS = 2
@@ -95,7 +96,8 @@ def write_model(folder: Path, config: PretrainedConfig) -> None:
     """Writes a model with random weights in bf16 shards of 2 GB."""
     model = build_on_meta(config, torch.bfloat16)
     tied = set(model.all_tied_weights_keys)
-    folder.mkdir(parents=True)
+    folder.mkdir()
+    (folder / OWN).touch()
     config.save_pretrained(folder)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
     write_random_weights(folder, shapes, "2GB")
@@ -107,6 +109,17 @@ def config_of_size(size: str) -> PretrainedConfig:
     if isinstance(config, InternVLChatConfig):
         config.image_token_id = IMAGE_TOKEN_ID
     return config
+
+
+def delete_model(folder: Path) -> None:
+    """Deletes a checkpoint that was written here, if there is one.
+
+    Raises:
+        ValueError: If the folder holds anything else.
+    """
+    if folder.exists() and not (folder / OWN).is_file():
+        raise ValueError(f"{folder} is not of this benchmark, which would delete it: move it, or name another folder.")
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_disk(folder: Path, size: str, needed: int) -> None:
@@ -249,7 +262,7 @@ def rows(sizes: Iterable[str], folder: Path, results: Path, is_anew: bool = Fals
     for size in sizes:
         left = [loading for loading in CASES[size] if is_anew or f"{size}, {loading.name}" not in kept]
         checkpoint = folder / f"internvl-real-size-{Path(size).stem}"
-        shutil.rmtree(checkpoint, ignore_errors=True)  # of a run that was stopped
+        delete_model(checkpoint)  # of a run that was stopped
         try:
             if left:
                 config = config_of_size(size)
@@ -269,7 +282,7 @@ def rows(sizes: Iterable[str], folder: Path, results: Path, is_anew: bool = Fals
                 kept[f"{size}, {loading.name}"] = asdict(row)
                 write_whole(results, json.dumps({**versions(), "rows": kept}, indent=1) + "\n")
         finally:
-            shutil.rmtree(checkpoint, ignore_errors=True)
+            delete_model(checkpoint)
         for loading in CASES[size]:
             yield Row(**kept[f"{size}, {loading.name}"])
 
@@ -296,6 +309,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.set_verbosity_error()
 
     def measured() -> int:
+        if not options.folder.is_dir():
+            raise ValueError(f"`--folder` {options.folder} is no folder: make it first, or name another.")
         found = list(rows(options.sizes or CASES, options.folder, RESULTS / FILE, options.anew))
         print(format_table(found))
         for row in found:

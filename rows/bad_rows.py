@@ -73,7 +73,7 @@ class BadRows:
         if self.broken > self.max_rate * max(self.seen, self.grace):
             faults = ", ".join(f"{number} x {name}" for name, number in self.reasons.most_common())
             raise TooManyBadRowsError(
-                f"{self.broken} of {self.seen} rows are broken, more than the {self.max_rate:.2%} of "
+                f"{self.broken} of {self.seen} rows are broken, more than the {100 * self.max_rate:.4g}% of "
                 f"{self.limit} (of at least {self.grace} rows): {faults}. The last one: {place}: {reason} Mend the "
                 f"data, or raise {self.limit}."
             )

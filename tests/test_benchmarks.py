@@ -520,3 +520,13 @@ def test_the_loading_rows_run(small):
     rows = list(small("loading").rows(Options(rounds=2)))
     assert len(rows) == 2
     check_rows(rows)
+
+
+def test_a_folder_that_is_not_of_the_benchmark_is_left_alone(real_sizes, monkeypatch, tmp_path):
+    case = next(iter(real_sizes.CASES))  # the path of a folder `tower`
+    notes = tmp_path / "internvl-real-size-tower" / "notes.txt"
+    notes.parent.mkdir()
+    notes.touch()
+    with pytest.raises(ValueError, match="is not of this benchmark"):
+        list(real_sizes.rows([case], tmp_path, tmp_path / "real_sizes.json"))
+    assert notes.exists()

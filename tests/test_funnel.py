@@ -236,6 +236,8 @@ def test_the_command_reports_and_draws(tmp_path, capsys):
     [
         ("plot.doc", "must end in one of "),
         ("plot", "must end in one of "),
+        ("plot.pgf", "must end in one of "),
+        (f"{'p' * 246}.png", "File name too long"),
         ("a.tar/plot.png", "cannot be written"),
     ],
 )
@@ -246,6 +248,14 @@ def test_a_plot_that_cannot_be_drawn_is_refused_before_there_is_work_to_lose(com
     assert main([command, path, "--output", str(output), *model, "--plot", str(tmp_path / name)]) == 2
     assert message in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_a_plot_does_not_take_the_place_of_the_report(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "same.png"
+    assert main(["funnel", write_pairs(tmp_path), "--output", str(file), "--plot", f"{tmp_path}/./same.png"]) == 2
+    assert "name the same file" in capsys.readouterr().err
+    assert not file.exists()
 
 
 def test_a_plot_gets_the_folder_that_it_names(tmp_path):

@@ -8,9 +8,11 @@ by dictionaries at every boundary a user may draw, and by offloading to memory a
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from transformers import AutoTokenizer
 
 from internvl.configuration_internvl import InternVLConfig
 from internvl.modeling_internvl import InternVLModel
+from internvl.modeling_internvl_chat import InternVLChatForConditionalGeneration
 
 from . import tiny, two_processes
 
@@ -190,6 +192,34 @@ def test_a_chat_model_with_queries_gives_features_and_answers_when_all_of_it_is_
     assert torch.equal(model.generate(**inputs, **length), answer)
 
 
+CHAT_CALLS = {
+    "of an image": lambda model, tokenizer, pixels: model.chat(tokenizer, pixels, "What is it?", dict(TWO_WORDS)),
+    "of text alone": lambda model, tokenizer, pixels: model.chat(tokenizer, None, "What is it?", dict(TWO_WORDS)),
+    "of a batch": lambda model, tokenizer, pixels: model.batch_chat(
+        tokenizer, torch.cat([pixels, pixels]), ["What is it?", "What colour has it?"], dict(TWO_WORDS), [1, 1]
+    ),
+}
+TWO_WORDS = {"do_sample": False, "max_new_tokens": 2, "min_new_tokens": 2}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("call", CHAT_CALLS)
+@pytest.mark.parametrize("to_disk", [False, True])
+def test_a_chat_with_a_model_that_is_offloaded_gives_the_same_answer(call, to_disk, root, tmp_path):
+    model = InternVLChatForConditionalGeneration.from_pretrained(root, dtype="float32").eval()
+    tokenizer = AutoTokenizer.from_pretrained(root)
+    side = model.config.vision_config.image_size
+    pixels = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    expected = CHAT_CALLS[call](model, tokenizer, pixels)
+    offload(model, tmp_path if to_disk else None)
+    assert model.device == torch.device("cpu")  # where it computes, not where its weights are
+    assert CHAT_CALLS[call](model, tokenizer, pixels) == expected
+
+
+def test_a_model_without_weights_says_so():
+    assert tiny.chat_model().to("meta").device.type == "meta"
+
+
 @pytest.mark.parametrize(
     ("name", "part"),
     [
@@ -204,9 +234,7 @@ def test_a_chat_model_with_queries_gives_features_and_answers_when_all_of_it_is_
     ],
 )
 def test_a_model_with_a_part_on_disk_generates_the_same_tokens(name, part, tmp_path):
-    """With the vision tower offloaded, the device of a model is "meta": nothing new may be made there. To transformers
-    that is an accelerator, so `generate` takes the paths it takes on one.
-    """
+    """With the vision tower offloaded, the first weights lie on "meta": nothing new may be made there."""
     model, inputs = build(name)
     arguments = {**caption_inputs(name, model, inputs), "do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
     expected = model.generate(**arguments)

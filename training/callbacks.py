@@ -36,7 +36,7 @@ class SeedRanksDifferently(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
         """Seed this process unless it is the first; a checkpoint restores each process's state afterwards."""
         if args.process_index:
-            set_seed(args.seed + args.process_index)
+            set_seed((args.seed + args.process_index) % 2**32)  # NumPy takes no larger one
 
 
 class EvaluateEvery(TrainerCallback):

@@ -160,13 +160,21 @@ def _add_filter_options(parser: argparse.ArgumentParser) -> None:
         "--source", choices=PAPER_SOURCES, help="show the share that the paper kept of this source (default: of all)"
     )
     parser.add_argument("--plot", metavar="FILE", help="draw the funnel to this image file")
-    parser.add_argument(
-        "--max-bad-rate", metavar="SHARE", type=share, default=0.01, help="of rows that cannot be read (default: 0.01)"
-    )
+    _add_max_bad_rate(parser)
     parser.add_argument(
         "--ray-workers", metavar="N", type=positive_int, help="filter by so many workers of Ray Data, a shard each"
     )
     parser.set_defaults(module=".data.filtering")
+
+
+def _add_max_bad_rate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-bad-rate",
+        metavar="SHARE",
+        type=share,
+        default=0.01,
+        help="of rows that cannot be used, of at least 1,000 rows: more of them end the run (default: 0.01)",
+    )
 
 
 def _add_rule_options(parser: argparse.ArgumentParser) -> None:
@@ -201,7 +209,7 @@ def _add_score_options(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="of the model (default: that of its weights)",
     )  # fmt: skip
-    parser.add_argument("--max-bad-rate", metavar="SHARE", type=share, default=0.01, help="of rows (default: 0.01)")
+    _add_max_bad_rate(parser)
 
 
 def add_prepare(commands: Any) -> None:
@@ -254,7 +262,7 @@ def add_dedup(commands: Any) -> None:
     parser.add_argument(
         "--min-cosine", metavar="COSINE", type=float, default=0.97, help="of such embeddings (default: 0.97)"
     )
-    parser.add_argument("--max-bad-rate", metavar="SHARE", type=share, default=0.01, help="of rows (default: 0.01)")
+    _add_max_bad_rate(parser)
     parser.add_argument("--plot", metavar="FILE", help="draw how alike the pairs of images are that were found")
     parser.set_defaults(module=".data.dedup")
 
@@ -423,9 +431,7 @@ def _add_training(commands: Any, name: str, what: str) -> argparse.ArgumentParse
     parser.add_argument("--images", metavar="DIR", help="folder of the images (default: the folder of each file)")
     parser.add_argument("--streaming", action="store_true", help="read dialogues front to back, without an index")
     parser.add_argument("--eval-data", metavar="FILE", nargs="+", default=[], help="held-out data to be measured on")
-    parser.add_argument(
-        "--max-bad-rate", metavar="SHARE", type=share, default=0.01, help="of rows that cannot be used (default: 0.01)"
-    )
+    _add_max_bad_rate(parser)
     parser.add_argument("--resume", action="store_true", help="go on from what a stopped run left in the folder")
     parser.add_argument("--steps", metavar="N", type=positive_int, help="steps of each phase, instead of the recipe's")
     parser.add_argument(

@@ -391,6 +391,8 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
     """
     if options.plot:
         check_plot(options.plot)
+        if options.output is not None and Path(options.plot).absolute() == Path(options.output).absolute():
+            raise ValueError(f"`--plot` and `--output` name the same file, {options.plot}: give each its own.")
     rules = FILTERS if options.rules is None else read_filters(options.rules)
     folder = options.output if options.writes_pairs else None
     job = FilterJob(

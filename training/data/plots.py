@@ -20,9 +20,10 @@ def check_plot(path: str | Path) -> None:
     with extra("plot"):
         from matplotlib.backend_bases import FigureCanvasBase
 
-    endings = sorted(FigureCanvasBase.get_supported_filetypes())
+    endings = sorted(set(FigureCanvasBase.get_supported_filetypes()) - {"pgf"})  # which takes LaTeX
     if _format_of(path) not in endings:
-        raise ValueError(f"`{path}` must end in one of {', '.join(f'.{name}' for name in endings)} to be drawn into.")
+        named = ", ".join(f".{name}" for name in endings)
+        raise ValueError(f"`--plot` {path} must end in one of {named} to be drawn into.")
     check_writable(Path(path))
 
 
