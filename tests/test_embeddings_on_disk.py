@@ -219,7 +219,7 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted(tmp_path):
 
 def test_too_many_of_them_end_the_run(tmp_path):
     samples = [{"png": b"none"} for _ in range(12)]
-    with pytest.raises(TooManyBadRowsError, match=r"more than the 0\.10% of"):
+    with pytest.raises(TooManyBadRowsError, match=r"more than the 0\.1% of"):
         embedded([write_tar(tmp_path / "a.tar", samples)], tmp_path / "out", max_bad_rate=0.001)
 
 
