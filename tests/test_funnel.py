@@ -250,12 +250,14 @@ def test_a_plot_that_cannot_be_drawn_is_refused_before_there_is_work_to_lose(com
     assert not output.exists()
 
 
-def test_a_plot_does_not_take_the_place_of_the_report(tmp_path, capsys):
+@pytest.mark.parametrize("command", ["funnel", "filter", "dedup", "prepare"])
+def test_a_plot_does_not_take_the_place_of_the_output(command, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    file = tmp_path / "same.png"
-    assert main(["funnel", write_pairs(tmp_path), "--output", str(file), "--plot", f"{tmp_path}/./same.png"]) == 2
-    assert "name the same file" in capsys.readouterr().err
-    assert not file.exists()
+    path, output = write_pairs(tmp_path), tmp_path / "same.png"
+    model = ["--model", "nowhere"] if command == "prepare" else []
+    assert main([command, path, "--output", str(output), *model, "--plot", f"{tmp_path}/./same.png"]) == 2
+    assert "`--plot` and `--output` are both" in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_a_plot_gets_the_folder_that_it_names(tmp_path):

@@ -307,7 +307,7 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
         Exit code 0.
     """
     if options.plot:
-        check_plot(options.plot)
+        check_plot(options.plot, options.output)
     job = DedupJob(
         shards=tuple(find_shards(options.data)),
         output=str(options.output),

@@ -390,9 +390,7 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
         Exit code 0.
     """
     if options.plot:
-        check_plot(options.plot)
-        if options.output is not None and Path(options.plot).absolute() == Path(options.output).absolute():
-            raise ValueError(f"`--plot` and `--output` name the same file, {options.plot}: give each its own.")
+        check_plot(options.plot, options.output)
     rules = FILTERS if options.rules is None else read_filters(options.rules)
     folder = options.output if options.writes_pairs else None
     job = FilterJob(

@@ -10,11 +10,15 @@ from ...writing import check_writable, write_whole
 from .filters import paper_share
 
 
-def check_plot(path: str | Path) -> None:
+def check_plot(path: str | Path, output: str | Path | None) -> None:
     """Check that a figure can be drawn into a file, before there is work to lose.
 
+    Args:
+        path: The file.
+        output: What else the command writes, a file or a folder.
+
     Raises:
-        ValueError: If its ending names no format that is drawn, or matplotlib is not installed.
+        ValueError: If its ending names no format that is drawn, it is the output, or matplotlib is not installed.
         OSError: If it cannot be written.
     """
     with extra("plot"):
@@ -24,6 +28,8 @@ def check_plot(path: str | Path) -> None:
     if _format_of(path) not in endings:
         named = ", ".join(f".{name}" for name in endings)
         raise ValueError(f"`--plot` {path} must end in one of {named} to be drawn into.")
+    if output is not None and Path(path).absolute() == Path(output).absolute():
+        raise ValueError(f"`--plot` and `--output` are both {path}: give each its own.")
     check_writable(Path(path))
 
 

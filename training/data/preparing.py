@@ -90,7 +90,7 @@ def run(options: argparse.Namespace, print_fn: Callable[[str], None]) -> int:
         Exit code 0.
     """
     if options.plot:
-        check_plot(options.plot)
+        check_plot(options.plot, options.output)
     output = options.output
     rules = with_optional(FILTERS if options.rules is None else read_filters(options.rules), options.without)
     scoring = score_job(options, output / "scored")
